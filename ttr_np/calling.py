@@ -1,0 +1,287 @@
+"""What every operator does before and after its recurrence, whatever the backend.
+
+    arrays in -> one dtype -> shapes checked -> masked tokens made neutral -> one core call per sequence -> arrays out
+
+A backend's operator is then its core: a function of clean arrays and a start state that returns ``(o, state)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from .notation import ARRAYS, GATES, OPERATORS, STATES, axes_of, broadcast_leading, check
+
+__all__ = ["as_array", "run"]
+
+HALF = ("float16", "bfloat16")
+
+
+def as_array(name: str, x: Any) -> np.ndarray:
+    """One argument as a NumPy array of real or complex floats, without a copy where the memory can be shared.
+
+    Raises
+    ------
+    TypeError
+        For masked, structured, object, boolean, string or byte-swapped arrays.
+    """
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array: pass its data, and mask=~{name}.mask for the tokens to leave out")
+    if not isinstance(x, np.ndarray):
+        x = np.from_dlpack(x) if hasattr(x, "__dlpack__") and not np.isscalar(x) else np.asarray(x)
+    if x.dtype.kind in "iu":
+        return x.astype(np.float64)
+    if x.dtype.kind not in "fc" and x.dtype.name != "bfloat16":
+        raise TypeError(f"{name} has dtype {x.dtype}; it needs real numbers")
+    if not x.dtype.isnative:
+        raise TypeError(f"{name} has the byte order of another machine ({x.dtype.str}): convert it with astype")
+    return x
+
+
+def dtypes_of(arrays: Mapping[str, np.ndarray]) -> tuple[np.dtype, np.dtype]:
+    """Dtype of the output (that of the data, gates left out) and of the sums (never below float32)."""
+    output = np.result_type(*(x.dtype for name, x in arrays.items() if name not in GATES))
+    compute = np.dtype(np.float32) if output.name in HALF else output
+    return output, compute
+
+
+def refuse_complex(operator: str, arrays: Mapping[str, np.ndarray]) -> None:
+    """Complex data are meaningful only in a scan with a phase."""
+    for name, x in arrays.items():
+        if x.dtype.kind == "c" and not (operator == "diagonal_scan" and name == "x" and "phase" in arrays):
+            raise TypeError(f"{name} is complex ({x.dtype}); {operator} takes real numbers")
+
+
+def check_gates(arrays: Mapping[str, np.ndarray]) -> None:
+    """Decays promise to shrink: a positive log is an error, named with its place."""
+    signs = {"log_decay": 1, "A": 1, "delta": -1, "step_size": -1}
+    for name, sign in signs.items():
+        x = arrays.get(name)
+        if x is not None and np.any(sign * x > 0):
+            place = tuple(int(i) for i in np.argwhere(sign * x > 0)[0])
+            raise ValueError(f"{name} must be {'<=' if sign > 0 else '>='} 0 everywhere; it is {x[place]} at {place}")
+
+
+def check_mask(mask: Any) -> np.ndarray:
+    """A mask is boolean: True where the token is memorised."""
+    mask = np.asarray(mask)
+    if mask.dtype != np.bool_:
+        raise TypeError(f"mask has dtype {mask.dtype}; it needs bool, True where the token is memorised")
+    return mask
+
+
+def check_boundaries(cu_seqlens: Any, t: int) -> np.ndarray:
+    """Boundaries of packed sequences: integers from 0 to t that never decrease."""
+    bounds = np.asarray(cu_seqlens)
+    if bounds.ndim != 1 or bounds.dtype.kind not in "iu" or len(bounds) == 0:
+        raise ValueError(f"cu_seqlens must be a 1-d array of integers, got {bounds.dtype} of shape {bounds.shape}")
+    if bounds[0] != 0 or bounds[-1] != t:
+        raise ValueError(f"cu_seqlens must run from 0 to t = {t}, it runs from {bounds[0]} to {bounds[-1]}")
+    if np.any(bounds[1:].astype(np.int64) < bounds[:-1].astype(np.int64)):
+        i = int(np.argmax(bounds[1:].astype(np.int64) < bounds[:-1].astype(np.int64)))
+        raise ValueError(f"cu_seqlens must not decrease: {bounds[i + 1]} follows {bounds[i]} at {i + 1}")
+    return bounds.astype(np.int64)
+
+
+def prepare(operator: str, arrays: Mapping[str, Any], mask: Any) -> tuple[dict[str, np.ndarray], dict[str, int], Any]:
+    """Named arrays in one dtype, checked, masked tokens neutral; sizes of the axes; dtype of the output."""
+    given = {name: as_array(name, x) for name, x in arrays.items() if x is not None}
+    refuse_complex(operator, given)
+    if mask is not None:
+        given["mask"] = check_mask(mask)
+    sizes = check(**given)
+    check_gates(given)
+    mask = given.pop("mask", None)
+    output, compute = dtypes_of(given)
+    for name, x in given.items():
+        x = x.astype(compute if x.dtype.kind == "c" else np.finfo(compute).dtype, copy=False)
+        axes = axes_of(name, x, given)
+        if x.ndim == 0:
+            x = np.broadcast_to(x, tuple(sizes[axis] for axis in axes))
+        if mask is not None and name in OPERATORS[operator].frozen:
+            x = np.where(mask.reshape(mask.shape + (1,) * (len(axes) - 1)), x, x.dtype.type(0))
+        given[name] = x
+    align_gates(given)
+    if mask is not None and OPERATORS[operator].sees_mask:
+        given["mask"] = mask
+    if operator == "diagonal_scan" and "phase" in given:
+        output = np.result_type(output, np.complex64)
+    return given, sizes, output
+
+
+def align_gates(arrays: dict[str, np.ndarray]) -> None:
+    """Give queries all leading axes, so that ``log_decay`` with as many axes as they have is one gate per channel."""
+    if "q" not in arrays:
+        return
+    per_channel = "log_decay" in arrays and axes_of("log_decay", arrays["log_decay"], arrays) == ("t", "k")
+    ndim = 2 + max(x.ndim - len(axes_of(name, x, arrays)) for name, x in arrays.items())
+    arrays["q"] = arrays["q"].reshape((1,) * (ndim - arrays["q"].ndim) + arrays["q"].shape)
+    if "log_decay" in arrays:
+        x = arrays["log_decay"]
+        arrays["log_decay"] = x.reshape((1,) * (ndim - 1 + per_channel - x.ndim) + x.shape)
+
+
+def memory_lead(operator: str, arrays: Mapping[str, np.ndarray], mask: Any) -> tuple[int, ...]:
+    """Leading shape of the state: that of the arrays that are memorised, not of those that only read."""
+    writing = {name: x for name, x in arrays.items() if name not in OPERATORS[operator].reads}
+    if mask is not None:
+        writing["mask"] = np.asarray(mask)
+    return broadcast_leading(
+        {name: x.shape[: x.ndim - len(axes_of(name, x, arrays))] for name, x in writing.items()}
+    )
+
+
+def zeros(operator: str, lead: tuple[int, ...], sizes: Mapping[str, int], dtype: Any) -> Any:
+    """An empty memory: every field of the state zero."""
+    fields = OPERATORS[operator].state.items()
+    return STATES[operator](
+        **{name: np.zeros(lead + tuple(sizes[axis] for axis in axes.split()), dtype) for name, axes in fields}
+    )
+
+
+def adopt(operator: str, given: Any, start: Any) -> Any:
+    """A copy of the caller's state in the shape and dtype of an empty one.
+
+    Raises
+    ------
+    ValueError
+        If a field is missing or its shape does not broadcast to the one needed.
+    """
+    if not isinstance(given, tuple):
+        given = (given,)
+    if len(given) > len(start) or len(given) == 1 < sum(field is not None for field in start):
+        raise ValueError(f"initial_state needs the fields {', '.join(start._fields)}, got {len(given)}")
+    fields = []
+    for name, x, empty in zip(start._fields, tuple(given) + (None,) * (len(start) - len(given)), start, strict=True):
+        if (x is None) != (empty is None):
+            raise ValueError(f"initial_state field {name} is {'missing' if x is None else 'given but not used here'}")
+        fields.append(None if x is None else adopt_field(operator, name, x, empty))
+    return type(start)(*fields)
+
+
+def adopt_field(operator: str, name: str, x: Any, empty: np.ndarray) -> np.ndarray:
+    """One field of a state, copied; its leading axes broadcast, its own axes must fit (``n`` and memories are free)."""
+    x = np.asarray(x)
+    own = len(OPERATORS[operator].state[name].split())
+    free = "n" in OPERATORS[operator].state[name].split() and operator != "selective_scan"
+    inner = x.shape[x.ndim - own :] if free else empty.shape[empty.ndim - own :]
+    if x.ndim < own or x.shape[x.ndim - own :] != inner:
+        raise ValueError(f"initial_state field {name} has shape {x.shape}, needs (..., {', '.join(map(str, inner))})")
+    try:
+        lead = np.broadcast_shapes(x.shape[: x.ndim - own], empty.shape[: empty.ndim - own])
+    except ValueError:
+        raise ValueError(
+            f"initial_state field {name} has shape {x.shape}, which does not broadcast to {empty.shape}"
+        ) from None
+    return np.array(np.broadcast_to(x, lead + inner), dtype=empty.dtype, order="C")
+
+
+def run(
+    core: Callable[..., tuple[Any, Any]],
+    operator: str,
+    arrays: Mapping[str, Any],
+    options: Mapping[str, Any] | None = None,
+    *,
+    start: Callable[..., Any] = zeros,
+    initial_state: Any = None,
+    output_final_state: bool = False,
+    cu_seqlens: Any = None,
+    mask: Any = None,
+) -> Any:
+    """Call an operator's core with everything a caller may ask of any operator.
+
+    Parameters
+    ----------
+    core
+        ``core(**arrays, **options, state=state) -> (o, state)`` on clean arrays of one floating dtype; arrays that the
+        caller left out arrive as None. The core may overwrite ``state``, never the arrays.
+    operator
+        Its name in ``notation.OPERATORS``.
+    arrays, options
+        The caller's arrays, and his other choices.
+    start
+        ``start(operator, lead, sizes, dtype)`` gives the state of an empty memory.
+    initial_state, output_final_state, cu_seqlens, mask
+        The common keywords of all operators.
+
+    Returns
+    -------
+    o, or (o, state) with ``output_final_state``.
+    """
+    given, sizes, output = prepare(operator, arrays, mask)
+    compute = np.result_type(np.float32, output)
+    empty = start(operator, memory_lead(operator, given, mask), sizes, compute)
+    every = {name: given.get(name) for name in OPERATORS[operator].arrays + OPERATORS[operator].optional}
+    if OPERATORS[operator].sees_mask:
+        every["mask"] = given.get("mask")
+    every |= options or {}
+    if cu_seqlens is None:
+        state = empty if initial_state is None else adopt(operator, initial_state, empty)
+        o, state = core(**every, state=state)
+    else:
+        bounds = check_boundaries(cu_seqlens, sizes["t"])
+        o, state = run_packed(core, operator, every, given, bounds, empty, initial_state)
+    o = o.astype(output, copy=False)
+    return (o, state) if output_final_state else o
+
+
+def run_packed(
+    core: Any, operator: str, every: Any, given: Any, bounds: np.ndarray, empty: Any, initial_state: Any
+) -> Any:
+    """Each packed sequence by itself, from its own state; states are stacked on an axis before their own axes."""
+    outputs, states = [], []
+    for i, (low, high) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        piece = {name: cut(name, x, given, low, high) for name, x in every.items()}
+        begin = empty if initial_state is None else select(operator, initial_state, i, len(bounds) - 1)
+        o, state = core(**piece, state=adopt(operator, begin, empty))
+        outputs.append(o)
+        states.append(state)
+    if not outputs:
+        o, state = core(**every, state=empty)
+        return o, type(empty)(*(None if x is None else np.expand_dims(x, 0)[:0] for x in state))
+    time = -2 if outputs[0].ndim > 1 else -1
+    return np.concatenate(outputs, axis=time), stack(operator, states)
+
+
+def cut(name: str, x: Any, given: Mapping[str, Any], low: int, high: int) -> Any:
+    """The steps from low to high of an array that has a time axis; anything else as it is."""
+    if name not in ARRAYS or x is None or name not in given:
+        return x
+    axes = ("t",) if name == "mask" else axes_of(name, x, given)
+    return x[(..., slice(low, high)) + (slice(None),) * (len(axes) - 1)] if axes[0] == "t" else x
+
+
+def select(operator: str, state: Any, i: int, n: int) -> Any:
+    """State of packed sequence i."""
+    fields = []
+    state = state if isinstance(state, tuple) else (state,)
+    for x, (name, axes) in zip(state, OPERATORS[operator].state.items(), strict=False):
+        axis = -1 - len(axes.split())
+        if x is not None and (np.ndim(x) < -axis or np.shape(x)[axis] != n):
+            raise ValueError(
+                f"initial_state field {name} has shape {np.shape(x)}; with cu_seqlens its axis {axis} counts the {n} sequences"
+            )
+        fields.append(None if x is None else np.take(x, i, axis=axis))
+    return tuple(fields)
+
+
+def stack(operator: str, states: list[Any]) -> Any:
+    """States of packed sequences as one; caches of different lengths get empty slots in front."""
+    fields = []
+    for name, axes in OPERATORS[operator].state.items():
+        own = len(axes.split())
+        values = [getattr(state, name) for state in states]
+        if values[0] is not None and axes.split()[:1] == ["n"]:
+            longest = max(x.shape[-own] for x in values)
+            values = [pad(x, longest, own, -np.inf if name == "log_weight" else 0) for x in values]
+        fields.append(None if values[0] is None else np.stack(values, axis=-1 - own))
+    return type(states[0])(*fields)
+
+
+def pad(x: np.ndarray, length: int, own: int, fill: float) -> np.ndarray:
+    """x with empty slots in front, up to a length."""
+    widths = [(0, 0)] * x.ndim
+    widths[x.ndim - own] = (length - x.shape[x.ndim - own], 0)
+    return np.pad(x, widths, constant_values=fill)

@@ -1,0 +1,230 @@
+"""What all chunked forms share: the walk over chunks, sums of gates that never cancel, triangular inverses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+__all__ = ["Gates", "gates_of", "in_chunks", "lag", "output_like", "products", "segment_sums", "unit_lower_inverse"]
+
+NO_PAST = -1e30  # stands for log 0 where -inf * 0 would be NaN; exp of it is exactly 0
+
+
+def time_slice(arrays: Mapping[str, Any], axes: Mapping[str, int], low: int, high: int) -> dict[str, Any]:
+    """Steps low to high of every array; ``axes`` gives the place of its time axis, arrays without one pass through."""
+    return {
+        name: x if x is None or name not in axes else x[(..., slice(low, high)) + (slice(None),) * (-1 - axes[name])]
+        for name, x in arrays.items()
+    }
+
+
+def output_like(q: np.ndarray, v: np.ndarray, S: np.ndarray) -> np.ndarray:
+    """An array for the outputs: leading axes of queries and memory together, then (t, v)."""
+    lead = np.broadcast_shapes(q.shape[:-2], S.shape[:-2])
+    return np.empty(lead + (q.shape[-2], v.shape[-1]), S.dtype)
+
+
+def in_chunks(
+    step: Callable[..., tuple[Any, Any]],
+    recurrent: Callable[..., tuple[Any, Any]],
+    arrays: Mapping[str, Any],
+    axes: Mapping[str, int],
+    o: np.ndarray,
+    state: Any,
+    size: int,
+) -> tuple[np.ndarray, Any]:
+    """Fill ``o`` chunk by chunk, carrying the state.
+
+    A matrix product multiplies the future by zero, and zero times NaN is NaN. So a chunk whose outputs are not finite
+    is looked at again: if it holds a bad token, the tokens before it are answered as if it were not there and the rest
+    by the recurrence, so that nothing bad reaches what it must not.
+
+    Parameters
+    ----------
+    step, recurrent
+        Both ``f(**arrays, state=state) -> (o, state)`` on one chunk.
+    arrays, axes
+        Arguments by name, and the place of the time axis of those that have one.
+    o
+        The outputs, ``(..., t, v)``, written here.
+    state
+        At the start.
+    size
+        Tokens in a chunk.
+    """
+    for low in range(0, o.shape[-2], size):
+        high = min(low + size, o.shape[-2])
+        chunk = time_slice(arrays, axes, low, high)
+        answer, after = step(**chunk, state=state)
+        if not np.isfinite(np.sum(answer)) and not all_finite(chunk, axes):
+            answer, after = guarded(step, recurrent, chunk, axes, answer, after, state)
+        o[..., low:high, :] = answer
+        state = after
+    return o, state
+
+
+def is_bad(name: str, x: np.ndarray) -> np.ndarray:
+    """Numbers that a matrix product would spread: anything not finite, but -inf is a gate like any other."""
+    return np.isnan(x) if name == "log_decay" else ~np.isfinite(x)
+
+
+def all_finite(chunk: Mapping[str, Any], axes: Mapping[str, int]) -> bool:
+    """Whether a chunk holds no bad number."""
+    return not any(np.any(is_bad(name, x)) for name, x in chunk.items() if name in axes and x is not None)
+
+
+def bad_steps(name: str, x: np.ndarray, axis: int) -> np.ndarray:
+    """True from the first bad step on, ``(..., t)``."""
+    bad = is_bad(name, x)
+    return np.logical_or.accumulate(bad if axis == -1 else bad.any(axis=-1), axis=-1)
+
+
+def guarded(
+    step: Any, recurrent: Any, chunk: Mapping[str, Any], axes: Mapping[str, int], answer: Any, after: Any, state: Any
+) -> tuple[np.ndarray, Any]:
+    """One chunk that holds bad tokens: clean sequences keep their bits, others are answered step by step."""
+    t = answer.shape[-2]
+    bad = np.zeros(np.broadcast_shapes(answer.shape[:-2] + (t,)), bool)
+    clean = dict(chunk)
+    for name, axis in axes.items():
+        x = chunk.get(name)
+        if x is None:
+            continue
+        steps = bad_steps(name, x, axis)
+        clean[name] = np.where(steps if axis == -1 else steps[..., None], x.dtype.type(0), x)
+        bad |= steps
+    before, _ = step(**clean, state=state)
+    slow, slow_after = recurrent(**chunk, state=type(state)(*(None if x is None else x.copy() for x in state)))
+    touched = bad[..., -1]
+    return np.where(bad[..., None], slow, before), choose(touched, slow_after, after)
+
+
+def choose(touched: np.ndarray, slow: Any, fast: Any) -> Any:
+    """The state of the recurrence for sequences with a bad token, that of the chunk for the others."""
+    fields = []
+    for x, y in zip(slow, fast, strict=True):
+        if x is None:
+            fields.append(None)
+            continue
+        own = x.ndim - max(touched.ndim, 0)
+        flag = reduce_to(touched, x.shape[: x.ndim - own] if own >= 0 else ())
+        fields.append(np.where(flag.reshape(flag.shape + (1,) * (x.ndim - flag.ndim)), x, y))
+    return type(slow)(*fields)
+
+
+def reduce_to(flag: np.ndarray, lead: tuple[int, ...]) -> np.ndarray:
+    """Any query group that is touched marks the memory they share."""
+    for axis, size in enumerate(lead):
+        if size == 1 and flag.shape[axis] > 1:
+            flag = flag.any(axis=axis, keepdims=True)
+    return flag
+
+
+def segment_sums(log_decay: np.ndarray) -> np.ndarray:
+    """Sum of the gates after j up to i, for every i >= j; -inf above the diagonal.
+
+    Only numbers of one sign are added, never subtracted: one gate of -1e4 (or -inf) costs the mild ones after it no
+    digit. The sums of one sub-triangle are a product of two triangular matrices.
+
+    Parameters
+    ----------
+    log_decay : (..., t)
+
+    Returns
+    -------
+    sums : (..., t, t)
+    """
+    t = log_decay.shape[-1]
+    lower = np.tri(t, dtype=log_decay.dtype)
+    after = np.where(np.tri(t, k=-1, dtype=bool), np.maximum(log_decay, NO_PAST)[..., :, None], 0)
+    return np.where(np.tri(t, dtype=bool), lower @ after, -np.inf)
+
+
+class Gates(NamedTuple):
+    """Decays inside one chunk of c tokens, as factors in [0, 1]; the channel axis has size 1 if there is one per step.
+
+    ``pairs (..., c, c)`` or ``(..., k, c, c)``: what is left at i of what was stored at j; zero above the diagonal.
+    ``since (..., c, 1 | k)``: what is left at i of the state at the chunk's start.
+    ``to_end (..., c, 1 | k)``: what is left at the chunk's end of what was stored at j.
+    """
+
+    pairs: np.ndarray
+    since: np.ndarray
+    to_end: np.ndarray
+
+
+def gates_of(log_decay: np.ndarray, per_channel: bool) -> Gates:
+    """All decays of one chunk, each the exponential of a sum of gates (never of a difference)."""
+    channels_first = np.swapaxes(log_decay, -1, -2) if per_channel else log_decay[..., None, :]
+    pairs = np.exp(segment_sums(channels_first))
+    since = np.exp(np.cumsum(np.maximum(channels_first, NO_PAST), axis=-1))
+    return Gates(
+        pairs if per_channel else pairs[..., 0, :, :],
+        np.swapaxes(since, -1, -2),
+        np.swapaxes(pairs[..., -1, :], -1, -2),
+    )
+
+
+def lag(gates: Gates) -> Gates:
+    """The same decays one step earlier: for answers that read the state before their own step."""
+    pairs, since = np.zeros_like(gates.pairs), np.ones_like(gates.since)
+    pairs[..., 1:, :] = gates.pairs[..., :-1, :]
+    since[..., 1:, :] = gates.since[..., :-1, :]
+    return Gates(pairs, since, gates.to_end)
+
+
+def products(x: np.ndarray, y: np.ndarray, pairs: np.ndarray | None, strict: bool = False) -> np.ndarray:
+    """Decayed products x_i . y_j of one chunk for j <= i (j < i if strict), zero elsewhere.
+
+    Parameters
+    ----------
+    x, y : (..., c, k)
+    pairs : (..., c, c) or (..., k, c, c)
+        Decays between the two tokens, or None for none.
+    strict
+        Leave out j = i.
+
+    Returns
+    -------
+    scores : (..., c, c)
+    """
+    if pairs is not None and pairs.ndim > max(x.ndim, y.ndim):
+        decayed = pairs * np.swapaxes(x, -1, -2)[..., :, None]
+        scores = np.einsum("...kij,...jk->...ij", decayed, y, optimize=False)
+    else:
+        scores = x @ np.swapaxes(y, -1, -2)
+        scores = scores if pairs is None else scores * pairs
+    return np.where(np.tri(x.shape[-2], k=-1 if strict else 0, dtype=bool), scores, x.dtype.type(0))
+
+
+def unit_lower_inverse(L: np.ndarray) -> np.ndarray:
+    """Inverse of I + strictly lower triangle of L, by block doubling: no powers of L are formed.
+
+    Powers overflow or lose digits when keys repeat; here every block is inverted from the inverses of its halves,
+
+        [A 0; C B]^-1 = [A^-1 0; -B^-1 C A^-1 B^-1].
+
+    Parameters
+    ----------
+    L : (..., c, c)
+        Only the strictly lower triangle is read.
+
+    Returns
+    -------
+    X : (..., c, c)
+    """
+    c = L.shape[-1]
+    n = 1 << max(c - 1, 0).bit_length()
+    X = np.zeros(L.shape[:-2] + (n, n), L.dtype)
+    X[..., range(n), range(n)] = 1
+    size = 1
+    while size < c:
+        for low in range(0, c, 2 * size):
+            middle, high = low + size, min(low + 2 * size, c)
+            if middle < high:
+                left = L[..., middle:high, low:middle] @ X[..., low:middle, low:middle]
+                X[..., middle:high, low:middle] = -X[..., middle:high, middle:high] @ left
+        size *= 2
+    return X[..., :c, :c]
