@@ -1,0 +1,875 @@
+"""The operators a user calls: one function each, whatever backend runs it.
+
+Every operator takes the same keywords besides its own:
+
+initial_state : state, optional
+    Where the memory starts, as returned by an earlier call (or its one array, where a state has one field); default:
+    empty. Never modified.
+output_final_state : bool, default False
+    Return ``(o, state)`` instead of ``o``.
+cu_seqlens : (n + 1,) integers, optional
+    Boundaries of n sequences packed along t. The memory starts anew at each; states then count the sequences on an
+    axis before their own axes.
+mask : (..., t) bool, optional
+    True where the token is memorised. Elsewhere nothing is stored and nothing decays; the query is still answered.
+backend : str or tuple of str, optional
+    See ``ttr_np.backends``.
+
+Leading axes are free and broadcast: batch, heads, groups of queries that share keys. The answers have the dtype of the
+data (integers become float64); sums, gates and states are never kept below float32. Bad input raises before any work:
+ValueError for sizes and ranges, TypeError for what is not a number, each naming the argument and the value.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .backends import call
+from .notation import OPERATORS
+
+__all__ = [
+    "delta_rule",
+    "diagonal_scan",
+    "dplr",
+    "kernel_ridge",
+    "linear_attention",
+    "local_polynomial",
+    "mesa",
+    "recursive_least_squares",
+    "selective_scan",
+    "short_convolution",
+    "softmax_attention",
+    "test_time_training",
+]
+
+
+def dispatch(operator: str, given: dict[str, Any]) -> Any:
+    """Run an operator with the arguments of its call: those in the notation are arrays, the others options."""
+    signature = OPERATORS[operator]
+    arrays = {name: given.pop(name) for name in signature.arrays + signature.optional}
+    return call(operator, given.pop("backend"), arrays, **given)
+
+
+def linear_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    log_decay: Any = None,
+    bonus: Any = None,
+    normalize: bool = False,
+    scale: float = 1.0,
+    initial_state: Any = None,
+    output_final_state: bool = False,
+    cu_seqlens: Any = None,
+    mask: Any = None,
+    backend: Any = None,
+) -> Any:
+    """Recall from all (decayed) pairs after one gradient step from zero: S = decay S + k v^T, o = scale S^T q.
+
+    Weights: uniform or decaying. Regressor: linear. Optimizer: one full-batch step, the Gram matrix of the keys taken
+    as the identity. With ``normalize`` the regressor is a constant and the weights are the kernel q . k.
+
+    Parameters
+    ----------
+    q, k : (..., t, k)
+        Queries and keys, perhaps through a feature map of ``ttr_np.features``.
+    v : (..., t, v)
+        Values.
+    log_decay : (..., t) or (..., t, k), optional
+        Log of the share of the past that is kept, <= 0 (-inf forgets all); per step, or per step and key channel.
+    bonus : (..., k), optional
+        The answer reads the memory before this step plus the current pair with this weight in each key channel.
+    normalize : bool, default False
+        Divide by q . z with z = decay z + k; needs q . k >= 0 to be a mean. ``scale`` then has no effect.
+    scale : float, default 1.0
+        Factor on the answers.
+    initial_state, output_final_state, cu_seqlens, mask, backend
+        Common to all operators: see ``ttr_np.operators``. State: ``S (..., k, v)``, ``z (..., k)`` with ``normalize``.
+
+    Returns
+    -------
+    o : (..., t, v)
+        Answers, in the dtype of the data; or ``(o, state)``.
+
+    Raises
+    ------
+    ValueError
+        If two arrays disagree on an axis, or a log_decay is positive.
+    TypeError
+        If an array holds no real numbers.
+
+    Notes
+    -----
+    Cost: O(t (k v + c (k + v))) with chunks of c tokens; memory O(t (k + v)).
+
+    References
+    ----------
+    Katharopoulos et al. (2020), arXiv:2006.16236; Yang et al. (2023), arXiv:2312.06635; Wang, Shi, Fox (2025),
+    arXiv:2501.12352.
+
+    Examples
+    --------
+    >>> import numpy as np, ttr_np
+    >>> k = np.eye(3)
+    >>> ttr_np.linear_attention(k[:1], k[:1], [[2.0, 5.0]])
+    array([[2., 5.]])
+    """
+    return dispatch("linear_attention", locals())
+
+
+def delta_rule(
+    q: Any,
+    k: Any,
+    v: Any,
+    beta: Any,
+    *,
+    log_decay: Any = None,
+    erase_key: Any = None,
+    scale: float = 1.0,
+    initial_state: Any = None,
+    output_final_state: bool = False,
+    cu_seqlens: Any = None,
+    mask: Any = None,
+    backend: Any = None,
+) -> Any:
+    """Recall after one gradient step per pair: S = S' + beta k (v - S'^T p)^T with S' = decay S, o = scale S^T q.
+
+    Weights: uniform, or decaying by the gates. Regressor: linear. Optimizer: online gradient descent with step sizes
+    beta, the decay being its weight decay. DeltaNet; with one gate per step Gated DeltaNet, per channel Kimi delta
+    attention.
+
+    Parameters
+    ----------
+    q, k : (..., t, k)
+        Queries and keys. Keys of unit length keep the recurrence stable.
+    v : (..., t, v)
+        Values.
+    beta : (..., t)
+        Step sizes; stable for 0 <= beta * |k|^2 <= 2. With 1 and unit keys a new value replaces the old one.
+    log_decay : (..., t) or (..., t, k), optional
+        Log of the share of the past that is kept, <= 0 (-inf forgets all); per step, or per step and key channel.
+    erase_key : (..., t, k), optional
+        The key p whose recalled value is erased; default: the key itself.
+    scale : float, default 1.0
+        Factor on the answers.
+    initial_state, output_final_state, cu_seqlens, mask, backend
+        Common to all operators: see ``ttr_np.operators``. State: ``S (..., k, v)``.
+
+    Returns
+    -------
+    o : (..., t, v)
+        Answers, in the dtype of the data; or ``(o, state)``.
+
+    Raises
+    ------
+    ValueError
+        If two arrays disagree on an axis, or a log_decay is positive.
+    TypeError
+        If an array holds no real numbers.
+
+    Notes
+    -----
+    Cost: O(t (k v + c (k + v) + c^2)) with chunks of c tokens; memory O(t (k + v)).
+
+    References
+    ----------
+    Schlag et al. (2021), arXiv:2102.11174; Yang et al. (2024), arXiv:2406.06484 and arXiv:2412.06464; Kimi team (2025),
+    arXiv:2510.26692; Wang, Shi, Fox (2025), arXiv:2501.12352.
+
+    Examples
+    --------
+    >>> import numpy as np, ttr_np
+    >>> k = [[1.0, 0.0], [1.0, 0.0]]
+    >>> ttr_np.delta_rule(k, k, [[1.0], [7.0]], [1.0, 1.0])
+    array([[1.],
+           [7.]])
+    """
+    return dispatch("delta_rule", locals())
+
+
+def dplr(
+    q: Any,
+    k: Any,
+    v: Any,
+    a: Any,
+    b: Any,
+    *,
+    log_decay: Any = None,
+    scale: float = 1.0,
+    initial_state: Any = None,
+    output_final_state: bool = False,
+    cu_seqlens: Any = None,
+    mask: Any = None,
+    backend: Any = None,
+) -> Any:
+    """Recall with a diagonal plus low rank transition: S = diag(decay) S + b (a^T S) + k v^T, o = scale S^T q.
+
+    The S on the right is the undecayed one in both places. With a = -beta k, b = k and values beta v it is the delta
+    rule; RWKV-7, Comba and generalised delta rules are other choices of a and b. Regressor: linear. Optimizer: online,
+    one step.
+
+    Parameters
+    ----------
+    q, k : (..., t, k)
+        Queries and keys.
+    v : (..., t, v)
+        Values.
+    a : (..., t, k)
+        Direction read from the old state.
+    b : (..., t, k)
+        Direction along which that reading is written back.
+    log_decay : (..., t) or (..., t, k), optional
+        Log of the share of the past that is kept, <= 0 (-inf forgets all); per step, or per step and key channel.
+    scale : float, default 1.0
+        Factor on the answers.
+    initial_state, output_final_state, cu_seqlens, mask, backend
+        Common to all operators: see ``ttr_np.operators``. State: ``S (..., k, v)``.
+
+    Returns
+    -------
+    o : (..., t, v)
+        Answers, in the dtype of the data; or ``(o, state)``.
+
+    Raises
+    ------
+    ValueError
+        If two arrays disagree on an axis, or a log_decay is positive.
+    TypeError
+        If an array holds no real numbers.
+
+    Notes
+    -----
+    Cost: O(t (k v + c (k + v) + c^2)) with chunks of c tokens; memory O(t (k + v)).
+
+    References
+    ----------
+    Peng et al. (2025), RWKV-7, arXiv:2503.14456; Hu et al. (2025), Comba, arXiv:2506.02475; Wang, Shi, Fox (2025),
+    arXiv:2501.12352.
+
+    Examples
+    --------
+    >>> import numpy as np, ttr_np
+    >>> k = np.array([[1.0, 0.0], [1.0, 0.0]])
+    >>> ttr_np.dplr(k, k, [[1.0], [7.0]], -k, k)
+    array([[1.],
+           [7.]])
+    """
+    return dispatch("dplr", locals())
+
+
+def diagonal_scan(
+    x: Any,
+    log_decay: Any,
+    *,
+    phase: Any = None,
+    initial_state: Any = None,
+    output_final_state: bool = False,
+    cu_seqlens: Any = None,
+    mask: Any = None,
+    backend: Any = None,
+) -> Any:
+    """Scan every channel by itself: h = exp(log_decay + i phase) h + x.
+
+    The memory has a constant key, so nothing is addressed by content: decaying sums of the inputs, which turn by the
+    phase. The scan under S4D, S5, LRU, RG-LRU, HGRN and GateLoop. Regressor: constant. Optimizer: one step.
+
+    Parameters
+    ----------
+    x : (..., t, d)
+        Inputs; complex only with ``phase``.
+    log_decay : (..., t, d)
+        Log of the share of the past that is kept, <= 0.
+    phase : (..., t, d), optional
+        Angle by which the state turns at each step, radians. The answers are then complex.
+    initial_state, output_final_state, cu_seqlens, mask, backend
+        Common to all operators: see ``ttr_np.operators``. State: ``h (..., d)``.
+
+    Returns
+    -------
+    h : (..., t, d)
+        The state after each step, complex if there is a phase; or ``(h, state)``.
+
+    Raises
+    ------
+    ValueError
+        If two arrays disagree on an axis, or a log_decay is positive.
+    TypeError
+        If an array holds no real numbers.
+
+    Notes
+    -----
+    Cost: O(t d); memory O(t d).
+
+    References
+    ----------
+    Gu et al. (2022), arXiv:2206.11893; Orvieto et al. (2023), arXiv:2303.06349; De et al. (2024), arXiv:2402.19427.
+
+    Examples
+    --------
+    >>> import numpy as np, ttr_np
+    >>> ttr_np.diagonal_scan(np.ones((3, 1)), np.log(0.5))
+    array([[1.  ],
+           [1.5 ],
+           [1.75]])
+    """
+    return dispatch("diagonal_scan", locals())
+
+
+def selective_scan(
+    u: Any,
+    delta: Any,
+    A: Any,
+    B: Any,
+    C: Any,
+    *,
+    D: Any = None,
+    initial_state: Any = None,
+    output_final_state: bool = False,
+    cu_seqlens: Any = None,
+    mask: Any = None,
+    backend: Any = None,
+) -> Any:
+    """Mamba-1's scan: h = exp(delta A) h + delta u B^T, o = h C + D u.
+
+    Linear attention with keys B, queries C and values delta u, whose decay differs for every entry of the state.
+    Weights: decaying. Regressor: linear. Optimizer: one step.
+
+    Parameters
+    ----------
+    u : (..., t, v)
+        Inputs.
+    delta : (..., t, v)
+        Step lengths, >= 0.
+    A : (v, n)
+        Rates, <= 0.
+    B, C : (..., t, n)
+        Input map (the key) and output map (the query).
+    D : (v,), optional
+        Direct path from input to output.
+    initial_state, output_final_state, cu_seqlens, mask, backend
+        Common to all operators: see ``ttr_np.operators``. State: ``h (..., v, n)``.
+
+    Returns
+    -------
+    o : (..., t, v)
+        Answers, in the dtype of the data; or ``(o, state)``.
+
+    Raises
+    ------
+    ValueError
+        If two arrays disagree on an axis, a rate is positive or a step length negative.
+    TypeError
+        If an array holds no real numbers.
+
+    Notes
+    -----
+    Cost: O(t v n); memory O(t (v + n)).
+
+    References
+    ----------
+    Gu, Dao (2023), Mamba, arXiv:2312.00752.
+
+    Examples
+    --------
+    >>> import numpy as np, ttr_np
+    >>> ones = np.ones((2, 1))
+    >>> ttr_np.selective_scan([[1.0], [0.0]], ones, [[-np.log(2.0)]], ones, ones)
+    array([[1. ],
+           [0.5]])
+    """
+    return dispatch("selective_scan", locals())
+
+
+def recursive_least_squares(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    log_decay: Any = None,
+    beta: Any = None,
+    ridge: Any = 1.0,
+    initial_state: Any = None,
+    output_final_state: bool = False,
+    cu_seqlens: Any = None,
+    mask: Any = None,
+    backend: Any = None,
+) -> Any:
+    """Recall from the exact weighted least-squares fit, its ridge decaying with the data.
+
+    S minimises sum_i beta_i gamma_i |v_i - S^T k_i|^2 + gamma_0 ridge |S|^2, where gamma is the product of the decays
+    since; the Gram matrix starts at ridge I. Weights: decaying. Regressor: linear. Optimizer: exact. Recursive least
+    squares with forgetting (the Mesa layer of 2023): positive definite by construction.
+
+    Parameters
+    ----------
+    q, k : (..., t, k)
+        Queries and keys (regressors).
+    v : (..., t, v)
+        Values.
+    log_decay : (..., t), optional
+        Log of the share of the past that is kept, <= 0 (-inf forgets all).
+    beta : (..., t), optional
+        Weight of each pair, >= 0; default 1.
+    ridge : float, default 1.0
+        Gram matrix of the empty memory, a multiple of the identity; > 0.
+    initial_state, output_final_state, cu_seqlens, mask, backend
+        Common to all operators: see ``ttr_np.operators``. State: ``S (..., k, v)`` the fit, ``P (..., k, k)`` its
+        inverse Gram matrix.
+
+    Returns
+    -------
+    o : (..., t, v)
+        Answers, in the dtype of the data; or ``(o, state)``.
+
+    Raises
+    ------
+    ValueError
+        If two arrays disagree on an axis, a log_decay is positive or a weight negative.
+    TypeError
+        If an array holds no real numbers.
+
+    Notes
+    -----
+    Cost: O(t k (k + v)); memory O(t (k + v)).
+
+    References
+    ----------
+    Plackett (1950); von Oswald et al. (2023), arXiv:2309.05858; Wang, Shi, Fox (2025), arXiv:2501.12352.
+
+    Examples
+    --------
+    >>> import numpy as np, ttr_np
+    >>> k = [[1.0], [1.0]]
+    >>> ttr_np.recursive_least_squares(k, k, [[2.0], [4.0]])
+    array([[1.],
+           [2.]])
+    """
+    return dispatch("recursive_least_squares", locals())
+
+
+def mesa(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    log_decay: Any = None,
+    beta: Any = None,
+    ridge: Any = 1.0,
+    solver: str = "exact",
+    iterations: int | None = None,
+    tolerance: float | None = None,
+    initial_state: Any = None,
+    output_final_state: bool = False,
+    cu_seqlens: Any = None,
+    mask: Any = None,
+    backend: Any = None,
+) -> Any:
+    """Recall from the least-squares fit with a constant ridge: o = G^T (H + diag(ridge))^-1 q.
+
+    G = decay G + beta k v^T and H = decay H + beta k k^T. Weights: decaying. Regressor: linear. Optimizer: exact, or as
+    far as the iterations go. MesaNet; with ``solver="chebyshev"`` Gated KalmaNet.
+
+    Parameters
+    ----------
+    q, k : (..., t, k)
+        Queries and keys.
+    v : (..., t, v)
+        Values.
+    log_decay : (..., t), optional
+        Log of the share of the past that is kept, <= 0 (-inf forgets all).
+    beta : (..., t), optional
+        Weight of each pair, >= 0; default 1.
+    ridge : float or (..., k), default 1.0
+        Ridge of each key channel, constant in time; > 0.
+    solver : {"exact", "cg", "chebyshev"}, default "exact"
+        How the linear system of each query is solved.
+    iterations : int, optional
+        Steps of the iterative solvers.
+    tolerance : float, optional
+        Relative residual at which ``cg`` stops early.
+    initial_state, output_final_state, cu_seqlens, mask, backend
+        Common to all operators: see ``ttr_np.operators``. State: ``G (..., k, v)``, ``H (..., k, k)``.
+
+    Returns
+    -------
+    o : (..., t, v)
+        Answers, in the dtype of the data; or ``(o, state)``.
+
+    Raises
+    ------
+    ValueError
+        If two arrays disagree on an axis, a log_decay is positive, a ridge is not positive or the solver unknown.
+    TypeError
+        If an array holds no real numbers.
+
+    Notes
+    -----
+    Cost: O(t (k^3 + k v)) exact, O(t n k (k + c)) with n iterations; memory O(t (k + v)).
+
+    References
+    ----------
+    von Oswald et al. (2025), MesaNet, arXiv:2506.05233; Peng et al. (2025), Gated KalmaNet, arXiv:2511.21016.
+
+    Examples
+    --------
+    >>> import numpy as np, ttr_np
+    >>> k = [[1.0], [1.0]]
+    >>> ttr_np.mesa(k, k, [[2.0], [4.0]])
+    array([[1.],
+           [2.]])
+    """
+    return dispatch("mesa", locals())
+
+
+def softmax_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    sinks: int = 0,
+    log_decay: Any = None,
+    initial_state: Any = None,
+    output_final_state: bool = False,
+    cu_seqlens: Any = None,
+    mask: Any = None,
+    backend: Any = None,
+) -> Any:
+    """Recall the mean of the values, weighted by exp(scale q . k).
+
+    The local constant (Nadaraya-Watson) fit around each query. Weights: the exponential kernel, times the decays.
+    Regressor: constant. Optimizer: exact.
+
+    Parameters
+    ----------
+    q, k : (..., t, k)
+        Queries and keys.
+    v : (..., t, v)
+        Values.
+    scale : float, optional
+        Sharpness of the kernel; default 1 / sqrt(k).
+    causal : bool, default True
+        Whether a query sees only its own and earlier pairs; else it sees all.
+    window : int, optional
+        Number of newest pairs a query sees, the current one included; default: all.
+    sinks : int, default 0
+        Number of first pairs that are seen besides the window.
+    log_decay : (..., t), optional
+        Gates whose sums over (i, t] are added to the logits: forgetting attention; a constant gives ALiBi.
+    initial_state, output_final_state, cu_seqlens, mask, backend
+        Common to all operators: see ``ttr_np.operators``. State: the pairs still needed: ``k``, ``v``, ``log_weight``,
+        ``position``.
+
+    Returns
+    -------
+    o : (..., t, v)
+        Answers, in the dtype of the data; or ``(o, state)``.
+
+    Raises
+    ------
+    ValueError
+        If two arrays disagree on an axis, a log_decay is positive or a window below 1.
+    TypeError
+        If an array holds no real numbers.
+
+    Notes
+    -----
+    Cost: O(t n (k + v)) with n pairs seen; memory O(t (k + v)), no t x t matrix is stored.
+
+    References
+    ----------
+    Vaswani et al. (2017), arXiv:1706.03762; Press et al. (2021), arXiv:2108.12409; Xiao et al. (2023),
+    arXiv:2309.17453; Lin et al. (2025), arXiv:2503.02130; Wang, Shi, Fox (2025), arXiv:2501.12352.
+
+    Examples
+    --------
+    >>> import numpy as np, ttr_np
+    >>> ttr_np.softmax_attention(np.zeros((2, 3)), np.ones((2, 3)), [[1.0], [3.0]])
+    array([[1.],
+           [2.]])
+    """
+    return dispatch("softmax_attention", locals())
+
+
+def local_polynomial(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    degree: int = 1,
+    kernel: Any = "exponential",
+    scale: float | None = None,
+    bandwidth: float | None = None,
+    ridge: float = 1e-6,
+    causal: bool = True,
+    window: int | None = None,
+    log_decay: Any = None,
+    initial_state: Any = None,
+    output_final_state: bool = False,
+    cu_seqlens: Any = None,
+    mask: Any = None,
+    backend: Any = None,
+) -> Any:
+    """Recall from a weighted polynomial fit around each query.
+
+    Weights: a kernel of query and key, times the decays. Regressor: polynomial of the key around the query. Optimizer:
+    exact. Degree 0 is softmax attention or another Nadaraya-Watson smoother, degree 1 local linear attention, LOESS.
+
+    Parameters
+    ----------
+    q, k : (..., t, k)
+        Queries and keys.
+    v : (..., t, v)
+        Values.
+    degree : int, default 1
+        Of the polynomial.
+    kernel : str or callable, default "exponential"
+        ``exponential`` is exp(scale q . k), ``gaussian`` exp(-|q - k|^2 / (2 bandwidth^2)); ``epanechnikov``,
+        ``biweight``, ``triweight``, ``boxcar`` or a function of |q - k| / bandwidth.
+    scale : float, optional
+        Sharpness of the exponential kernel; default 1 / sqrt(k).
+    bandwidth : float, optional
+        Width of the other kernels.
+    ridge : float, default 1e-6
+        On the slopes (every coefficient but the constant).
+    causal : bool, default True
+        Whether a query sees only its own and earlier pairs.
+    window : int, optional
+        Number of newest pairs a query sees, the current one included.
+    log_decay : (..., t), optional
+        Log of the share of the past that is kept, <= 0 (-inf forgets all).
+    initial_state, output_final_state, cu_seqlens, mask, backend
+        Common to all operators: see ``ttr_np.operators``. State: the pairs still needed: ``k``, ``v``, ``log_weight``,
+        ``position``.
+
+    Returns
+    -------
+    o : (..., t, v)
+        Answers, in the dtype of the data; or ``(o, state)``.
+
+    Raises
+    ------
+    ValueError
+        If two arrays disagree on an axis, a log_decay is positive or an option out of range.
+    TypeError
+        If an array holds no real numbers.
+
+    Notes
+    -----
+    Cost: O(t n (p^2 + v p) + t p^3) with n pairs seen and p coefficients; no t x t matrix is stored.
+
+    References
+    ----------
+    Cleveland (1979); Fan, Gijbels (1996); Zuo et al. (2025), local linear attention, arXiv:2510.01450; Wang, Shi, Fox
+    (2025), arXiv:2501.12352.
+
+    Examples
+    --------
+    >>> import numpy as np, ttr_np
+    >>> k = np.array([[0.0], [1.0], [2.0]])
+    >>> o = ttr_np.local_polynomial(np.full((3, 1), 3.0), k, 2 * k, kernel="gaussian", bandwidth=2.0)
+    >>> o[-1].round(3)
+    array([6.])
+    """
+    return dispatch("local_polynomial", locals())
+
+
+def kernel_ridge(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    kernel: Any = "gaussian",
+    bandwidth: float = 1.0,
+    ridge: float = 1.0,
+    causal: bool = True,
+    initial_state: Any = None,
+    output_final_state: bool = False,
+    cu_seqlens: Any = None,
+    mask: Any = None,
+    backend: Any = None,
+) -> Any:
+    """Recall from kernel ridge regression, the mean of a Gaussian process: o = kappa(q)^T (K + ridge I)^-1 V.
+
+    Weights: uniform. Regressor: functions of a reproducing kernel Hilbert space. Optimizer: exact.
+
+    Parameters
+    ----------
+    q, k : (..., t, k)
+        Queries and keys.
+    v : (..., t, v)
+        Values.
+    kernel : str or callable, default "gaussian"
+        The positive definite kernel.
+    bandwidth : float, default 1.0
+        Its width.
+    ridge : float, default 1.0
+        Noise variance, > 0.
+    causal : bool, default True
+        Whether a query sees only its own and earlier pairs.
+    initial_state, output_final_state, cu_seqlens, mask, backend
+        Common to all operators: see ``ttr_np.operators``. State: all pairs: ``k``, ``v``, ``log_weight``, ``position``.
+
+    Returns
+    -------
+    o : (..., t, v)
+        Answers, in the dtype of the data; or ``(o, state)``.
+
+    Raises
+    ------
+    ValueError
+        If two arrays disagree on an axis, or an option is out of range.
+    TypeError
+        If an array holds no real numbers.
+
+    Notes
+    -----
+    Cost: O(t^3) in all, O(t^2) memory for the Cholesky factor: exact, so it grows with the data.
+
+    References
+    ----------
+    Rasmussen, Williams (2006), chapter 2; Wang, Shi, Fox (2025), arXiv:2501.12352.
+
+    Examples
+    --------
+    >>> import numpy as np, ttr_np
+    >>> ttr_np.kernel_ridge([[0.0]], [[0.0]], [[2.0]])
+    array([[1.]])
+    """
+    return dispatch("kernel_ridge", locals())
+
+
+def test_time_training(
+    q: Any,
+    k: Any,
+    v: Any,
+    step_size: Any,
+    *,
+    memory: Any,
+    batch_size: int = 16,
+    momentum: Any = None,
+    weight_decay: Any = None,
+    initial_state: Any = None,
+    output_final_state: bool = False,
+    cu_seqlens: Any = None,
+    mask: Any = None,
+    backend: Any = None,
+) -> Any:
+    """Recall from a memory with parameters, trained on the pairs by gradient descent as they pass.
+
+    Gradients are taken at the start of each mini-batch. Weights: uniform, or decaying by weight decay. Regressor: the
+    memory. Optimizer: mini-batch gradient descent, with momentum Titans. TTT-Linear, TTT-MLP, Titans.
+
+    Parameters
+    ----------
+    q, k : (..., t, k)
+        Queries and keys.
+    v : (..., t, v)
+        Values.
+    step_size : (..., t)
+        Of each token's gradient, >= 0.
+    memory : Linear or MLP
+        The model that is trained: ``ttr_np.Linear()`` or ``ttr_np.MLP(hidden, depth)``, with its start parameters.
+    batch_size : int, default 16
+        Tokens whose gradients are taken at the same parameters; with 1, online gradient descent.
+    momentum : (..., t), optional
+        Share of the last step that is repeated, in [0, 1].
+    weight_decay : (..., t), optional
+        Share of the parameters that is forgotten at a step, in [0, 1].
+    initial_state, output_final_state, cu_seqlens, mask, backend
+        Common to all operators: see ``ttr_np.operators``. State: the packed ``parameters``, ``momentum``, the
+        mini-batch's ``anchor`` and ``count``.
+
+    Returns
+    -------
+    o : (..., t, v)
+        Answers, in the dtype of the data; or ``(o, state)``.
+
+    Raises
+    ------
+    ValueError
+        If two arrays disagree on an axis, or a step size is negative.
+    TypeError
+        If an array holds no real numbers.
+
+    Notes
+    -----
+    Cost: O(t p) with p parameters; memory O(t (k + v) + p).
+
+    References
+    ----------
+    Sun et al. (2024), arXiv:2407.04620; Behrouz et al. (2025), Titans, arXiv:2501.00663; Wang, Shi, Fox (2025),
+    arXiv:2501.12352.
+
+    Examples
+    --------
+    >>> import numpy as np, ttr_np
+    >>> k = [[1.0, 0.0], [1.0, 0.0]]
+    >>> ttr_np.test_time_training(k, k, [[1.0], [7.0]], [1.0, 1.0], memory=ttr_np.Linear(), batch_size=1)
+    array([[1.],
+           [7.]])
+    """
+    return dispatch("test_time_training", locals())
+
+
+def short_convolution(
+    x: Any,
+    weight: Any,
+    *,
+    bias: Any = None,
+    activation: Any = None,
+    initial_state: Any = None,
+    output_final_state: bool = False,
+    cu_seqlens: Any = None,
+    mask: Any = None,
+    backend: Any = None,
+) -> Any:
+    """Convolve every channel by itself with its last few inputs.
+
+    The shift with which most layers build their keys and values: what came just before becomes part of the key.
+
+    Parameters
+    ----------
+    x : (..., t, d)
+        Inputs.
+    weight : (w, d)
+        Taps, the last one for the current token.
+    bias : (d,), optional
+        Offset added to every output.
+    activation : str, optional
+        ``"silu"`` or None.
+    initial_state, output_final_state, cu_seqlens, mask, backend
+        Common to all operators: see ``ttr_np.operators``. State: the last w - 1 inputs, ``x (..., w - 1, d)``.
+
+    Returns
+    -------
+    o : (..., t, d)
+        Convolved inputs, in their dtype; or ``(o, state)``.
+
+    Raises
+    ------
+    ValueError
+        If two arrays disagree on an axis, or the activation is unknown.
+    TypeError
+        If an array holds no real numbers.
+
+    Notes
+    -----
+    Cost: O(t w d); memory O(t d).
+
+    References
+    ----------
+    Fu et al. (2022), H3, arXiv:2212.14052; Gu, Dao (2023), arXiv:2312.00752.
+
+    Examples
+    --------
+    >>> import numpy as np, ttr_np
+    >>> ttr_np.short_convolution([[1.0], [2.0], [3.0]], [[1.0], [10.0]])
+    array([[10.],
+           [21.],
+           [32.]])
+    """
+    return dispatch("short_convolution", locals())
