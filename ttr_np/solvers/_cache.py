@@ -1,0 +1,325 @@
+"""What all memories that keep their pairs share: the cache, and what a block of queries sees of it.
+
+A pair j is weighed at step i by its kernel and by what the gates have left of it, exp(sum of log_decay over (j, i]).
+Those sums only ever add numbers of one sign, so no gate, however strong, costs the mild ones after it a digit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import reduce
+from operator import index
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..notation import CacheState
+from ._chunks import NO_PAST
+
+__all__ = ["Past", "View", "append", "attend", "block_size", "check_options", "empty_cache", "masked", "mix", "past_of"]
+
+
+def check_options(q: Any, log_decay: Any, causal: bool, window: int | None, sinks: int = 0) -> None:
+    """Refuse options that have no meaning together; everything is decided before any work.
+
+    Raises
+    ------
+    ValueError
+        If window < 1, sinks < 0, log_decay has a channel axis, or a window or decays come without an order in time.
+    """
+    if window is not None and index(window) < 1:
+        raise ValueError(f"window must be at least 1, the current key; it is {window}")
+    if index(sinks) < 0:
+        raise ValueError(f"sinks must be at least 0; it is {sinks}")
+    if log_decay is not None and np.ndim(log_decay) >= max(np.ndim(q), 1):
+        raise ValueError(f"log_decay has {np.ndim(log_decay)} axes, q has {np.ndim(q)}: needs axes (..., t), one per step")
+    if not causal and window is not None:
+        raise ValueError(f"window={window} counts back in time: it needs causal=True")
+    if not causal and log_decay is not None:
+        raise ValueError("log_decay ages the past: it needs causal=True")
+
+
+def empty_cache(operator: str, lead: tuple[int, ...], sizes: dict[str, int], dtype: Any) -> CacheState:
+    """A cache without slots; positions are integers, so that they never round."""
+    return CacheState(
+        np.zeros(lead + (0, sizes["k"]), dtype),
+        np.zeros(lead + (0, sizes["v"]), dtype),
+        np.zeros(lead + (0,), dtype),
+        np.zeros(lead + (0,), np.int64),
+    )
+
+
+def forget(log_weight: np.ndarray) -> np.ndarray:
+    """A gate of -1e30 or less is a full reset: what it leaves is exactly nothing."""
+    return np.where(log_weight < NO_PAST / 2, -np.inf, log_weight)
+
+
+def sums(log_decay: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Running sums of gates, in float64; -inf counts as -1e30, so that a sum can be told from a NaN."""
+    return np.cumsum(np.maximum(log_decay, NO_PAST), axis=axis, dtype=np.float64)
+
+
+def left_at_end(log_decay: np.ndarray) -> np.ndarray:
+    """Log of what is left of each pair at the last step: the sum of the gates after it."""
+    after = np.concatenate([log_decay[..., 1:], np.zeros_like(log_decay[..., :1])], axis=-1)
+    return sums(after[..., ::-1])[..., ::-1]
+
+
+def segments(log_decay: np.ndarray) -> np.ndarray:
+    """Sum of the gates after j up to i, ``(..., i, j)``; a NaN stays in the rows from its own on."""
+    after = np.where(np.tri(log_decay.shape[-1], k=-1, dtype=bool), log_decay[..., :, None], 0)
+    return sums(after, axis=-2)
+
+
+def memorised_before(state: CacheState) -> Any:
+    """How many pairs were memorised so far, ``(..., 1)``; 0 for a cache without slots."""
+    return state.position.max(axis=-1, initial=-1, keepdims=True) + 1 if state.position.shape[-1] else 0
+
+
+def positions(state: CacheState, t: int, mask: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Position of each new pair (-1 if masked), and the number memorised up to and with each step; ``(..., t)``."""
+    before = memorised_before(state)
+    if mask is None:
+        return before + np.arange(t), before + np.arange(1, t + 1)
+    counts = before + np.cumsum(mask, axis=-1)
+    return np.where(mask, counts - 1, -1), counts
+
+
+def append(
+    state: CacheState,
+    k: np.ndarray,
+    v: np.ndarray,
+    log_decay: np.ndarray | None,
+    mask: np.ndarray | None,
+    window: int | None = None,
+    sinks: int = 0,
+) -> CacheState:
+    """The cache after the pairs of some steps: old pairs age, unmasked ones join, those out of the window leave."""
+    position, _ = positions(state, k.shape[-2], mask)
+    aged, fresh = state.log_weight, np.zeros(position.shape)
+    if log_decay is not None:
+        total = np.maximum(log_decay, NO_PAST).sum(axis=-1, keepdims=True, dtype=np.float64)
+        aged, fresh = forget(aged + total), forget(left_at_end(log_decay))
+    fresh = np.where(position < 0, -np.inf, fresh)
+    return trim(
+        CacheState(
+            join(state.k, k, 2),
+            join(state.v, v, 2),
+            join(aged.astype(state.log_weight.dtype), fresh, 1),
+            join(state.position, position, 1),
+        ),
+        window,
+        sinks,
+    )
+
+
+def join(old: np.ndarray, new: np.ndarray, own: int) -> np.ndarray:
+    """New entries behind old ones, in the old ones' leading shape and dtype."""
+    lead, n = old.shape[: old.ndim - own], old.shape[old.ndim - own]
+    joined = np.empty(lead + (n + new.shape[new.ndim - own],) + old.shape[old.ndim - own + 1 :], old.dtype)
+    tail = (slice(None),) * (own - 1)
+    joined[(..., slice(None, n)) + tail] = old
+    joined[(..., slice(n, None)) + tail] = new
+    return joined
+
+
+def trim(state: CacheState, window: int | None, sinks: int) -> CacheState:
+    """Only the pairs that a later query can see, oldest first, empty slots (if sequences differ) in front."""
+    keep = state.position >= 0
+    if window is not None:
+        keep &= (state.position >= memorised_before(state) - window) | (state.position < sinks)
+    if keep.all():
+        return state
+    n = int(keep.sum(axis=-1).max(initial=0))
+    order = np.argsort(keep, axis=-1, kind="stable")[..., keep.shape[-1] - n :]
+    kept = np.take_along_axis(keep, order, axis=-1)
+
+    def pick(x: np.ndarray, blank: float) -> np.ndarray:
+        wide = x.ndim > order.ndim
+        taken = np.take_along_axis(x, order[..., None] if wide else order, axis=order.ndim - 1)
+        return np.where(kept[..., None] if wide else kept, taken, x.dtype.type(blank))
+
+    return CacheState(pick(state.k, 0), pick(state.v, 0), pick(state.log_weight, -np.inf), pick(state.position, -1))
+
+
+class Run(NamedTuple):
+    """Consecutive pairs, as views of the arrays they came in.
+
+    ``low``: step of the first pair, negative if all are cached. ``position (..., n)``: -1 where nothing is stored.
+    ``left (..., n)``: log of what is left of each at the run's end. ``total (..., 1)``: sum of the run's gates. Both are
+    None where nothing decays.
+    """
+
+    low: int
+    k: np.ndarray
+    v: np.ndarray
+    position: np.ndarray
+    left: np.ndarray | None
+    total: np.ndarray | None
+
+
+class View(NamedTuple):
+    """What a block of queries sees of a run: ``bias`` joins the logits, ``seen`` (None: all) says which count."""
+
+    k: np.ndarray
+    v: np.ndarray
+    bias: np.ndarray | None
+    seen: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Past:
+    """Everything that the queries of one call can see, in runs of ``size`` pairs."""
+
+    runs: list[Run]
+    size: int
+    counts: np.ndarray
+    log_decay: np.ndarray | None
+    causal: bool
+    window: int | None
+    sinks: int
+
+    def views(self, low: int, high: int) -> Iterator[View]:
+        """Runs as the queries from low to high see them, newest first; the queries must lie inside one run."""
+        start = low - low % self.size
+        since = None if self.log_decay is None else sums(self.log_decay[..., start:high])[..., low - start :]
+        for run in reversed(self.runs):
+            own = self.causal and run.low == start
+            if self.causal and run.low > start:
+                continue
+            if since is not None and not own and np.all(since < NO_PAST / 2):
+                return  # a full reset: nothing older is left
+            if self.reaches(run, low):
+                yield self.view(run, low, high, since, own)
+            if since is not None and run.total is not None and not own:
+                since = since + run.total
+
+    def reaches(self, run: Run, low: int) -> bool:
+        """Whether the window of any query from low on can hold a pair of the run, or the run a sink."""
+        if self.window is None:
+            return True
+        newest, oldest_seen = run.position.max(), self.counts[..., low].min(initial=np.iinfo(np.int64).max) - self.window
+        return bool(newest >= oldest_seen or np.any((run.position >= 0) & (run.position < self.sinks)))
+
+    def view(self, run: Run, low: int, high: int, since: np.ndarray | None, own: bool) -> View:
+        """One run as the queries from low to high see it; of their own run they see no step after high."""
+        n = high - run.low if own else run.k.shape[-2]
+        run = run._replace(k=run.k[..., :n, :], v=run.v[..., :n, :], position=run.position[..., :n])
+        if own:
+            gates = self.log_decay
+            bias = None if gates is None else segments(gates[..., run.low : high])[..., low - run.low :, :]
+        else:
+            parts = [x for x in (None if since is None else since[..., :, None], spread(run.left)) if x is not None]
+            bias = sum(parts) if parts else None
+        bias = None if bias is None else forget(bias).astype(run.k.dtype)
+        return View(run.k, run.v, bias, self.seen(run, low, high, own, bias))
+
+    def seen(self, run: Run, low: int, high: int, own: bool, bias: np.ndarray | None) -> np.ndarray | None:
+        """Which pairs of a run each query may weigh, ``(..., queries, n)``; None for all."""
+        rules = []
+        if own:
+            rules.append(np.tri(high - low, run.k.shape[-2], k=low - run.low, dtype=bool))
+        if np.any(run.position < 0):
+            rules.append(spread(run.position >= 0))
+        if self.window is not None:
+            oldest = self.counts[..., low:high] - self.window
+            if np.any(run.position.min(axis=-1) < oldest.max(axis=-1)):
+                rules.append((spread(run.position) >= oldest[..., :, None]) | spread(run.position < self.sinks))
+        if bias is not None and np.any(bias == -np.inf):
+            rules.append(bias != -np.inf)
+        return reduce(np.logical_and, rules) if rules else None
+
+
+def spread(x: np.ndarray | None) -> np.ndarray | None:
+    """A number per pair, the same for every query."""
+    return None if x is None else x[..., None, :]
+
+
+def past_of(
+    state: CacheState,
+    k: np.ndarray,
+    v: np.ndarray,
+    log_decay: np.ndarray | None,
+    mask: np.ndarray | None,
+    size: int,
+    causal: bool = True,
+    window: int | None = None,
+    sinks: int = 0,
+) -> Past:
+    """The cached pairs and those of this call, in runs of ``size``."""
+    t, n = k.shape[-2], state.k.shape[-2]
+    position, counts = positions(state, t, mask)
+    runs = []
+    for low in range(0, n, size):
+        here = slice(low, min(low + size, n))
+        left = state.log_weight[..., here]
+        runs.append(
+            Run(
+                low - n,
+                state.k[..., here, :],
+                state.v[..., here, :],
+                state.position[..., here],
+                left if np.any(left != 0) else None,
+                None,
+            )
+        )
+    for low in range(0, t, size):
+        here = slice(low, min(low + size, t))
+        gates = None if log_decay is None else log_decay[..., here]
+        runs.append(
+            Run(
+                low,
+                k[..., here, :],
+                v[..., here, :],
+                position[..., here],
+                None if gates is None else left_at_end(gates),
+                None if gates is None else sums(gates)[..., -1:],
+            )
+        )
+    return Past(runs, size, counts, log_decay, causal, window, sinks)
+
+
+def block_size(lead: tuple[int, ...], per_pair: int, most: int = 256, budget: int = 1 << 22) -> int:
+    """Side of a square block of queries and pairs whose workspace stays below a fixed number of numbers."""
+    size = most
+    while size > 8 and size * size * per_pair * int(np.prod(lead)) > budget:
+        size //= 2
+    return size
+
+
+def masked(logits: np.ndarray, view: View) -> np.ndarray:
+    """Logits with the decays of a view; -inf where a query must not look, whatever (even NaN) stands there."""
+    logits = logits if view.bias is None else logits + view.bias
+    return logits if view.seen is None else np.where(view.seen, logits, logits.dtype.type(-np.inf))
+
+
+def mix(weights: np.ndarray, v: np.ndarray, logits: np.ndarray) -> np.ndarray:
+    """weights @ v, where a value that is not finite turns to NaN those queries that see it, and no others."""
+    bad = ~np.isfinite(v)
+    if not bad.any():
+        return weights @ v
+    reached = (logits != -np.inf).astype(weights.dtype) @ bad.astype(weights.dtype)
+    return np.where(reached > 0, np.nan, weights @ np.where(bad, v.dtype.type(0), v))
+
+
+class Mean(NamedTuple):
+    """Weighted mean of values ``(..., c, v)``; its weights are exp(logits - ``top``) / ``weight``, both ``(..., c)``."""
+
+    value: np.ndarray
+    top: np.ndarray
+    weight: np.ndarray
+
+
+def attend(scored: Iterable[tuple[np.ndarray, np.ndarray]], shape: tuple[int, ...], dtype: Any) -> Mean:
+    """Softmax mean over blocks of (logits, values) in one pass: running maximum, weight and sum. Without keys: 0."""
+    top = np.full(shape[:-1], -np.inf, dtype)
+    weight, value = np.zeros(shape[:-1], dtype), np.zeros(shape, dtype)
+    for logits, v in scored:
+        higher = np.maximum(top, logits.max(axis=-1, initial=-np.inf))
+        shift = np.where(higher == -np.inf, dtype.type(0), higher)
+        p, kept = np.exp(logits - shift[..., None]), np.exp(top - shift)
+        weight = kept * weight + p.sum(axis=-1)
+        value = kept[..., None] * value + mix(p, v, logits)
+        top = higher
+    return Mean(np.divide(value, weight[..., None], out=value, where=weight[..., None] != 0), top, weight)
