@@ -43,6 +43,8 @@ ARRAYS: dict[str, Array] = {
     "weight_decay": Array("t", "share of the parameters that is forgotten at a step, in [0, 1]"),
     "weight": Array("w d", "taps of a causal convolution, the last one for the current token"),
     "bias": Array("d", "offset added to every output"),
+    "w": Array("t k", "direction of the reflection that a step applies to all keys before it; of unit length"),
+    "levels": Array("t l", "weight of each dyadic bucket of the past, the newest first"),
     "mask": Array("t", "True where the token is memorised"),
 }
 
@@ -101,7 +103,8 @@ class CacheState(NamedTuple):
     """The pairs a nonparametric memory still needs, oldest first.
 
     ``k (..., n, k)``, ``v (..., n, v)``, ``log_weight (..., n)``: the log of each pair's share of weight left by the
-    decays since (-inf where a slot is empty), ``position (..., n)``: how many pairs were memorised before it.
+    decays since (-inf where a slot is empty), ``position (..., n)``: how many pairs were memorised before it (-1 where a
+    slot is empty).
     """
 
     k: Any
@@ -122,6 +125,13 @@ class TestTimeTrainingState(NamedTuple):
     parameters: Any
     momentum: Any
     anchor: Any
+    count: Any
+
+
+class LogLinearAttentionState(NamedTuple):
+    """``S (..., l, k, v)``, one sum per bucket of the past, and ``count (...)``: pairs memorised so far."""
+
+    S: Any
     count: Any
 
 
@@ -168,6 +178,13 @@ OPERATORS: dict[str, Signature] = {
     ),
     "softmax_attention": Signature(("q", "k", "v"), ("log_decay",), _kv, ("q",), _cache, sees_mask=True),
     "local_polynomial": Signature(("q", "k", "v"), ("log_decay",), _kv, ("q",), _cache, sees_mask=True),
+    "sparse_attention": Signature(("q", "k", "v"), (), ("k", "v"), ("q",), _cache, sees_mask=True),
+    "path_attention": Signature(
+        ("q", "k", "v", "beta", "w"), (), ("k", "v", "beta", "w"), ("q",), _cache, sees_mask=True
+    ),
+    "log_linear_attention": Signature(
+        ("q", "k", "v", "levels"), ("log_decay",), _kv, ("q", "levels"), {"S": "l k v", "count": ""}, sees_mask=True
+    ),
     "kernel_ridge": Signature(("q", "k", "v"), (), ("k", "v"), ("q",), _cache, sees_mask=True),
     "test_time_training": Signature(
         ("q", "k", "v", "step_size"),
@@ -190,6 +207,9 @@ STATES: dict[str, type] = {
     "mesa": MesaState,
     "softmax_attention": CacheState,
     "local_polynomial": CacheState,
+    "sparse_attention": CacheState,
+    "path_attention": CacheState,
+    "log_linear_attention": LogLinearAttentionState,
     "kernel_ridge": CacheState,
     "test_time_training": TestTimeTrainingState,
     "short_convolution": ShortConvolutionState,
@@ -286,6 +306,8 @@ _DRAW = {
     "k": _unit,
     "q": _unit,
     "erase_key": _unit,
+    "w": _unit,
+    "levels": lambda rng, shape: rng.uniform(0.1, 1.0, shape),
     "a": lambda rng, shape: -0.5 * _unit(rng, shape),
     "b": lambda rng, shape: _unit(rng, shape),
     "beta": lambda rng, shape: rng.uniform(0.05, 0.95, shape),
@@ -327,7 +349,7 @@ def draw(
     dtype
         Of every array drawn.
     **sizes
-        Size of each axis; unnamed ones are t 7, k 5, v 3, d 4, n 4, w 4.
+        Size of each axis; unnamed ones are t 7, k 5, v 3, d 4, n 4, w 4, l 6.
 
     Returns
     -------
@@ -339,7 +361,7 @@ def draw(
     >>> sorted(draw("delta_rule", np.random.default_rng(0), t=3))
     ['beta', 'k', 'q', 'v']
     """
-    sizes = {"t": 7, "k": 5, "v": 3, "d": 4, "n": 4, "w": 4} | sizes
+    sizes = {"t": 7, "k": 5, "v": 3, "d": 4, "n": 4, "w": 4, "l": 6} | sizes
     drawn = {}
     for name in OPERATORS[operator].arrays + tuple(optional):
         axes = ARRAYS[name].axes.split("|")[-1 if per_channel else 0].split()
