@@ -1,0 +1,38 @@
+"""Test-time regression: every sequence layer as weights, a regressor and an optimizer.
+
+    m_t = argmin over m in M of  1/2 sum_i gamma_i(t) |v_i - m(k_i)|^2,    o_t = m_t(q_t)
+"""
+
+__version__ = "0.1.0"
+
+from . import features
+from .backends import (
+    BackendUnavailable,
+    available_backends,
+    resolve_backend,
+    set_backend,
+    show_config,
+    use_backend,
+)
+from .framework import recall
+from .layers import Gate, Layer, layers
+from .memories import MLP, Linear
+from .operators import *  # noqa: F403
+from .operators import __all__ as _operators
+
+__all__ = [
+    "MLP",
+    "BackendUnavailable",
+    "Gate",
+    "Layer",
+    "Linear",
+    "available_backends",
+    "features",
+    "layers",
+    "recall",
+    "resolve_backend",
+    "set_backend",
+    "show_config",
+    "use_backend",
+    *_operators,
+]
