@@ -1,0 +1,83 @@
+"""The ``ttr`` command: one module per subcommand, each with ``declare(parser)`` and ``run(arguments)``.
+
+Exit codes: 0 done, 2 bad input (one line says which), 130 interrupted, 141 the reader of a pipe went away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn
+
+import ttr_np
+
+__all__ = ["Refusal", "main"]
+
+COMMANDS = {
+    "recall": "recall of a real text by every layer, without training",
+    "layers": "the table of layers: weights, regressor, optimizer",
+    "config": "versions, backends, threads and devices",
+}
+DESCRIPTION = "Test-time regression: every sequence layer as weights, a regressor and an optimizer."
+
+
+class Refusal(Exception):
+    """What the user asked for cannot be done; the message is one line."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise Refusal(f"{message} (see {self.prog} --help)")
+
+
+def parser() -> Parser:
+    """All subcommands, each declared by its own module."""
+    top = Parser("ttr", description=DESCRIPTION, epilog="ttr COMMAND --help explains a command.")
+    top.add_argument("--version", action="version", version=f"ttr_np {ttr_np.__version__}")
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, summary in COMMANDS.items():
+        module = import_module(f"{__name__}.{name}")
+        command = commands.add_parser(name, help=summary, description=module.__doc__.split("\n\n")[0])
+        module.declare(command)
+        command.set_defaults(run=module.run)
+    return top
+
+
+def dispatch(argv: Sequence[str] | None) -> int:
+    """Run one subcommand and hand its output over, so that a closed pipe shows here and not at exit."""
+    try:
+        arguments = parser().parse_args(argv)
+        arguments.run(arguments)
+        code = 0
+    except SystemExit as done:
+        code = int(done.code or 0)
+    sys.stdout.flush()
+    return code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        Arguments after ``ttr``; default: those of the process.
+    """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without the letter must not end the table
+    try:
+        return dispatch(argv)
+    except Refusal as problem:
+        print(f"ttr: {problem}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nttr: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141

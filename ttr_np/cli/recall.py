@@ -1,0 +1,212 @@
+"""Recall of a real text by every layer, without training.
+
+Words and punctuation marks get random embeddings of length one. A memory stores, token by token, what followed what,
+and is asked at each token it has seen before what comes next. Compared with counting: the last and the most frequent
+continuation seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import textwrap
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from ..text_recall import BadInput, text_recall
+from . import Refusal
+from .table import aligned
+
+__all__ = ["declare", "report", "run"]
+
+WIDTH = 120
+FIGURES = (".png", ".svg", ".pdf")
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """The options; those that are left out are the defaults of ``text_recall``."""
+    add = parser.add_argument
+    add("--text", metavar="FILE", help="any UTF-8 text, - for standard input; default: standard-library source")
+    add("--layers", metavar="NAMES", action="append", help="comma-separated names, see ttr layers; default: all")
+    add("--dimension", type=int, metavar="D", default=64, help="size of the embeddings (default 64)")
+    add("--length", type=int, metavar="T", default=2048, help="tokens read from the text (default 2048)")
+    add("--seed", type=int, default=0, help="of the embeddings (default 0)")
+    add("--backend", metavar="NAMES", action="append", help="comma-separated; default: all available")
+    add("--budget", type=float, metavar="S", default=5.0, help="seconds an unnamed layer may take (default 5)")
+    add("--json", metavar="FILE", nargs="?", const="-", help="write the result as JSON; - or nothing: print it alone")
+    add("--plot", metavar="FILE", help="draw it: bars by layer, lines by distance (.png, .svg or .pdf)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Check everything that can be wrong, then measure, then print, write and draw."""
+    text = None if arguments.text is None else read(arguments.text)
+    if arguments.plot is not None:
+        draw = plotter(arguments.plot)
+    for path in (arguments.json, arguments.plot):
+        if path not in (None, "-"):
+            check_writable(path)
+    try:
+        result = text_recall(
+            text,
+            layers=split(arguments.layers),
+            dimension=arguments.dimension,
+            length=arguments.length,
+            seed=arguments.seed,
+            backends=split(arguments.backend),
+            budget=arguments.budget,
+            progress=progress_bar(),
+        )
+    except BadInput as problem:
+        raise Refusal(str(problem)) from None
+    result["text"]["source"] = arguments.text or "standard-library source"
+    if arguments.json is not None:
+        write_json(result, arguments.json)
+    if arguments.json != "-":
+        print(report(result))
+    if arguments.plot is not None:
+        draw(result, arguments.plot)
+
+
+def read(path: str) -> str:
+    """A text file, which must be UTF-8 and hold something."""
+    try:
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        text = data.decode("utf-8-sig" if data.startswith(b"\xef\xbb\xbf") else "utf-8")
+    except OSError as problem:
+        raise Refusal(f"cannot read {path}: {problem.strerror}") from None
+    except UnicodeDecodeError as problem:
+        place = problem.start + 3 * data.startswith(b"\xef\xbb\xbf")
+        raise Refusal(f"{path} is not UTF-8: byte 0x{data[place]:02x} at offset {place}") from None
+    if not text.strip():
+        raise Refusal(f"{path} is empty")
+    return text
+
+
+def split(names: Iterable[str] | None) -> list[str] | None:
+    """Names given in one option with commas, in several options, or both."""
+    if names is None:
+        return None
+    found = [name.strip() for group in names for name in group.split(",") if name.strip()]
+    if not found:
+        raise Refusal("an option that takes names was given none")
+    return found
+
+
+def plotter(path: str) -> Callable[[dict[str, Any], str], None]:
+    """The function that draws, found before the work so that a missing package costs no time."""
+    if Path(path).suffix.lower() not in FIGURES:
+        raise Refusal(f"--plot writes {', '.join(FIGURES)}; {path} is none of them")
+    try:
+        from .plot import save
+    except ImportError:
+        raise Refusal("--plot needs matplotlib: pip install 'ttr_np[plot]'") from None
+    return save
+
+
+def check_writable(path: str) -> None:
+    """Refuse now what could not be written after the work; leaves no file behind."""
+    existed = Path(path).exists()
+    try:
+        Path(path).open("ab").close()
+    except OSError as problem:
+        raise Refusal(f"cannot write {path}: {problem.strerror}") from None
+    if not existed:
+        Path(path).unlink()
+
+
+def write_json(result: dict[str, Any], path: str) -> None:
+    """The result to a file or to standard output."""
+    text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
+    if path == "-":
+        print(text)
+    else:
+        Path(path).write_text(text + "\n", encoding="utf-8")
+
+
+def progress_bar() -> Callable[[int, int, str], None] | None:
+    """A line that rewrites itself on a terminal; None, so silence, anywhere else."""
+    if not sys.stderr.isatty():
+        return None
+
+    def show(done: int, total: int, name: str) -> None:
+        filled = 30 * done // total
+        bar = f"[{'#' * filled}{'.' * (30 - filled)}] {done}/{total} {name}"
+        print("\r\033[K" + (bar if done < total else ""), end="", file=sys.stderr, flush=True)
+
+    return show
+
+
+def percent(share: float | None, digits: int = 0) -> str:
+    """A share as a percentage without its sign."""
+    return "-" if share is None else f"{100 * share:.{digits}f}"
+
+
+def thousands(number: float) -> str:
+    """A speed in three digits or so."""
+    for unit, suffix in ((1e6, "M"), (1e3, "k")):
+        if number >= unit:
+            return f"{number / unit:.3g}{suffix}" if number < 100 * unit else f"{number / unit:.0f}{suffix}"
+    return f"{number:.3g}"
+
+
+def report(result: dict[str, Any]) -> str:
+    """The result for a reader: what was asked, the table, what did not run."""
+    text = result["text"]
+    length = f"first {text['used']} of {text['tokens']}" if text["used"] < text["tokens"] else f"{text['used']}"
+    head = [
+        f"Recall (%) of the next token at the {text['scored']} tokens that were seen before, by tokens since last seen",
+        f"{text['source']}: {length} tokens, {text['words']} words; embeddings of dimension {result['dimension']}, "
+        f"seed {result['seed']}, {result['dtype']}",
+    ]
+    foot = ["", "* counting, not a memory: the last, and the most frequent, continuation seen so far", *speeds(result)]
+    head = [part for line in head for part in textwrap.wrap(line, WIDTH)]
+    return "\n".join([*head, "", table(result), *foot, *remarks(result)])
+
+
+def speeds(result: dict[str, Any]) -> list[str]:
+    """What the columns of the backends mean, and all the time it took."""
+    names = ", ".join(backends_of(result)) or "none"
+    return [f"tokens per second on each backend ({names}); all together {result['seconds']:.1f} s"]
+
+
+def backends_of(result: dict[str, Any]) -> list[str]:
+    """The backends that ran anything, in order."""
+    return list(dict.fromkeys(run["backend"] for entry in result["layers"] for run in entry["runs"]))
+
+
+def table(result: dict[str, Any]) -> str:
+    """Layers and baselines, best first."""
+    backends = backends_of(result)
+    one = all(len(entry["runs"]) == 1 for entry in result["layers"])  # else seconds, which speeds imply, would not fit
+    distances = [entry["tokens"] for entry in result["distances"]]
+    heading = ["layer", "weights", "regressor", "optimizer", "recall", *distances, *["seconds"] * one, *backends]
+    rows = sorted(result["layers"] + result["baselines"], key=lambda entry: -(entry["recall"] or 0.0))
+    lines = [cells(entry, backends, one) for entry in rows]
+    return aligned([heading, *lines], right=range(4, len(heading)), whole=[0], width=WIDTH)
+
+
+def cells(entry: dict[str, Any], backends: list[str], one: bool) -> list[str]:
+    """One line of the table."""
+    runs = {run["backend"]: run for run in entry.get("runs", [])}
+    is_layer = bool(runs)
+    name = entry["name"] if is_layer else "* " + entry["name"].removesuffix(" continuation seen")
+    about = [entry[key] if is_layer else "" for key in ("weights", "regressor", "optimizer")]
+    shares = [percent(entry["recall"], 1), *map(percent, entry["by_distance"])]
+    seconds = [f"{entry['runs'][0]['seconds']:.3f}" if is_layer else ""] * one
+    speed = [thousands(runs[backend]["tokens_per_second"]) if backend in runs else "" for backend in backends]
+    return [name, *about, *shares, *seconds, *speed]
+
+
+def remarks(result: dict[str, Any]) -> list[str]:
+    """Layers that gave no answer at some tokens, and layers that did not run, by reason."""
+    lines = []
+    silent = [f"{entry['name']} {entry['unanswered']}" for entry in result["layers"] if entry["unanswered"]]
+    if silent:
+        lines.append(f"tokens without an answer (output zero or not finite): {', '.join(silent)}")
+    reasons: dict[str, list[str]] = {}
+    for entry in result["not_run"]:
+        reasons.setdefault(entry["reason"], []).append(entry["name"])
+    lines += [f"not run: {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+    return [part for line in lines for part in textwrap.wrap(line, WIDTH, subsequent_indent="  ")]
