@@ -145,44 +145,98 @@ def segment_sums(log_decay: np.ndarray) -> np.ndarray:
 class Gates(NamedTuple):
     """Decays inside one chunk of c tokens, as factors in [0, 1]; the channel axis has size 1 if there is one per step.
 
-    ``pairs (..., c, c)`` or ``(..., k, c, c)``: what is left at i of what was stored at j; zero above the diagonal.
+    ``pairs``: what is left at i of what was stored at j, ``(..., c, c)``, zero above the diagonal; with one gate per
+    channel these would be c^2 k numbers, so there they are a product of two factors at every level of halves.
     ``since (..., c, 1 | k)``: what is left at i of the state at the chunk's start.
     ``to_end (..., c, 1 | k)``: what is left at the chunk's end of what was stored at j.
     """
 
-    pairs: np.ndarray
+    pairs: np.ndarray | tuple[Halves, ...]
     since: np.ndarray
     to_end: np.ndarray
 
 
+class Halves(NamedTuple):
+    """Decays from the first to the second half of every block of 2 h tokens, through the middle; each ``(..., n, h, k)``.
+
+    ``rows``: from the middle to a token of the second half; ``columns``: from a token of the first half to the middle.
+    """
+
+    rows: np.ndarray
+    columns: np.ndarray
+
+
 def gates_of(log_decay: np.ndarray, per_channel: bool) -> Gates:
     """All decays of one chunk, each the exponential of a sum of gates (never of a difference)."""
-    channels_first = np.swapaxes(log_decay, -1, -2) if per_channel else log_decay[..., None, :]
-    pairs = np.exp(segment_sums(channels_first))
-    since = np.exp(np.cumsum(np.maximum(channels_first, NO_PAST), axis=-1))
-    return Gates(
-        pairs if per_channel else pairs[..., 0, :, :],
-        np.swapaxes(since, -1, -2),
-        np.swapaxes(pairs[..., -1, :], -1, -2),
-    )
+    if per_channel:
+        return channel_gates(log_decay)
+    pairs = np.exp(segment_sums(log_decay))
+    since = np.exp(np.cumsum(np.maximum(log_decay, NO_PAST), axis=-1))
+    return Gates(pairs, since[..., None], pairs[..., -1, :, None])
+
+
+def channel_gates(log_decay: np.ndarray) -> Gates:
+    """Decays of one chunk with one gate per channel.
+
+    A pair of tokens meets in exactly one block of 2^n tokens with the one in the second half and the other in the
+    first, and its decay is the product of the two ways to the middle, both in [0, 1]. The ways are products of gates,
+    found by doubling: nothing is divided or subtracted, so neither gates of -inf nor steep ones cost a digit.
+
+    Parameters
+    ----------
+    log_decay : (..., c, k)
+    """
+    c = log_decay.shape[-2]
+    decay = np.exp(fill_blocks(log_decay))
+    since, until = decay[..., :, None, :], np.ones_like(decay)[..., :, None, :]  # (..., blocks, h, k), h = 1
+    levels = []
+    while since.shape[-3] > 1:
+        (first, second), (first_until, second_until) = pair_blocks(since), pair_blocks(until)
+        levels.append(Halves(second, first_until))
+        since = np.concatenate([first, second * first[..., -1:, :]], axis=-2)
+        until = np.concatenate([first_until * second[..., -1:, :], second_until], axis=-2)
+    since, until = since[..., 0, :c, :], until[..., 0, :c, :]
+    # The state meets this factor at every chunk: the exponential of the sum rounds once where c factors round c times.
+    since[..., -1, :] = np.exp(np.sum(np.maximum(log_decay, NO_PAST), axis=-2))
+    return Gates(tuple(levels), since, until)
+
+
+def fill_blocks(x: np.ndarray) -> np.ndarray:
+    """x with zeros after its last token, up to a power of two."""
+    c = x.shape[-2]
+    n = 1 << max(c - 1, 0).bit_length()
+    return x if n == c else np.concatenate([x, np.zeros(x.shape[:-2] + (n - c, x.shape[-1]), x.dtype)], axis=-2)
+
+
+def pair_blocks(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Even and odd blocks of ``(..., blocks, h, k)``."""
+    return x[..., 0::2, :, :], x[..., 1::2, :, :]
 
 
 def lag(gates: Gates) -> Gates:
     """The same decays one step earlier: for answers that read the state before their own step."""
-    pairs, since = np.zeros_like(gates.pairs), np.ones_like(gates.since)
-    pairs[..., 1:, :] = gates.pairs[..., :-1, :]
-    since[..., 1:, :] = gates.since[..., :-1, :]
-    return Gates(pairs, since, gates.to_end)
+    if isinstance(gates.pairs, tuple):
+        pairs = tuple(Halves(one_later(rows, 1), columns) for rows, columns in gates.pairs)
+    else:
+        pairs = one_later(gates.pairs, 0)
+    return Gates(pairs, one_later(gates.since, 1), gates.to_end)
 
 
-def products(x: np.ndarray, y: np.ndarray, pairs: np.ndarray | None, strict: bool = False) -> np.ndarray:
+def one_later(x: np.ndarray, first: float) -> np.ndarray:
+    """Rows moved down by one, the first one a constant."""
+    y = np.full_like(x, first)
+    y[..., 1:, :] = x[..., :-1, :]
+    return y
+
+
+def products(x: np.ndarray, y: np.ndarray, pairs: Any, strict: bool = False) -> np.ndarray:
     """Decayed products x_i . y_j of one chunk for j <= i (j < i if strict), zero elsewhere.
 
     Parameters
     ----------
     x, y : (..., c, k)
-    pairs : (..., c, c) or (..., k, c, c)
-        Decays between the two tokens, or None for none.
+    pairs
+        Decays between the two tokens as in ``Gates``, or None for none.
     strict
         Leave out j = i.
 
@@ -190,13 +244,33 @@ def products(x: np.ndarray, y: np.ndarray, pairs: np.ndarray | None, strict: boo
     -------
     scores : (..., c, c)
     """
-    if pairs is not None and pairs.ndim > max(x.ndim, y.ndim):
-        decayed = pairs * np.swapaxes(x, -1, -2)[..., :, None]
-        scores = np.einsum("...kij,...jk->...ij", decayed, y, optimize=False)
-    else:
-        scores = x @ np.swapaxes(y, -1, -2)
-        scores = scores if pairs is None else scores * pairs
+    if isinstance(pairs, tuple):
+        return channel_products(x, y, pairs, strict)
+    scores = x @ np.swapaxes(y, -1, -2)
+    scores = scores if pairs is None else scores * pairs
     return np.where(np.tri(x.shape[-2], k=-1 if strict else 0, dtype=bool), scores, x.dtype.type(0))
+
+
+def channel_products(x: np.ndarray, y: np.ndarray, levels: tuple[Halves, ...], strict: bool) -> np.ndarray:
+    """Products with one decay per channel: at every level the second halves meet the first ones in one product."""
+    c = x.shape[-2]
+    lead = np.broadcast_shapes(x.shape[:-2], y.shape[:-2], *(rows.shape[:-3] for rows, _ in levels))
+    x, y = fill_blocks(x), fill_blocks(y)
+    scores = np.zeros(lead + (x.shape[-2], x.shape[-2]), x.dtype)
+    if not strict:
+        np.einsum("...ii->...i", scores)[...] = np.einsum("...k,...k->...", x, y)
+    for rows, columns in levels:
+        n, h, k = rows.shape[-3:]
+        later = x.reshape(x.shape[:-2] + (n, 2, h, k))[..., 1, :, :] * rows
+        earlier = y.reshape(y.shape[:-2] + (n, 2, h, k))[..., 0, :, :] * columns
+        blocks(scores, n)[..., h:, :h] = later @ np.swapaxes(earlier, -1, -2)
+    return scores[..., :c, :c]
+
+
+def blocks(x: np.ndarray, n: int) -> np.ndarray:
+    """A view of the n square blocks on the diagonal, ``(..., n, size, size)``."""
+    size = x.shape[-1] // n
+    return np.einsum("...aiaj->...aij", x.reshape(x.shape[:-2] + (n, size, n, size)))
 
 
 def unit_lower_inverse(L: np.ndarray) -> np.ndarray:
@@ -218,13 +292,15 @@ def unit_lower_inverse(L: np.ndarray) -> np.ndarray:
     c = L.shape[-1]
     n = 1 << max(c - 1, 0).bit_length()
     X = np.zeros(L.shape[:-2] + (n, n), L.dtype)
+    if n > c:
+        filled = X.copy()
+        filled[..., :c, :c] = L
+        L = filled
     X[..., range(n), range(n)] = 1
     size = 1
     while size < c:
-        for low in range(0, c, 2 * size):
-            middle, high = low + size, min(low + 2 * size, c)
-            if middle < high:
-                left = L[..., middle:high, low:middle] @ X[..., low:middle, low:middle]
-                X[..., middle:high, low:middle] = -X[..., middle:high, middle:high] @ left
+        low, inverse = blocks(L, n // (2 * size))[..., size:, :size], blocks(X, n // (2 * size))
+        left = low @ inverse[..., :size, :size]
+        inverse[..., size:, :size] = -inverse[..., size:, size:] @ left
         size *= 2
     return X[..., :c, :c]

@@ -58,8 +58,8 @@ def recurrent(
     for t in range(q.shape[-2]):
         k_t, v_t, p_t = k[..., t, :], v[..., t, :], erase[..., t, :]
         if log_decay is not None:
-            decay = np.exp(log_decay if log_decay.ndim == q.ndim else log_decay[..., None])
-            S = decay[..., t, :, None] * S
+            decay = np.exp(log_decay[..., t, :, None] if log_decay.ndim == q.ndim else log_decay[..., t, None, None])
+            S = decay * S
         error = v_t - np.einsum("...kv,...k->...v", S, p_t)
         S = S + (beta[..., t, None] * k_t)[..., :, None] * error[..., None, :]
         o[..., t, :] = scale * np.einsum("...kv,...k->...v", S, q[..., t, :])
@@ -86,7 +86,7 @@ def chunked(
         {"q": -2, "k": -2, "v": -2, "beta": -1, "log_decay": -2 if per_channel else -1, "erase_key": -2},
         output_like(q, v, state.S),
         state,
-        16 if per_channel else 64,
+        64,
     )
 
 

@@ -107,7 +107,7 @@ def chunked(
         {"q": -2, "k": -2, "v": -2, "log_decay": -2 if per_channel else -1},
         output_like(q, v, state.S),
         state,
-        16 if per_channel else 64,
+        64,
     )
 
 

@@ -1,0 +1,82 @@
+"""Diagonal scan: every channel an exponential moving sum of its own, real or complex.
+
+    h_t = exp(log_decay_t + i phase_t) h_{t-1} + x_t
+
+The recurrence of LRU, HGRN, RG-LRU and S4D: weights that decay, and keys that are constant in time.
+
+[1] Orvieto et al. (2023), Resurrecting recurrent neural networks for long sequences, arXiv:2303.06349
+[2] De et al. (2024), Griffin, arXiv:2402.19427
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..calling import run
+from ..notation import DiagonalScanState
+
+__all__ = ["chunked", "diagonal_scan", "recurrent"]
+
+BLOCK = 64  # fixed, so that cuts on its multiples leave every bit as it is
+
+
+def diagonal_scan(x: Any, log_decay: Any, *, phase: Any = None, **common: Any) -> Any:
+    """Diagonal scan; see ``ttr_np.diagonal_scan``."""
+    return run(chunked, "diagonal_scan", {"x": x, "log_decay": log_decay, "phase": phase}, **common)
+
+
+def factors(log_decay: np.ndarray, phase: np.ndarray | None, dtype: np.dtype) -> np.ndarray:
+    """What is left of the state after each step. A gate of -inf leaves nothing, whatever its phase."""
+    size = np.exp(log_decay)
+    return size if phase is None else size * (np.cos(phase) + dtype.type(1j) * np.sin(phase))
+
+
+def recurrent(
+    x: np.ndarray, log_decay: np.ndarray, phase: np.ndarray | None = None, *, state: DiagonalScanState
+) -> tuple[np.ndarray, DiagonalScanState]:
+    """The recurrence, token by token. Cost: O(t d)."""
+    (h,) = state
+    o = np.empty(h.shape[:-1] + x.shape[-2:], h.dtype)
+    for t in range(x.shape[-2]):
+        angle = None if phase is None else phase[..., t, :]
+        h = factors(log_decay[..., t, :], angle, h.dtype) * h + x[..., t, :]
+        o[..., t, :] = h
+    return o, DiagonalScanState(h)
+
+
+def chunked(
+    x: np.ndarray, log_decay: np.ndarray, phase: np.ndarray | None = None, *, state: DiagonalScanState
+) -> tuple[np.ndarray, DiagonalScanState]:
+    """Blocks of tokens side by side, each from zero, then the state carried across them. Cost: O(t d).
+
+    Python walks t / c blocks and c tokens instead of t tokens. Decays are only multiplied, never divided.
+    """
+    (h,) = state
+    o = np.empty(h.shape[:-1] + x.shape[-2:], h.dtype)
+    whole = x.shape[-2] // BLOCK * BLOCK
+    if whole:
+        decay = in_blocks(factors(log_decay, phase, h.dtype)[..., :whole, :], whole)
+        h = scan_blocks(in_blocks(x, whole), decay, in_blocks(o, whole), h)
+    rest = None if phase is None else phase[..., whole:, :]
+    o[..., whole:, :], state = recurrent(x[..., whole:, :], log_decay[..., whole:, :], rest, state=DiagonalScanState(h))
+    return o, state
+
+
+def in_blocks(x: np.ndarray, whole: int) -> np.ndarray:
+    """A view ``(..., blocks, c, d)`` of the first tokens."""
+    return x[..., :whole, :].reshape(x.shape[:-2] + (whole // BLOCK, BLOCK, x.shape[-1]))
+
+
+def scan_blocks(x: np.ndarray, decay: np.ndarray, o: np.ndarray, h: np.ndarray) -> np.ndarray:
+    """Fill ``o (..., blocks, c, d)`` and return the state at the end; ``decay`` becomes its own running product."""
+    o[..., 0, :] = x[..., 0, :]
+    for i in range(1, BLOCK):
+        np.multiply(decay[..., i, :], o[..., i - 1, :], out=o[..., i, :])
+        o[..., i, :] += x[..., i, :]
+        decay[..., i, :] *= decay[..., i - 1, :]
+    for block in range(o.shape[-3]):
+        o[..., block, :, :] += decay[..., block, :, :] * h[..., None, :]
+        h = o[..., block, -1, :]
+    return h.copy()
