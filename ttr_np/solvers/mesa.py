@@ -1,0 +1,359 @@
+"""Mesa layer (MesaNet): the exact ridge regression of every step, its ridge constant in time.
+
+    G_t = g_t G_{t-1} + beta_t k_t v_t^T,    H_t = g_t H_{t-1} + beta_t k_t k_t^T,    o_t = G_t^T (H_t + diag(ridge))^-1 q_t
+
+with g = exp(log_decay). Three solvers of x_t = (H_t + diag(ridge))^-1 q_t:
+
+- ``exact``. Without decay, chunks of tokens share one factorisation (2.12 of recursive least squares: whitened keys W
+  of the chunk, X = Q P - tril(Q W^T) W with P = (H + diag(ridge))^-1 at its start). With decay the ridge is another one
+  at every step in the data's units, and every token gets its own solve, a few tokens at a time. With a ridge of zero
+  anywhere the answer is that of minimum norm, G_t^T pinv(H_t + diag(ridge)) q_t, where eigenvalues below k eps times the
+  largest count as zero.
+- ``cg``: conjugate gradients from x = 0 for all tokens of a chunk at once; H_t is never formed, its products with p are
+  linear attention with the keys as values,  H_t p_t = g_t H p_t + sum_i beta_i g_ti k_i (k_i . p_t).
+- ``chebyshev``: the same products with fixed coefficients, from the bounds ridge <= eigenvalues <= ridge + |H_t|_F.
+
+[1] von Oswald et al. (2025), MesaNet, arXiv:2506.05233
+[2] Peng et al. (2025), Gated KalmaNet, arXiv:2511.21016 (Chebyshev; its ridge, tied to |H_t|_F, is another estimator)
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from ..calling import run
+from ..notation import MesaState
+from ._chunks import Gates, gates_of, in_chunks, output_like, products
+from .recursive_least_squares import refuse, weigh, whiten
+
+__all__ = ["chunked", "mesa", "recurrent"]
+
+AT_ONCE = 1 << 18  # numbers of H_t held at once by per-token solves
+
+
+def mesa(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    log_decay: Any = None,
+    beta: Any = None,
+    ridge: Any = 1.0,
+    solver: str = "exact",
+    iterations: int | None = None,
+    tolerance: float | None = None,
+    **common: Any,
+) -> Any:
+    """Mesa layer; see ``ttr_np.mesa``.
+
+    ``iterations`` is the most a solver may take (default: 2 k for ``cg``, as rounding delays the k of theory; what the
+    bounds ask for, at most 1000, for ``chebyshev``); ``tolerance`` the residual |q - (H + ridge) x| / |q| at which a
+    token is done (default: eps^(3/4), 1.8e-12 in float64, 6.4e-6 in float32). A token that is not done at the limit
+    keeps what it has, and a RuntimeWarning says so.
+    """
+    if np.ndim(log_decay) and np.ndim(log_decay) == np.ndim(q):
+        raise ValueError(
+            "log_decay must have one number per step (..., t): with one per channel no pair has a single weight, "
+            "so the memory would not solve a weighted regression"
+        )
+    check_options(k, ridge, solver, iterations, tolerance, beta)
+    arrays = {"q": q, "k": k, "v": v, "log_decay": log_decay, "beta": beta}
+    options = {"ridge": np.asarray(ridge), "solver": solver, "iterations": iterations, "tolerance": tolerance}
+    return run(chunked, "mesa", arrays, options, **common)
+
+
+def check_options(k: Any, ridge: Any, solver: str, iterations: Any, tolerance: Any, beta: Any) -> None:
+    """What a solver can work with; a ValueError names the option and its value."""
+    if solver not in SOLVERS:
+        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
+    if np.ndim(ridge) and np.shape(ridge)[-1] != np.shape(k)[-1]:
+        raise ValueError(f"axis 'k' is {np.shape(ridge)[-1]} in ridge but {np.shape(k)[-1]} in k")
+    good = np.isfinite(ridge) & (np.asarray(ridge) >= 0)
+    refuse("ridge", good, ridge, "must be finite and >= 0")
+    if solver == "chebyshev":
+        refuse("ridge", np.asarray(ridge) > 0, ridge, "must be > 0 for solver 'chebyshev'")
+    if iterations is not None and iterations < 1:
+        raise ValueError(f"iterations must be at least 1, got {iterations}")
+    if tolerance is not None and not tolerance >= 0:
+        raise ValueError(f"tolerance must be >= 0, got {tolerance}")
+    if beta is not None:
+        refuse("beta", ~(np.asarray(beta) < 0), beta, "must be >= 0 (it is the weight of a pair)")
+
+
+def recurrent(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    log_decay: np.ndarray | None = None,
+    beta: np.ndarray | None = None,
+    *,
+    ridge: Any = 1.0,
+    solver: str = "exact",
+    iterations: int | None = None,
+    tolerance: float | None = None,
+    state: MesaState,
+) -> tuple[np.ndarray, MesaState]:
+    """The recurrence, token by token, with one solve each. Cost: O(t (k^3 + k v))."""
+    G, H = state
+    o = output_like(q, v, G)
+    k_w, v_w = weigh(k, beta), weigh(v, beta)
+    ridge = np.asarray(ridge, G.dtype)
+    for t in range(q.shape[-2]):
+        decay = 1 if log_decay is None else np.exp(log_decay[..., t, None, None])
+        G = decay * G + k_w[..., t, :, None] * v_w[..., t, None, :]
+        H = decay * H + k_w[..., t, :, None] * k_w[..., t, None, :]
+        q_t = q[..., t : t + 1, :]
+        if solver == "exact":
+            x = solve(H[..., None, :, :], ridge, q_t)
+        else:
+            norm = partial(np.linalg.norm, H[..., None, :, :], axis=(-2, -1))
+            q_t = spread_over(q_t, H)
+            x = iterate(solver, lambda p, H=H: p @ H, norm, ridge, q_t, iterations, tolerance)
+        o[..., t : t + 1, :] = x @ G
+    return o, MesaState(G, H)
+
+
+def chunked(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    log_decay: np.ndarray | None = None,
+    beta: np.ndarray | None = None,
+    *,
+    ridge: Any = 1.0,
+    solver: str = "exact",
+    iterations: int | None = None,
+    tolerance: float | None = None,
+    state: MesaState,
+) -> tuple[np.ndarray, MesaState]:
+    """Chunks of c tokens: a common factorisation, k passes of linear attention, or a solve per token (see above)."""
+    ridge = np.asarray(ridge, state.G.dtype)
+    options = {"ridge": ridge, "solver": solver, "iterations": iterations, "tolerance": tolerance}
+    return in_chunks(
+        partial(chunk, **options),
+        partial(recurrent, **options),
+        {"q": q, "k": k, "v": v, "log_decay": log_decay, "beta": beta},
+        {"q": -2, "k": -2, "v": -2, "log_decay": -1, "beta": -1},
+        output_like(q, v, state.G),
+        state,
+        64,
+    )
+
+
+def chunk(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    log_decay: np.ndarray | None,
+    beta: np.ndarray | None,
+    ridge: np.ndarray,
+    solver: str,
+    iterations: int | None,
+    tolerance: float | None,
+    state: MesaState,
+) -> tuple[np.ndarray, MesaState]:
+    """One chunk: the solutions x of its tokens, then linear attention with x as the queries."""
+    G, H = state
+    k, v = weigh(k, beta), weigh(v, beta)
+    gates = None if log_decay is None else gates_of(log_decay, False)
+    if solver != "exact":
+        norm = partial(frobenius, k, gates, H)
+        x = iterate(solver, lambda p: attend(p, k, k, gates, H), norm, ridge, spread_over(q, H), iterations, tolerance)
+    elif log_decay is None and np.all(ridge > 0):
+        x = solve_together(q, k, H, ridge)
+    else:
+        x = solve_each(q, k, log_decay, H, ridge)
+    o = attend(x, k, v, gates, G)
+    k_end = np.swapaxes(k if gates is None else k * gates.to_end, -1, -2)
+    keep = 1 if gates is None else gates.since[..., -1, :, None]
+    return o, MesaState(keep * G + k_end @ v, keep * H + k_end @ k)
+
+
+def attend(x: np.ndarray, k: np.ndarray, v: np.ndarray, gates: Gates | None, S: np.ndarray) -> np.ndarray:
+    """Linear attention of one chunk: every token's x times its own state."""
+    if gates is None:
+        return x @ S + products(x, k, None) @ v
+    return (x * gates.since) @ S + products(x, k, gates.pairs) @ v
+
+
+def diagonal(ridge: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """A ridge as a matrix."""
+    return ridge[..., None] * np.eye(like.shape[-1], dtype=like.dtype)
+
+
+def solve_together(q: np.ndarray, k: np.ndarray, H: np.ndarray, ridge: np.ndarray) -> np.ndarray:
+    """All solutions of a chunk without decay: one factorisation at its start, completed key by key."""
+    A, eye = H + diagonal(ridge, H), np.eye(H.shape[-1], dtype=H.dtype)
+    finite = np.isfinite(A).all(axis=(-1, -2), keepdims=True)
+    values, vectors = np.linalg.eigh(np.where(finite, A, eye))
+    least = np.finfo(H.dtype).eps * values.max(axis=-1, keepdims=True, initial=0)
+    R = np.where(finite, vectors / np.sqrt(np.maximum(values, least))[..., None, :], np.nan)
+    _, W, _ = whiten(k, R, np.ones((), R.dtype))
+    return (q @ R) @ np.swapaxes(R, -1, -2) - products(q, W, None) @ W
+
+
+def solve_each(
+    q: np.ndarray, k: np.ndarray, log_decay: np.ndarray | None, H: np.ndarray, ridge: np.ndarray
+) -> np.ndarray:
+    """The solution of every token by itself, a few tokens' H_t in memory at a time."""
+    c, n = q.shape[-2:]
+    x = np.empty(spread_over(q, H).shape, H.dtype)
+    size = max(1, AT_ONCE // max(H.size, 1))
+    for low in range(0, c, size):
+        tokens = range(low, min(low + size, c))
+        grams = np.empty(H.shape[:-2] + (len(tokens), n, n), H.dtype)
+        for i, t in enumerate(tokens):
+            kept = H if log_decay is None else np.exp(log_decay[..., t, None, None]) * H
+            grams[..., i, :, :] = H = kept + k[..., t, :, None] * k[..., t, None, :]
+        x[..., low : low + size, :] = solve(grams, ridge, q[..., low : low + size, :])
+    return x
+
+
+def solve(H: np.ndarray, ridge: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """Solutions for tokens with a matrix each; of minimum norm where a ridge is zero.
+
+    Parameters
+    ----------
+    H : (..., c, k, k)
+    ridge : () or (..., k)
+    q : (..., c, k)
+
+    Returns
+    -------
+    x : (..., c, k)
+    """
+    A = H + diagonal(ridge, H)[..., None, :, :]
+    if np.all(ridge > 0):
+        return np.linalg.solve(A, q[..., None])[..., 0]
+    finite = np.isfinite(A).all(axis=(-1, -2), keepdims=True)
+    values, vectors = np.linalg.eigh(np.where(finite, A, np.eye(A.shape[-1], dtype=A.dtype)))
+    least = A.shape[-1] * np.finfo(A.dtype).eps * values.max(axis=-1, keepdims=True, initial=0)
+    inverse = np.divide(1, values, out=np.zeros_like(values), where=values > least)
+    read = inverse * np.einsum("...kn,...k->...n", vectors, q)
+    return np.where(finite[..., 0], np.einsum("...kn,...n->...k", vectors, read), np.nan)
+
+
+def spread_over(q: np.ndarray, H: np.ndarray) -> np.ndarray:
+    """Queries with the leading axes of the memory."""
+    return np.broadcast_to(q, np.broadcast_shapes(q.shape[:-2], H.shape[:-2]) + q.shape[-2:])
+
+
+def frobenius(k: np.ndarray, gates: Gates | None, H: np.ndarray) -> np.ndarray:
+    """Norm |H_t|_F of every token of a chunk, ``(..., c)``, from its recurrence.
+
+    |g H + k k^T|^2 = g^2 |H|^2 + 2 k^T (g H + k k^T) k - |k|^4.
+    """
+    energy = np.sum(k * k, axis=-1)
+    added = 2 * np.sum(k * attend(k, k, k, gates, H), axis=-1) - energy**2
+    start = np.sum(H * H, axis=(-2, -1))[..., None]
+    if gates is None:
+        return np.sqrt(start + np.cumsum(added, axis=-1))
+    kept = gates.since[..., 0] ** 2 * start
+    return np.sqrt(kept + np.sum(gates.pairs**2 * added[..., None, :], axis=-1))
+
+
+def iterate(
+    solver: str,
+    product: Callable[[np.ndarray], np.ndarray],
+    norm: Callable[[], np.ndarray],
+    ridge: np.ndarray,
+    q: np.ndarray,
+    iterations: int | None,
+    tolerance: float | None,
+) -> np.ndarray:
+    """Solutions of all tokens at once; a token that is done is not touched again, whatever the others need.
+
+    Parameters
+    ----------
+    solver
+        ``cg`` or ``chebyshev``.
+    product
+        H_t times a vector per token.
+    norm
+        Gives |H_t|_F, ``(..., c)``.
+    ridge, q
+        As in ``mesa``.
+    iterations, tolerance
+        Limits, or None for the defaults.
+    """
+    eps = float(np.finfo(q.dtype).eps)
+    tolerance = eps**0.75 if tolerance is None else tolerance
+    row = ridge[..., None, :] if ridge.ndim else ridge
+    if solver == "cg":
+        most = np.array(2 * q.shape[-1] if iterations is None else iterations)
+        x, residual = conjugate_gradients(lambda p: product(p) + row * p, q, most, tolerance)
+    else:
+        least, largest = row.min(axis=-1) if ridge.ndim else row, norm() + (row.max(axis=-1) if ridge.ndim else row)
+        needed = np.sqrt(np.where(np.isfinite(largest), largest, least) / least) / 2 * np.log(2 / max(tolerance, eps))
+        most = np.minimum(np.ceil(needed) + 1, 1000) if iterations is None else np.array(iterations)
+        x, residual = chebyshev(lambda p: product(p) + row * p, q, least, largest, most, tolerance)
+    report(solver, residual, most, tolerance)
+    return np.where(np.isfinite(residual)[..., None], x, np.nan)
+
+
+def report(solver: str, residual: np.ndarray, most: np.ndarray, tolerance: float) -> None:
+    """A warning when a token is not done; with a tolerance of zero the caller asked for a number of steps."""
+    if tolerance > 0 and np.any(residual > tolerance):
+        warnings.warn(
+            f"solver {solver!r} stopped after {int(most.max())} iterations at a relative residual of "
+            f"{np.nanmax(residual):.1e}, above the tolerance {tolerance:.1e}: raise iterations, ridge or tolerance",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def ratio(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """x / y, and 0 where y is not positive; a NaN stays."""
+    return np.divide(x, y, out=np.zeros_like(x), where=~(y <= 0))
+
+
+def conjugate_gradients(
+    product: Callable[[np.ndarray], np.ndarray], q: np.ndarray, most: np.ndarray, tolerance: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Conjugate gradients from zero, and the relative residual of every token."""
+    x, r, p = np.zeros_like(q), q, q
+    start = error = np.sum(q * q, axis=-1)
+    for i in range(int(most.max(initial=0))):
+        todo = (error > tolerance**2 * start) & (i < most)
+        if not np.any(todo):
+            break
+        Ap = product(p)
+        step = np.where(todo, ratio(error, np.sum(p * Ap, axis=-1)), 0)[..., None]
+        x, r = x + step * p, r - step * Ap
+        new = np.where(todo, np.sum(r * r, axis=-1), error)
+        p = np.where(todo[..., None], r + ratio(new, error)[..., None] * p, p)
+        error = new
+    return x, np.sqrt(ratio(error, start))
+
+
+def chebyshev(
+    product: Callable[[np.ndarray], np.ndarray],
+    q: np.ndarray,
+    least: np.ndarray,
+    largest: np.ndarray,
+    most: np.ndarray,
+    tolerance: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Chebyshev iteration on eigenvalues in [least, largest], and the relative residual of every token."""
+    middle = ((largest + least) / 2)[..., None]
+    half = np.maximum(((largest - least) / 2)[..., None], np.finfo(q.dtype).eps * middle)
+    x, r, d, rho = np.zeros_like(q), q, q / middle, half / middle
+    start = error = np.sum(q * q, axis=-1)
+    for i in range(int(most.max(initial=0))):
+        todo = (error > tolerance**2 * start) & (i < most)
+        if not np.any(todo):
+            break
+        now = todo[..., None]
+        x, r = np.where(now, x + d, x), np.where(now, r - product(d), r)
+        rho, before = 1 / (2 * middle / half - rho), rho
+        d = rho * before * d + 2 * rho / half * r
+        error = np.sum(r * r, axis=-1)
+    return x, np.sqrt(ratio(error, start))
+
+
+SOLVERS = ("exact", "cg", "chebyshev")
