@@ -62,6 +62,11 @@ def check_gates(arrays: Mapping[str, np.ndarray]) -> None:
         if x is not None and np.any(sign * x > 0):
             place = tuple(int(i) for i in np.argwhere(sign * x > 0)[0])
             raise ValueError(f"{name} must be {'<=' if sign > 0 else '>='} 0 everywhere; it is {x[place]} at {place}")
+    for name in ("momentum", "weight_decay"):
+        x = arrays.get(name)
+        if x is not None and np.any((x < 0) | (x > 1)):
+            place = tuple(int(i) for i in np.argwhere((x < 0) | (x > 1))[0])
+            raise ValueError(f"{name} must lie in [0, 1] everywhere; it is {x[place]} at {place}")
 
 
 def check_mask(mask: Any) -> np.ndarray:
@@ -99,7 +104,7 @@ def prepare(operator: str, arrays: Mapping[str, Any], mask: Any) -> tuple[dict[s
         x = x.astype(compute if x.dtype.kind == "c" else np.finfo(compute).dtype, copy=False)
         axes = axes_of(name, x, given)
         if x.ndim == 0:
-            x = np.broadcast_to(x, tuple(sizes[axis] for axis in axes))
+            x = np.broadcast_to(x, (1,) * spare_axes(name, given) + tuple(sizes[axis] for axis in axes))
         if mask is not None and name in OPERATORS[operator].frozen:
             x = np.where(mask.reshape(mask.shape + (1,) * (len(axes) - 1)), x, x.dtype.type(0))
         given[name] = x
@@ -109,6 +114,11 @@ def prepare(operator: str, arrays: Mapping[str, Any], mask: Any) -> tuple[dict[s
     if operator == "diagonal_scan" and "phase" in given:
         output = np.result_type(output, np.complex64)
     return given, sizes, output
+
+
+def spare_axes(name: str, arrays: Mapping[str, np.ndarray]) -> int:
+    """Leading axes that a number needs in place of an array: as ``log_decay`` it is one gate per step of the queries."""
+    return arrays["q"].ndim - 2 if name == "log_decay" and "q" in arrays else 0
 
 
 def align_gates(arrays: dict[str, np.ndarray]) -> None:
@@ -240,7 +250,7 @@ def run_packed(
         states.append(state)
     if not outputs:
         o, state = core(**every, state=empty)
-        return o, type(empty)(*(None if x is None else np.expand_dims(x, 0)[:0] for x in state))
+        return o, none_of(operator, stack(operator, [state]))
     time = -2 if outputs[0].ndim > 1 else -1
     return np.concatenate(outputs, axis=time), stack(operator, states)
 
@@ -267,6 +277,12 @@ def select(operator: str, state: Any, i: int, n: int) -> Any:
     return tuple(fields)
 
 
+def none_of(operator: str, state: Any) -> Any:
+    """The state of no packed sequence at all."""
+    axes = (-1 - len(own.split()) for own in OPERATORS[operator].state.values())
+    return type(state)(*(None if x is None else np.take(x, range(0), axis=axis) for x, axis in zip(state, axes, strict=True)))
+
+
 def stack(operator: str, states: list[Any]) -> Any:
     """States of packed sequences as one; caches of different lengths get empty slots in front."""
     fields = []
@@ -275,7 +291,7 @@ def stack(operator: str, states: list[Any]) -> Any:
         values = [getattr(state, name) for state in states]
         if values[0] is not None and axes.split()[:1] == ["n"]:
             longest = max(x.shape[-own] for x in values)
-            values = [pad(x, longest, own, -np.inf if name == "log_weight" else 0) for x in values]
+            values = [pad(x, longest, own, {"log_weight": -np.inf, "position": -1}.get(name, 0)) for x in values]
         fields.append(None if values[0] is None else np.stack(values, axis=-1 - own))
     return type(states[0])(*fields)
 
