@@ -386,7 +386,8 @@ def dpfp(x: Any, nu: int = 1) -> np.ndarray:
 @lru_cache(maxsize=32)
 def monomials(size: int, power: int) -> tuple[np.ndarray, np.ndarray]:
     """Factors of each monomial of one degree, (features, power), and the root of how often it occurs in the power."""
-    factors = np.array(list(combinations_with_replacement(range(size), power)), int).reshape(-1, power)
+    chosen = list(combinations_with_replacement(range(size), power))
+    factors = np.array(chosen, int).reshape(len(chosen), power)
     repeats = np.ones(len(factors))
     run = np.ones(len(factors))
     for j in range(1, power):
@@ -420,7 +421,7 @@ def symmetric_power(x: Any, power: int = 2) -> np.ndarray:
         raise ValueError(f"power must not be negative, got {power}")
     x, dtype = wide(x)
     factors, weight = monomials(x.shape[-1], power)
-    phi = np.broadcast_to(weight.astype(x.dtype), x.shape[:-1] + weight.shape)
+    phi = np.ones(x.shape[:-1] + (1,), x.dtype) * weight.astype(x.dtype)
     for column in factors.T:
         phi = phi * x[..., column]
     return narrow(phi, dtype)
