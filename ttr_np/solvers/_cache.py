@@ -17,7 +17,7 @@ import numpy as np
 from ..notation import CacheState
 from ._chunks import NO_PAST
 
-__all__ = ["Past", "View", "append", "attend", "block_size", "check_options", "empty_cache", "masked", "mix", "past_of"]
+__all__ = ["Past", "View", "append", "attend", "block_of", "check_options", "empty_cache", "masked", "mix", "past_of"]
 
 
 def check_options(q: Any, log_decay: Any, causal: bool, window: int | None, sinks: int = 0) -> None:
@@ -147,14 +147,16 @@ class Run(NamedTuple):
     """Consecutive pairs, as views of the arrays they came in.
 
     ``low``: step of the first pair, negative if all are cached. ``position (..., n)``: -1 where nothing is stored.
-    ``left (..., n)``: log of what is left of each at the run's end. ``total (..., 1)``: sum of the run's gates. Both are
-    None where nothing decays.
+    ``newest``: the largest of them. ``sink``: whether the run holds one. ``left (..., n)``: log of what is left of each
+    at the run's end. ``total (..., 1)``: sum of the run's gates. Both are None where nothing decays.
     """
 
     low: int
     k: np.ndarray
     v: np.ndarray
     position: np.ndarray
+    newest: int
+    sink: bool
     left: np.ndarray | None
     total: np.ndarray | None
 
@@ -170,9 +172,10 @@ class View(NamedTuple):
 
 @dataclass(frozen=True)
 class Past:
-    """Everything that the queries of one call can see, in runs of ``size`` pairs."""
+    """Everything that the queries of one call can see, in runs of ``size`` pairs, the first few of them cached."""
 
     runs: list[Run]
+    cached: int
     size: int
     counts: np.ndarray
     log_decay: np.ndarray | None
@@ -184,23 +187,16 @@ class Past:
         """Runs as the queries from low to high see them, newest first; the queries must lie inside one run."""
         start = low - low % self.size
         since = None if self.log_decay is None else sums(self.log_decay[..., start:high])[..., low - start :]
-        for run in reversed(self.runs):
+        oldest = None if self.window is None else self.counts[..., low].min(initial=np.iinfo(np.int64).max) - self.window
+        runs = self.runs[: self.cached + low // self.size + 1] if self.causal else self.runs
+        for run in reversed(runs):
             own = self.causal and run.low == start
-            if self.causal and run.low > start:
-                continue
             if since is not None and not own and np.all(since < NO_PAST / 2):
                 return  # a full reset: nothing older is left
-            if self.reaches(run, low):
+            if oldest is None or run.newest >= oldest or run.sink:
                 yield self.view(run, low, high, since, own)
             if since is not None and run.total is not None and not own:
                 since = since + run.total
-
-    def reaches(self, run: Run, low: int) -> bool:
-        """Whether the window of any query from low on can hold a pair of the run, or the run a sink."""
-        if self.window is None:
-            return True
-        newest, oldest_seen = run.position.max(), self.counts[..., low].min(initial=np.iinfo(np.int64).max) - self.window
-        return bool(newest >= oldest_seen or np.any((run.position >= 0) & (run.position < self.sinks)))
 
     def view(self, run: Run, low: int, high: int, since: np.ndarray | None, own: bool) -> View:
         """One run as the queries from low to high see it; of their own run they see no step after high."""
@@ -248,44 +244,59 @@ def past_of(
     sinks: int = 0,
 ) -> Past:
     """The cached pairs and those of this call, in runs of ``size``."""
-    t, n = k.shape[-2], state.k.shape[-2]
-    position, counts = positions(state, t, mask)
+    position, counts = positions(state, k.shape[-2], mask)
+    left = state.log_weight
+    old = runs_of(state.k, state.v, state.position, left if np.any(left != 0) else None, None, size, sinks)
+    new = runs_of(k, v, position, None, log_decay, size, sinks)
+    old = [run._replace(low=run.low - state.k.shape[-2]) for run in old]
+    return Past(old + new, len(old), size, counts, log_decay, causal, window, sinks)
+
+
+def runs_of(
+    k: np.ndarray,
+    v: np.ndarray,
+    position: np.ndarray,
+    left: np.ndarray | None,
+    log_decay: np.ndarray | None,
+    size: int,
+    sinks: int,
+) -> list[Run]:
+    """Runs of consecutive pairs; what is left of each is known, or follows from the gates."""
     runs = []
-    for low in range(0, n, size):
-        here = slice(low, min(low + size, n))
-        left = state.log_weight[..., here]
-        runs.append(
-            Run(
-                low - n,
-                state.k[..., here, :],
-                state.v[..., here, :],
-                state.position[..., here],
-                left if np.any(left != 0) else None,
-                None,
-            )
-        )
-    for low in range(0, t, size):
-        here = slice(low, min(low + size, t))
+    for low in range(0, k.shape[-2], size):
+        here = slice(low, min(low + size, k.shape[-2]))
+        place = position[..., here]
         gates = None if log_decay is None else log_decay[..., here]
         runs.append(
             Run(
                 low,
                 k[..., here, :],
                 v[..., here, :],
-                position[..., here],
-                None if gates is None else left_at_end(gates),
+                place,
+                int(place.max(initial=-1)),
+                bool(np.any((place >= 0) & (place < sinks))),
+                left_at_end(gates) if gates is not None else None if left is None else left[..., here],
                 None if gates is None else sums(gates)[..., -1:],
             )
         )
-    return Past(runs, size, counts, log_decay, causal, window, sinks)
+    return runs
 
 
-def block_size(lead: tuple[int, ...], per_pair: int, most: int = 256, budget: int = 1 << 22) -> int:
-    """Side of a square block of queries and pairs whose workspace stays below a fixed number of numbers."""
-    size = most
-    while size > 8 and size * size * per_pair * int(np.prod(lead)) > budget:
-        size //= 2
-    return size
+class Block(NamedTuple):
+    """How many queries meet how many pairs at a time; the queries of a block never cross the border of a run."""
+
+    queries: int
+    pairs: int
+
+
+def block_of(lead: tuple[int, ...], per_pair: int, pairs: int, window: int | None, budget: int = 1 << 21) -> Block:
+    """As many queries as keep the workspace below a fixed number of numbers; powers of two, so that blocks nest."""
+    if window is not None:
+        pairs = min(pairs, max(32, 1 << window.bit_length()))
+    queries = pairs
+    while queries > 1 and queries * pairs * per_pair * int(np.prod(lead)) > budget:
+        queries //= 2
+    return Block(queries, pairs)
 
 
 def masked(logits: np.ndarray, view: View) -> np.ndarray:

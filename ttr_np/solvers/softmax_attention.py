@@ -19,7 +19,7 @@ import numpy as np
 
 from ..calling import run
 from ..notation import CacheState
-from ._cache import append, attend, block_size, check_options, empty_cache, masked, mix, past_of
+from ._cache import append, attend, block_of, check_options, empty_cache, masked, mix, past_of
 from ._chunks import output_like
 
 __all__ = ["chunked", "recurrent", "softmax_attention"]
@@ -103,10 +103,10 @@ def chunked(
 ) -> tuple[np.ndarray, CacheState]:
     """Blocks of queries times blocks of keys, in one pass. Cost: O(t min(t, window) (k + v)); memory O(t (k + v))."""
     o = output_like(q, v, state.k)
-    size = block_size(o.shape[:-2], 1, most=256 if window is None else min(256, max(32, 1 << window.bit_length())))
-    past = past_of(state, k, v, log_decay, mask, size, causal, window, sinks)
-    for low in range(0, q.shape[-2], size):
-        high = min(low + size, q.shape[-2])
+    block = block_of(o.shape[:-2], 1, 256, window)
+    past = past_of(state, k, v, log_decay, mask, block.pairs, causal, window, sinks)
+    for low in range(0, q.shape[-2], block.queries):
+        high = min(low + block.queries, q.shape[-2])
         query, part = scale_of(scale, q) * q[..., low:high, :], o[..., low:high, :]
         scored = ((masked(query @ np.swapaxes(x.k, -1, -2), x), x.v) for x in past.views(low, high))
         part[...] = attend(scored, part.shape, o.dtype).value
