@@ -28,9 +28,11 @@ from .backends import call
 from .notation import OPERATORS
 
 __all__ = [
+    "affine_projection",
     "delta_rule",
     "diagonal_scan",
     "dplr",
+    "kalman_filter",
     "kernel_ridge",
     "linear_attention",
     "local_polynomial",
@@ -520,6 +522,143 @@ def mesa(
            [2.]])
     """
     return dispatch("mesa", locals())
+
+
+def affine_projection(
+    q: Any,
+    k: Any,
+    v: Any,
+    beta: Any,
+    *,
+    order: int = 2,
+    ridge: float = 0.0,
+    initial_state: Any = None,
+    output_final_state: bool = False,
+    cu_seqlens: Any = None,
+    mask: Any = None,
+    backend: Any = None,
+) -> Any:
+    """Recall from the memory that changes least while it fits the last ``order`` pairs.
+
+    S = S + beta K^T (K K^T + ridge I)^-1 (V - K S) with the last pairs as the rows of K and V. Weights: a window of
+    ``order`` pairs. Regressor: linear. Optimizer: the exact fit nearest to the last one; order 1 is the normalised delta
+    rule.
+
+    Parameters
+    ----------
+    q, k : (..., t, k)
+        Queries and keys.
+    v : (..., t, v)
+        Values.
+    beta : (..., t)
+        Share of the step to the fit that is taken; 1 fits, stable for 0 <= beta <= 2.
+    order : int, default 2
+        Number of pairs fitted at each step, the current one included.
+    ridge : float, default 0.0
+        Added to K K^T; with 0, dependent keys get the fit of minimum norm.
+    initial_state, output_final_state, cu_seqlens, mask, backend
+        Common to all operators: see ``ttr_np.operators``. State: ``S (..., k, v)`` and the last ``order - 1`` pairs
+        ``k (..., p, k)``, ``v (..., p, v)``.
+
+    Returns
+    -------
+    o : (..., t, v)
+        Answers, in the dtype of the data; or ``(o, state)``.
+
+    Raises
+    ------
+    ValueError
+        If two arrays disagree on an axis, order is below 1 or the ridge negative.
+    TypeError
+        If an array holds no real numbers.
+
+    Notes
+    -----
+    Cost: O(t p (k v + p k + p^2)) with order p, token by token; memory O(t (k + v)).
+
+    References
+    ----------
+    Ozeki, Umeda (1984), An adaptive filtering algorithm using an orthogonal projection to an affine subspace.
+
+    Examples
+    --------
+    >>> import numpy as np, ttr_np
+    >>> k = [[1.0, 0.0], [1.0, 1.0]]
+    >>> ttr_np.affine_projection(k, k, [[2.0], [5.0]], [1.0, 1.0])
+    array([[2.],
+           [5.]])
+    """
+    return dispatch("affine_projection", locals())
+
+
+def kalman_filter(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    process_noise: Any = 0.0,
+    measurement_noise: Any = 1.0,
+    log_transition: Any = None,
+    ridge: float = 1.0,
+    initial_state: Any = None,
+    output_final_state: bool = False,
+    cu_seqlens: Any = None,
+    mask: Any = None,
+    backend: Any = None,
+) -> Any:
+    """Recall from the mean of a Gaussian memory that drifts between the pairs and is measured by them.
+
+    S = A S + noise of variance process_noise, v = S^T k + noise of variance measurement_noise, A = exp(log_transition).
+    Weights: what the drift leaves of each pair. Regressor: linear. Optimizer: exact. Without process noise and transition
+    it is ``recursive_least_squares`` with beta = 1 / measurement_noise.
+
+    Parameters
+    ----------
+    q, k : (..., t, k)
+        Queries and keys.
+    v : (..., t, v)
+        Values.
+    process_noise : (..., t) or float, default 0.0
+        Variance by which every number of the memory drifts in a step, >= 0.
+    measurement_noise : (..., t) or float, default 1.0
+        Variance of the noise on the values, > 0.
+    log_transition : (..., t), optional
+        Log of the factor by which the memory is expected to shrink (or grow) in a step.
+    ridge : float, default 1.0
+        Inverse of the variance of the empty memory, > 0.
+    initial_state, output_final_state, cu_seqlens, mask, backend
+        Common to all operators: see ``ttr_np.operators``. State: mean ``S (..., k, v)``, covariance ``P (..., k, k)`` of
+        each of its columns.
+
+    Returns
+    -------
+    o : (..., t, v)
+        Answers, in the dtype of the data; or ``(o, state)``.
+
+    Raises
+    ------
+    ValueError
+        If two arrays disagree on an axis, or a variance is out of range.
+    TypeError
+        If an array holds no real numbers.
+
+    Notes
+    -----
+    Cost: O(t k (k + v)), token by token; memory O(t (k + v)).
+
+    References
+    ----------
+    Kalman (1960), A new approach to linear filtering and prediction problems.
+
+    Examples
+    --------
+    >>> import numpy as np, ttr_np
+    >>> k = [[1.0], [1.0]]
+    >>> ttr_np.kalman_filter(k, k, [[2.0], [4.0]])
+    array([[1.],
+           [2.]])
+    """
+    return dispatch("kalman_filter", locals())
 
 
 def softmax_attention(
