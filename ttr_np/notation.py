@@ -195,7 +195,7 @@ OPERATORS: dict[str, Signature] = {
     "kalman_filter": Signature(
         ("q", "k", "v"),
         ("process_noise", "measurement_noise", "log_transition"),
-        ("k", "v", "process_noise", "log_transition"),
+        ("k", "v", "process_noise", "measurement_noise", "log_transition"),
         ("q",),
         {"S": "k v", "P": "k k"},
     ),

@@ -36,11 +36,13 @@ __all__ = [
     "kernel_ridge",
     "linear_attention",
     "local_polynomial",
+    "log_linear_attention",
     "mesa",
     "recursive_least_squares",
     "selective_scan",
     "short_convolution",
     "softmax_attention",
+    "sparse_attention",
     "test_time_training",
 ]
 
@@ -541,8 +543,8 @@ def affine_projection(
     """Recall from the memory that changes least while it fits the last ``order`` pairs.
 
     S = S + beta K^T (K K^T + ridge I)^-1 (V - K S) with the last pairs as the rows of K and V. Weights: a window of
-    ``order`` pairs. Regressor: linear. Optimizer: the exact fit nearest to the last one; order 1 is the normalised delta
-    rule.
+    ``order`` pairs. Regressor: linear. Optimizer: the exact fit nearest to the last one; order 1 is the normalised
+    delta rule.
 
     Parameters
     ----------
@@ -609,8 +611,8 @@ def kalman_filter(
     """Recall from the mean of a Gaussian memory that drifts between the pairs and is measured by them.
 
     S = A S + noise of variance process_noise, v = S^T k + noise of variance measurement_noise, A = exp(log_transition).
-    Weights: what the drift leaves of each pair. Regressor: linear. Optimizer: exact. Without process noise and transition
-    it is ``recursive_least_squares`` with beta = 1 / measurement_noise.
+    Weights: what the drift leaves of each pair. Regressor: linear. Optimizer: exact. Without process noise and
+    transition it is ``recursive_least_squares`` with beta = 1 / measurement_noise.
 
     Parameters
     ----------
@@ -627,8 +629,8 @@ def kalman_filter(
     ridge : float, default 1.0
         Inverse of the variance of the empty memory, > 0.
     initial_state, output_final_state, cu_seqlens, mask, backend
-        Common to all operators: see ``ttr_np.operators``. State: mean ``S (..., k, v)``, covariance ``P (..., k, k)`` of
-        each of its columns.
+        Common to all operators: see ``ttr_np.operators``. State: mean ``S (..., k, v)``, covariance ``P (..., k, k)``
+        of each of its columns.
 
     Returns
     -------
@@ -773,7 +775,7 @@ def local_polynomial(
     bandwidth : float, optional
         Width of the other kernels.
     ridge : float, default 1e-6
-        On the slopes (every coefficient but the constant).
+        On the slopes (every coefficient but the constant), relative to the total weight.
     causal : bool, default True
         Whether a query sees only its own and earlier pairs.
     window : int, optional
@@ -816,6 +818,141 @@ def local_polynomial(
     return dispatch("local_polynomial", locals())
 
 
+def sparse_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    alpha: float = 2.0,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    initial_state: Any = None,
+    output_final_state: bool = False,
+    cu_seqlens: Any = None,
+    mask: Any = None,
+    backend: Any = None,
+) -> Any:
+    """Recall the mean of the values under alpha-entmax weights: far keys weigh exactly nothing.
+
+    Weights max((alpha - 1) scale q . k - tau, 0)^(1 / (alpha - 1)) with the tau at which they sum to one: a kernel of
+    compact support whose bandwidth adapts to the data. Regressor: constant. Optimizer: exact. Alpha 2 is sparsemax,
+    alpha -> 1 softmax.
+
+    Parameters
+    ----------
+    q, k : (..., t, k)
+        Queries and keys.
+    v : (..., t, v)
+        Values.
+    alpha : float, default 2.0
+        How sharply the weights are cut off, > 1. For unit keys 1 + 1/n is the kernel (1 - u^2)^n.
+    scale : float, optional
+        Sharpness of the scores; default 1 / sqrt(k).
+    causal : bool, default True
+        Whether a query sees only its own and earlier pairs; else it sees all.
+    window : int, optional
+        Number of newest pairs a query sees, the current one included; default: all.
+    initial_state, output_final_state, cu_seqlens, mask, backend
+        Common to all operators: see ``ttr_np.operators``. State: the pairs still needed: ``k``, ``v``, ``log_weight``,
+        ``position``.
+
+    Returns
+    -------
+    o : (..., t, v)
+        Answers, in the dtype of the data; or ``(o, state)``.
+
+    Raises
+    ------
+    ValueError
+        If two arrays disagree on an axis, alpha is not above 1 or a window below 1.
+    TypeError
+        If an array holds no real numbers.
+
+    Notes
+    -----
+    Cost: O(t n (k + v)) with n pairs seen; memory O(t (k + v)), no t x t matrix is stored.
+
+    References
+    ----------
+    Martins, Astudillo (2016), arXiv:1602.02068; Peters, Niculae, Martins (2019), arXiv:1905.05702.
+
+    Examples
+    --------
+    >>> import numpy as np, ttr_np
+    >>> k = 3 * np.eye(2)
+    >>> ttr_np.sparse_attention(k, k, [[1.0], [3.0]], scale=1.0)
+    array([[1.],
+           [3.]])
+    """
+    return dispatch("sparse_attention", locals())
+
+
+def log_linear_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    levels: Any,
+    *,
+    log_decay: Any = None,
+    initial_state: Any = None,
+    output_final_state: bool = False,
+    cu_seqlens: Any = None,
+    mask: Any = None,
+    backend: Any = None,
+) -> Any:
+    """Recall from linear memories of dyadic age, each with a weight of its own: o = sum_l levels_l S_l^T q.
+
+    The past is kept in the buckets of a Fenwick tree: log2(t) + 2 of them, the older the larger. Weights: piecewise
+    constant in dyadic age, times the decays. Regressor: linear. Optimizer: one step. Equal levels give linear
+    attention.
+
+    Parameters
+    ----------
+    q, k : (..., t, k)
+        Queries and keys.
+    v : (..., t, v)
+        Values.
+    levels : (..., t, l)
+        Weight of each bucket, the newest first; the last one holds all that is older.
+    log_decay : (..., t), optional
+        Log of the share of the past that is kept, <= 0 (-inf forgets all).
+    initial_state, output_final_state, cu_seqlens, mask, backend
+        Common to all operators: see ``ttr_np.operators``. State: one sum per bucket ``S (..., l, k, v)``, and ``count
+        (...)``, the pairs memorised.
+
+    Returns
+    -------
+    o : (..., t, v)
+        Answers, in the dtype of the data; or ``(o, state)``.
+
+    Raises
+    ------
+    ValueError
+        If two arrays disagree on an axis, or a log_decay is positive.
+    TypeError
+        If an array holds no real numbers.
+
+    Notes
+    -----
+    Cost: O(t log(t) k v); memory O(t (k + v + l)) and l states.
+
+    References
+    ----------
+    Guo et al. (2025), arXiv:2506.04761.
+
+    Examples
+    --------
+    >>> import numpy as np, ttr_np
+    >>> ones = np.ones((3, 1))
+    >>> ttr_np.log_linear_attention(ones, ones, ones, [[1.0, 0.5, 0.25]] * 3)
+    array([[1.  ],
+           [1.5 ],
+           [1.5 ]])
+    """
+    return dispatch("log_linear_attention", locals())
+
+
 def kernel_ridge(
     q: Any,
     k: Any,
@@ -842,11 +979,11 @@ def kernel_ridge(
     v : (..., t, v)
         Values.
     kernel : str or callable, default "gaussian"
-        The positive definite kernel.
+        The positive definite kernel, by name or as a function of two arrays of vectors.
     bandwidth : float, default 1.0
         Its width.
     ridge : float, default 1.0
-        Noise variance, > 0.
+        Noise variance, >= 0; with 0 the answers interpolate, and keys that repeat raise LinAlgError.
     causal : bool, default True
         Whether a query sees only its own and earlier pairs.
     initial_state, output_final_state, cu_seqlens, mask, backend
@@ -1012,3 +1149,6 @@ def short_convolution(
            [32.]])
     """
     return dispatch("short_convolution", locals())
+
+
+test_time_training.__test__ = False  # type: ignore[attr-defined]  # pytest collects what starts with test

@@ -1,14 +1,14 @@
 """Mesa layer (MesaNet): the exact ridge regression of every step, its ridge constant in time.
 
-    G_t = g_t G_{t-1} + beta_t k_t v_t^T,    H_t = g_t H_{t-1} + beta_t k_t k_t^T,    o_t = G_t^T (H_t + diag(ridge))^-1 q_t
+    G_t = g_t G_{t-1} + beta_t k_t v_t^T,   H_t = g_t H_{t-1} + beta_t k_t k_t^T,   o_t = G_t^T (H_t + diag(ridge))^-1 q_t
 
 with g = exp(log_decay). Three solvers of x_t = (H_t + diag(ridge))^-1 q_t:
 
-- ``exact``. Without decay, chunks of tokens share one factorisation (2.12 of recursive least squares: whitened keys W
-  of the chunk, X = Q P - tril(Q W^T) W with P = (H + diag(ridge))^-1 at its start). With decay the ridge is another one
-  at every step in the data's units, and every token gets its own solve, a few tokens at a time. With a ridge of zero
-  anywhere the answer is that of minimum norm, G_t^T pinv(H_t + diag(ridge)) q_t, where eigenvalues below k eps times the
-  largest count as zero.
+- ``exact``. Without decay, the tokens of a chunk share one factorisation: X = Q P - tril(Q W^T) W with P = (H +
+  diag(ridge))^-1 at its start and W its keys, whitened as in ``recursive_least_squares``. With decay the data fade
+  against a ridge that does not, and every token gets its own solve, a few tokens at a time. With a ridge of zero
+  anywhere the answer is that of minimum norm, G_t^T pinv(H_t + diag(ridge)) q_t, where eigenvalues below k eps times
+  the largest count as zero.
 - ``cg``: conjugate gradients from x = 0 for all tokens of a chunk at once; H_t is never formed, its products with p are
   linear attention with the keys as values,  H_t p_t = g_t H p_t + sum_i beta_i g_ti k_i (k_i . p_t).
 - ``chebyshev``: the same products with fixed coefficients, from the bounds ridge <= eigenvalues <= ridge + |H_t|_F.
