@@ -320,6 +320,11 @@ def test_a_closed_gate_forgets_everything_whatever_the_phase(gate):
     close(o[130:], diagonal_scan(**{key: a[130:] for key, a in x.items()}))
 
 
+def test_windows_of_blocks_join():
+    x = arguments("diagonal_scan", ("phase",), lead=(2,), t=2 * 4096 + 100, d=2)
+    close(diagonal_scan(**x), by_recurrence("diagonal_scan", x))
+
+
 def test_one_number_is_a_gate_for_all_steps():
     x = np.random.default_rng(0).standard_normal((100, 3))
     close(diagonal_scan(x, -0.5), diagonal_scan(x, np.full_like(x, -0.5)))
