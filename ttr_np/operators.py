@@ -38,6 +38,7 @@ __all__ = [
     "local_polynomial",
     "log_linear_attention",
     "mesa",
+    "path_attention",
     "recursive_least_squares",
     "selective_scan",
     "short_convolution",
@@ -888,6 +889,72 @@ def sparse_attention(
     return dispatch("sparse_attention", locals())
 
 
+def path_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    beta: Any,
+    w: Any,
+    *,
+    scale: float | None = None,
+    initial_state: Any = None,
+    output_final_state: bool = False,
+    cu_seqlens: Any = None,
+    mask: Any = None,
+    backend: Any = None,
+) -> Any:
+    """Recall the softmax mean of the values, their keys reflected or shrunk by every later step.
+
+    The logits are scale q_t . (H_t ... H_{i+1}) k_i with H_s = I - beta_s w_s w_s^T: a position encoding made of data.
+    Weights: the exponential kernel. Regressor: constant. Optimizer: exact.
+
+    Parameters
+    ----------
+    q, k : (..., t, k)
+        Queries and keys.
+    v : (..., t, v)
+        Values.
+    beta : (..., t)
+        How far each step changes the keys before it: 1 removes their part along w, 2 reflects it.
+    w : (..., t, k)
+        Direction of that change, of unit length.
+    scale : float, optional
+        Sharpness of the kernel; default 1 / sqrt(k).
+    initial_state, output_final_state, cu_seqlens, mask, backend
+        Common to all operators: see ``ttr_np.operators``. State: all pairs: ``k``, ``v``, ``log_weight``, ``position``.
+
+    Returns
+    -------
+    o : (..., t, v)
+        Answers, in the dtype of the data; or ``(o, state)``.
+
+    Raises
+    ------
+    ValueError
+        If two arrays disagree on an axis.
+    TypeError
+        If an array holds no real numbers.
+
+    Notes
+    -----
+    Cost: O(t n (k + v)) with n pairs; memory O(t (k + v)), no t x t matrix is stored.
+
+    References
+    ----------
+    Yang et al. (2025), arXiv:2505.16381.
+
+    Examples
+    --------
+    >>> import numpy as np, ttr_np
+    >>> k = np.array([[100.0, 0.0], [0.0, 0.0]])
+    >>> w = [[1.0, 0.0], [1.0, 0.0]]
+    >>> ttr_np.path_attention(k[[0, 0]], k, [[1.0], [3.0]], [0.0, 1.0], w)
+    array([[1.],
+           [2.]])
+    """
+    return dispatch("path_attention", locals())
+
+
 def log_linear_attention(
     q: Any,
     k: Any,
@@ -946,9 +1013,9 @@ def log_linear_attention(
     >>> import numpy as np, ttr_np
     >>> ones = np.ones((3, 1))
     >>> ttr_np.log_linear_attention(ones, ones, ones, [[1.0, 0.5, 0.25]] * 3)
-    array([[1.  ],
-           [1.5 ],
-           [1.5 ]])
+    array([[1. ],
+           [1.5],
+           [1.5]])
     """
     return dispatch("log_linear_attention", locals())
 
@@ -979,7 +1046,8 @@ def kernel_ridge(
     v : (..., t, v)
         Values.
     kernel : str or callable, default "gaussian"
-        The positive definite kernel, by name or as a function of two arrays of vectors.
+        ``gaussian``, ``exponential``, ``linear``, ``polynomial`` or a positive definite function of two arrays of
+        vectors.
     bandwidth : float, default 1.0
         Its width.
     ridge : float, default 1.0
