@@ -309,6 +309,8 @@ def test_a_phase_gives_complex_numbers_and_takes_them(t):
     np.testing.assert_allclose(again, o + gone * state.h, rtol=1e-4, atol=1e-4)
     with pytest.raises(TypeError, match="complex"):
         diagonal_scan(1j * x["x"], x["log_decay"])
+    with pytest.raises(TypeError, match="initial_state field h is complex"):
+        diagonal_scan(x["x"], x["log_decay"], initial_state=state)
 
 
 @pytest.mark.parametrize("gate", [-np.inf, -1e30, -1e4])
