@@ -280,18 +280,18 @@ def test_a_masked_token_is_as_if_removed(case):
 
 
 @every_case
-def test_what_stands_under_the_mask_is_never_read(case):
+@pytest.mark.parametrize("hidden", [np.nan, np.inf, 7.0, -7.0])
+def test_what_stands_under_the_mask_is_never_read(case, hidden):
     t = 70
     arrays = case.draw(t=t)
     mask = np.random.default_rng(5).uniform(size=(2, t)) < 0.6
     o, state = case(arrays, state=True, mask=mask)
-    spoilt = {}
-    for name, x in arrays.items():
-        axis = time_axis(case, name, x)
-        spoilt[name] = x
-        if name not in case.signature.reads and axis is not None:
-            hidden = ~mask.reshape(mask.shape + (1,) * (-1 - axis))
-            spoilt[name] = np.where(hidden, -np.nan if name == "delta" else np.nan, x)
+    spoilt = dict(arrays)
+    for name in set(arrays) - set(case.signature.reads):
+        axis = time_axis(case, name, arrays[name])
+        if axis is None or (name not in case.signature.frozen and not np.isnan(hidden)):
+            continue
+        spoilt[name] = np.where(mask.reshape(mask.shape + (1,) * (-1 - axis)), arrays[name], hidden)
     found, after = case(spoilt, state=True, mask=mask)
     same_bits(found, o)
     same_state(case, after, state, same_bits)
