@@ -244,6 +244,7 @@ RIDGE = Gate(1.0, "fixed or learned, > 0", "")
 BANDWIDTH = Gate(1.0, "fixed or learned, > 0", "")
 BATCH = Gate(16, "fixed", "")
 INNER_STEP = Gate(0.1, "step_size = eta sigmoid(W x) / d")
+SMALL_STEP = Gate(0.02, "step_size = eta sigmoid(W x)")  # deep memories diverge at the step a linear one likes
 UNIFORM, LINEAR, CONSTANT, ONE_STEP = Uniform(), Linear(), LocalPolynomial(0), GradientDescent(1)
 
 
@@ -945,6 +946,7 @@ LINES: list[Layer] = [
         "MLP",
         "mini-batches, momentum, weight decay",
         "Behrouz et al. 2025, arXiv:2501.00663",
+        step_size=SMALL_STEP,
         momentum=MOMENTUM,
         weight_decay=FORGET,
     ),
@@ -963,7 +965,8 @@ LINES: list[Layer] = [
         "MLP, l4 retention",
         "mini-batches, l3 loss",
         "Behrouz et al. 2025, arXiv:2504.13173",
-        weight_decay=FORGET,
+        step_size=SMALL_STEP,
+        weight_decay=Gate(0.0, "1 - sigmoid(W x); its retention makes small weights large, so forget slowly"),
     ),
     trained(
         "yaad",
@@ -979,6 +982,7 @@ LINES: list[Layer] = [
         "MLP, entropy retention",
         "mini-batches",
         "Behrouz et al. 2025, arXiv:2504.13173",
+        step_size=SMALL_STEP,
         weight_decay=FORGET,
     ),
     trained(
