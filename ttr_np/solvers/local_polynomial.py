@@ -2,10 +2,10 @@
 
     o_t = b,    (b, W) = argmin  sum_i p_ti |v_i - b - W^T f(k_i - q_t)|^2 + ridge |W|^2,    p_ti = w_ti / sum_j w_tj
 
-w_ti is a kernel of query and key times what the gates have left of pair i; f(z) holds the monomials of z of degree 1 to
-``degree``, scaled so that f(x) . f(z) = sum_d (x . z)^d / d!^2: the coefficients are derivatives, and the ridge, relative
-to the total weight, knows no preferred axes. Degree 0 is softmax attention (exponential kernel) or Nadaraya-Watson,
-degree 1 local linear attention:
+w_ti is a kernel of query and key times what the gates have left of pair i; f(z) holds the monomials of z of degree 1
+to ``degree``, scaled so that f(x) . f(z) = sum_d (x . z)^d / d!^2: the coefficients are derivatives, and the ridge,
+relative to the total weight, knows no preferred axes. Degree 0 is softmax attention (exponential kernel) or
+Nadaraya-Watson, degree 1 local linear attention:
 
     o = vbar + Cvk (Ckk + ridge I)^-1 (q - kbar)    (means and covariances under p)
 

@@ -3,9 +3,9 @@
     o_t = sum_l levels_tl S_t^(l)^T q_t,    S_t^(l) = sum over bucket l at step t of (decays over (i, t]) k_i v_i^T
 
 The buckets are those of a Fenwick tree: the pair itself is bucket 0, and pair i lies in bucket bit_length(t XOR i), so
-that at most one bucket of each size 1, 2, 4, ... covers the past. A step merges all buckets below the lowest set bit of t
-into one: T steps need log2(T) + 2 buckets, and T log T work. With fewer ``levels`` the last bucket keeps all that is
-older. Equal levels give linear attention.
+that at most one bucket of each size 1, 2, 4, ... covers the past. A step merges all buckets up to the lowest set bit of
+t into one: T steps need bit_length(T - 1) + 1 buckets, and T log T work. With fewer ``levels`` the last bucket keeps all
+that is older. Equal levels give linear attention.
 
 [1] Guo et al. (2025), Log-linear attention, arXiv:2506.04761
 """
@@ -73,6 +73,7 @@ def merge(S: np.ndarray, moved: np.ndarray) -> np.ndarray:
     return np.einsum("...ml,...lkv->...mkv", places.astype(S.dtype), S)
 
 
+@np.errstate(invalid="ignore")
 def recurrent(
     q: np.ndarray,
     k: np.ndarray,
@@ -99,6 +100,7 @@ def recurrent(
     return o, LogLinearAttentionState(S, count)
 
 
+@np.errstate(invalid="ignore")
 def chunked(
     q: np.ndarray,
     k: np.ndarray,
