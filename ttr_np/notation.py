@@ -322,9 +322,8 @@ def broadcast_leading(leading: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
         try:
             common = np.broadcast_shapes(common, shape)
         except ValueError:
-            raise ValueError(
-                f"leading axes {shape} of {name} do not broadcast with {common} of {', '.join(list(leading)[:list(leading).index(name)])}"
-            ) from None
+            before = ", ".join(list(leading)[: list(leading).index(name)])
+            raise ValueError(f"leading axes {shape} of {name} do not broadcast with {common} of {before}") from None
     return common
 
 

@@ -157,7 +157,7 @@ class Gates(NamedTuple):
 
 
 class Halves(NamedTuple):
-    """Decays from the first to the second half of every block of 2 h tokens, through the middle; each ``(..., n, h, k)``.
+    """Decays from the first to the second half of every block of 2 h tokens, through the middle: ``(..., n, h, k)``.
 
     ``rows``: from the middle to a token of the second half; ``columns``: from a token of the first half to the middle.
     """
