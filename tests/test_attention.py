@@ -381,6 +381,23 @@ def test_state_holds_only_what_later_queries_see():
     assert np.all(state.log_weight[1, :3] == -np.inf) and np.all(state.log_weight[:, -1] == 0)
 
 
+def test_sinks_stay_in_sight_beside_the_window(form):
+    rng, options = np.random.default_rng(37), {"window": 5, "sinks": 3}
+    x, core = problem("softmax_attention", rng, gated=False), getattr(softmax_attention, form)
+    mild = x | {"log_decay": -rng.uniform(0, 0.1, T)}
+    for given in (x, mild):
+        for mask in (None, rng.uniform(size=T) < 0.7):
+            o = call(core, "softmax_attention", given, options, mask=mask)
+            close(o, define("softmax_attention", given, options, mask))
+            state, answers = None, []
+            for low, high in pairwise(PIECES):
+                common = {"mask": None if mask is None else mask[low:high], "initial_state": state}
+                part = piece(given, low, high)
+                answer, state = call(core, "softmax_attention", part, options, output_final_state=True, **common)
+                answers.append(answer)
+            close(np.concatenate(answers), o)
+
+
 def test_unit_keys_make_softmax_gaussian():
     x = problem("softmax_attention", np.random.default_rng(13), gated=False, k=4)
     x["q"], x["k"] = (a / np.linalg.norm(a, axis=-1, keepdims=True) for a in (x["q"], x["k"]))

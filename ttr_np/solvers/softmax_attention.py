@@ -63,7 +63,7 @@ def recurrent(
     sinks: int = 0,
     state: CacheState,
 ) -> tuple[np.ndarray, CacheState]:
-    """The definition, token by token: the cache grows by a pair, and each pair in it is weighed. Cost: O(t^2 (k + v))."""
+    """Token by token: the cache grows by a pair, and each pair in it is weighed. Cost: O(t^2 (k + v))."""
     o = output_like(q, v, state.k)
     if not causal:
         state = append(state, k, v, log_decay, mask)

@@ -4,8 +4,8 @@
 
 with the threshold tau_t at which the weights sum to 1: alpha-entmax, the point of the simplex next to the scores under
 Tsallis' entropy. alpha = 2 is sparsemax, alpha -> 1 softmax. For unit keys and queries 1 - q . k is half a squared
-distance, so alpha = 1 + 1/n is Nadaraya-Watson with the kernel (1 - u^2)^n (n = 1: Epanechnikov) and a bandwidth that adapts to
-the data.
+distance, so alpha = 1 + 1/n is Nadaraya-Watson with the kernel (1 - u^2)^n (n = 1: Epanechnikov) and a bandwidth that
+adapts to the data.
 
 [1] Martins, Astudillo (2016), From softmax to sparsemax, arXiv:1602.02068
 [2] Peters, Niculae, Martins (2019), Sparse sequence-to-sequence models, arXiv:1905.05702
