@@ -39,7 +39,8 @@ def in_chunks(
 
     A matrix product multiplies the future by zero, and zero times NaN is NaN. So a chunk whose outputs are not finite
     is looked at again: if it holds a bad token, the tokens before it are answered as if it were not there and the rest
-    by the recurrence, so that nothing bad reaches what it must not.
+    by the recurrence, so that nothing bad reaches what it must not. Where finite tokens overflow on the way, the
+    recurrence answers what the products could not.
 
     Parameters
     ----------
@@ -58,8 +59,9 @@ def in_chunks(
         high = min(low + size, o.shape[-2])
         chunk = time_slice(arrays, axes, low, high)
         answer, after = step(**chunk, state=state)
-        if not np.isfinite(np.sum(answer)) and not all_finite(chunk, axes):
-            answer, after = guarded(step, recurrent, chunk, axes, answer, after, state)
+        if not np.isfinite(np.sum(answer)):
+            repair = overflowed if all_finite(chunk, axes) else guarded
+            answer, after = repair(step, recurrent, chunk, axes, answer, after, state)
         o[..., low:high, :] = answer
         state = after
     return o, state
@@ -99,6 +101,17 @@ def guarded(
     slow, slow_after = recurrent(**chunk, state=type(state)(*(None if x is None else x.copy() for x in state)))
     touched = bad[..., -1]
     return np.where(bad[..., None], slow, before), choose(touched, slow_after, after)
+
+
+def overflowed(
+    step: Any, recurrent: Any, chunk: Mapping[str, Any], axes: Mapping[str, int], answer: Any, after: Any, state: Any
+) -> tuple[np.ndarray, Any]:
+    """One chunk of finite tokens with answers that are not: the recurrence gives these, and that sequence's state."""
+    if not all(x is None or np.all(np.isfinite(x)) for x in state):
+        return answer, after  # the past was lost before this chunk
+    lost = ~np.isfinite(answer).all(axis=-1)
+    slow, slow_after = recurrent(**chunk, state=type(state)(*(None if x is None else x.copy() for x in state)))
+    return np.where(lost[..., None], slow, answer), choose(lost.any(axis=-1), slow_after, after)
 
 
 def choose(touched: np.ndarray, slow: Any, fast: Any) -> Any:
