@@ -524,10 +524,20 @@ def test_common_offsets_cost_no_digits(options, blocks):
     o = local_polynomial.local_polynomial(q, k, v, ridge=1e-3, **options)
     moved = local_polynomial.local_polynomial(q, k, v + 2.0**30, ridge=1e-3, **options)
     close(moved - 2.0**30, o, 1e-6)  # the answer's own rounding is 2^-23
-    if not options:  # q . k knows no common origin of queries and keys: only the weights do not change
-        options = {"degree": 0}
-        o, q = local_polynomial.local_polynomial(q, k, v, **options), q - 2.0**20
-    close(local_polynomial.local_polynomial(q + 2.0**20, k + 2.0**20, v, ridge=1e-3, **options), o, 1e-9)
+    if options:
+        moved = local_polynomial.local_polynomial(q + 2.0**20, k + 2.0**20, v, ridge=1e-3, **options)
+    else:  # q . k knows no common origin of queries and keys: only its weights do not change
+        o = local_polynomial.local_polynomial(q / 3, k, v, degree=0)
+        moved = local_polynomial.local_polynomial(q / 3, k + 2.0**30, v, degree=0)
+    close(moved, o, 1e-9)
+
+
+def test_a_line_is_extrapolated_to_all_digits(blocks):
+    rng = np.random.default_rng(38)
+    k, slope = rng.standard_normal((T, 2)), rng.standard_normal((2, 3))
+    q = 1e8 * rng.standard_normal((T, 2))
+    o = local_polynomial.local_polynomial(q, k, k @ slope + 1.0, scale=0.0, ridge=0.0)
+    close(o[5:], (q @ slope + 1.0)[5:], 1e-12)
 
 
 def test_a_function_can_be_the_kernel():
