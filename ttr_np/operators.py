@@ -413,7 +413,7 @@ def recursive_least_squares(
     v : (..., t, v)
         Values.
     log_decay : (..., t), optional
-        Log of the share of the past that is kept, <= 0 (-inf forgets all).
+        Log of the share of the past that is kept, <= 0 and finite (a least-squares fit of nothing has no solution).
     beta : (..., t), optional
         Weight of each pair, >= 0; default 1.
     ridge : float, default 1.0
