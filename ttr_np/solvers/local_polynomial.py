@@ -9,8 +9,8 @@ Nadaraya-Watson, degree 1 local linear attention:
 
     o = vbar + Cvk (Ckk + ridge I)^-1 (q - kbar)    (means and covariances under p)
 
-It is solved by QR, never by forming Ckk: centred rows sqrt(p_i) (1, f_i), block after block, under sqrt(ridge) I. That
-keeps half of the digits which Ckk would lose. All sums are float64.
+Where the ridge is large enough that squaring the condition costs nothing it is solved from the moments of the centred
+rows sqrt(p_i) (1, f_i); elsewhere by QR of these rows, block after block, under sqrt(ridge) I. All sums are float64.
 
 A ridge > 0 determines the fit of any number of neighbours. Where the rows leave a coefficient undetermined (ridge 0 and
 fewer neighbours than coefficients, or collinear keys) the answer is that of the next lower degree; without neighbours
@@ -39,6 +39,8 @@ from ._chunks import output_like
 __all__ = ["KERNELS", "chunked", "local_polynomial", "recurrent"]
 
 UNDETERMINED = 1e-11  # share of a column that must be new to the columns before it: below, it is rounding
+
+WELL_POSED = 1e-3  # ridge over the largest moment: from here on moments lose at most three digits of sixteen
 
 KERNELS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "gaussian": lambda u: np.exp(-u * u / 2),
@@ -184,10 +186,14 @@ def answer(fit: Fit, q: np.ndarray, look: Callable[[], Iterable[View]], shape: t
         return mean
     # Around the mean key a line is centred; monomials of higher degree (and their ridge) are those around the query.
     centre = means.value[..., shape[-1] :] if fit.degree == 1 else np.broadcast_to(q, shape[:-1] + q.shape[-1:])
-    R, B = triangle(fit, q, look(), means, mean, centre)
-    weights = read_at(R, features(q - centre, fit.degree))
-    weights = np.where(determined(R, fit.degree, q.shape[-1]), weights, 0)
-    return mean + np.einsum("...p,...pv->...v", weights, B)
+    place = features(q - centre, fit.degree)
+    rows = partial(weighted_rows, fit, q, means, mean, centre)
+    posed, o = by_moments(fit.ridge, place, rows(look()), mean)
+    if np.all(posed):
+        return o
+    R, B = triangle(fit.ridge, rows(look()), o.shape, place.shape[-1])
+    weights = np.where(determined(R, fit.degree, q.shape[-1]), read_at(R, place), 0)
+    return np.where(posed[..., None], o, mean + np.einsum("...p,...pv->...v", weights, B))
 
 
 def scored(fit: Fit, q: np.ndarray, views: Iterable[View]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -249,26 +255,54 @@ def features(z: np.ndarray, degree: int) -> np.ndarray:
     return np.concatenate(columns, axis=-1)
 
 
-def triangle(
-    fit: Fit, q: np.ndarray, views: Iterable[View], means: Mean, mean: np.ndarray, centre: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """R and B of each query's fit: its normal equations are R^T R W = R^T B, but they are never formed.
-
-    QR of the rows so far and a block of new ones gives the next R; the first rows are those of the ridge. A square
-    root of the weights stands before every row.
-    """
-    p = comb(q.shape[-1] + fit.degree, fit.degree)
-    R = np.zeros(mean.shape[:-1] + (p, p))
-    R[..., range(1, p), range(1, p)] = np.sqrt(fit.ridge)
-    B = np.zeros(mean.shape[:-1] + (p, mean.shape[-1]))
+def weighted_rows(
+    fit: Fit, q: np.ndarray, means: Mean, mean: np.ndarray, centre: np.ndarray, views: Iterable[View]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The rows and targets of each query's fit, ``(..., c, n, p)`` and ``(..., c, n, v)``, times sqrt of their weight."""
     for view in views:
         logits = masked(log_kernel(fit, q, view.k), view) - np.where(means.top == -np.inf, 0, means.top)[..., None]
         root = np.exp(logits / 2) / np.sqrt(np.where(means.weight > 0, means.weight, 1))[..., None]
         rows = features(differences(view.k.astype(np.float64), centre), fit.degree)
         targets = differences(view.v.astype(np.float64), mean)
-        rows, targets = (np.where((logits == -np.inf)[..., None], 0, root[..., None] * x) for x in (rows, targets))
-        Q, R = np.linalg.qr(np.concatenate([R, rows], axis=-2))
-        B = np.swapaxes(Q, -1, -2) @ np.concatenate([B, targets], axis=-2)
+        unseen = (logits == -np.inf)[..., None]
+        yield np.where(unseen, 0, root[..., None] * rows), np.where(unseen, 0, root[..., None] * targets)
+
+
+def by_moments(
+    ridge: float, place: np.ndarray, rows: Iterable[tuple[np.ndarray, np.ndarray]], mean: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Answers from the moments of the rows, and which of them are as good as those of QR: where the ridge is large.
+
+    The moments are products of matrices, many times faster than QR, but their condition is that of the rows squared.
+    """
+    p = place.shape[-1]
+    N = np.zeros(mean.shape[:-1] + (p, p))
+    if not ridge:
+        return np.zeros(mean.shape[:-1], bool), mean
+    N[..., range(1, p), range(1, p)] = ridge
+    M = np.zeros(mean.shape[:-1] + (p, mean.shape[-1]))
+    for X, Y in rows:
+        N += np.swapaxes(X, -1, -2) @ X
+        M += np.swapaxes(X, -1, -2) @ Y
+    posed = (ridge >= WELL_POSED * np.einsum("...ii->...i", N).max(axis=-1)) & (N[..., 0, 0] > 0.5)
+    N = np.where(posed[..., None, None], N, np.eye(p))
+    weights = np.linalg.solve(N, np.broadcast_to(place, mean.shape[:-1] + (p,))[..., None])
+    return posed, mean + np.einsum("...p,...pv->...v", weights[..., 0], M)
+
+
+def triangle(
+    ridge: float, rows: Iterable[tuple[np.ndarray, np.ndarray]], shape: tuple[int, ...], p: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """R and B of each query's fit: its normal equations are R^T R W = R^T B, but they are never formed.
+
+    QR of the rows so far and a block of new ones gives the next R; the first rows are those of the ridge.
+    """
+    R = np.zeros(shape[:-1] + (p, p))
+    R[..., range(1, p), range(1, p)] = np.sqrt(ridge)
+    B = np.zeros(shape[:-1] + (p, shape[-1]))
+    for X, Y in rows:
+        Q, R = np.linalg.qr(np.concatenate([R, X], axis=-2))
+        B = np.swapaxes(Q, -1, -2) @ np.concatenate([B, Y], axis=-2)
     return R, B
 
 
