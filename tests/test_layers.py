@@ -20,12 +20,12 @@ def inputs(layer, rng, t, k=4, v=4):
     return [features.normalize_l2(x) if name in ("q", "k") else x for name, x in data.items()]
 
 
-SIZES = {"k": 4, "v": 4, "d": 4, "l": 6}
+SIZES = {"k": 4, "v": 4, "d": 4, "l": 6, "n": 16}
 
 
 def random_gates(layer, rng, data):
     """Every gate with axes away from its default, in its range, varying in time."""
-    sizes = SIZES | {"t": len(data[0])}
+    sizes = SIZES | {"t": len(data[0]), "s": len(data[0])}
     return {
         name: draw_gate(name, rng, tuple(sizes[axis] for axis in gate.axes.split()))
         for name, gate in layer.gates.items()
@@ -71,7 +71,7 @@ def pieces(layer, data, given, cuts, **common):
 
 def cut_gate(layer, name, x, low, high, t):
     axes = layer.gates[name].axes.split()
-    return x[low:high] if axes[:1] == ["t"] and np.ndim(x) else x
+    return x[low:high] if axes[:1] in (["t"], ["s"]) and np.ndim(x) else x
 
 
 def all_gates(layer, rng, data):
@@ -97,7 +97,7 @@ def test_a_masked_token_is_not_memorised(name):
     mask = np.ones(17, bool)
     mask[[0, 3, 4, 11]] = False
     kept = [x[mask] for x in data]
-    short = {name: x[mask] if layer.gates[name].axes.split()[:1] == ["t"] else x for name, x in given.items()}
+    short = {name: x[mask] if layer.gates[name].axes.split()[:1] in (["t"], ["s"]) else x for name, x in given.items()}
     masked = layer(*data, **given, mask=mask, backend="numpy")
     np.testing.assert_allclose(masked[mask], layer(*kept, **short, backend="numpy"), rtol=1e-9, atol=1e-11)
     assert np.all(np.isfinite(masked))

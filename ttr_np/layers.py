@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import features, operators, routes
-from .calling import check_boundaries
+from .calling import HALF, check_boundaries
 from .framework import recall
 from .memories import MLP, EntropyRetention, Huber, LqRetention, PNorm
 from .memories import Linear as LinearMemory
@@ -52,7 +52,7 @@ from .weights import (
 __all__ = ["Gate", "Layer", "Table", "layers"]
 
 
-PRECISE = GATES | {"input_gate", "log_input", "nu", "theta"}  # never rounded to the dtype of the data
+PRECISE = GATES | {"input_gate", "log_input", "nu", "theta", "readout"}  # never rounded to the dtype of the data
 
 
 class Gate(NamedTuple):
@@ -135,10 +135,10 @@ class Layer:
         for name in gates:
             if name not in self.gates:
                 raise TypeError(f"{self.name} has no gate {name!r}; it has {', '.join(self.gates) or 'none'}")
-        p = {name: as_float(x) for name, x in zip(self.data, data, strict=True)}
+        p = {name: at_least_single(as_float(x)) for name, x in zip(self.data, data, strict=True)}
         dtype = np.result_type(*(x.dtype for x in p.values()))
         for name, gate in self.gates.items():
-            x = expand(gates[name] if gates.get(name) is not None else gate.default, gate.axes, p)
+            x = expand(name, gates[name] if gates.get(name) is not None else gate.default, gate.axes, p)
             p[name] = x if name in PRECISE or not gate.axes else x.astype(dtype, copy=False)
         return p if self.pose is None else self.pose(p)
 
@@ -160,7 +160,7 @@ class Layer:
         p = self.problem(*data, **gates)
         p |= {"mask": None if mask is None else np.asarray(mask), "cu_seqlens": cu_seqlens}
         o, state = self.route(self, partial(self.run, p, backend), p, initial_state)
-        o = self.answer(o, p).astype(np.result_type(*(p[name].dtype for name in self.data)), copy=False)
+        o = self.answer(o, p).astype(np.result_type(*(as_float(x).dtype for x in data)), copy=False)
         return (o, state) if output_final_state else o
 
     def by_sequence(
@@ -186,7 +186,7 @@ class Layer:
     def piece(self, name: str, x: Any, low: int, high: int) -> Any:
         """The steps low to high of a gate that has a time axis."""
         axes = self.gates[name].axes.split() if name in self.gates else []
-        if axes[:1] != ["t"] or not np.ndim(x):
+        if axes[:1] not in (["t"], ["s"]) or not np.ndim(x):
             return x
         return np.asarray(x)[(..., slice(low, high)) + (slice(None),) * (len(axes) - 1)]
 
@@ -220,15 +220,39 @@ def as_float(x: Any) -> Any:
     return x.astype(np.float64) if x.dtype.kind in "iu" else x
 
 
-def expand(value: Any, axes: str, p: dict[str, Any]) -> Any:
-    """A gate with all its axes: a number holds everywhere."""
+def at_least_single(x: Any) -> Any:
+    """16-bit data as float32: what a layer does before and after its operator is never rounded below that."""
+    return x.astype(np.float32) if x.dtype.name in HALF else x
+
+
+def expand(name: str, value: Any, axes: str, p: dict[str, Any]) -> Any:
+    """A gate with all its axes: a number holds everywhere, an array broadcasts (``(h, 1)`` is one number per head).
+
+    Raises
+    ------
+    ValueError
+        If an array does not broadcast to the gate's axes.
+    """
     value = value(p) if callable(value) else value
-    if not axes or np.ndim(value):
-        return value if not axes or hasattr(value, "dtype") else as_float(value)
-    like = p["k"] if "k" in p else p["x"]
-    sizes = {"k": like.shape[-1], "d": like.shape[-1], "v": p["v"].shape[-1] if "v" in p else 0}
-    lead = like.shape[:-1] if "t" in axes else ()
-    return np.full(lead + tuple(sizes[axis] for axis in axes.split() if axis != "t"), value)
+    if not axes:
+        return value
+    like, asked = (p[x] for x in (("k", "q") if "k" in p else ("x", "x")))
+    sizes = {"t": asked.shape[-2], "s": like.shape[-2], "k": like.shape[-1], "d": like.shape[-1]}
+    sizes["v"] = p["v"].shape[-1] if "v" in p else like.shape[-1]
+    full = tuple(sizes.get(axis, 1) for axis in axes.split())
+    lead = like.shape[:-2] if axes[0] in "ts" else ()
+    if np.ndim(value) == 0:
+        return np.full(lead + full, value)
+    value = as_float(value)
+    if axes[0] != "t" or any(axis not in sizes for axis in axes.split()):
+        return value
+    try:
+        shape = np.broadcast_shapes(value.shape, lead + full)
+    except ValueError:
+        shape = ()
+    if shape[-len(full) :] != full:
+        raise ValueError(f"{name} has shape {value.shape}, which does not broadcast to (..., {axes}) = {lead + full}")
+    return np.broadcast_to(value, shape)
 
 
 # ---- gates that many lines share -------------------------------------------------------------------------------------
@@ -300,7 +324,7 @@ def complement(p: dict[str, Any]) -> dict[str, Any]:
 def recall_corrected(p: dict[str, Any]) -> dict[str, Any]:
     """Comba: the erased key is a share of the key, and the query gives up a share of that."""
     erase_key = p["k"] * np.asarray(p["erase"][..., None], p["k"].dtype)
-    return changed(p, erase_key=erase_key, q=p["q"] - p["correction"] * erase_key)
+    return changed(p, erase_key=erase_key, q=p["q"] - np.asarray(p["correction"][..., None], p["q"].dtype) * erase_key)
 
 
 def gated_sides(p: dict[str, Any]) -> dict[str, Any]:
@@ -315,16 +339,14 @@ def in_context(p: dict[str, Any]) -> dict[str, Any]:
     """RWKV-7: the removed key is normalised, the stored key weakened where little is removed."""
     rate = np.asarray(p["rate"], p["k"].dtype)
     stored = p["k"] * (1 + (rate - 1) * np.asarray(p["replacement"], p["k"].dtype))
-    return changed(p, rate=rate, removal_key=features.normalize_l2(p["k"]), stored_key=stored)
+    return changed(p, rate=rate, removal_key=features.normalize_l2(p["k"] * p["removal"]), stored_key=stored)
 
 
 def repeated_steps(p: dict[str, Any]) -> dict[str, Any]:
-    """Pairs of all steps in a row; one pair per token is stepped on several times."""
-    n, t = p["steps"], p["q"].shape[-2]
-    if p["k"].shape[-2] == n * t:
-        return p
-    k, v = (np.repeat(p[name], n, axis=-2) for name in ("k", "v"))
-    beta = p["beta"] if p["beta"].shape[-1] == n * t else np.repeat(p["beta"], n, axis=-1)
+    """Pairs of all steps in a row; one pair per token is stepped on several times, and so is one step size."""
+    n, long = p["steps"], p["steps"] * p["q"].shape[-2]
+    k, v = (p[x] if p[x].shape[-2] == long else np.repeat(p[x], n, axis=-2) for x in ("k", "v"))
+    beta = p["beta"] if p["beta"].shape[-1] == long else np.repeat(p["beta"], n, axis=-1)
     return changed(p, k=k, v=v, beta=beta)
 
 
@@ -365,7 +387,7 @@ def s4d_modes(p: dict[str, Any]) -> dict[str, Any]:
     p = as_values(p)
     A = -0.5 + 1j * np.pi * np.arange(p["modes"])
     rates = A * p["step_length"]
-    return changed(p, modes=rates, drive=np.expm1(rates) / A, readout=np.ones(len(A)))
+    return changed(p, modes=rates, drive=np.expm1(rates) / A)
 
 
 def s4d_kernel(p: Mapping[str, Any], ages: np.ndarray) -> np.ndarray:
@@ -418,9 +440,8 @@ def landmarks(p: dict[str, Any]) -> np.ndarray:
 
 
 def one_per_level(p: dict[str, Any]) -> np.ndarray:
-    """Weights of dyadic ages that fall slowly: 1, 0.9, 0.81, ..."""
-    levels = max(int(p["q"].shape[-2]).bit_length() + 1, 2)
-    return np.broadcast_to(0.9 ** np.arange(levels, dtype=float), p["q"].shape[:-1] + (levels,)).astype(p["q"].dtype)
+    """Weights of dyadic ages that fall slowly: 1, 0.9, 0.81, ...; the last holds for everything older."""
+    return np.broadcast_to(0.9 ** np.arange(17.0), p["q"].shape[:-1] + (17,)).astype(p["q"].dtype)
 
 
 def receptance(o: Any, p: Mapping[str, Any]) -> Any:
@@ -457,6 +478,13 @@ def slot_decays(p: dict[str, Any]) -> np.ndarray:
 def slot_shares(p: dict[str, Any]) -> np.ndarray:
     """ABC with as many slots as key channels, each written with a share of every token."""
     return features.softmax(4 * p["k"])
+
+
+def sum_one_dpfp(x: np.ndarray) -> np.ndarray:
+    """DPFP features over their sum, as the layer uses them."""
+    phi = features.dpfp(x, 1)
+    total = phi.sum(axis=-1, keepdims=True)
+    return np.divide(phi, total, out=np.zeros_like(phi), where=total != 0)
 
 
 def normalised_map(name: str, paper: str, phi: Callable[[Any], Any], text: str, **more: Any) -> Layer:
@@ -545,14 +573,14 @@ LINES: list[Layer] = [
         Exact(),
         "linear_attention",
         "Qin et al. 2022, arXiv:2202.08791",
-        {"length": Gate(lambda p: max(p["q"].shape[-2], 1), "fixed, at least the sequence's length", "")},
+        {"length": Gate(65536, "fixed, at least the length of the longest sequence", "")},
         route=routes.cosine_positions,
         carries=True,
     ),
     Layer(
         "dpfp",
         UNIFORM,
-        Linear(lambda x: features.dpfp(x, 1), "linear in DPFP"),
+        Linear(sum_one_dpfp, "linear in DPFP"),
         ONE_STEP,
         "linear_attention",
         "Schlag et al. 2021, arXiv:2102.11174",
@@ -641,7 +669,7 @@ LINES: list[Layer] = [
         "Dao, Gu 2024, arXiv:2405.21060",
         {
             "delta": Gate(0.05, "delta = softplus(W x + dt)"),
-            "rate": Gate(0.2, "exp(A_log) per head; log_decay = -delta rate", ""),
+            "rate": Gate(0.2, "exp(A_log) per head; log_decay = -delta rate"),
             "skip": Gate(0.0, "D, per value channel", "v"),
         },
         pose=lambda p: changed(p, log_decay=-p["delta"] * p["rate"]),
@@ -722,12 +750,15 @@ LINES: list[Layer] = [
     ),
     Layer(
         "log_linear_attention",
-        Levels(),
+        Levels() * Decaying(),
         LINEAR,
         ONE_STEP,
         "log_linear_attention",
         "Guo et al. 2025, arXiv:2506.04761",
-        {"levels": Gate(one_per_level, "levels = softplus(W x), per dyadic age", "t l")},
+        {
+            "levels": Gate(one_per_level, "levels = softplus(W x), per dyadic age", "t l"),
+            "log_decay": Gate(0.0, "log_decay = log sigmoid(W x), or 0"),
+        },
     ),
     # scans of channels
     Layer(
@@ -749,10 +780,16 @@ LINES: list[Layer] = [
         ONE_STEP,
         "diagonal_scan",
         "Gu et al. 2022, arXiv:2206.11893",
-        {"step_length": Gate(0.1, "exp(W), fixed", ""), "modes": Gate(16, "number of modes", "")},
+        {
+            "step_length": Gate(0.1, "exp(W), fixed", ""),
+            "modes": Gate(16, "number of modes", ""),
+            "readout": Gate(lambda p: np.ones(p["modes"]), "C, learned, complex, per mode", "n"),
+            "skip": Gate(0.0, "D, per channel", "d"),
+        },
         data=("x",),
         pose=s4d_modes,
         route=routes.diagonal_system,
+        answer=skip,
     ),
     Layer(
         "s5",
@@ -821,8 +858,8 @@ LINES: list[Layer] = [
         Online(decay="log_decay", steps="steps", text="online, several steps"),
         "Siems et al. 2025, arXiv:2502.10297",
         {
-            "beta": Gate(0.5, "beta = 2 sigmoid(W x), one per step"),
-            "log_decay": Gate(lambda p: np.zeros(p["q"].shape[:-1]), "as Gated DeltaNet, or 0"),
+            "beta": Gate(0.5, "beta = 2 sigmoid(W x), one per step", "s"),
+            "log_decay": Gate(0.0, "as Gated DeltaNet, or 0"),
             "steps": Gate(2, "fixed; k and v hold this many pairs per token", ""),
         },
         pose=repeated_steps,
@@ -836,7 +873,7 @@ LINES: list[Layer] = [
             "beta": STEP,
             "log_decay": DT_DECAY,
             "erase": Gate(0.9, "d = sigmoid(w)"),
-            "correction": Gate(0.02, "D, learned per head", ""),
+            "correction": Gate(0.02, "D, learned per head"),
         },
         pose=recall_corrected,
         route=routes.erased,
@@ -871,7 +908,8 @@ LINES: list[Layer] = [
         {
             "log_decay": Gate(-0.02, "-exp(-1/2) sigmoid(W x), per key channel", "t k"),
             "rate": Gate(0.9, "sigmoid(W x), per key channel", "t k"),
-            "replacement": Gate(0.5, "learned per key channel", "k"),
+            "removal": Gate(1.0, "xi, learned per key channel", "k"),
+            "replacement": Gate(0.5, "alpha, learned per key channel", "k"),
         },
         pose=in_context,
         route=routes.in_context_rate,

@@ -273,7 +273,8 @@ class Levels(Weights):
     """Piecewise constant in dyadic age: one weight per Fenwick bucket, chosen at every step (log-linear attention)."""
 
     def __call__(self, problem: Problem, t: int) -> np.ndarray:
-        return problem["levels"][t, [self.level(t, i) for i in range(t + 1)]][:, None, None]
+        weights = problem["levels"][t]
+        return weights[[min(self.level(t, i), len(weights) - 1) for i in range(t + 1)]][:, None, None]
 
     @staticmethod
     def level(t: int, i: int) -> int:
