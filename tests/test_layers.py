@@ -209,3 +209,68 @@ def test_full_batch_steps_approach_least_squares(steps):
 def test_no_layer_needs_a_backend_that_is_missing():
     for name in NAMES:
         assert backends.has_operator("numpy", ttr_np.layers[name].operator), name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_default_gates_do_not_look_at_the_length(name):
+    layer, rng = ttr_np.layers[name], np.random.default_rng(7)
+    data = inputs(layer, rng, 17)
+    short = layer(*(x[:9] for x in data), backend="numpy")
+    np.testing.assert_allclose(layer(*data, backend="numpy")[:9], short, rtol=1e-9, atol=1e-11)
+    np.testing.assert_allclose(
+        pieces(layer, data, {}, [0, 10, 17]), layer(*data, backend="numpy"), rtol=1e-9, atol=1e-11
+    )
+
+
+def test_layers_compute_16_bit_data_in_32():
+    x = np.full((256, 64), 12, np.float16)
+    o = ttr_np.layers["mlstm"](x, x, np.ones_like(x))
+    np.testing.assert_allclose(o, np.ones((256, 64)), rtol=1e-2)
+    q = 300 * np.eye(4, dtype=np.float16)
+    assert np.all(np.isfinite(ttr_np.layers["symmetric_power"](q, q, np.eye(4, dtype=np.float16))))
+
+
+def test_gates_per_head_and_per_channel_broadcast():
+    rng = np.random.default_rng(8)
+    q, k, v = rng.standard_normal((3, 2, 5, 7, 4))
+    slopes = features.retention_decays(5)[:, None]
+    o = ttr_np.layers["retnet"](q, k, v, log_decay=slopes)
+    one = ttr_np.layers["retnet"](q[1, 2], k[1, 2], v[1, 2], log_decay=float(slopes[2, 0]))
+    np.testing.assert_allclose(o[1, 2], one, rtol=1e-12)
+    rates = rng.uniform(0.1, 1, (5, 1))
+    o = ttr_np.layers["mamba2"](q, k, v, rate=rates)
+    np.testing.assert_allclose(
+        o[0, 3], ttr_np.layers["mamba2"](q[0, 3], k[0, 3], v[0, 3], rate=float(rates[3, 0])), rtol=1e-12
+    )
+    square = rng.standard_normal((3, 4, 4))
+    fixed = -rng.uniform(0, 1, 4)
+    per_channel = ttr_np.layers["rwkv5"](*square, log_decay=fixed)
+    np.testing.assert_allclose(
+        per_channel, ttr_np.layers["rwkv5"](*square, log_decay=np.tile(fixed, (4, 1))), rtol=1e-12
+    )
+    with pytest.raises(ValueError, match=r"log_decay has shape \(6,\), which does not broadcast to \(..., t k\)"):
+        ttr_np.layers["gla"](*square, log_decay=np.zeros(6))
+
+
+def test_deltaproduct_takes_its_pairs_in_one_long_row():
+    rng = np.random.default_rng(9)
+    q, k, v = (
+        features.normalize_l2(rng.standard_normal((6, 4))),
+        rng.standard_normal((12, 4)),
+        rng.standard_normal((12, 3)),
+    )
+    layer, gates = ttr_np.layers["deltaproduct"], {"beta": 0.3, "log_decay": -0.1}
+    o = layer(q, k, v, **gates)
+    np.testing.assert_allclose(o, ttr_np.recall(layer, q, k, v, **gates), rtol=1e-10)
+    np.testing.assert_allclose(o, layer(q, k, v, beta=np.full(6, 0.3), log_decay=np.full(6, -0.1)), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if ttr_np.layers[name].carries])
+def test_no_packed_sequence_at_all_and_a_wrong_number_of_states(name):
+    layer, empty = ttr_np.layers[name], np.zeros((0, 4))
+    o, states = layer(empty, empty, empty, cu_seqlens=[0], output_final_state=True)
+    assert o.shape == (0, 4)
+    assert states == []
+    data = inputs(layer, np.random.default_rng(0), 5)
+    with pytest.raises(ValueError, match="one state for each of 2 sequences, got 1"):
+        layer(*data, cu_seqlens=[0, 2, 5], initial_state=[None])

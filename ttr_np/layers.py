@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import features, operators, routes
-from .calling import HALF, check_boundaries
+from .calling import HALF, as_numpy, check_boundaries
 from .framework import recall
 from .memories import MLP, EntropyRetention, Huber, LqRetention, PNorm
 from .memories import Linear as LinearMemory
@@ -158,7 +158,7 @@ class Layer:
         if self.carries and cu_seqlens is not None:
             return self.by_sequence(data, gates, cu_seqlens, mask, initial_state, output_final_state, backend)
         p = self.problem(*data, **gates)
-        p |= {"mask": None if mask is None else np.asarray(mask), "cu_seqlens": cu_seqlens}
+        p |= {"mask": None if mask is None else as_numpy(mask), "cu_seqlens": cu_seqlens}
         o, state = self.route(self, partial(self.run, p, backend), p, initial_state)
         o = self.answer(o, p).astype(np.result_type(*(as_float(x).dtype for x in data)), copy=False)
         return (o, state) if output_final_state else o
@@ -167,7 +167,7 @@ class Layer:
         self, data: Any, gates: Any, cu_seqlens: Any, mask: Any, states: Any, final: bool, backend: Any
     ) -> Any:
         """Packed sequences one by one, for layers that keep more than operators' states; states are then a list."""
-        bounds = check_boundaries(cu_seqlens, np.shape(data[0])[-2])
+        bounds = check_boundaries(cu_seqlens, as_float(data[0]).shape[-2])
         outputs, after = [], []
         for i, (low, high) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
             o, state = self(
@@ -175,7 +175,7 @@ class Layer:
                 **{name: self.piece(name, x, low, high) for name, x in gates.items()},
                 initial_state=None if states is None else states[i],
                 output_final_state=True,
-                mask=None if mask is None else np.asarray(mask)[..., low:high],
+                mask=None if mask is None else as_numpy(mask)[..., low:high],
                 backend=backend,
             )
             outputs.append(o)
@@ -186,9 +186,9 @@ class Layer:
     def piece(self, name: str, x: Any, low: int, high: int) -> Any:
         """The steps low to high of a gate that has a time axis."""
         axes = self.gates[name].axes.split() if name in self.gates else []
-        if axes[:1] not in (["t"], ["s"]) or not np.ndim(x):
+        if axes[:1] not in (["t"], ["s"]) or not as_numpy(x).ndim:
             return x
-        return np.asarray(x)[(..., slice(low, high)) + (slice(None),) * (len(axes) - 1)]
+        return as_numpy(x)[(..., slice(low, high)) + (slice(None),) * (len(axes) - 1)]
 
     @staticmethod
     def run(p: dict[str, Any], backend: Any, operator: str, state: Any, **arguments: Any) -> Any:
@@ -216,7 +216,7 @@ class Layer:
 
 def as_float(x: Any) -> Any:
     """An array as it is, integers and lists as float64."""
-    x = x if hasattr(x, "dtype") and hasattr(x, "__array_function__") else np.asarray(x)
+    x = x if hasattr(x, "dtype") and hasattr(x, "__array_function__") else as_numpy(x)
     return x.astype(np.float64) if x.dtype.kind in "iu" else x
 
 
@@ -241,9 +241,9 @@ def expand(name: str, value: Any, axes: str, p: dict[str, Any]) -> Any:
     sizes["v"] = p["v"].shape[-1] if "v" in p else like.shape[-1]
     full = tuple(sizes.get(axis, 1) for axis in axes.split())
     lead = like.shape[:-2] if axes[0] in "ts" else ()
-    if np.ndim(value) == 0:
-        return np.full(lead + full, value)
     value = as_float(value)
+    if value.ndim == 0:
+        return np.full(lead + full, value)
     if axes[0] != "t" or any(axis not in sizes for axis in axes.split()):
         return value
     try:

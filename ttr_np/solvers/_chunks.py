@@ -9,7 +9,17 @@ import numpy as np
 
 from ..notation import OPERATORS, STATES
 
-__all__ = ["Gates", "gates_of", "in_chunks", "lag", "output_like", "products", "segment_sums", "unit_lower_inverse"]
+__all__ = [
+    "Gates",
+    "gates_of",
+    "in_chunks",
+    "kept",
+    "lag",
+    "output_like",
+    "products",
+    "segment_sums",
+    "unit_lower_inverse",
+]
 
 NO_PAST = -1e30  # stands for log 0 where -inf * 0 would be NaN; exp of it is exactly 0
 
@@ -70,6 +80,11 @@ def in_chunks(
 OWN_AXES = {STATES[name]: {f: len(a.split()) for f, a in OPERATORS[name].state.items()} for name in OPERATORS}
 
 
+def kept(decay: np.ndarray, S: np.ndarray) -> np.ndarray:
+    """What a decay leaves of a state; where it leaves nothing, not even a NaN is left."""
+    return np.where(decay == 0, S.dtype.type(0), decay * S)
+
+
 def lost_memories(state: Any, lead: tuple[int, ...]) -> np.ndarray:
     """True for the sequences whose memory holds no numbers any more, in the leading shape of the outputs."""
     lost = np.zeros(lead, bool)
@@ -89,7 +104,8 @@ def repaired(
     from there on, which gives the bits of a run without it; from there on the recurrence answers.
     """
     touched = ~np.isfinite(answer).all(axis=(-2, -1))
-    if not np.any(touched & ~lost_memories(state, touched.shape)):
+    reset = chunk.get("log_decay") is not None and bool(np.any(np.exp(chunk["log_decay"]) == 0))
+    if not reset and not np.any(touched & ~lost_memories(state, touched.shape)):
         return answer, after
     slow, slow_after = recurrent(**chunk, state=type(state)(*(None if x is None else x.copy() for x in state)))
     lost = ~np.isfinite(slow).all(axis=-1)

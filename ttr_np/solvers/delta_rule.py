@@ -19,7 +19,7 @@ import numpy as np
 
 from ..calling import run
 from ..notation import DeltaRuleState
-from ._chunks import gates_of, in_chunks, output_like, products, unit_lower_inverse
+from ._chunks import gates_of, in_chunks, kept, output_like, products, unit_lower_inverse
 
 __all__ = ["chunked", "delta_rule", "recurrent"]
 
@@ -59,7 +59,7 @@ def recurrent(
         k_t, v_t, p_t = k[..., t, :], v[..., t, :], erase[..., t, :]
         if log_decay is not None:
             decay = np.exp(log_decay[..., t, :, None] if log_decay.ndim == q.ndim else log_decay[..., t, None, None])
-            S = decay * S
+            S = kept(decay, S)
         error = v_t - np.einsum("...kv,...k->...v", S, p_t)
         S = S + (beta[..., t, None] * k_t)[..., :, None] * error[..., None, :]
         o[..., t, :] = scale * np.einsum("...kv,...k->...v", S, q[..., t, :])
@@ -110,5 +110,5 @@ def chunk(
     error = inverse @ (beta[..., None] * (v - past(erase) @ S))
     o = scale * (past(q) @ S + products(q, k, pairs) @ error)
     k_end = k if gates is None else k * gates.to_end
-    kept = S if gates is None else gates.since[..., -1, :, None] * S
-    return o, DeltaRuleState(kept + np.swapaxes(k_end, -1, -2) @ error)
+    old = S if gates is None else gates.since[..., -1, :, None] * S
+    return o, DeltaRuleState(old + np.swapaxes(k_end, -1, -2) @ error)

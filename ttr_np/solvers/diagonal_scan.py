@@ -16,6 +16,7 @@ import numpy as np
 
 from ..calling import run
 from ..notation import DiagonalScanState
+from ._chunks import kept
 
 __all__ = ["chunked", "diagonal_scan", "recurrent"]
 
@@ -42,7 +43,7 @@ def recurrent(
     o = np.empty(h.shape[:-1] + x.shape[-2:], h.dtype)
     for t in range(x.shape[-2]):
         angle = None if phase is None else phase[..., t, :]
-        h = factors(log_decay[..., t, :], angle, h.dtype) * h + x[..., t, :]
+        h = kept(factors(log_decay[..., t, :], angle, h.dtype), h) + x[..., t, :]
         o[..., t, :] = h
     return o, DiagonalScanState(h)
 
@@ -55,7 +56,7 @@ def chunked(
     In a window of w tokens Python walks w / c blocks and c tokens instead of w tokens. Decays are only
     multiplied, never divided.
     """
-    (h,) = state
+    h = begin = state.h
     o = np.empty(h.shape[:-1] + x.shape[-2:], h.dtype)
     whole = x.shape[-2] // BLOCK * BLOCK
     for low in range(0, whole, WINDOW):
@@ -64,6 +65,9 @@ def chunked(
         h = scan_blocks(in_blocks(x[steps]), in_blocks(decay), in_blocks(o[steps]), h)
     rest = None if phase is None else phase[..., whole:, :]
     o[..., whole:, :], state = recurrent(x[..., whole:, :], log_decay[..., whole:, :], rest, state=DiagonalScanState(h))
+    if not np.isfinite(np.sum(o)) and np.any(np.exp(log_decay) == 0):  # a product with zero does not forget a NaN
+        slow, state = recurrent(x, log_decay, phase, state=DiagonalScanState(begin))
+        o = np.where(np.isfinite(o), o, slow)
     return o, state
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from ..calling import run, zeros
 from ..notation import LinearAttentionState
-from ._chunks import gates_of, in_chunks, lag, output_like, products
+from ._chunks import gates_of, in_chunks, kept, lag, output_like, products
 
 __all__ = ["chunked", "linear_attention", "recurrent"]
 
@@ -69,7 +69,7 @@ def recurrent(
         q_t, k_t, v_t = q[..., t, :], k[..., t, :], v[..., t, :]
         decay = 1.0 if log_decay is None else np.exp(gate(log_decay, q.ndim)[..., t, :])
         pair = k_t[..., :, None] * v_t[..., None, :]
-        past, past_z = S if log_decay is None else decay[..., :, None] * S, None if z is None else decay * z
+        past, past_z = (S, z) if log_decay is None else (kept(decay[..., :, None], S), z if z is None else kept(decay, z))
         read = S + bonus[..., :, None] * pair if bonus is not None else past + pair
         o_t = np.einsum("...k,...kv->...v", q_t, read)
         if normalize:
