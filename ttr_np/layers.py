@@ -168,6 +168,8 @@ class Layer:
     ) -> Any:
         """Packed sequences one by one, for layers that keep more than operators' states; states are then a list."""
         bounds = check_boundaries(cu_seqlens, as_float(data[0]).shape[-2])
+        if states is not None and len(states) != len(bounds) - 1:
+            raise ValueError(f"initial_state needs one state for each of {len(bounds) - 1} sequences, got {len(states)}")
         outputs, after = [], []
         for i, (low, high) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
             o, state = self(
@@ -180,7 +182,7 @@ class Layer:
             )
             outputs.append(o)
             after.append(state)
-        o = np.concatenate(outputs, axis=-2)
+        o = np.concatenate(outputs, axis=-2) if outputs else self(*data, mask=mask, backend=backend, **gates)
         return (o, after) if final else o
 
     def piece(self, name: str, x: Any, low: int, high: int) -> Any:

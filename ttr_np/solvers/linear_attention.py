@@ -69,7 +69,8 @@ def recurrent(
         q_t, k_t, v_t = q[..., t, :], k[..., t, :], v[..., t, :]
         decay = 1.0 if log_decay is None else np.exp(gate(log_decay, q.ndim)[..., t, :])
         pair = k_t[..., :, None] * v_t[..., None, :]
-        past, past_z = (S, z) if log_decay is None else (kept(decay[..., :, None], S), z if z is None else kept(decay, z))
+        past = S if log_decay is None else kept(decay[..., :, None], S)
+        past_z = z if log_decay is None or z is None else kept(decay, z)
         read = S + bonus[..., :, None] * pair if bonus is not None else past + pair
         o_t = np.einsum("...k,...kv->...v", q_t, read)
         if normalize:

@@ -258,7 +258,7 @@ def features(z: np.ndarray, degree: int) -> np.ndarray:
 def weighted_rows(
     fit: Fit, q: np.ndarray, means: Mean, mean: np.ndarray, centre: np.ndarray, views: Iterable[View]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The rows and targets of each query's fit, ``(..., c, n, p)`` and ``(..., c, n, v)``, times sqrt of their weight."""
+    """Rows ``(..., c, n, p)`` and targets ``(..., c, n, v)`` of each query's fit, times the root of their weight."""
     for view in views:
         logits = masked(log_kernel(fit, q, view.k), view) - np.where(means.top == -np.inf, 0, means.top)[..., None]
         root = np.exp(logits / 2) / np.sqrt(np.where(means.weight > 0, means.weight, 1))[..., None]
