@@ -272,5 +272,5 @@ def test_no_packed_sequence_at_all_and_a_wrong_number_of_states(name):
     assert o.shape == (0, 4)
     assert states == []
     data = inputs(layer, np.random.default_rng(0), 5)
-    with pytest.raises(ValueError, match="one state for each of 2 sequences, got 1"):
+    with pytest.raises(ValueError, match="a state for each of 2 sequences, got 1"):
         layer(*data, cu_seqlens=[0, 2, 5], initial_state=[None])

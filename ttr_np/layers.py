@@ -169,7 +169,7 @@ class Layer:
         """Packed sequences one by one, for layers that keep more than operators' states; states are then a list."""
         bounds = check_boundaries(cu_seqlens, as_float(data[0]).shape[-2])
         if states is not None and len(states) != len(bounds) - 1:
-            raise ValueError(f"initial_state needs one state for each of {len(bounds) - 1} sequences, got {len(states)}")
+            raise ValueError(f"initial_state needs a state for each of {len(bounds) - 1} sequences, got {len(states)}")
         outputs, after = [], []
         for i, (low, high) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
             o, state = self(
