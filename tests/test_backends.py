@@ -176,6 +176,15 @@ def test_a_tuple_falls_back_with_one_warning_that_points_at_the_caller(no_gpu):
     assert caught[0].filename == __file__
 
 
+def test_the_warning_points_at_the_caller_of_a_layer_and_of_the_question(no_gpu):
+    q, k, v = np.random.default_rng(0).standard_normal((3, 4, 2))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ttr_np.layers["softmax"](q, k, v, backend=("cupy", "numpy"))
+        ttr_np.resolve_backend("mesa", backend=("cupy", "numpy"))
+    assert [w.filename for w in caught] == [__file__] * 2
+
+
 def test_a_tuple_whose_first_can_run_is_silent(no_gpu):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -203,6 +212,37 @@ def test_arrays_of_another_library_are_taken_through_dlpack():
     o = ttr_np.delta_rule(**foreign, backend="numpy")
     assert type(o) is np.ndarray
     np.testing.assert_array_equal(o, ttr_np.delta_rule(**x, backend="numpy"))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_masks_boundaries_and_states_are_taken_through_dlpack(operator):
+    x = draw(operator, np.random.default_rng(0), t=6, per_channel=False)
+    options = {"memory": ttr_np.Linear()} if operator == "test_time_training" else {}
+    run = lambda arrays, **common: getattr(ttr_np, operator)(  # noqa: E731
+        **arrays, **options, **common, output_final_state=True, backend="numpy"
+    )
+    mask, bounds = np.array([True, False] * 3), np.array([0, 2, 6])
+    _, begin = run(x, cu_seqlens=bounds)
+    o, end = run(x, mask=mask, cu_seqlens=bounds, initial_state=begin)
+    foreign = type(begin)(*(None if field is None else Foreign(field) for field in begin))
+    arrays = {name: Foreign(array) for name, array in x.items()}
+    o2, end2 = run(arrays, mask=Foreign(mask), cu_seqlens=Foreign(bounds), initial_state=foreign)
+    np.testing.assert_array_equal(o2, o)
+    for a, b in zip(end, end2, strict=True):
+        assert (a is None) == (b is None)
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["delta_rule", "softmax", "rwkv6", "parallax"])
+def test_layers_take_arrays_through_dlpack(name):
+    rng = np.random.default_rng(0)
+    layer, mask = ttr_np.layers[name], np.array([True, False, True, True])
+    q, k, v = rng.standard_normal((3, 4, 5))
+    gates = {gate: rng.uniform(0.1, 0.9, 4) for gate in layer.gates if gate == "beta"}
+    o, state = layer(q, k, v, mask=mask, **gates, output_final_state=True, backend="numpy")
+    foreign = {"mask": Foreign(mask)} | {gate: Foreign(x) for gate, x in gates.items()}
+    o2, _ = layer(*map(Foreign, (q, k, v)), **foreign, output_final_state=True, backend="numpy")
+    np.testing.assert_array_equal(o2, o)
 
 
 def test_torch_tensors_are_taken_without_a_copy():

@@ -244,6 +244,23 @@ def test_a_layer_beyond_the_budget_is_told_and_not_run(table):
     assert text_recall(TEXT, budget=0.0, layers=["superpose"])["layers"]
 
 
+@pytest.mark.parametrize(("power", "fits"), [(1, True), (2, False), (3, False)])
+def test_the_budget_holds_for_layers_whose_time_grows_faster_than_the_text(table, monkeypatch, power, fits):
+    """A clock that only the layer moves: a full pass of 4000 pairs takes 4, 32 and 32 s, a linear guess sees 4 s."""
+    now = [0.0]
+    cost = {1: lambda t: t / 1000, 2: lambda t: 2e-6 * t**2, 3: lambda t: 5e-10 * t**3}[power]
+
+    def slow(q: Any, k: Any, v: Any) -> Any:
+        now[0] += cost(len(q))
+        return v
+
+    monkeypatch.setattr(sys.modules["ttr_np.text_recall"], "perf_counter", lambda: now[0])
+    monkeypatch.setattr(ttr_np, "layers", {"slow": Stub(slow)})
+    result = text_recall(" ".join("ab" * 2001), length=4001, budget=15.0, backends=["numpy"], dimension=4)
+    assert bool(result["layers"]) is fits
+    assert fits or now[0] < 15.0 and "15 s allowed" in result["not_run"][0]["reason"]
+
+
 def test_a_backend_without_the_operator_is_a_reason(table, monkeypatch):
     monkeypatch.setattr(sys.modules["ttr_np.text_recall"], "has_operator", lambda backend, operator: False)
     reasons = {entry["reason"] for entry in text_recall(TEXT, layers=["superpose"])["not_run"]}
@@ -280,6 +297,28 @@ def test_progress_counts_every_layer(table):
     text_recall(TEXT, dimension=4, progress=lambda *step: steps.append(step))
     assert [step[0] for step in steps] == list(range(len(table) + 1))
     assert [step[2] for step in steps] == [*table, ""]
+
+
+def test_the_environment_names_the_backend_where_the_caller_names_none(table, monkeypatch):
+    everything = text_recall(TEXT, layers=["superpose"])["backends"]
+    assert everything == [name for name, state in ttr_np.available_backends().items() if state == "ok"]
+    monkeypatch.setenv("TTR_BACKEND", "auto")
+    result = text_recall(TEXT, layers=["superpose", "latest"])
+    assert result["backends"] == ["auto"]
+    able = {entry["name"]: [run["backend"] for run in entry["runs"]] for entry in result["layers"]}
+    assert able["superpose"] == [ttr_np.resolve_backend("linear_attention", backend="auto")]
+    assert able["latest"] == [ttr_np.resolve_backend("delta_rule", backend="auto")]
+    monkeypatch.setenv("TTR_BACKEND", "numpy")
+    assert text_recall(TEXT, layers=["superpose"])["backends"] == ["numpy"]
+    assert text_recall(TEXT, layers=["superpose"], backends=["auto"])["backends"] == ["auto"]
+    monkeypatch.setenv("TTR_BACKEND", "")
+    assert text_recall(TEXT, layers=["superpose"])["backends"] == everything
+
+
+def test_a_backend_is_not_run_twice_under_its_name_and_as_auto(table):
+    name = ttr_np.resolve_backend("linear_attention", backend="auto")
+    (entry,) = text_recall(TEXT, layers=["superpose"], backends=["auto", name])["layers"]
+    assert [run["backend"] for run in entry["runs"]] == [name]
 
 
 # ttr recall
@@ -390,10 +429,40 @@ def test_bad_files_get_one_line(table, tmp_path, capsys):
         (["--json", "."], "cannot write .: Is a directory"),
         (["--plot", "figure.gif"], "--plot writes .png"),
         (["--nosuch"], "unrecognized arguments: --nosuch"),
+        (["--layers", "scan"], "no layer can run: scan: takes x: a scan has no keys to recall by"),
+        (["--layers", "scan", "--json"], "no layer can run: scan: takes x"),
+        (["--layers", "scan,unknown"], "recall by; unknown: not expressed yet"),
+        (["--budget", "0"], "and 3 others: one pass needs more than the 0 s allowed"),
     ],
 )
 def test_bad_options_get_one_line(table, file, capsys, arguments, words):
     assert words in refused(capsys, "recall", "--text", file, *arguments)
+
+
+def hungry(q: Any, k: Any, v: Any) -> Any:
+    raise MemoryError("Unable to allocate 36.4 PiB")
+
+
+def test_what_does_not_fit_in_memory_gets_one_line(table, file, capsys, monkeypatch):
+    table["hungry"] = Stub(hungry)
+    line = refused(capsys, "recall", "--text", file, "--layers", "hungry")
+    assert "hungry: not enough memory: Unable to allocate 36.4 PiB" in line
+    assert {entry["name"] for entry in text_recall(TEXT, layers=["zero", "hungry"])["layers"]} == {"zero"}
+    line = refused(capsys, "recall", "--text", file, "--dimension", str(10**14))
+    assert f"dimension {10**14} needs more memory than there is: Unable to allocate" in line
+    monkeypatch.setattr(sys.modules["ttr_np.cli.config"], "run", lambda arguments: hungry(0, 0, 0))
+    assert "not enough memory: Unable to allocate" in refused(capsys, "config")
+
+
+@pytest.mark.parametrize("command", ["recall", "layers", "config"])
+def test_an_unknown_backend_in_the_environment_gets_one_line(table, capsys, monkeypatch, command):
+    monkeypatch.setenv("TTR_BACKEND", "foo")
+    assert "unknown backend 'foo' in the environment variable TTR_BACKEND" in refused(capsys, command)
+
+
+def test_auto_is_a_backend(table, file, capsys):
+    assert main(["recall", "--text", file, "--backend", "auto", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["backends"] == ["auto"]
 
 
 def test_a_backend_that_cannot_run_says_why(table, file, capsys):

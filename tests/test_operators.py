@@ -674,3 +674,66 @@ def test_a_state_of_one_field_may_be_the_bare_array(case):
 def test_a_word_no_one_knows_is_refused(case):
     with pytest.raises(TypeError, match="windw"):
         case(case.draw(t=5), windw=3)
+
+
+def door(operator, arrays, **options):
+    needed = {"memory": Linear()} if operator == "test_time_training" else {}
+    return getattr(operators, operator)(**arrays, **needed | options)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_required_argument_that_is_none_is_named(operator):
+    arrays = drawn(operator)
+    for name in arrays:
+        with pytest.raises(TypeError, match=rf"^{name} is None; {operator} needs it"):
+            door(operator, arrays | {name: None})
+    if operator == "test_time_training":
+        with pytest.raises(TypeError, match="^memory is None; test_time_training needs it"):
+            door(operator, arrays, memory=None)
+
+
+def drawn(operator):
+    from ttr_np.notation import draw
+
+    return draw(operator, np.random.default_rng(0), per_channel=False)
+
+
+NUMBERS = [
+    (operator, name, parameter)
+    for operator in OPERATORS
+    for name, parameter in inspect.signature(getattr(operators, operator)).parameters.items()
+    if str(parameter.annotation).startswith(("int", "float"))
+]
+
+
+def test_the_numeric_options_are_found():
+    found = {(operator, name) for operator, name, _ in NUMBERS}
+    assert {("linear_attention", "scale"), ("local_polynomial", "ridge"), ("test_time_training", "batch_size")} < found
+    assert len(found) >= 20
+
+
+@pytest.mark.parametrize(("operator", "name", "parameter"), NUMBERS, ids=lambda x: str(x)[:25])
+def test_options_that_are_no_numbers_are_named_with_their_value(operator, name, parameter):
+    arrays, whole = drawn(operator), str(parameter.annotation).startswith("int")
+    bad = ["2", "a", [1.0], True, 1j, object(), np.ones((2, 2))] + [1.5, np.nan] * whole
+    bad += [None] * (not str(parameter.annotation).endswith("None"))
+    for x in bad:
+        with pytest.raises(TypeError, match=f"^{name} is .*it needs {'an integer' if whole else 'a number'}"):
+            door(operator, arrays, **{name: x})
+    for x in () if whole else (np.nan, np.inf, np.float32(-np.inf)):
+        if np.isnan(x) or name != "bandwidth":
+            with pytest.raises(ValueError, match=f"^{name} must be a finite number, got {x}"):
+                door(operator, arrays, **{name: x})
+
+
+def test_the_ridge_of_mesa_is_named():
+    for bad in ("a", None, True):
+        with pytest.raises(TypeError, match="^ridge has dtype"):
+            door("mesa", drawn("mesa"), ridge=bad)
+
+
+def test_numbers_of_numpy_are_numbers():
+    arrays = drawn("linear_attention")
+    for two in (2, np.float32(2), np.array(2.0), np.int8(2)):
+        expected = operators.linear_attention(**arrays, scale=2.0)
+        np.testing.assert_array_equal(door("linear_attention", arrays, scale=two), expected)

@@ -7,6 +7,7 @@ Container and device always follow the input; the switch chooses only the implem
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .calling import through_dlpack
 from .notation import OPERATORS
 
 __all__ = [
@@ -124,7 +126,13 @@ def chosen(backend: Choice | None) -> Choice:
     for choice in (backend, _scoped.get(), _global[0]):
         if choice is not None:
             return validated(choice)
-    return validated(os.environ.get("TTR_BACKEND") or "auto", " in the environment variable TTR_BACKEND")
+    return from_environment() or "auto"
+
+
+def from_environment() -> Choice | None:
+    """The choice in ``TTR_BACKEND``; None where it is unset or empty."""
+    name = os.environ.get("TTR_BACKEND")
+    return validated(name, " in the environment variable TTR_BACKEND") if name else None
 
 
 def has_package(backend: str) -> bool:
@@ -260,9 +268,18 @@ def first_able(operator: str, names: Sequence[str], device: str) -> str:
             problems.append(str(problem))
             continue
         if problems:
-            warnings.warn(f"{operator} runs on {able!r}: {'; '.join(problems)}", RuntimeWarning, stacklevel=6)
+            words = f"{operator} runs on {able!r}: {'; '.join(problems)}"
+            warnings.warn(words, RuntimeWarning, stacklevel=frames_of_package())
         return able
     raise BackendUnavailable("; ".join(problems))
+
+
+def frames_of_package() -> int:
+    """The ``stacklevel`` at which the caller of this function warns the first caller outside this package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == __package__:
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def resolve_backend(operator: str, *arrays: Any, backend: Choice | None = None) -> str:
@@ -301,6 +318,8 @@ def resolve_backend(operator: str, *arrays: Any, backend: Choice | None = None) 
 def call(operator: str, backend: Choice | None, arrays: Mapping[str, Any], **options: Any) -> Any:
     """Run an operator on the backend in force."""
     name = resolve(operator, chosen(backend), home_of(arrays).device)
+    if name not in ON_GPU:
+        arrays, options = ({key: through_dlpack(x) for key, x in given.items()} for given in (arrays, options))
     return getattr(import_module(f"{BACKENDS[name]}.{operator}"), operator)(**arrays, **options)
 
 

@@ -8,15 +8,69 @@ A backend's operator is then its core: a function of clean arrays and a start st
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
+from inspect import Parameter, signature
 from typing import Any
 
 import numpy as np
 
 from .notation import ARRAYS, GATES, OPERATORS, STATES, axes_of, broadcast_leading, check
 
-__all__ = ["as_array", "run"]
+__all__ = ["as_array", "as_numpy", "check_arguments", "run", "through_dlpack"]
 
 HALF = ("float16", "bfloat16")
+MAY_BE_INFINITE = frozenset({"bandwidth"})  # a kernel of infinite width weighs all pairs alike
+
+
+def check_arguments(door: Callable[..., Any], given: Mapping[str, Any]) -> None:
+    """Refuse what an operator's signature rules out: a required argument that is None, a number that is none.
+
+    Parameters
+    ----------
+    door
+        The operator as the user calls it; options annotated as ``int`` or ``float`` are numbers, with ``| None``
+        perhaps left out.
+    given
+        All arguments of one call by name.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument and its value.
+    """
+    for name, (required, kind) in promises(door).items():
+        if required and given[name] is None:
+            raise TypeError(f"{name} is None; {door.__name__} needs it")
+        if kind and (given[name] is not None or not kind.endswith("None")):
+            check_number(name, given[name], kind)
+
+
+@cache
+def promises(door: Callable[..., Any]) -> dict[str, tuple[bool, str]]:
+    """Of each argument, whether it must be given, and its annotation if that is a number."""
+    every = signature(door).parameters.items()
+    kinds = {name: str(p.annotation) if str(p.annotation).startswith(("int", "float")) else "" for name, p in every}
+    return {name: (p.default is Parameter.empty, kinds[name]) for name, p in every}
+
+
+def check_number(name: str, x: Any, kind: str) -> None:
+    """One finite number, or one integer."""
+    dtype = np.asarray(x).dtype.kind if np.ndim(x) == 0 else ""
+    if dtype not in (("i", "u") if kind.startswith("int") else ("i", "u", "f")):
+        value = f"an array of shape {np.shape(x)}" if np.ndim(x) else repr(x)
+        raise TypeError(f"{name} is {value}; it needs {'an integer' if kind.startswith('int') else 'a number'}")
+    if not np.isfinite(x) and (np.isnan(x) or name not in MAY_BE_INFINITE):
+        raise ValueError(f"{name} must be a finite number, got {x}")
+
+
+def as_numpy(x: Any) -> np.ndarray:
+    """Any array or list as a NumPy array."""
+    return np.asarray(through_dlpack(x))
+
+
+def through_dlpack(x: Any) -> Any:
+    """A NumPy array where DLPack is the only way to one; anything else as it is."""
+    return np.from_dlpack(x) if hasattr(x, "__dlpack__") and not hasattr(x, "__array__") else x
 
 
 def as_array(name: str, x: Any) -> np.ndarray:
@@ -71,7 +125,7 @@ def check_gates(arrays: Mapping[str, np.ndarray]) -> None:
 
 def check_mask(mask: Any) -> np.ndarray:
     """A mask is boolean: True where the token is memorised."""
-    mask = np.asarray(mask)
+    mask = as_numpy(mask)
     if mask.dtype != np.bool_:
         raise TypeError(f"mask has dtype {mask.dtype}; it needs bool, True where the token is memorised")
     return mask
@@ -79,7 +133,7 @@ def check_mask(mask: Any) -> np.ndarray:
 
 def check_boundaries(cu_seqlens: Any, t: int) -> np.ndarray:
     """Boundaries of packed sequences: integers from 0 to t that never decrease."""
-    bounds = np.asarray(cu_seqlens)
+    bounds = as_numpy(cu_seqlens)
     if bounds.ndim != 1 or bounds.dtype.kind not in "iu" or len(bounds) == 0:
         raise ValueError(f"cu_seqlens must be a 1-d array of integers, got {bounds.dtype} of shape {bounds.shape}")
     if bounds[0] != 0 or bounds[-1] != t:
@@ -137,7 +191,7 @@ def memory_lead(operator: str, arrays: Mapping[str, np.ndarray], mask: Any) -> t
     """Leading shape of the state: that of the arrays that are memorised, not of those that only read."""
     writing = {name: x for name, x in arrays.items() if name not in OPERATORS[operator].reads}
     if mask is not None:
-        writing["mask"] = np.asarray(mask)
+        writing["mask"] = as_numpy(mask)
     return broadcast_leading(
         {name: x.shape[: x.ndim - len(axes_of(name, x, arrays))] for name, x in writing.items()}
     )
@@ -190,7 +244,7 @@ def adopt_field(operator: str, name: str, x: Any, empty: np.ndarray) -> np.ndarr
     ValueError
         If its shape does not fit.
     """
-    x = np.asarray(x)
+    x = as_numpy(x)
     if x.dtype.kind == "c" and empty.dtype.kind != "c":
         raise TypeError(f"initial_state field {name} is complex ({x.dtype}), this memory holds {empty.dtype}")
     axes = OPERATORS[operator].state[name].split()
@@ -288,7 +342,8 @@ def select(operator: str, state: Any, i: int, n: int) -> Any:
     """State of packed sequence i."""
     fields = []
     state = state if isinstance(state, tuple) else (state,)
-    for x, (name, axes) in zip(state, OPERATORS[operator].state.items(), strict=False):
+    for field, (name, axes) in zip(state, OPERATORS[operator].state.items(), strict=False):
+        x = None if field is None else as_numpy(field)
         axis = -1 - len(axes.split())
         if x is not None and (np.ndim(x) < -axis or np.shape(x)[axis] != n):
             raise ValueError(

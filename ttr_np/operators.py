@@ -25,6 +25,7 @@ from __future__ import annotations
 from typing import Any
 
 from .backends import call
+from .calling import check_arguments
 from .notation import OPERATORS
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
 
 def dispatch(operator: str, given: dict[str, Any]) -> Any:
     """Run an operator with the arguments of its call: those in the notation are arrays, the others options."""
+    check_arguments(globals()[operator], given)
     signature = OPERATORS[operator]
     arrays = {name: given.pop(name) for name in signature.arrays + signature.optional}
     return call(operator, given.pop("backend"), arrays, **given)
@@ -393,7 +395,7 @@ def recursive_least_squares(
     *,
     log_decay: Any = None,
     beta: Any = None,
-    ridge: Any = 1.0,
+    ridge: float = 1.0,
     initial_state: Any = None,
     output_final_state: bool = False,
     cu_seqlens: Any = None,
@@ -776,7 +778,9 @@ def local_polynomial(
     bandwidth : float, optional
         Width of the other kernels.
     ridge : float, default 1e-6
-        On the slopes (every coefficient but the constant), relative to the total weight.
+        On every coefficient but the constant, relative to the total weight. From degree 2 on it acts on the
+        coefficients of scaled monomials of k - q, f(x) . f(z) = sum_d (x . z)^d / d!^2 with d from 1 to the degree: the
+        ridge of a mixed derivative depends on its multiplicity, and all directions of space are alike.
     causal : bool, default True
         Whether a query sees only its own and earlier pairs.
     window : int, optional

@@ -26,7 +26,14 @@ import numpy as np
 
 import ttr_np
 
-from .backends import BACKENDS, BackendUnavailable, available_backends, has_operator
+from .backends import (
+    BACKENDS,
+    BackendUnavailable,
+    available_backends,
+    from_environment,
+    has_operator,
+    resolve_backend,
+)
 
 __all__ = [
     "BadInput",
@@ -46,7 +53,8 @@ __all__ = [
 MODULES = ("textwrap", "bisect", "heapq", "csv", "string", "fnmatch", "shlex", "configparser", "argparse", "zipfile")
 DISTANCES = ((1, 3), (4, 15), (16, 63), (64, 255), (256, None))
 WARM_UP = 2  # tokens of an untimed first call: compilation is not the layer's speed
-PROBES = (2, 16, 64, 256)  # tokens after which a pass that would break its budget is given up
+STRIDE = 4  # from one probe of a layer's speed to the next longer one
+STEEPEST = 3.0  # growth of the time with the length that is believed: no layer is worse than cubic
 BLOCK = 1 << 22  # scores held at once while outputs are decoded
 
 Progress = Callable[[int, int, str], None]
@@ -210,14 +218,27 @@ def chosen_layers(names: Sequence[str] | None) -> list[str]:
 
 
 def chosen_backends(names: Sequence[str] | None) -> list[str]:
-    """The backends asked for, each once; all that can run here if none is named."""
-    states = available_backends()
-    for name in names or ():
-        if name not in BACKENDS:
-            raise BadInput(f"unknown backend {name!r}; the backends are {', '.join(BACKENDS)}")
+    """The backends asked for, each once; if none is, that of ``TTR_BACKEND``; if it is unset, all that can run here."""
+    states = available_backends() | {"auto": "ok"}
+    try:
+        choice = from_environment() if names is None else None
+    except ValueError as problem:
+        raise BadInput(str(problem)) from None
+    names = [choice] if isinstance(choice, str) else names
+    if names is None:
+        return [name for name in BACKENDS if states[name] == "ok"]
+    for name in names:
+        if name not in states:
+            raise BadInput(f"unknown backend {name!r}; the backends are {', '.join(BACKENDS)} and auto")
         if states[name] != "ok":
             raise BadInput(f"backend {name!r} is not available: {states[name]}")
-    return [name for name, state in states.items() if state == "ok"] if names is None else list(dict.fromkeys(names))
+    return list(dict.fromkeys(names))
+
+
+def able_backends(backends: Sequence[str], operator: str) -> list[str]:
+    """Those of the backends that have an operator, each once; ``auto`` is the one it stands for."""
+    found = [resolve_backend(operator, backend="auto") if name == "auto" else name for name in backends]
+    return [name for name in dict.fromkeys(found) if has_operator(name, operator)]
 
 
 def at_least(name: str, value: Any, least: int) -> int:
@@ -237,18 +258,37 @@ def why_not(layer: Any, backends: Sequence[str], named: bool) -> str:
         return f"takes {', '.join(layer.data)}: it stores keys, and no values under them"
     if layer.operator is None:
         return "" if named else "runs only through the definition, which is slow; name it with --layers"
-    able = [backend for backend in backends if has_operator(backend, layer.operator)]
-    return "" if able else f"no {layer.operator!r} in {', '.join(backends)}"
+    return "" if able_backends(backends, layer.operator) else f"no {layer.operator!r} in {', '.join(backends)}"
 
 
 def too_slow(layer: Any, text: Stream, backend: str | None, budget: float) -> str:
-    """Why a pass would break the budget, judged from ever longer beginnings of the text; empty if it would not."""
-    for count in PROBES:
-        count = min(count, len(text.ids))
-        seconds = timed(layer, text, count, backend)[1]
-        if seconds > budget / 20 and seconds * (len(text.ids) - 1) / (count - 1) > budget:
+    """Why a pass would break the budget, judged from ever longer beginnings of the text; empty if it would not.
+
+    Two beginnings give the growth of the time with the length, and that the time of all: seconds (T / t)^growth. Less
+    than a hundredth of the budget is not judged by: the time of so few tokens is mostly that of the call.
+    """
+    whole, before = len(text.ids) - 1, None
+    for pairs in beginnings(whole):
+        seconds = timed(layer, text, pairs + 1, backend)[1]
+        growth = 1.0 if before is None else float(np.clip(np.log(seconds / before) / np.log(STRIDE), 1.0, STEEPEST))
+        if seconds > budget / 100 and seconds * (whole / pairs) ** growth > budget:
             return f"one pass needs more than the {budget:g} s allowed (--budget); name it with --layers"
+        before = seconds
     return ""
+
+
+def beginnings(whole: int) -> list[int]:
+    """Lengths of the probes of a pass: each ``STRIDE`` times the last, the longest at least that share of the whole.
+
+    Examples
+    --------
+    >>> beginnings(50)
+    [1, 4, 16]
+    """
+    lengths = [1]
+    while lengths[-1] * STRIDE < whole:
+        lengths.append(lengths[-1] * STRIDE)
+    return lengths
 
 
 def timed(layer: Any, text: Stream, count: int | None, backend: str | None) -> tuple[np.ndarray, float]:
@@ -268,6 +308,8 @@ def one_pass(layer: Any, text: Stream, backend: str | None, budget: float | None
         o, seconds = timed(layer, text, None, backend)
     except (NotImplementedError, BackendUnavailable) as problem:
         return str(problem)
+    except MemoryError as problem:
+        return f"not enough memory: {problem}"
     words = np.concatenate([[-1], decode(o, text.E)])
     speed = {"backend": backend or "definition", "seconds": seconds, "tokens_per_second": len(o) / seconds}
     return speed | score(words, text)
@@ -279,7 +321,7 @@ def measured(name: str, text: Stream, backends: Sequence[str], named: bool, budg
     reason = why_not(layer, backends, named)
     if reason:
         return {"name": name, "reason": reason}
-    able = [backend for backend in backends if has_operator(backend, layer.operator)] if layer.operator else [None]
+    able = able_backends(backends, layer.operator) if layer.operator else [None]
     tries = [one_pass(layer, text, backend, None if named else budget) for backend in able]
     runs = [run for run in tries if isinstance(run, dict)]
     if not runs:
@@ -322,7 +364,8 @@ def text_recall(
     seed : int
         Of the embeddings; the same seed gives the same recall.
     backends : sequence of str, optional
-        Default: all that can run here. The first that has a layer's operator gives its recall.
+        Names, or ``auto``, which stands for one of them by operator. Default: the environment variable ``TTR_BACKEND``;
+        if it is unset, all that can run here. The first that has a layer's operator gives its recall.
     budget : float, optional
         Seconds that an unnamed layer may take on one backend; None: any time.
     progress : callable, optional
@@ -337,7 +380,8 @@ def text_recall(
     Raises
     ------
     BadInput
-        A ``ValueError``: unknown layer or backend, a number out of range, a text of fewer than two tokens.
+        A ``ValueError``: unknown layer or backend, a number out of range, a text of fewer than two tokens, embeddings
+        that do not fit in memory.
 
     Notes
     -----
@@ -356,7 +400,11 @@ def text_recall(
     used = tokens[: at_least("length", length, 2)]
     if len(used) < 2:
         raise BadInput(f"the text has {len(used)} token{'s' * (len(used) != 1)}; at least 2 are needed")
-    data = stream(used, at_least("dimension", dimension, 1), at_least("seed", seed, 0))
+    at_least("dimension", dimension, 1), at_least("seed", seed, 0)
+    try:
+        data = stream(used, dimension, seed)
+    except MemoryError as problem:
+        raise BadInput(f"dimension {dimension} needs more memory than there is: {problem}") from None
     entries = []
     for i, name in enumerate(names):
         if progress:

@@ -14,6 +14,8 @@ from typing import NoReturn
 
 import ttr_np
 
+from ..backends import from_environment
+
 __all__ = ["Refusal", "main"]
 
 COMMANDS = {
@@ -52,12 +54,21 @@ def dispatch(argv: Sequence[str] | None) -> int:
     """Run one subcommand and hand its output over, so that a closed pipe shows here and not at exit."""
     try:
         arguments = parser().parse_args(argv)
+        check_environment()
         arguments.run(arguments)
         code = 0
     except SystemExit as done:
         code = int(done.code or 0)
     sys.stdout.flush()
     return code
+
+
+def check_environment() -> None:
+    """Refuse a backend in ``TTR_BACKEND`` that does not exist, whichever the subcommand."""
+    try:
+        from_environment()
+    except ValueError as problem:
+        raise Refusal(str(problem)) from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,6 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return dispatch(argv)
     except Refusal as problem:
         print(f"ttr: {problem}", file=sys.stderr)
+        return 2
+    except MemoryError as problem:
+        print(f"ttr: not enough memory: {problem}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nttr: interrupted", file=sys.stderr)

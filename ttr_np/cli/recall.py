@@ -33,7 +33,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     add("--dimension", type=int, metavar="D", default=64, help="size of the embeddings (default 64)")
     add("--length", type=int, metavar="T", default=2048, help="tokens read from the text (default 2048)")
     add("--seed", type=int, default=0, help="of the embeddings (default 0)")
-    add("--backend", metavar="NAMES", action="append", help="comma-separated; default: all available")
+    add("--backend", metavar="NAMES", action="append", help="comma-separated, or auto; default: TTR_BACKEND, else all available")
     add("--budget", type=float, metavar="S", default=15.0, help="seconds an unnamed layer may take (default 15)")
     add("--json", metavar="FILE", nargs="?", const="-", help="write the result as JSON; - or nothing: print it alone")
     add("--plot", metavar="FILE", help="draw it: bars by layer, lines by distance (.png, .svg or .pdf)")
@@ -60,6 +60,8 @@ def run(arguments: argparse.Namespace) -> None:
         )
     except BadInput as problem:
         raise Refusal(str(problem)) from None
+    if not result["layers"]:
+        raise Refusal(f"no layer can run: {reasons(result)}")
     result["text"]["source"] = arguments.text or "standard-library source"
     if arguments.json is not None:
         write_json(result, arguments.json)
@@ -197,6 +199,18 @@ def cells(entry: dict[str, Any], backends: list[str], one: bool) -> list[str]:
     seconds = [f"{entry['runs'][0]['seconds']:.3f}" if is_layer else ""] * one
     speed = [thousands(runs[backend]["tokens_per_second"]) if backend in runs else "" for backend in backends]
     return [name, *about, *shares, *seconds, *speed]
+
+
+def reasons(result: dict[str, Any]) -> str:
+    """Why nothing ran, in one line: each reason with one of the layers it holds for."""
+    groups: dict[str, list[str]] = {}
+    for entry in result["not_run"]:
+        groups.setdefault(entry["reason"], []).append(entry["name"])
+    others = {1: "", 2: " and 1 other"}
+    return "; ".join(
+        f"{names[0]}{others.get(len(names), f' and {len(names) - 1} others')}: {' '.join(reason.split())}"
+        for reason, names in groups.items()
+    )
 
 
 def remarks(result: dict[str, Any]) -> list[str]:
