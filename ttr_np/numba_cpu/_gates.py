@@ -1,0 +1,53 @@
+"""Decays of one chunk for kernels, each the exponential of a sum of gates (never of a difference: one gate of -1e4 must
+not cost the mild ones after it a digit), and the search for bad numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+from numba.extending import overload
+
+__all__ = ["exp"]
+
+TAYLOR = tuple(1.0 / math.factorial(n) for n in range(13, -1, -1))  # highest power first
+TAYLOR32 = tuple(np.float32(x) for x in TAYLOR[6:])
+LOG2E = 1.0 / math.log(2.0)
+
+
+def exp(x: Any) -> Any:
+    """e^x without a branch or a call, so that loops over it use the whole width of the machine; two roundings.
+
+    x = n ln 2 + r: 2^n is written into the exponent of a number, e^r is its Taylor series. ln 2 is subtracted in two
+    parts, the first of so few digits that n times it is exact.
+    """
+    raise NotImplementedError("for compiled code only")
+
+
+def exp32(x):
+    low, high = np.float32(-87.0), np.float32(88.0)
+    y = low if x < low else (high if x > high else x)
+    n = np.floor(y * np.float32(LOG2E) + np.float32(0.5))
+    r = (y - n * np.float32(0.693359375)) - n * np.float32(-2.12194440e-4)
+    series = TAYLOR32[0]
+    for term in TAYLOR32[1:]:
+        series = series * r + term
+    power = np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+    return np.float32(0) if x < low else (np.float32(np.inf) if x > high else series * power)
+
+
+def exp64(x):
+    y = -708.0 if x < -708.0 else (709.0 if x > 709.0 else x)
+    n = np.floor(y * LOG2E + 0.5)
+    r = (y - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10
+    series = TAYLOR[0]
+    for term in TAYLOR[1:]:
+        series = series * r + term
+    power = np.int64((np.int64(n) + 1023) << 52).view(np.float64)
+    return 0.0 if x < -708.0 else (np.inf if x > 709.0 else series * power)
+
+
+overload(exp, inline="always")(lambda x: exp32 if x == types.float32 else exp64)
