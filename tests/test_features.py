@@ -163,6 +163,18 @@ def test_normalised_vectors_have_unit_length(dtype, scale):
     np.testing.assert_allclose(f.rms_norm(x), x / np.sqrt(length**2 / 4 + 1e-6), rtol=1e-6)
 
 
+def test_a_length_below_eps_counts_as_eps():
+    x = pairs()[0]
+    length = np.linalg.norm(x, axis=-1, keepdims=True)
+    np.testing.assert_allclose(f.normalize_l2(x, eps=2.0), x / np.maximum(length, 2), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", POINTWISE)
+def test_pointwise_functions_take_all_of_float32(name):
+    with np.errstate(over="raise", invalid="raise"):
+        assert np.isfinite(MAPS[name](np.array([-3e38, 3e38], np.float32))).all()
+
+
 def test_layer_norm_removes_mean_and_scale():
     x = 3 * pairs()[0] + 5
     weight, bias = np.random.default_rng(1).standard_normal((2, 4))

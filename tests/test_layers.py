@@ -18,17 +18,17 @@ def inputs(layer, rng, t, k=4, v=4):
     return [features.normalize_l2(x) if name in ("q", "k") else x for name, x in data.items()]
 
 
+SIZES = {"k": 4, "v": 4, "d": 4, "l": 6}
+
+
 def random_gates(layer, rng, data):
-    """Every gate of a layer away from its default, in its range, all of them varying in time."""
-    p = layer.problem(*data)
-    drawn = {}
-    for name, gate in layer.gates.items():
-        x = getattr(p.get(name), "shape", ())
-        if not gate.axes or name in ("position", "landmarks"):
-            continue
-        shape = layer.problem(*data)[name].shape if x else ()
-        drawn[name] = draw_gate(name, rng, shape)
-    return drawn
+    """Every gate with axes away from its default, in its range, varying in time."""
+    sizes = SIZES | {"t": len(data[0])}
+    return {
+        name: draw_gate(name, rng, tuple(sizes[axis] for axis in gate.axes.split()))
+        for name, gate in layer.gates.items()
+        if gate.axes and name != "landmarks"
+    }
 
 
 def draw_gate(name, rng, shape):
@@ -52,3 +52,156 @@ def test_operator_is_the_layer_the_table_says(name, gates, t):
     given = {} if gates == "default" else random_gates(layer, rng, data)
     expected = ttr_np.recall(layer, *data, **given)
     np.testing.assert_allclose(layer(*data, **given, backend="numpy"), expected, rtol=1e-9, atol=1e-11)
+
+
+def pieces(layer, data, given, cuts, **common):
+    """The layer called piece by piece, its state carried."""
+    outputs, state = [], None
+    for low, high in zip(cuts[:-1], cuts[1:], strict=True):
+        part = {name: cut_gate(layer, name, x, low, high, len(data[0])) for name, x in given.items()}
+        masks = {name: x[low:high] for name, x in common.items()}
+        o, state = layer(
+            *(x[low:high] for x in data), **part, **masks, initial_state=state, output_final_state=True, backend="numpy"
+        )
+        outputs.append(o)
+    return np.concatenate(outputs)
+
+
+def cut_gate(layer, name, x, low, high, t):
+    axes = layer.gates[name].axes.split()
+    return x[low:high] if axes[:1] == ["t"] and np.ndim(x) else x
+
+
+def all_gates(layer, rng, data):
+    """Random gates, and the length where the default is that of the piece."""
+    return random_gates(layer, rng, data) | ({"length": len(data[0])} if "length" in layer.gates else {})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_layer_may_be_split_anywhere(name):
+    layer, rng = ttr_np.layers[name], np.random.default_rng(1)
+    data = inputs(layer, rng, 17)
+    given = all_gates(layer, rng, data)
+    whole = layer(*data, **given, backend="numpy")
+    for cuts in ([0, 1, 17], [0, 8, 8, 9, 17], [0, 16, 17]):
+        np.testing.assert_allclose(pieces(layer, data, given, cuts), whole, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_masked_token_is_not_memorised(name):
+    layer, rng = ttr_np.layers[name], np.random.default_rng(2)
+    data = inputs(layer, rng, 17)
+    given = all_gates(layer, rng, data)
+    mask = np.ones(17, bool)
+    mask[[0, 3, 4, 11]] = False
+    kept = [x[mask] for x in data]
+    short = {name: x[mask] if layer.gates[name].axes.split()[:1] == ["t"] else x for name, x in given.items()}
+    masked = layer(*data, **given, mask=mask, backend="numpy")
+    np.testing.assert_allclose(masked[mask], layer(*kept, **short, backend="numpy"), rtol=1e-9, atol=1e-11)
+    assert np.all(np.isfinite(masked))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_many_sequences_are_each_by_itself(name):
+    layer, rng = ttr_np.layers[name], np.random.default_rng(3)
+    singles = [inputs(layer, rng, 9) for _ in range(6)]
+    batch = [np.stack(x).reshape((2, 3) + x[0].shape) for x in zip(*singles, strict=True)]
+    together = layer(*batch, backend="numpy").reshape((6, 9, -1))
+    for i, data in enumerate(singles):
+        np.testing.assert_allclose(together[i], layer(*data, backend="numpy"), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_a_layer_keeps_the_dtype(name, dtype):
+    layer = ttr_np.layers[name]
+    data = inputs(layer, np.random.default_rng(4), 9)
+    o = layer(*(x.astype(dtype) for x in data), backend="numpy")
+    assert o.dtype == dtype
+    scale = np.abs(layer(*data, backend="numpy")).max()
+    loose = 2e-2 if dtype == np.float16 else 1e-4
+    np.testing.assert_allclose(o, layer(*data, backend="numpy"), rtol=loose, atol=loose * scale)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_packed_sequences_are_separate_calls(name):
+    layer, rng = ttr_np.layers[name], np.random.default_rng(5)
+    data = inputs(layer, rng, 17)
+    given = all_gates(layer, rng, data)
+    packed = layer(*data, **given, cu_seqlens=[0, 5, 5, 6, 17], backend="numpy")
+    for low, high in ((0, 5), (5, 6), (6, 17)):
+        alone = pieces(layer, data, given, [low, high])
+        np.testing.assert_allclose(packed[low:high], alone, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", BY_DEFINITION)
+def test_a_layer_without_an_operator_runs_by_its_definition(name):
+    layer = ttr_np.layers[name]
+    data = inputs(layer, np.random.default_rng(6), 9)
+    assert np.array_equal(layer(*data), ttr_np.recall(layer, *data))
+    with pytest.raises(NotImplementedError, match="definition"):
+        layer(*data, output_final_state=True)
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_a_layer_that_cannot_run_says_why(name):
+    layer = ttr_np.layers[name]
+    assert layer.reason
+    with pytest.raises(NotImplementedError, match=layer.reason[:20].replace("(", r"\(")):
+        layer(np.zeros((2, 2)), np.zeros((2, 2)), np.zeros((2, 2)))
+
+
+def test_the_table_is_as_long_as_promised():
+    assert len(NAMES) >= 80
+    for layer in ttr_np.layers.values():
+        assert layer.paper
+        assert (layer.operator is None) == bool(layer.reason)
+
+
+def test_an_unknown_layer_gets_a_suggestion():
+    with pytest.raises(KeyError, match="did you mean 'gated_deltanet'"):
+        ttr_np.layers["gated_deltant"]
+
+
+def test_an_unknown_gate_is_named():
+    with pytest.raises(TypeError, match="has no gate 'decay'; it has log_decay"):
+        ttr_np.layers["gla"](np.eye(2), np.eye(2), np.eye(2), decay=1.0)
+
+
+def test_a_missing_input_is_named():
+    with pytest.raises(TypeError, match="lru takes x: 1 inputs, got 3"):
+        ttr_np.layers["lru"](np.eye(2), np.eye(2), np.eye(2))
+
+
+def test_a_triple_of_ones_own_runs_by_its_definition():
+    from ttr_np.layers import Layer
+    from ttr_np.optimizers import Exact
+    from ttr_np.regressors import Linear
+    from ttr_np.weights import Decaying, Window
+
+    layer = Layer("mine", Decaying() * Window(3), Linear(), Exact(0.1), None, "here", {"log_decay": ttr_np.Gate(-0.1, "")})
+    q, k, v = inputs(layer, np.random.default_rng(0), 9)
+    o = layer(q, k, v)
+    w = np.exp(-0.1 * np.array([2, 1, 0]))[:, None]
+    expected = q[8] @ np.linalg.solve(k[6:9].T @ (w * k[6:9]) + 0.1 * np.eye(4), k[6:9].T @ (w * v[6:9]))
+    np.testing.assert_allclose(o[8], expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_full_batch_steps_approach_least_squares(steps):
+    """k steps of gradient descent are a truncated Neumann series of the inverse Gram matrix."""
+    from ttr_np.layers import Layer
+    from ttr_np.optimizers import GradientDescent
+    from ttr_np.regressors import Linear
+    from ttr_np.weights import Uniform
+
+    layer = Layer("gd", Uniform(), Linear(), GradientDescent(steps, 0.1), None, "here")
+    q, k, v = inputs(layer, np.random.default_rng(0), 9)
+    gram = k.T @ k
+    series = sum(np.linalg.matrix_power(np.eye(4) - 0.1 * gram, j) for j in range(steps))
+    np.testing.assert_allclose(layer(q, k, v)[-1], q[-1] @ (0.1 * series @ k.T @ v), rtol=1e-9)
+
+
+def test_no_layer_needs_a_backend_that_is_missing():
+    for name in NAMES:
+        assert backends.has_operator("numpy", ttr_np.layers[name].operator), name

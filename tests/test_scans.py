@@ -309,6 +309,8 @@ def test_a_phase_gives_complex_numbers_and_takes_them(t):
     np.testing.assert_allclose(again, o + gone * state.h, rtol=1e-4, atol=1e-4)
     with pytest.raises(TypeError, match="complex"):
         diagonal_scan(1j * x["x"], x["log_decay"])
+    with pytest.raises(TypeError, match="initial_state field h is complex"):
+        diagonal_scan(x["x"], x["log_decay"], initial_state=state)
 
 
 @pytest.mark.parametrize("gate", [-np.inf, -1e30, -1e4])
@@ -318,6 +320,11 @@ def test_a_closed_gate_forgets_everything_whatever_the_phase(gate):
     o = diagonal_scan(**x)
     assert np.isfinite(o).all()
     close(o[130:], diagonal_scan(**{key: a[130:] for key, a in x.items()}))
+
+
+def test_windows_of_blocks_join():
+    x = arguments("diagonal_scan", ("phase",), lead=(2,), t=2 * 4096 + 100, d=2)
+    close(diagonal_scan(**x), by_recurrence("diagonal_scan", x))
 
 
 def test_one_number_is_a_gate_for_all_steps():

@@ -293,7 +293,6 @@ def test_local_polynomials_reproduce_polynomials(degree):
     k, q = rng.standard_normal((60, 2)), rng.standard_normal((60, 2)) * 0.1
     v = 3 + k @ rng.standard_normal((2, 3))
     v = v + (k[:, :1] * k[:, 1:] if degree == 2 else 0)
-    truth = 3 + q @ rng.standard_normal((2, 3)) * 0 + 0
     o = ttr_np.local_polynomial(q, k, v, degree=degree, kernel="gaussian", bandwidth=1.0, ridge=1e-12, causal=False)
     coefficients = np.linalg.lstsq(np.column_stack([np.ones(60), k, k[:, :1] * k[:, 1:]]), v, rcond=None)[0]
     truth = np.column_stack([np.ones(60), q, q[:, :1] * q[:, 1:]]) @ coefficients

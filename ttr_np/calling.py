@@ -117,7 +117,7 @@ def prepare(operator: str, arrays: Mapping[str, Any], mask: Any) -> tuple[dict[s
 
 
 def spare_axes(name: str, arrays: Mapping[str, np.ndarray]) -> int:
-    """Leading axes that a number needs in place of an array: as ``log_decay`` it is one gate per step of the queries."""
+    """Leading axes that a number needs in place of an array: as ``log_decay`` it is one gate per step."""
     return arrays["q"].ndim - 2 if name == "log_decay" and "q" in arrays else 0
 
 
@@ -168,15 +168,36 @@ def adopt(operator: str, given: Any, start: Any) -> Any:
         if (x is None) != (empty is None):
             raise ValueError(f"initial_state field {name} is {'missing' if x is None else 'given but not used here'}")
         fields.append(None if x is None else adopt_field(operator, name, x, empty))
+    check_slots(operator, type(start)(*fields))
     return type(start)(*fields)
 
 
+def check_slots(operator: str, state: Any) -> None:
+    """The fields of a cache hold the same number of pairs."""
+    axes = {name: own.split() for name, own in OPERATORS[operator].state.items() if own.startswith("n")}
+    slots = {name: getattr(state, name).shape[-len(own)] for name, own in axes.items()}
+    if len(set(slots.values())) > 1:
+        raise ValueError(f"initial_state fields hold different numbers of pairs: {slots}")
+
+
 def adopt_field(operator: str, name: str, x: Any, empty: np.ndarray) -> np.ndarray:
-    """One field of a state, copied; its leading axes broadcast, its own axes must fit (``n`` and memories are free)."""
+    """One field of a state, copied: leading axes broadcast, its own must fit; a cache has any number n of slots.
+
+    Raises
+    ------
+    TypeError
+        If it is complex and the memory is real.
+    ValueError
+        If its shape does not fit.
+    """
     x = np.asarray(x)
-    own = len(OPERATORS[operator].state[name].split())
-    free = "n" in OPERATORS[operator].state[name].split() and operator != "selective_scan"
-    inner = x.shape[x.ndim - own :] if free else empty.shape[empty.ndim - own :]
+    if x.dtype.kind == "c" and empty.dtype.kind != "c":
+        raise TypeError(f"initial_state field {name} is complex ({x.dtype}), this memory holds {empty.dtype}")
+    axes = OPERATORS[operator].state[name].split()
+    own = len(axes)
+    inner = empty.shape[empty.ndim - own :]
+    if axes[:1] == ["n"] and x.ndim >= own:
+        inner = (x.shape[x.ndim - own], *inner[1:])
     if x.ndim < own or x.shape[x.ndim - own :] != inner:
         raise ValueError(f"initial_state field {name} has shape {x.shape}, needs (..., {', '.join(map(str, inner))})")
     try:
@@ -271,7 +292,8 @@ def select(operator: str, state: Any, i: int, n: int) -> Any:
         axis = -1 - len(axes.split())
         if x is not None and (np.ndim(x) < -axis or np.shape(x)[axis] != n):
             raise ValueError(
-                f"initial_state field {name} has shape {np.shape(x)}; with cu_seqlens its axis {axis} counts the {n} sequences"
+                f"initial_state field {name} has shape {np.shape(x)}; "
+                f"with cu_seqlens its axis {axis} counts the {n} sequences"
             )
         fields.append(None if x is None else np.take(x, i, axis=axis))
     return tuple(fields)
@@ -279,8 +301,9 @@ def select(operator: str, state: Any, i: int, n: int) -> Any:
 
 def none_of(operator: str, state: Any) -> Any:
     """The state of no packed sequence at all."""
-    axes = (-1 - len(own.split()) for own in OPERATORS[operator].state.values())
-    return type(state)(*(None if x is None else np.take(x, range(0), axis=axis) for x, axis in zip(state, axes, strict=True)))
+    axes = [-1 - len(own.split()) for own in OPERATORS[operator].state.values()]
+    fields = zip(state, axes, strict=True)
+    return type(state)(*(None if x is None else np.take(x, range(0), axis=axis) for x, axis in fields))
 
 
 def stack(operator: str, states: list[Any]) -> Any:

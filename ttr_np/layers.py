@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import features, operators, routes
+from .calling import check_boundaries
 from .framework import recall
 from .memories import MLP, EntropyRetention, Huber, LqRetention, PNorm
 from .memories import Linear as LinearMemory
+from .notation import GATES
 from .optimizers import (
     Exact,
     GradientDescent,
@@ -48,6 +50,9 @@ from .weights import (
 )
 
 __all__ = ["Gate", "Layer", "Table", "layers"]
+
+
+PRECISE = GATES | {"input_gate", "log_input", "nu", "theta"}  # never rounded to the dtype of the data
 
 
 class Gate(NamedTuple):
@@ -131,8 +136,10 @@ class Layer:
             if name not in self.gates:
                 raise TypeError(f"{self.name} has no gate {name!r}; it has {', '.join(self.gates) or 'none'}")
         p = {name: as_float(x) for name, x in zip(self.data, data, strict=True)}
+        dtype = np.result_type(*(x.dtype for x in p.values()))
         for name, gate in self.gates.items():
-            p[name] = expand(gates[name] if gates.get(name) is not None else gate.default, gate.axes, p)
+            x = expand(gates[name] if gates.get(name) is not None else gate.default, gate.axes, p)
+            p[name] = x if name in PRECISE or not gate.axes else x.astype(dtype, copy=False)
         return p if self.pose is None else self.pose(p)
 
     def __call__(
@@ -149,12 +156,39 @@ class Layer:
         if self.operator is None:
             return self.by_definition(data, gates, initial_state, output_final_state, cu_seqlens, mask)
         if self.carries and cu_seqlens is not None:
-            raise NotImplementedError(f"{self.name} keeps a stabiliser between tokens: call it once per sequence")
+            return self.by_sequence(data, gates, cu_seqlens, mask, initial_state, output_final_state, backend)
         p = self.problem(*data, **gates)
         p |= {"mask": None if mask is None else np.asarray(mask), "cu_seqlens": cu_seqlens}
         o, state = self.route(self, partial(self.run, p, backend), p, initial_state)
-        o = self.answer(o, p)
+        o = self.answer(o, p).astype(np.result_type(*(p[name].dtype for name in self.data)), copy=False)
         return (o, state) if output_final_state else o
+
+    def by_sequence(
+        self, data: Any, gates: Any, cu_seqlens: Any, mask: Any, states: Any, final: bool, backend: Any
+    ) -> Any:
+        """Packed sequences one by one, for layers that keep more than operators' states; states are then a list."""
+        bounds = check_boundaries(cu_seqlens, np.shape(data[0])[-2])
+        outputs, after = [], []
+        for i, (low, high) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+            o, state = self(
+                *(x[..., low:high, :] for x in map(as_float, data)),
+                **{name: self.piece(name, x, low, high) for name, x in gates.items()},
+                initial_state=None if states is None else states[i],
+                output_final_state=True,
+                mask=None if mask is None else np.asarray(mask)[..., low:high],
+                backend=backend,
+            )
+            outputs.append(o)
+            after.append(state)
+        o = np.concatenate(outputs, axis=-2)
+        return (o, after) if final else o
+
+    def piece(self, name: str, x: Any, low: int, high: int) -> Any:
+        """The steps low to high of a gate that has a time axis."""
+        axes = self.gates[name].axes.split() if name in self.gates else []
+        if axes[:1] != ["t"] or not np.ndim(x):
+            return x
+        return np.asarray(x)[(..., slice(low, high)) + (slice(None),) * (len(axes) - 1)]
 
     @staticmethod
     def run(p: dict[str, Any], backend: Any, operator: str, state: Any, **arguments: Any) -> Any:
@@ -279,7 +313,7 @@ def gated_sides(p: dict[str, Any]) -> dict[str, Any]:
 def in_context(p: dict[str, Any]) -> dict[str, Any]:
     """RWKV-7: the removed key is normalised, the stored key weakened where little is removed."""
     rate = np.asarray(p["rate"], p["k"].dtype)
-    stored = p["k"] * (1 + (rate - 1) * p["replacement"])
+    stored = p["k"] * (1 + (rate - 1) * np.asarray(p["replacement"], p["k"].dtype))
     return changed(p, rate=rate, removal_key=features.normalize_l2(p["k"]), stored_key=stored)
 
 
@@ -380,11 +414,6 @@ def gaussian(x: Any, y: Any, bandwidth: float) -> Any:
 def landmarks(p: dict[str, Any]) -> np.ndarray:
     """32 random unit vectors."""
     return features.normalize_l2(np.random.default_rng(0).standard_normal((32, p["q"].shape[-1])))
-
-
-def positions(p: dict[str, Any]) -> np.ndarray:
-    """0, 1, 2, ..."""
-    return np.broadcast_to(np.arange(p["q"].shape[-2], dtype=float), p["k"].shape[:-1])
 
 
 def one_per_level(p: dict[str, Any]) -> np.ndarray:
@@ -511,10 +540,7 @@ LINES: list[Layer] = [
         Exact(),
         "linear_attention",
         "Qin et al. 2022, arXiv:2202.08791",
-        {
-            "length": Gate(lambda p: max(p["q"].shape[-2], 1), "fixed, at least the sequence's length", ""),
-            "position": Gate(positions, "0, 1, 2, ..."),
-        },
+        {"length": Gate(lambda p: max(p["q"].shape[-2], 1), "fixed, at least the sequence's length", "")},
         route=routes.cosine_positions,
         carries=True,
     ),

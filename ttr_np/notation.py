@@ -45,12 +45,16 @@ ARRAYS: dict[str, Array] = {
     "bias": Array("d", "offset added to every output"),
     "w": Array("t k", "direction of the reflection that a step applies to all keys before it; of unit length"),
     "levels": Array("t l", "weight of each dyadic bucket of the past, the newest first"),
+    "process_noise": Array("t", "variance by which every number of a memory drifts in a step, >= 0"),
+    "measurement_noise": Array("t", "variance of the noise on a value, > 0"),
+    "log_transition": Array("t", "log of the factor by which a memory is expected to shrink (or grow) in a step"),
     "mask": Array("t", "True where the token is memorised"),
 }
 
 # Numbers whose rounding would change the dynamics: they never decide the output's dtype and are never rounded to it.
 GATES = frozenset(
     {"beta", "log_decay", "phase", "delta", "A", "D", "step_size", "momentum", "weight_decay", "bonus", "bias"}
+    | {"process_noise", "measurement_noise", "log_transition"}
 )
 
 
@@ -90,6 +94,21 @@ class RecursiveLeastSquaresState(NamedTuple):
 
     S: Any
     P: Any
+
+
+class KalmanFilterState(NamedTuple):
+    """Mean ``S (..., k, v)`` and covariance ``P (..., k, k)`` of each of its columns."""
+
+    S: Any
+    P: Any
+
+
+class AffineProjectionState(NamedTuple):
+    """``S (..., k, v)`` and the last order - 1 pairs, oldest first: ``k (..., p, k)``, ``v (..., p, v)``."""
+
+    S: Any
+    k: Any
+    v: Any
 
 
 class MesaState(NamedTuple):
@@ -173,6 +192,21 @@ OPERATORS: dict[str, Signature] = {
     "recursive_least_squares": Signature(
         ("q", "k", "v"), ("log_decay", "beta"), (*_kv, "beta"), ("q",), {"S": "k v", "P": "k k"}
     ),
+    "kalman_filter": Signature(
+        ("q", "k", "v"),
+        ("process_noise", "measurement_noise", "log_transition"),
+        ("k", "v", "process_noise", "measurement_noise", "log_transition"),
+        ("q",),
+        {"S": "k v", "P": "k k"},
+    ),
+    "affine_projection": Signature(
+        ("q", "k", "v", "beta"),
+        (),
+        ("k", "v", "beta"),
+        ("q",),
+        {"S": "k v", "k": "p k", "v": "p v"},
+        sees_mask=True,
+    ),
     "mesa": Signature(
         ("q", "k", "v"), ("log_decay", "beta"), (*_kv, "beta"), ("q",), {"G": "k v", "H": "k k"}
     ),
@@ -204,6 +238,8 @@ STATES: dict[str, type] = {
     "diagonal_scan": DiagonalScanState,
     "selective_scan": SelectiveScanState,
     "recursive_least_squares": RecursiveLeastSquaresState,
+    "kalman_filter": KalmanFilterState,
+    "affine_projection": AffineProjectionState,
     "mesa": MesaState,
     "softmax_attention": CacheState,
     "local_polynomial": CacheState,
@@ -315,6 +351,9 @@ _DRAW = {
     "momentum": lambda rng, shape: rng.uniform(0.1, 0.9, shape),
     "weight_decay": lambda rng, shape: rng.uniform(0.0, 0.1, shape),
     "log_decay": _log_sigmoid,
+    "log_transition": _log_sigmoid,
+    "process_noise": lambda rng, shape: rng.uniform(0.0, 0.1, shape),
+    "measurement_noise": lambda rng, shape: rng.uniform(0.1, 1.0, shape),
     "phase": lambda rng, shape: rng.uniform(-np.pi, np.pi, shape),
     "delta": lambda rng, shape: rng.uniform(0.01, 0.5, shape),
     "A": lambda rng, shape: -rng.uniform(0.1, 4.0, shape),

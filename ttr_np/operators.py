@@ -28,17 +28,22 @@ from .backends import call
 from .notation import OPERATORS
 
 __all__ = [
+    "affine_projection",
     "delta_rule",
     "diagonal_scan",
     "dplr",
+    "kalman_filter",
     "kernel_ridge",
     "linear_attention",
     "local_polynomial",
+    "log_linear_attention",
     "mesa",
+    "path_attention",
     "recursive_least_squares",
     "selective_scan",
     "short_convolution",
     "softmax_attention",
+    "sparse_attention",
     "test_time_training",
 ]
 
@@ -522,6 +527,143 @@ def mesa(
     return dispatch("mesa", locals())
 
 
+def affine_projection(
+    q: Any,
+    k: Any,
+    v: Any,
+    beta: Any,
+    *,
+    order: int = 2,
+    ridge: float = 0.0,
+    initial_state: Any = None,
+    output_final_state: bool = False,
+    cu_seqlens: Any = None,
+    mask: Any = None,
+    backend: Any = None,
+) -> Any:
+    """Recall from the memory that changes least while it fits the last ``order`` pairs.
+
+    S = S + beta K^T (K K^T + ridge I)^-1 (V - K S) with the last pairs as the rows of K and V. Weights: a window of
+    ``order`` pairs. Regressor: linear. Optimizer: the exact fit nearest to the last one; order 1 is the normalised
+    delta rule.
+
+    Parameters
+    ----------
+    q, k : (..., t, k)
+        Queries and keys.
+    v : (..., t, v)
+        Values.
+    beta : (..., t)
+        Share of the step to the fit that is taken; 1 fits, stable for 0 <= beta <= 2.
+    order : int, default 2
+        Number of pairs fitted at each step, the current one included.
+    ridge : float, default 0.0
+        Added to K K^T; with 0, dependent keys get the fit of minimum norm.
+    initial_state, output_final_state, cu_seqlens, mask, backend
+        Common to all operators: see ``ttr_np.operators``. State: ``S (..., k, v)`` and the last ``order - 1`` pairs
+        ``k (..., p, k)``, ``v (..., p, v)``.
+
+    Returns
+    -------
+    o : (..., t, v)
+        Answers, in the dtype of the data; or ``(o, state)``.
+
+    Raises
+    ------
+    ValueError
+        If two arrays disagree on an axis, order is below 1 or the ridge negative.
+    TypeError
+        If an array holds no real numbers.
+
+    Notes
+    -----
+    Cost: O(t p (k v + p k + p^2)) with order p, token by token; memory O(t (k + v)).
+
+    References
+    ----------
+    Ozeki, Umeda (1984), An adaptive filtering algorithm using an orthogonal projection to an affine subspace.
+
+    Examples
+    --------
+    >>> import numpy as np, ttr_np
+    >>> k = [[1.0, 0.0], [1.0, 1.0]]
+    >>> ttr_np.affine_projection(k, k, [[2.0], [5.0]], [1.0, 1.0])
+    array([[2.],
+           [5.]])
+    """
+    return dispatch("affine_projection", locals())
+
+
+def kalman_filter(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    process_noise: Any = 0.0,
+    measurement_noise: Any = 1.0,
+    log_transition: Any = None,
+    ridge: float = 1.0,
+    initial_state: Any = None,
+    output_final_state: bool = False,
+    cu_seqlens: Any = None,
+    mask: Any = None,
+    backend: Any = None,
+) -> Any:
+    """Recall from the mean of a Gaussian memory that drifts between the pairs and is measured by them.
+
+    S = A S + noise of variance process_noise, v = S^T k + noise of variance measurement_noise, A = exp(log_transition).
+    Weights: what the drift leaves of each pair. Regressor: linear. Optimizer: exact. Without process noise and
+    transition it is ``recursive_least_squares`` with beta = 1 / measurement_noise.
+
+    Parameters
+    ----------
+    q, k : (..., t, k)
+        Queries and keys.
+    v : (..., t, v)
+        Values.
+    process_noise : (..., t) or float, default 0.0
+        Variance by which every number of the memory drifts in a step, >= 0.
+    measurement_noise : (..., t) or float, default 1.0
+        Variance of the noise on the values, > 0.
+    log_transition : (..., t), optional
+        Log of the factor by which the memory is expected to shrink (or grow) in a step.
+    ridge : float, default 1.0
+        Inverse of the variance of the empty memory, > 0.
+    initial_state, output_final_state, cu_seqlens, mask, backend
+        Common to all operators: see ``ttr_np.operators``. State: mean ``S (..., k, v)``, covariance ``P (..., k, k)``
+        of each of its columns.
+
+    Returns
+    -------
+    o : (..., t, v)
+        Answers, in the dtype of the data; or ``(o, state)``.
+
+    Raises
+    ------
+    ValueError
+        If two arrays disagree on an axis, or a variance is out of range.
+    TypeError
+        If an array holds no real numbers.
+
+    Notes
+    -----
+    Cost: O(t k (k + v)), token by token; memory O(t (k + v)).
+
+    References
+    ----------
+    Kalman (1960), A new approach to linear filtering and prediction problems.
+
+    Examples
+    --------
+    >>> import numpy as np, ttr_np
+    >>> k = [[1.0], [1.0]]
+    >>> ttr_np.kalman_filter(k, k, [[2.0], [4.0]])
+    array([[1.],
+           [2.]])
+    """
+    return dispatch("kalman_filter", locals())
+
+
 def softmax_attention(
     q: Any,
     k: Any,
@@ -634,7 +776,7 @@ def local_polynomial(
     bandwidth : float, optional
         Width of the other kernels.
     ridge : float, default 1e-6
-        On the slopes (every coefficient but the constant).
+        On the slopes (every coefficient but the constant), relative to the total weight.
     causal : bool, default True
         Whether a query sees only its own and earlier pairs.
     window : int, optional
@@ -677,6 +819,207 @@ def local_polynomial(
     return dispatch("local_polynomial", locals())
 
 
+def sparse_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    alpha: float = 2.0,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    initial_state: Any = None,
+    output_final_state: bool = False,
+    cu_seqlens: Any = None,
+    mask: Any = None,
+    backend: Any = None,
+) -> Any:
+    """Recall the mean of the values under alpha-entmax weights: far keys weigh exactly nothing.
+
+    Weights max((alpha - 1) scale q . k - tau, 0)^(1 / (alpha - 1)) with the tau at which they sum to one: a kernel of
+    compact support whose bandwidth adapts to the data. Regressor: constant. Optimizer: exact. Alpha 2 is sparsemax,
+    alpha -> 1 softmax.
+
+    Parameters
+    ----------
+    q, k : (..., t, k)
+        Queries and keys.
+    v : (..., t, v)
+        Values.
+    alpha : float, default 2.0
+        How sharply the weights are cut off, > 1. For unit keys 1 + 1/n is the kernel (1 - u^2)^n.
+    scale : float, optional
+        Sharpness of the scores; default 1 / sqrt(k).
+    causal : bool, default True
+        Whether a query sees only its own and earlier pairs; else it sees all.
+    window : int, optional
+        Number of newest pairs a query sees, the current one included; default: all.
+    initial_state, output_final_state, cu_seqlens, mask, backend
+        Common to all operators: see ``ttr_np.operators``. State: the pairs still needed: ``k``, ``v``, ``log_weight``,
+        ``position``.
+
+    Returns
+    -------
+    o : (..., t, v)
+        Answers, in the dtype of the data; or ``(o, state)``.
+
+    Raises
+    ------
+    ValueError
+        If two arrays disagree on an axis, alpha is not above 1 or a window below 1.
+    TypeError
+        If an array holds no real numbers.
+
+    Notes
+    -----
+    Cost: O(t n (k + v)) with n pairs seen; memory O(t (k + v)), no t x t matrix is stored.
+
+    References
+    ----------
+    Martins, Astudillo (2016), arXiv:1602.02068; Peters, Niculae, Martins (2019), arXiv:1905.05702.
+
+    Examples
+    --------
+    >>> import numpy as np, ttr_np
+    >>> k = 3 * np.eye(2)
+    >>> ttr_np.sparse_attention(k, k, [[1.0], [3.0]], scale=1.0)
+    array([[1.],
+           [3.]])
+    """
+    return dispatch("sparse_attention", locals())
+
+
+def path_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    beta: Any,
+    w: Any,
+    *,
+    scale: float | None = None,
+    initial_state: Any = None,
+    output_final_state: bool = False,
+    cu_seqlens: Any = None,
+    mask: Any = None,
+    backend: Any = None,
+) -> Any:
+    """Recall the softmax mean of the values, their keys reflected or shrunk by every later step.
+
+    The logits are scale q_t . (H_t ... H_{i+1}) k_i with H_s = I - beta_s w_s w_s^T: a position encoding made of data.
+    Weights: the exponential kernel. Regressor: constant. Optimizer: exact.
+
+    Parameters
+    ----------
+    q, k : (..., t, k)
+        Queries and keys.
+    v : (..., t, v)
+        Values.
+    beta : (..., t)
+        How far each step changes the keys before it: 1 removes their part along w, 2 reflects it.
+    w : (..., t, k)
+        Direction of that change, of unit length.
+    scale : float, optional
+        Sharpness of the kernel; default 1 / sqrt(k).
+    initial_state, output_final_state, cu_seqlens, mask, backend
+        Common to all operators: see ``ttr_np.operators``. State: all pairs: ``k``, ``v``, ``log_weight``, ``position``.
+
+    Returns
+    -------
+    o : (..., t, v)
+        Answers, in the dtype of the data; or ``(o, state)``.
+
+    Raises
+    ------
+    ValueError
+        If two arrays disagree on an axis.
+    TypeError
+        If an array holds no real numbers.
+
+    Notes
+    -----
+    Cost: O(t n (k + v)) with n pairs; memory O(t (k + v)), no t x t matrix is stored.
+
+    References
+    ----------
+    Yang et al. (2025), arXiv:2505.16381.
+
+    Examples
+    --------
+    >>> import numpy as np, ttr_np
+    >>> k = np.array([[100.0, 0.0], [0.0, 0.0]])
+    >>> w = [[1.0, 0.0], [1.0, 0.0]]
+    >>> ttr_np.path_attention(k[[0, 0]], k, [[1.0], [3.0]], [0.0, 1.0], w)
+    array([[1.],
+           [2.]])
+    """
+    return dispatch("path_attention", locals())
+
+
+def log_linear_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    levels: Any,
+    *,
+    log_decay: Any = None,
+    initial_state: Any = None,
+    output_final_state: bool = False,
+    cu_seqlens: Any = None,
+    mask: Any = None,
+    backend: Any = None,
+) -> Any:
+    """Recall from linear memories of dyadic age, each with a weight of its own: o = sum_l levels_l S_l^T q.
+
+    The past is kept in the buckets of a Fenwick tree: log2(t) + 2 of them, the older the larger. Weights: piecewise
+    constant in dyadic age, times the decays. Regressor: linear. Optimizer: one step. Equal levels give linear
+    attention.
+
+    Parameters
+    ----------
+    q, k : (..., t, k)
+        Queries and keys.
+    v : (..., t, v)
+        Values.
+    levels : (..., t, l)
+        Weight of each bucket, the newest first; the last one holds all that is older.
+    log_decay : (..., t), optional
+        Log of the share of the past that is kept, <= 0 (-inf forgets all).
+    initial_state, output_final_state, cu_seqlens, mask, backend
+        Common to all operators: see ``ttr_np.operators``. State: one sum per bucket ``S (..., l, k, v)``, and ``count
+        (...)``, the pairs memorised.
+
+    Returns
+    -------
+    o : (..., t, v)
+        Answers, in the dtype of the data; or ``(o, state)``.
+
+    Raises
+    ------
+    ValueError
+        If two arrays disagree on an axis, or a log_decay is positive.
+    TypeError
+        If an array holds no real numbers.
+
+    Notes
+    -----
+    Cost: O(t log(t) k v); memory O(t (k + v + l)) and l states.
+
+    References
+    ----------
+    Guo et al. (2025), arXiv:2506.04761.
+
+    Examples
+    --------
+    >>> import numpy as np, ttr_np
+    >>> ones = np.ones((3, 1))
+    >>> ttr_np.log_linear_attention(ones, ones, ones, [[1.0, 0.5, 0.25]] * 3)
+    array([[1. ],
+           [1.5],
+           [1.5]])
+    """
+    return dispatch("log_linear_attention", locals())
+
+
 def kernel_ridge(
     q: Any,
     k: Any,
@@ -703,11 +1046,12 @@ def kernel_ridge(
     v : (..., t, v)
         Values.
     kernel : str or callable, default "gaussian"
-        The positive definite kernel.
+        ``gaussian``, ``exponential``, ``linear``, ``polynomial`` or a positive definite function of two arrays of
+        vectors.
     bandwidth : float, default 1.0
         Its width.
     ridge : float, default 1.0
-        Noise variance, > 0.
+        Noise variance, >= 0; with 0 the answers interpolate, and keys that repeat raise LinAlgError.
     causal : bool, default True
         Whether a query sees only its own and earlier pairs.
     initial_state, output_final_state, cu_seqlens, mask, backend
@@ -873,3 +1217,6 @@ def short_convolution(
            [32.]])
     """
     return dispatch("short_convolution", locals())
+
+
+test_time_training.__test__ = False  # type: ignore[attr-defined]  # pytest collects what starts with test

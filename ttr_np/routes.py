@@ -139,10 +139,12 @@ def cosine_positions(layer: Any, run: Run, p: dict[str, Any], state: Any) -> tup
     from .features import cosformer_features
 
     memory, before = Carried() if state is None else state
-    position = p["position"] + (0 if before is None else before[..., None])
+    seen = np.ones(p["k"].shape[:-1]) if p.get("mask") is None else p["mask"] + np.zeros(p["k"].shape[:-1])
+    before = np.zeros(seen.shape[:-1]) if before is None else before
+    position = before[..., None] + np.cumsum(seen, axis=-1) - seen
     q, k = (cosformer_features(x, position, p["length"]) for x in (p["q"], p["k"]))
     o, memory = run(layer.operator, memory, q=q, k=k, v=p["v"], normalize=True)
-    return o, Carried(memory, position[..., -1] + 1 if position.shape[-1] else before)
+    return o, Carried(memory, before + seen.sum(axis=-1))
 
 
 def slots(layer: Any, run: Run, p: dict[str, Any], state: Any) -> tuple[Any, Any]:
@@ -265,8 +267,8 @@ def diagonal_system(layer: Any, run: Run, p: dict[str, Any], state: Any) -> tupl
     """S4D: every channel drives its own diagonal system; the readout sums over its modes."""
     rates, drive = p["modes"], p["drive"]
     x = p["v"][..., :, None] * np.ones(len(rates))
-    x = x.reshape(x.shape[:-2] + (-1,))
     channels = p["v"].shape[-1]
+    x = x.reshape(x.shape[:-2] + (channels * len(rates),))
     log_decay, phase = (np.tile(part, channels) + np.zeros(x.shape) for part in (rates.real, rates.imag))
     h, state = run(layer.operator, state, x=x, log_decay=log_decay, phase=phase)
     h = h.reshape(h.shape[:-1] + (channels, len(rates)))
@@ -276,7 +278,7 @@ def diagonal_system(layer: Any, run: Run, p: dict[str, Any], state: Any) -> tupl
 def parallax(layer: Any, run: Run, p: dict[str, Any], state: Any) -> tuple[Any, Any]:
     """o = mean(v) - Cov(v, k) r: three softmax means, taken together by giving the values more columns."""
     k, v = p["k"], p["v"]
-    outer = (v[..., :, None] * k[..., None, :]).reshape(v.shape[:-1] + (-1,))
+    outer = (v[..., :, None] * k[..., None, :]).reshape(v.shape[:-1] + (v.shape[-1] * k.shape[-1],))
     o, state = run(
         layer.operator, state, q=p["q"], k=k, v=np.concatenate([v, k, outer], axis=-1), scale=p["scale"]
     )

@@ -217,8 +217,8 @@ class CosinePosition(Weights):
     """The cosine of the distance in time, a quarter turn at ``length`` (cosFormer)."""
 
     def __call__(self, problem: Problem, t: int) -> np.ndarray:
-        position = problem["position"]
-        return np.cos(np.pi / 2 * (position[t] - position[: t + 1]) / problem["length"])[:, None, None]
+        age = t - np.arange(t + 1)
+        return np.cos(np.pi / 2 * age / problem["length"])[:, None, None]
 
     def __str__(self) -> str:
         return "cosine of distance"

@@ -52,16 +52,26 @@ def chosen(choice: Any) -> str:
 def cells(entry: dict[str, Any]) -> list[str]:
     """One line of the table."""
     gates = "; ".join(text if text.startswith(name) else f"{name}: {text}" for name, text in entry["gates"].items())
-    operator = entry["operator"] or "none, see below"
-    return [*(entry[key] for key in ("name", "weights", "regressor", "optimizer")), operator, gates, entry["paper"]]
+    choices = [entry[key] for key in ("name", "weights", "regressor", "optimizer")]
+    return [*choices, entry["operator"] or unserved(entry), gates, entry["paper"]]
+
+
+def unserved(entry: dict[str, Any]) -> str:
+    """What stands in the place of the operator: the definition, or nothing yet."""
+    return "not yet" if entry["optimizer"] == "-" else "definition"
 
 
 def plain(width: int | None) -> str:
-    """The table for a terminal, and below it why some layers have no operator."""
+    """The table, and below it why some layers have no operator."""
     table = entries()
-    without = [entry for entry in table if entry["operator"] is None]
-    reasons = ["", "no operator yet:", *(f"  {entry['name']}: {entry['reason']}" for entry in without)]
-    return aligned([COLUMNS, *map(cells, table)], width=width) + "\n".join(["", *reasons] if without else [])
+    lines = [aligned([COLUMNS, *map(cells, table)], width=width)]
+    for kind, title in (
+        ("definition", "without an operator, by the definition only:"),
+        ("not yet", "not expressed yet:"),
+    ):
+        found = [entry for entry in table if entry["operator"] is None and unserved(entry) == kind]
+        lines += ["", title, *(f"  {entry['name']}: {entry['reason']}" for entry in found)] if found else []
+    return "\n".join(lines)
 
 
 def markdown() -> str:
@@ -75,7 +85,7 @@ def marked_down(entry: dict[str, Any]) -> list[str]:
     entry = entry | {"reason": entry["reason"].replace("|", "\\|")}
     name, weights, regressor, optimizer, operator, gates, paper = (cell.replace("|", "\\|") for cell in cells(entry))
     paper = re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", paper)
-    operator = f"`{operator}`" if entry["operator"] else f"none: {entry['reason']}"
+    operator = f"`{operator}`" if entry["operator"] else f"{operator}: {entry['reason']}"
     return [f"`{name}`", weights, regressor, optimizer, operator, gates, paper]
 
 

@@ -5,6 +5,7 @@ Importing this module imports matplotlib; nothing else in the package does.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -45,7 +46,7 @@ def figure(result: dict[str, Any]) -> Figure:
 
 def kind(entry: dict[str, Any]) -> str:
     """What colours show: regressor and optimizer, without their details."""
-    regressor = entry["regressor"].split(",")[0].split(" in ")[0]
+    regressor = re.split(",| in | over ", entry["regressor"])[0]
     return f"{regressor}, {entry['optimizer'].split(',')[0]}"
 
 

@@ -197,7 +197,7 @@ def channel_gates(log_decay: np.ndarray) -> Gates:
         until = np.concatenate([first_until * second[..., -1:, :], second_until], axis=-2)
     since, until = since[..., 0, :c, :], until[..., 0, :c, :]
     # The state meets this factor at every chunk: the exponential of the sum rounds once where c factors round c times.
-    since[..., -1, :] = np.exp(np.sum(np.maximum(log_decay, NO_PAST), axis=-2))
+    since[..., -1, :] = np.exp(np.sum(log_decay, axis=-2))
     return Gates(tuple(levels), since, until)
 
 

@@ -20,6 +20,7 @@ from ..notation import DiagonalScanState
 __all__ = ["chunked", "diagonal_scan", "recurrent"]
 
 BLOCK = 64  # fixed, so that cuts on its multiples leave every bit as it is
+WINDOW = 64 * BLOCK  # tokens whose decays are held at once
 
 
 def diagonal_scan(x: Any, log_decay: Any, *, phase: Any = None, **common: Any) -> Any:
@@ -51,22 +52,24 @@ def chunked(
 ) -> tuple[np.ndarray, DiagonalScanState]:
     """Blocks of tokens side by side, each from zero, then the state carried across them. Cost: O(t d).
 
-    Python walks t / c blocks and c tokens instead of t tokens. Decays are only multiplied, never divided.
+    In a window of w tokens Python walks w / c blocks and c tokens instead of w tokens. Decays are only
+    multiplied, never divided.
     """
     (h,) = state
     o = np.empty(h.shape[:-1] + x.shape[-2:], h.dtype)
     whole = x.shape[-2] // BLOCK * BLOCK
-    if whole:
-        decay = in_blocks(factors(log_decay, phase, h.dtype)[..., :whole, :], whole)
-        h = scan_blocks(in_blocks(x, whole), decay, in_blocks(o, whole), h)
+    for low in range(0, whole, WINDOW):
+        steps = (..., slice(low, min(low + WINDOW, whole)), slice(None))
+        decay = factors(log_decay[steps], None if phase is None else phase[steps], h.dtype)
+        h = scan_blocks(in_blocks(x[steps]), in_blocks(decay), in_blocks(o[steps]), h)
     rest = None if phase is None else phase[..., whole:, :]
     o[..., whole:, :], state = recurrent(x[..., whole:, :], log_decay[..., whole:, :], rest, state=DiagonalScanState(h))
     return o, state
 
 
-def in_blocks(x: np.ndarray, whole: int) -> np.ndarray:
-    """A view ``(..., blocks, c, d)`` of the first tokens."""
-    return x[..., :whole, :].reshape(x.shape[:-2] + (whole // BLOCK, BLOCK, x.shape[-1]))
+def in_blocks(x: np.ndarray) -> np.ndarray:
+    """A view ``(..., blocks, c, d)`` of ``(..., t, d)``."""
+    return x.reshape(x.shape[:-2] + (x.shape[-2] // BLOCK, BLOCK, x.shape[-1]))
 
 
 def scan_blocks(x: np.ndarray, decay: np.ndarray, o: np.ndarray, h: np.ndarray) -> np.ndarray:

@@ -28,6 +28,7 @@ import numpy as np
 
 from ..calling import run
 from ..notation import CacheState
+from ._cache import append, empty_cache
 from ._chunks import unit_lower_inverse
 
 __all__ = ["KERNELS", "chunked", "kernel_ridge", "recurrent"]
@@ -36,8 +37,8 @@ Kernel = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def gaussian(x: np.ndarray, y: np.ndarray, bandwidth: float) -> np.ndarray:
-    """exp(-|x - y|^2 / (2 bandwidth^2)), the distance centred first so that a common offset costs no digits."""
-    centre = y[..., :1, :]
+    """exp(-|x - y|^2 / (2 bandwidth^2)), around the first key, so that an offset common to all costs no digits."""
+    centre = x[..., :1, :]
     x, y = x - centre, y - centre
     squares = np.sum(x * x, axis=-1)[..., :, None] + np.sum(y * y, axis=-1)[..., None, :]
     return np.exp(np.minimum(x @ np.swapaxes(y, -1, -2) - squares / 2, 0) / bandwidth**2)
@@ -81,37 +82,21 @@ def kernel_ridge(
         raise ValueError(f"bandwidth must be a positive finite number, got {bandwidth}")
     function = kernel if callable(kernel) else partial(KERNELS[kernel], bandwidth=float(bandwidth))
     options = {"kernel": function, "ridge": float(ridge), "causal": causal}
-    return run(chunked, "kernel_ridge", {"q": q, "k": k, "v": v}, options, start=start, **common)
+    return run(chunked, "kernel_ridge", {"q": q, "k": k, "v": v}, options, start=empty_cache, **common)
 
 
-def start(operator: str, lead: tuple[int, ...], sizes: dict[str, int], dtype: Any) -> CacheState:
-    """An empty cache."""
-    empty = np.zeros(lead + (0,), dtype)
-    return CacheState(np.zeros(lead + (0, sizes["k"]), dtype), np.zeros(lead + (0, sizes["v"]), dtype), empty, empty)
-
-
-def append(k: np.ndarray, v: np.ndarray, mask: np.ndarray | None, state: CacheState) -> CacheState:
-    """The cache with the new pairs; a slot that is empty in every sequence is dropped."""
-    lead, t = state.log_weight.shape[:-1], k.shape[-2]
-    stored = np.broadcast_to(True if mask is None else mask, lead + (t,))
-    last = np.max(np.where(state.log_weight > -np.inf, state.position, -1), axis=-1, keepdims=True, initial=-1)
-    position = np.where(stored, last + np.cumsum(stored, axis=-1), 0)
-    weight = np.where(stored, 0.0, -np.inf)
-    new = (np.broadcast_to(k, lead + k.shape[-2:]), np.broadcast_to(v, lead + v.shape[-2:]), weight, position)
-    keep = np.concatenate([np.ones(state.log_weight.shape[-1], bool), stored.reshape(-1, t).any(axis=0)])
-    fields = []
-    for old, x, axis in zip(state, new, (-2, -2, -1, -1), strict=True):
-        joined = np.concatenate([old, x.astype(old.dtype, copy=False)], axis=axis)
-        fields.append(np.compress(keep, joined, axis=axis))
-    return CacheState(*fields)
-
-
-def recurrent(q: np.ndarray, k: np.ndarray, v: np.ndarray, **options: Any) -> tuple[np.ndarray, CacheState]:
+def recurrent(q: np.ndarray, k: np.ndarray, v: np.ndarray, *rest: Any, **options: Any) -> tuple[np.ndarray, CacheState]:
     """The factor grown by one row per token. Cost: O(t n^2)."""
-    return chunked(q, k, v, size=1, **options)
+    return walk(1, q, k, v, *rest, **options)
 
 
-def chunked(
+def chunked(q: np.ndarray, k: np.ndarray, v: np.ndarray, *rest: Any, **options: Any) -> tuple[np.ndarray, CacheState]:
+    """The factor grown by blocks of tokens, each block answering its queries. Cost: O(n^3) in matrix products."""
+    return walk(64, q, k, v, *rest, **options)
+
+
+def walk(
+    size: int,
     q: np.ndarray,
     k: np.ndarray,
     v: np.ndarray,
@@ -121,19 +106,17 @@ def chunked(
     ridge: float = 1.0,
     causal: bool = True,
     state: CacheState,
-    size: int = 64,
 ) -> tuple[np.ndarray, CacheState]:
-    """The factor grown by blocks of ``size`` tokens, each block answering its queries. Cost: O(n^3)."""
+    """Grow the factor ``size`` tokens at a time; answer on the way if causal, else at the end."""
     past, t = state.k.shape[-2], q.shape[-2]
     stored = np.broadcast_to(True if mask is None else mask, state.log_weight.shape[:-1] + (t,))
-    present = np.concatenate([state.log_weight > -np.inf, stored], axis=-1)
+    present = np.concatenate([state.position >= 0, stored], axis=-1)
     keys = np.concatenate([state.k, np.broadcast_to(k, state.k.shape[:-2] + k.shape[-2:])], axis=-2)
     values = np.concatenate([state.v, np.broadcast_to(v, state.v.shape[:-2] + v.shape[-2:])], axis=-2)
     present, keys, values, spoilt = without_spoilt(present, keys, values)
     factor = Factor(keys, values, present, kernel, ridge)
-    if past:
-        for low in range(0, past, size):
-            factor.grow(min(low + size, past))
+    for low in range(0, past, size):
+        factor.grow(min(low + size, past))
     lead = np.broadcast_shapes(q.shape[:-2], keys.shape[:-2])
     o = np.empty(lead + (t, v.shape[-1]), keys.dtype)
     for low in range(0, t, size):
@@ -145,7 +128,7 @@ def chunked(
         high = min(low + size, t)
         o[..., low:high, :] = factor.answer(q[..., low:high, :], None)
     bad = spoilt[..., past:, :] if causal else spoilt[..., -1:, :]
-    return np.where(bad, o.dtype.type(np.nan), o), append(k, v, mask, state)
+    return np.where(bad, o.dtype.type(np.nan), o), append(state, k, v, None, mask)
 
 
 def without_spoilt(

@@ -284,7 +284,6 @@ def read_at(R: np.ndarray, e: np.ndarray) -> np.ndarray:
 
 def determined(fit: Fit, R: np.ndarray, neighbours: np.ndarray, keys: int) -> np.ndarray:
     """Which coefficients to use, ``(..., p)``: all those of the highest degree that the rows determine."""
-    p = R.shape[-1]
     diagonal = np.abs(np.einsum("...ii->...i", R))
     new = ~(diagonal <= UNDETERMINED * np.sqrt(np.einsum("...ij,...ij->...j", R, R)))  # a NaN stays visible
     use = np.zeros(R.shape[:-1], bool)

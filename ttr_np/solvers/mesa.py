@@ -1,14 +1,14 @@
 """Mesa layer (MesaNet): the exact ridge regression of every step, its ridge constant in time.
 
-    G_t = g_t G_{t-1} + beta_t k_t v_t^T,    H_t = g_t H_{t-1} + beta_t k_t k_t^T,    o_t = G_t^T (H_t + diag(ridge))^-1 q_t
+    G_t = g_t G_{t-1} + beta_t k_t v_t^T,   H_t = g_t H_{t-1} + beta_t k_t k_t^T,   o_t = G_t^T (H_t + diag(ridge))^-1 q_t
 
 with g = exp(log_decay). Three solvers of x_t = (H_t + diag(ridge))^-1 q_t:
 
-- ``exact``. Without decay, chunks of tokens share one factorisation (2.12 of recursive least squares: whitened keys W
-  of the chunk, X = Q P - tril(Q W^T) W with P = (H + diag(ridge))^-1 at its start). With decay the ridge is another one
-  at every step in the data's units, and every token gets its own solve, a few tokens at a time. With a ridge of zero
-  anywhere the answer is that of minimum norm, G_t^T pinv(H_t + diag(ridge)) q_t, where eigenvalues below k eps times the
-  largest count as zero.
+- ``exact``. Without decay, the tokens of a chunk share one factorisation: X = Q P - tril(Q W^T) W with P = (H +
+  diag(ridge))^-1 at its start and W its keys, whitened as in ``recursive_least_squares``. With decay the data fade
+  against a ridge that does not, and every token gets its own solve, a few tokens at a time. With a ridge of zero
+  anywhere the answer is that of minimum norm, G_t^T pinv(H_t + diag(ridge)) q_t, where eigenvalues below k eps times
+  the largest count as zero.
 - ``cg``: conjugate gradients from x = 0 for all tokens of a chunk at once; H_t is never formed, its products with p are
   linear attention with the keys as values,  H_t p_t = g_t H p_t + sum_i beta_i g_ti k_i (k_i . p_t).
 - ``chebyshev``: the same products with fixed coefficients, from the bounds ridge <= eigenvalues <= ridge + |H_t|_F.
@@ -26,10 +26,10 @@ from typing import Any
 
 import numpy as np
 
-from ..calling import run
+from ..calling import as_array, run
 from ..notation import MesaState
 from ._chunks import Gates, gates_of, in_chunks, output_like, products
-from .recursive_least_squares import refuse, weigh, whiten
+from .recursive_least_squares import check_per_step, refuse, weigh, whiten
 
 __all__ = ["chunked", "mesa", "recurrent"]
 
@@ -53,36 +53,34 @@ def mesa(
 
     ``iterations`` is the most a solver may take (default: 2 k for ``cg``, as rounding delays the k of theory; what the
     bounds ask for, at most 1000, for ``chebyshev``); ``tolerance`` the residual |q - (H + ridge) x| / |q| at which a
-    token is done (default: eps^(3/4), 1.8e-12 in float64, 6.4e-6 in float32). A token that is not done at the limit
-    keeps what it has, and a RuntimeWarning says so.
+    token is done (default: eps^(3/4), 1.8e-12 in float64, 6.4e-6 in float32; 0 for ``chebyshev`` with a number of
+    iterations). A token that is not done at the limit keeps what it has, and a RuntimeWarning says so; with a tolerance
+    of 0 the limit is what was asked for.
     """
-    if np.ndim(log_decay) and np.ndim(log_decay) == np.ndim(q):
-        raise ValueError(
-            "log_decay must have one number per step (..., t): with one per channel no pair has a single weight, "
-            "so the memory would not solve a weighted regression"
-        )
-    check_options(k, ridge, solver, iterations, tolerance, beta)
+    check_per_step(q, log_decay)
+    check_options(k, ridge, solver, iterations, tolerance)
+    if beta is not None:
+        beta = as_array("beta", beta)
+        refuse("beta", ~(beta < 0), beta, common.get("mask"), "must be >= 0 (the weight of a pair)")
     arrays = {"q": q, "k": k, "v": v, "log_decay": log_decay, "beta": beta}
     options = {"ridge": np.asarray(ridge), "solver": solver, "iterations": iterations, "tolerance": tolerance}
     return run(chunked, "mesa", arrays, options, **common)
 
 
-def check_options(k: Any, ridge: Any, solver: str, iterations: Any, tolerance: Any, beta: Any) -> None:
+def check_options(k: Any, ridge: Any, solver: str, iterations: Any, tolerance: Any) -> None:
     """What a solver can work with; a ValueError names the option and its value."""
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
     if np.ndim(ridge) and np.shape(ridge)[-1] != np.shape(k)[-1]:
         raise ValueError(f"axis 'k' is {np.shape(ridge)[-1]} in ridge but {np.shape(k)[-1]} in k")
-    good = np.isfinite(ridge) & (np.asarray(ridge) >= 0)
-    refuse("ridge", good, ridge, "must be finite and >= 0")
+    ridge = np.asarray(ridge)
+    refuse("ridge", np.isfinite(ridge) & (ridge >= 0), ridge, None, "must be finite and >= 0")
     if solver == "chebyshev":
-        refuse("ridge", np.asarray(ridge) > 0, ridge, "must be > 0 for solver 'chebyshev'")
+        refuse("ridge", ridge > 0, ridge, None, "must be > 0 for solver 'chebyshev'")
     if iterations is not None and iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations}")
     if tolerance is not None and not tolerance >= 0:
         raise ValueError(f"tolerance must be >= 0, got {tolerance}")
-    if beta is not None:
-        refuse("beta", ~(np.asarray(beta) < 0), beta, "must be >= 0 (it is the weight of a pair)")
 
 
 def recurrent(
@@ -282,7 +280,8 @@ def iterate(
         Limits, or None for the defaults.
     """
     eps = float(np.finfo(q.dtype).eps)
-    tolerance = eps**0.75 if tolerance is None else tolerance
+    if tolerance is None:
+        tolerance = 0.0 if solver == "chebyshev" and iterations is not None else eps**0.75
     row = ridge[..., None, :] if ridge.ndim else ridge
     if solver == "cg":
         most = np.array(2 * q.shape[-1] if iterations is None else iterations)

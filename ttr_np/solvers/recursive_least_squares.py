@@ -26,8 +26,10 @@ R^-1 meaningful, with ``limit = eps^(-2/3)`` (3.7e10 in float64, 4e4 in float32)
   that number.
 
 A cap gives a direction at least 1 / limit of the information of the pair being stored, around the present solution: S
-does not move, excited directions (eigenvectors of P below the cap) are not touched, and a new pair in a capped direction
-is still stored to one part in ``limit``. Without forgetting nothing is capped unless 1 / ridge itself is that large.
+does not move, excited directions (eigenvectors of P below the cap) are not touched, and a new pair in a capped
+direction is still stored to one part in ``limit``. Without forgetting nothing is capped unless 1 / ridge itself is that
+large. How the sequence is cut into calls and chunks decides when a cap acts: answers then agree to about 1e-9 (float64)
+or 1e-4 (float32) instead of rounding.
 A single step forgets at most down to exp(-60) of the past.
 
 [1] von Oswald et al. (2023), Uncovering mesa-optimization algorithms in transformers, arXiv:2309.05858
@@ -42,7 +44,7 @@ from typing import Any
 
 import numpy as np
 
-from ..calling import run, zeros
+from ..calling import as_array, run, zeros
 from ..notation import RecursiveLeastSquaresState
 from ._chunks import in_chunks, output_like, products, unit_lower_inverse
 
@@ -58,7 +60,7 @@ def recursive_least_squares(
 ) -> Any:
     """Recursive least squares; see ``ttr_np.recursive_least_squares``."""
     check_ridge(ridge)
-    check_weights(q, log_decay, beta)
+    check_weights(q, log_decay, beta, common.get("mask"))
     arrays = {"q": q, "k": k, "v": v, "log_decay": log_decay, "beta": beta}
     return run(chunked, "recursive_least_squares", arrays, start=partial(start, ridge), **common)
 
@@ -69,7 +71,7 @@ def check_ridge(ridge: Any) -> None:
         raise ValueError(f"ridge must be a positive finite number, got {ridge}")
 
 
-def check_weights(q: Any, log_decay: Any, beta: Any) -> None:
+def check_weights(q: Any, log_decay: Any, beta: Any, mask: Any) -> None:
     """Weights of a regression: one decay per step, positive; pair weights finite, not negative.
 
     Raises
@@ -77,23 +79,32 @@ def check_weights(q: Any, log_decay: Any, beta: Any) -> None:
     ValueError
         For a decay per channel, a forgetting factor that is 0 or NaN, a pair weight that is negative or not finite.
     """
+    check_per_step(q, log_decay)
     if log_decay is not None:
-        if np.ndim(log_decay) and np.ndim(log_decay) == np.ndim(q):
-            raise ValueError(
-                "log_decay must have one number per step (..., t): with one per channel no pair has a single weight, "
-                "so the memory would not solve a weighted regression"
-            )
-        refuse("log_decay", np.asarray(log_decay) > -np.inf, log_decay, "must be finite (a forgetting factor above 0)")
+        log_decay = as_array("log_decay", log_decay)
+        refuse("log_decay", log_decay > -np.inf, log_decay, mask, "must be finite (a forgetting factor above 0)")
     if beta is not None:
-        finite = np.isfinite(beta) & (np.asarray(beta) >= 0)
-        refuse("beta", finite, beta, "must be finite and >= 0 (it is the weight of a pair)")
+        beta = as_array("beta", beta)
+        refuse("beta", np.isfinite(beta) & (beta >= 0), beta, mask, "must be finite and >= 0 (the weight of a pair)")
 
 
-def refuse(name: str, good: np.ndarray, x: Any, rule: str) -> None:
-    """A ValueError that names the first number that breaks a rule."""
-    if not np.all(good):
-        place = tuple(int(i) for i in np.argwhere(~np.atleast_1d(good))[0])
-        raise ValueError(f"{name} {rule}; it is {np.atleast_1d(x)[place]} at {place}")
+def check_per_step(q: Any, log_decay: Any) -> None:
+    """A ValueError for gates per channel."""
+    if np.ndim(log_decay) and np.ndim(log_decay) == np.ndim(q):
+        raise ValueError(
+            "log_decay must have one number per step (..., t): with one per channel no pair has a single weight, so "
+            "the memory would not solve a weighted regression"
+        )
+
+
+def refuse(name: str, good: np.ndarray, x: np.ndarray, mask: Any, rule: str) -> None:
+    """A ValueError that names the first number that breaks a rule; what stands under the mask is not looked at."""
+    if np.all(good):
+        return
+    bad = ~good if mask is None else np.logical_and(~good, mask)
+    if np.any(bad):
+        place = tuple(int(i) for i in np.argwhere(bad)[0])
+        raise ValueError(f"{name} {rule}; it is {np.broadcast_to(x, np.shape(bad))[place]} at {place}")
 
 
 def start(ridge: float, operator: str, lead: tuple[int, ...], sizes: dict[str, int], dtype: Any) -> Any:
@@ -118,10 +129,7 @@ def factor(P: np.ndarray) -> np.ndarray:
     """
     finite = np.isfinite(P).all(axis=(-1, -2), keepdims=True)
     safe = np.where(finite, P, np.eye(P.shape[-1], dtype=P.dtype))
-    size = np.abs(safe).max(axis=(-1, -2), keepdims=True, initial=0)
-    gap = np.abs(safe - np.swapaxes(safe, -1, -2))
-    if np.any(gap > 1e3 * np.finfo(P.dtype).eps * size):
-        raise ValueError(f"initial_state field P must be symmetric; P and its transpose differ by {gap.max()}")
+    check_symmetric(safe)
     try:
         return np.where(finite, np.linalg.cholesky(safe), np.nan)
     except np.linalg.LinAlgError:
@@ -129,6 +137,14 @@ def factor(P: np.ndarray) -> np.ndarray:
         raise ValueError(
             f"initial_state field P must be positive definite in {P.dtype}; its smallest eigenvalue is {smallest}"
         ) from None
+
+
+def check_symmetric(P: np.ndarray) -> None:
+    """A covariance is symmetric, up to rounding."""
+    size = np.abs(P).max(axis=(-1, -2), keepdims=True, initial=0)
+    gap = np.abs(P - np.swapaxes(P, -1, -2))
+    if np.any(gap > 1e3 * np.finfo(P.dtype).eps * size):
+        raise ValueError(f"initial_state field P must be symmetric; P and its transpose differ by {gap.max()}")
 
 
 def cap(R: np.ndarray, above: np.ndarray, largest: np.ndarray) -> np.ndarray:
@@ -159,14 +175,15 @@ def spread(R: np.ndarray) -> np.ndarray:
     return np.einsum("...ij,...ij->...", R, R, dtype=np.float64) / max(R.shape[-1], 1)
 
 
-def covariance(R: np.ndarray) -> np.ndarray:
-    """P = R R^T, exactly symmetric, its condition number limited so that the matrix is positive definite too."""
+def covariance(R: np.ndarray, start: np.ndarray, P: np.ndarray) -> np.ndarray:
+    """R R^T, exactly symmetric, its condition limited so that it is positive definite; P where R did not move."""
     finite = np.isfinite(R).all(axis=(-1, -2))
     roots = np.linalg.svd(np.where(finite[..., None, None], R, 1), compute_uv=False)
     largest = limit(R.dtype) * np.square(roots.min(axis=-1, initial=np.inf))
-    R = cap(R, finite & (np.square(roots.max(axis=-1, initial=0)) > largest), largest)
-    P = np.tril(R @ np.swapaxes(R, -1, -2))
-    return P + np.swapaxes(np.tril(P, -1), -1, -2)
+    root = cap(R, finite & (np.square(roots.max(axis=-1, initial=0)) > largest), largest)
+    product = np.tril(root @ np.swapaxes(root, -1, -2))
+    product = product + np.swapaxes(np.tril(product, -1), -1, -2)
+    return np.where(np.all(R == start, axis=(-1, -2), keepdims=True), P, product)
 
 
 def weigh(x: np.ndarray, beta: np.ndarray | None) -> np.ndarray:
@@ -185,10 +202,9 @@ def recurrent(
 ) -> tuple[np.ndarray, RecursiveLeastSquaresState]:
     """The recursion, token by token, on the square root of P. Cost: O(t (k^2 + k v))."""
     S, P = state
-    if not q.shape[-2]:
-        return output_like(q, v, S), state
-    o, (S, R) = steps(q, k, v, log_decay, beta, state=RecursiveLeastSquaresState(S, factor(P)))
-    return o, RecursiveLeastSquaresState(S, covariance(R))
+    start = factor(P)
+    o, (S, R) = steps(q, k, v, log_decay, beta, state=RecursiveLeastSquaresState(S, start))
+    return o, RecursiveLeastSquaresState(S, covariance(R, start, P))
 
 
 def steps(
@@ -228,18 +244,17 @@ def chunked(
 ) -> tuple[np.ndarray, RecursiveLeastSquaresState]:
     """Matrix products and one QR factorisation per chunk of c tokens. Cost: O(t (k v + c (k + v) + (c + k)^3 / c))."""
     S, P = state
-    if not q.shape[-2]:
-        return output_like(q, v, S), state
+    start = factor(P)
     o, (S, R) = in_chunks(
         chunk,
         steps,
         {"q": q, "k": k, "v": v, "log_decay": log_decay, "beta": beta},
         {"q": -2, "k": -2, "v": -2, "log_decay": -1, "beta": -1},
         output_like(q, v, S),
-        RecursiveLeastSquaresState(S, factor(P)),
+        RecursiveLeastSquaresState(S, start),
         64,
     )
-    return o, RecursiveLeastSquaresState(S, covariance(R))
+    return o, RecursiveLeastSquaresState(S, covariance(R, start, P))
 
 
 def chunk(
@@ -283,21 +298,44 @@ def segment_end(R: np.ndarray, left: np.ndarray, energy: np.ndarray, done: np.nd
 def segment(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, left: np.ndarray, here: np.ndarray, S: np.ndarray, R: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Linear attention on whitened keys and innovations, which one QR factorisation gives.
+    """Linear attention on whitened keys and innovations.
 
-    ``left (..., c)`` is what is left at each token of the information at the start; only tokens that are ``here`` count.
+    ``left (..., c)`` is what is left at each token of the information at the start; only tokens ``here`` count.
     """
-    c, n = k.shape[-2:]
     left = np.where(here, left, left.dtype.type(1))
-    array = np.zeros(R.shape[:-2] + (c + n, c + n), R.dtype)
-    array[..., range(c), range(c)] = np.sqrt(left)
-    array[..., c:, :c] = np.swapaxes(k @ R, -1, -2)
-    array[..., c:, c:] = np.swapaxes(R, -1, -2)
-    array = np.linalg.qr(array, mode="r")
-    L, W = np.swapaxes(array[..., :c, :c], -1, -2), array[..., :c, c:]
+    L, W, R = whiten(k, R, left)
     scale = np.diagonal(L, axis1=-2, axis2=-1)
     E = unit_lower_inverse(L / scale[..., None, :]) @ (v - k @ S)
     E = E / scale[..., None]
     o = q @ S + products(q, W, None) @ E
-    R = np.swapaxes(array[..., c:, c:], -1, -2) / np.sqrt(left.min(axis=-1))[..., None, None]
-    return o, S + np.swapaxes(W, -1, -2) @ E, R
+    return o, S + np.swapaxes(W, -1, -2) @ E, R / np.sqrt(left.min(axis=-1))[..., None, None]
+
+
+def whiten(k: np.ndarray, R: np.ndarray, left: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One QR factorisation: L, W and the next R of the array in the module's docstring.
+
+    Parameters
+    ----------
+    k : (..., c, k)
+        Weighted keys.
+    R : (..., k, k)
+        Square root of P at the start.
+    left : (..., c)
+        What each key leaves of the information at the start.
+
+    Returns
+    -------
+    L : (..., c, c)
+        Lower triangular, L L^T = diag(left) + K P K^T; signs of its diagonal are free.
+    W : (..., c, k)
+        Whitened keys, P_i = (P - sum of W_j W_j^T up to i) / left_i.
+    R : (..., k, k)
+        Square root of P - W^T W.
+    """
+    c, n = k.shape[-2:]
+    array = np.zeros(np.broadcast_shapes(k.shape[:-2], R.shape[:-2]) + (c + n, c + n), R.dtype)
+    array[..., range(c), range(c)] = np.sqrt(left)
+    array[..., c:, :c] = np.swapaxes(k @ R, -1, -2)
+    array[..., c:, c:] = np.swapaxes(R, -1, -2)
+    array = np.linalg.qr(array, mode="r")
+    return np.swapaxes(array[..., :c, :c], -1, -2), array[..., :c, c:], np.swapaxes(array[..., c:, c:], -1, -2)

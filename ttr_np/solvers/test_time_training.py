@@ -74,7 +74,7 @@ def start(
     """The memory before its first pair, at the start of a mini-batch."""
     first = memory.parameters(sizes["k"], sizes["v"])
     lead = np.broadcast_shapes(lead, first.shape[:-1])
-    parameters = np.array(np.broadcast_to(first, lead + first.shape[-1:]), dtype)
+    parameters = np.array(np.broadcast_to(first, lead + first.shape[-1:]), dtype, order="C")
     still = np.zeros_like(parameters) if has_momentum else None
     return TestTimeTrainingState(parameters, still, parameters.copy(), np.zeros(lead, np.int64))
 
