@@ -8,10 +8,14 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import overload
 
-__all__ = ["exp"]
+from ._panels import ROWS, apart, fill, inner, move, real, row, times
+
+__all__ = ["exp", "exponentials", "step_decays", "weigh"]
+
+NO_PAST = -1e30  # stands for log 0: sums of it stay numbers, and its exponential is 0
 
 TAYLOR = tuple(1.0 / math.factorial(n) for n in range(13, -1, -1))  # highest power first
 TAYLOR32 = tuple(np.float32(x) for x in TAYLOR[6:])
@@ -50,4 +54,61 @@ def exp64(x):
     return 0.0 if x < -708.0 else (np.inf if x > 709.0 else series * power)
 
 
-overload(exp, inline="always")(lambda x: exp32 if x == types.float32 else exp64)
+overload(exp)(lambda x: exp32 if x == types.float32 else exp64)
+
+
+@inner
+def exponentials(x, n):
+    """x = e^x."""
+    apart()
+    for j in range(n):
+        x[j] = exp(x[j])
+
+
+@inner
+def added(y, x, number, n):
+    """y = x + number."""
+    apart()
+    for j in range(n):
+        y[j] = x[j] + number
+
+
+@inner
+def step_decays(gates, low, n, pairs, since, like):
+    """Decays of n tokens with one gate per step.
+
+    Parameters
+    ----------
+    gates
+        Log decays; those of the rows low to low + n are taken.
+    pairs
+        Panel: what is left at i of what was stored at j <= i. Its last row leads to the chunk's end.
+    since
+        Row: what is left of the chunk's start at i - 1, and so 1 at i = 0; the n-th leads to the chunk's end.
+    """
+    apart()
+    total = real(like, 0)
+    since[0] = total
+    for i in range(n):
+        gate = max(row(gates, low + i)[0], real(like, NO_PAST))
+        total += gate
+        since[i + 1] = total
+        added(row(pairs, i), row(pairs, i - 1), gate, i)
+        row(pairs, i)[i] = real(like, 0)
+    for i in range(n):
+        exponentials(row(pairs, i), i + 1)
+    exponentials(since, n + 1)
+
+
+@inner
+def weigh(scores, pairs, n, gated, late, like):
+    """Multiply scores by the decays between their tokens, with zeros above the diagonal as far as products read.
+
+    With ``late`` an answer reads the state before its own step: the diagonal is left out, decays end one step earlier.
+    """
+    apart()
+    for i in range(n):
+        line, end = row(scores, i), i + 1 - late
+        if gated:
+            times(line, line, row(pairs, end - 1), end)
+        fill(move(line, end), real(like, 0), min(i // ROWS * ROWS + ROWS, n) - end)

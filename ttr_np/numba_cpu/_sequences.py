@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
+from numba import get_num_threads, njit
 
-__all__ = ["Layout", "lay_out"]
+__all__ = ["Layout", "column_blocks", "lay_out"]
 
 
 class Layout(NamedTuple):
@@ -80,3 +80,11 @@ def lay_out(memory: tuple[int, ...], lead: tuple[int, ...], *arrays: tuple[np.nd
     walk(base, strides, np.array([lead[axis] for axis in order], np.int64), places)
     groups = places.shape[1] // memories if memories else 0
     return Layout(places.reshape(len(arrays), memories, groups), steps, keep)
+
+
+def column_blocks(memories: int, columns: int) -> int:
+    """Into how many blocks of value columns a memory is cut, so that few memories still give every thread work.
+
+    The columns of a linear memory do not know of each other; what they share is done again for every block.
+    """
+    return max(1, min(-(-4 * get_num_threads() // max(memories, 1)), columns // 32)) if get_num_threads() > 1 else 1

@@ -7,18 +7,22 @@ callers at once is safe, nothing is compiled twice for it, and a job does not kn
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 from typing import Any
 
+import numpy as np
 from numba import get_num_threads
+
+from ._panels import panels
 
 __all__ = ["share"]
 
 PIECES = 4  # per thread: what one thread has not begun another can do
 WORTH = 2e5  # multiplications; less than this is done before a second thread has woken up
 
+Scratch = tuple[np.dtype, Sequence[tuple[int, int]]]
 _pools: dict[int, ThreadPoolExecutor] = {}
 _lock = Lock()
 if hasattr(os, "register_at_fork"):
@@ -50,14 +54,15 @@ class Pieces:
             return next(self.bounds)
 
 
-def work(kernel: Callable[..., None], arguments: tuple[Any, ...], pieces: Pieces) -> None:
-    """Do pieces until none is left."""
+def work(kernel: Callable[..., None], scratch: Scratch, arguments: tuple[Any, ...], pieces: Iterable[Any]) -> None:
+    """Do pieces until none is left, in scratch of one's own."""
+    room, table = panels(*scratch)  # the name keeps the memory
     for first, last in pieces:
-        kernel(*arguments, first, last)
+        kernel(table, *arguments, first, last)
 
 
-def share(kernel: Callable[..., None], jobs: int, cost: float, *arguments: Any) -> None:
-    """Call ``kernel(*arguments, first, last)`` on ranges that make up all jobs, on as many threads as Numba may use.
+def share(kernel: Callable[..., None], jobs: int, cost: float, scratch: Scratch, *arguments: Any) -> None:
+    """Call ``kernel(panels, *arguments, first, last)`` on ranges that make up all jobs, on Numba's number of threads.
 
     Parameters
     ----------
@@ -67,17 +72,19 @@ def share(kernel: Callable[..., None], jobs: int, cost: float, *arguments: Any) 
         How many there are.
     cost
         Multiplications of all jobs together: few are not worth a second thread.
+    scratch
+        Dtype and shapes of the panels that a thread needs, see ``_panels.panels``.
     *arguments
         Of the kernel, the same for all jobs.
     """
     threads = 1 if cost < WORTH else min(get_num_threads(), jobs)
     if threads <= 1:
-        kernel(*arguments, 0, jobs)
+        work(kernel, scratch, arguments, [(0, jobs)])
         return
     pieces = Pieces(jobs, min(jobs, PIECES * threads))
-    helpers = [pool(get_num_threads()).submit(work, kernel, arguments, pieces) for _ in range(threads - 1)]
+    helpers = [pool(get_num_threads()).submit(work, kernel, scratch, arguments, pieces) for _ in range(threads - 1)]
     try:
-        work(kernel, arguments, pieces)
+        work(kernel, scratch, arguments, pieces)
     finally:
         for helper in helpers:
             helper.result()
