@@ -11,11 +11,11 @@ from typing import NamedTuple
 from numba import types
 from numba.extending import intrinsic
 
-from ._panels import LINE, Matrix, apart, below, full, inner, load_transposed, move, multiply, real, row
+from ._panels import LINE, Matrix, add_scaled, apart, below, dot, fill, full, inner, load_transposed, move, multiply, real
+from ._panels import row, scale
 
 __all__ = [
-    "BLOCK", "Reflections", "add_multiple", "cholesky", "dot", "invert_lower", "no_future", "orthogonalise", "reflect",
-    "square",
+    "BLOCK", "Reflections", "cholesky", "eps", "invert_lower", "no_future", "orthogonalise", "reflect", "right", "square",
 ]  # fmt: skip
 
 BLOCK = LINE // 4  # rows taken one by one before a product passes them on; whole tiles in every dtype
@@ -35,15 +35,6 @@ def right(x, j):
 
 
 @inner
-def dot(x, y, n, like):
-    """Sum of the products of two rows."""
-    total = real(like, 0)
-    for i in range(n):
-        total += x[i] * y[i]
-    return total
-
-
-@inner
 def square(x, n):
     """|x|^2 in double precision, which no number of single precision overflows."""
     total = 0.0
@@ -53,32 +44,11 @@ def square(x, n):
 
 
 @inner
-def add_multiple(x, factor, y, n):
-    """x += factor y, for two rows."""
-    for i in range(n):
-        x[i] += factor * y[i]
-
-
-@inner
-def scale_row(x, factor, n):
-    """x *= factor, for a row."""
-    for i in range(n):
-        x[i] *= factor
-
-
-@inner
-def clear(x, n):
-    """x = 0, for a row; whatever stood there."""
-    for i in range(n):
-        x[i] = 0
-
-
-@inner
-def no_future(scores, n):
+def no_future(scores, n, like):
     """Zeros above the diagonal of a panel."""
     apart()
     for i in range(n):
-        clear(move(row(scores, i), i + 1), n - i - 1)
+        fill(move(row(scores, i), i + 1), real(like, 0), n - i - 1)
 
 
 @inner
@@ -120,11 +90,11 @@ def invert_lower(L, X, n, like):
     apart()
     for i in range(n):
         x = row(X, i)
-        clear(x, n)
+        fill(x, real(like, 0), n)
         x[i] = real(like, 1)
         for j in range(i):
-            add_multiple(x, -row(L, i)[j], row(X, j), j + 1)
-        scale_row(x, real(like, 1) / row(L, i)[i], i + 1)
+            add_scaled(x, -row(L, i)[j], row(X, j), j + 1)
+        scale(x, real(like, 1) / row(L, i)[i], i + 1)
 
 
 @inner
@@ -218,11 +188,11 @@ def reflect_block(A, left, low, high, d, into, like):
         length = math.sqrt(left[j] + dot(a, a, d, like))
         share = (root + length) / length
         row(into.L, j)[j], row(into.T, j)[j] = length, share
-        scale_row(a, real(like, 1) / (root + length), d)
+        scale(a, real(like, 1) / (root + length), d)
         for i in range(j + 1, high):
             factor = share * dot(a, row(A, i), d, like)
             row(into.L, i)[j] = factor
-            add_multiple(row(A, i), -factor, a, d)
+            add_scaled(row(A, i), -factor, a, d)
 
 
 @inner
@@ -233,7 +203,7 @@ def couple(A, low, high, d, into, like):
     multiply(into.part, below(A, low), turned, size, size, d, real(like, 1), real(like, 0), full)
     for j in range(size):
         line = row(into.part, j)
-        clear(move(row(into.T, low + j), low), j)
+        fill(move(row(into.T, low + j), low), real(like, 0), j)
         for i in range(j):
             mine, total = move(row(into.T, low + i), low), real(like, 0)
             for m in range(i, j):

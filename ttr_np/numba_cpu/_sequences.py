@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import get_num_threads, njit
 
-__all__ = ["Layout", "column_blocks", "lay_out"]
+__all__ = ["NO_GATES", "PER_CHANNEL", "PER_STEP", "Layout", "column_blocks", "lay_out"]
+
+NO_GATES, PER_STEP, PER_CHANNEL = 0, 1, 2  # kinds of log decays; also their number of own axes
 
 
 class Layout(NamedTuple):

@@ -44,13 +44,12 @@ from ._panels import (
     times,
     triangle,
 )
-from ._sequences import column_blocks, lay_out
+from ._sequences import NO_GATES, PER_CHANNEL, PER_STEP, column_blocks, lay_out
 from ._threads import share
 
 __all__ = ["linear_attention"]
 
 CHUNK = 64
-NO_GATES, PER_STEP, PER_CHANNEL = 0, 1, 2
 Q, K, V, GATE, BONUS, STATE, Z, Z_NEXT, O = range(9)  # noqa: E741
 
 
