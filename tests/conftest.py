@@ -1,5 +1,9 @@
 """Every test starts from the same choice of backend: none."""
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy is imported: test processes run side by side
+
 import pytest
 
 import ttr_np

@@ -18,11 +18,13 @@ import pytest
 import ttr_np
 from ttr_np.cli import main
 from ttr_np.text_recall import (
+    DISTANCES,
     BadInput,
     continuations,
     decode,
     default_text,
     embeddings,
+    inside,
     last_seen,
     stream,
     text_recall,
@@ -165,6 +167,13 @@ def test_baselines_count_only_the_past():
 def test_a_distance_counts_tokens_since_the_last_occurrence():
     assert last_seen([3, 3, 5, 3, 5]).tolist() == [0, 1, 0, 2, 2]
     assert last_seen([]).tolist() == []
+
+
+def test_both_ends_of_a_bin_belong_to_it_and_every_distance_to_one_bin():
+    since = np.arange(1, 1000)
+    found = np.stack([inside(since, low, high) for low, high in DISTANCES])
+    assert found.sum(axis=0).tolist() == [1] * len(since)
+    assert found.argmax(axis=0)[[0, 2, 3, 14, 15, 62, 63, 254, 255]].tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4]
 
 
 def test_decoding_in_blocks_is_decoding_at_once(monkeypatch):
@@ -512,7 +521,11 @@ def test_the_module_runs_as_the_command():
 
 def test_a_closed_pipe_is_quiet():
     process = subprocess.Popen(
-        [sys.executable, "-m", "ttr_np", "config"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "ttr_np", "config"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
     )
     process.stdout.close()
     assert process.stderr.read() == ""

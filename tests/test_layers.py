@@ -7,7 +7,9 @@ import ttr_np
 from ttr_np import backends, features
 
 NAMES = [name for name, layer in ttr_np.layers.items() if layer.operator is not None]
-BY_DEFINITION = [name for name, layer in ttr_np.layers.items() if layer.operator is None and layer.optimizer is not None]
+BY_DEFINITION = [
+    name for name, layer in ttr_np.layers.items() if layer.operator is None and layer.optimizer is not None
+]
 IMPOSSIBLE = [name for name, layer in ttr_np.layers.items() if layer.optimizer is None]
 
 
@@ -179,7 +181,9 @@ def test_a_triple_of_ones_own_runs_by_its_definition():
     from ttr_np.regressors import Linear
     from ttr_np.weights import Decaying, Window
 
-    layer = Layer("mine", Decaying() * Window(3), Linear(), Exact(0.1), None, "here", {"log_decay": ttr_np.Gate(-0.1, "")})
+    layer = Layer(
+        "mine", Decaying() * Window(3), Linear(), Exact(0.1), None, "here", {"log_decay": ttr_np.Gate(-0.1, "")}
+    )
     q, k, v = inputs(layer, np.random.default_rng(0), 9)
     o = layer(q, k, v)
     w = np.exp(-0.1 * np.array([2, 1, 0]))[:, None]

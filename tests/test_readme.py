@@ -41,7 +41,9 @@ def test_the_excerpt_quotes_the_table():
         assert choices == [str(layer.weights), str(layer.regressor), str(layer.optimizer)]
 
 
-@pytest.mark.parametrize(("name", "last"), [("recall", "ttr recall --plot recall.png"), ("test", "python -m pytest")])
+@pytest.mark.parametrize(
+    ("name", "last"), [("recall", "ttr recall --plot recall.png"), ("test", "python -m pytest -n 2")]
+)
 def test_a_command_creates_its_environment_installs_and_runs(name, last):
     create, install, run = command(name).split(" && ")
     assert create == "python3 -m venv .venv"

@@ -415,3 +415,18 @@ def test_states_are_the_named_ones():
     for name, optional in CASES:
         state = operator(name)(**arguments(name, optional), output_final_state=True)[1]
         assert type(state) is STATES[name]
+
+
+@pytest.mark.parametrize("name", ["linear_attention", "delta_rule", "dplr"])
+def test_tokens_that_overflow_leave_the_past_its_bits(name):
+    """A product of the future with zero is not zero where the future overflows."""
+    rng = np.random.default_rng(0)
+    x = draw(name, rng, t=20)
+    huge = {key: value.copy() for key, value in x.items()}
+    for key in ("k", "v"):
+        huge[key][12] *= 1e200
+    clean = getattr(import_module(f"ttr_np.solvers.{name}"), name)(**x)
+    with np.errstate(all="ignore"):
+        o = getattr(import_module(f"ttr_np.solvers.{name}"), name)(**huge)
+    assert np.array_equal(o[:12], clean[:12])
+    assert not np.any(np.isfinite(o[12]))

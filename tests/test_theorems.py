@@ -43,9 +43,7 @@ def test_one_gate_per_channel_that_agree_is_one_gate_per_step(pairs):
     per_channel = np.repeat(gate[:, None], 4, axis=1)
     equal(ttr_np.linear_attention(*pairs, log_decay=gate), ttr_np.linear_attention(*pairs, log_decay=per_channel))
     beta = np.full(20, 0.7)
-    equal(
-        ttr_np.delta_rule(*pairs, beta, log_decay=gate), ttr_np.delta_rule(*pairs, beta, log_decay=per_channel)
-    )
+    equal(ttr_np.delta_rule(*pairs, beta, log_decay=gate), ttr_np.delta_rule(*pairs, beta, log_decay=per_channel))
 
 
 def test_normalised_linear_attention_is_a_mean(pairs):
@@ -103,7 +101,9 @@ def test_longhorn_is_stationary_for_its_implicit_loss(pairs):
     _, k, v = pairs
     M, new = np.zeros((4, 3)), None
     for t in range(20):
-        _, new = ttr_np.layers["longhorn"](k[t:][:1], k[t:][:1], v[t:][:1], beta=2.5, initial_state=M, output_final_state=True)
+        _, new = ttr_np.layers["longhorn"](
+            k[t:][:1], k[t:][:1], v[t:][:1], beta=2.5, initial_state=M, output_final_state=True
+        )
         equal(new.S - M + 2.5 * np.outer(k[t], k[t] @ new.S - v[t]), np.zeros((4, 3)))
         M = new.S
 

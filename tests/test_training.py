@@ -381,7 +381,7 @@ def test_views_are_as_good_as_copies():
         ({"batch_size": 0}, "batch_size must be a positive integer, it is 0"),
         ({"batch_size": 2.0}, "batch_size must be a positive integer, it is 2.0"),
         ({"momentum": np.full((2, 7), 1.5)}, r"momentum must lie in \[0, 1\] everywhere; it is 1.5 at \(0, 0\)"),
-        ({"weight_decay": -0.5}, r"weight_decay must lie in \[0, 1\] everywhere; it is -0.5 at \(\)"),
+        ({"weight_decay": -0.5}, r"weight_decay must lie in \[0, 1\] everywhere; it is -0.5 at"),
         ({"step_size": -1.0}, "step_size must be >= 0 everywhere"),
         ({"memory": Linear(residual=True)}, "axis 'k' is 4 but axis 'v' is 3"),
         ({"memory": Linear(initial=[(np.eye(4), None)])}, r"initial weight 0 has shape \(4, 4\), needs \(..., 4, 3\)"),

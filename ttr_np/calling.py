@@ -97,7 +97,6 @@ def prepare(operator: str, arrays: Mapping[str, Any], mask: Any) -> tuple[dict[s
     if mask is not None:
         given["mask"] = check_mask(mask)
     sizes = check(**given)
-    check_gates(given)
     mask = given.pop("mask", None)
     output, compute = dtypes_of(given)
     for name, x in given.items():
@@ -108,6 +107,7 @@ def prepare(operator: str, arrays: Mapping[str, Any], mask: Any) -> tuple[dict[s
         if mask is not None and name in OPERATORS[operator].frozen:
             x = np.where(mask.reshape(mask.shape + (1,) * (len(axes) - 1)), x, x.dtype.type(0))
         given[name] = x
+    check_gates(given)
     align_gates(given)
     if mask is not None and OPERATORS[operator].sees_mask:
         given["mask"] = mask

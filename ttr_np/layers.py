@@ -244,6 +244,7 @@ RIDGE = Gate(1.0, "fixed or learned, > 0", "")
 BANDWIDTH = Gate(1.0, "fixed or learned, > 0", "")
 BATCH = Gate(16, "fixed", "")
 INNER_STEP = Gate(0.1, "step_size = eta sigmoid(W x) / d")
+SMALL_STEP = Gate(0.02, "step_size = eta sigmoid(W x)")  # deep memories diverge at the step a linear one likes
 UNIFORM, LINEAR, CONSTANT, ONE_STEP = Uniform(), Linear(), LocalPolynomial(0), GradientDescent(1)
 
 
@@ -515,8 +516,12 @@ def norm_ridge(p: Mapping[str, Any], weights: np.ndarray, t: int) -> float:
 
 LINES: list[Layer] = [
     # linear attention and its feature maps
-    Layer("linear_attention", UNIFORM, LINEAR, ONE_STEP, "linear_attention", "Katharopoulos et al. 2020, arXiv:2006.16236"),
-    normalised_map("elu_linear_attention", "Katharopoulos et al. 2020, arXiv:2006.16236", features.elu_plus_one, "elu+1"),
+    Layer(
+        "linear_attention", UNIFORM, LINEAR, ONE_STEP, "linear_attention", "Katharopoulos et al. 2020, arXiv:2006.16236"
+    ),
+    normalised_map(
+        "elu_linear_attention", "Katharopoulos et al. 2020, arXiv:2006.16236", features.elu_plus_one, "elu+1"
+    ),
     normalised_map("performer", "Choromanski et al. 2021, arXiv:2009.14794", features.favor_features, "FAVOR+"),
     normalised_map(
         "rfa", "Peng et al. 2021, arXiv:2103.02143", features.random_fourier_features, "random Fourier", pose=unit_keys
@@ -797,7 +802,12 @@ LINES: list[Layer] = [
         route=routes.scan,
     ),
     # online gradient descent
-    delta("delta_rule", Online(), "Schlag et al. 2021, arXiv:2102.11174; Yang et al. 2024, arXiv:2406.06484", {"beta": STEP}),
+    delta(
+        "delta_rule",
+        Online(),
+        "Schlag et al. 2021, arXiv:2102.11174; Yang et al. 2024, arXiv:2406.06484",
+        {"beta": STEP},
+    ),
     delta(
         "delta_rule_negative",
         Online(text="online, reflecting"),
@@ -945,6 +955,7 @@ LINES: list[Layer] = [
         "MLP",
         "mini-batches, momentum, weight decay",
         "Behrouz et al. 2025, arXiv:2501.00663",
+        step_size=SMALL_STEP,
         momentum=MOMENTUM,
         weight_decay=FORGET,
     ),
@@ -963,7 +974,8 @@ LINES: list[Layer] = [
         "MLP, l4 retention",
         "mini-batches, l3 loss",
         "Behrouz et al. 2025, arXiv:2504.13173",
-        weight_decay=FORGET,
+        step_size=SMALL_STEP,
+        weight_decay=Gate(0.0, "1 - sigmoid(W x); its retention makes small weights large, so forget slowly"),
     ),
     trained(
         "yaad",
@@ -979,6 +991,7 @@ LINES: list[Layer] = [
         "MLP, entropy retention",
         "mini-batches",
         "Behrouz et al. 2025, arXiv:2504.13173",
+        step_size=SMALL_STEP,
         weight_decay=FORGET,
     ),
     trained(
@@ -1039,7 +1052,11 @@ LINES: list[Layer] = [
         Exact("ridge", decaying=True),
         "recursive_least_squares",
         "Plackett 1950",
-        {"log_decay": Gate(np.log(0.998), "fixed: log of the forgetting factor"), "beta": Gate(1.0, "1"), "ridge": RIDGE},
+        {
+            "log_decay": Gate(np.log(0.998), "fixed: log of the forgetting factor"),
+            "beta": Gate(1.0, "1"),
+            "ridge": RIDGE,
+        },
     ),
     Layer(
         "kalman",
@@ -1095,9 +1112,25 @@ LINES: list[Layer] = [
         "Garnelo, Czarnecki 2023, arXiv:2305.10203",
         {"ridge": Gate(0.1, "fixed or learned, > 0", "")},
     ),
-    Layer("least_squares", UNIFORM, LINEAR, Exact(), "mesa", "Wang, Shi, Fox 2025, arXiv:2501.12352", options={"ridge": 0.0}),
+    Layer(
+        "least_squares",
+        UNIFORM,
+        LINEAR,
+        Exact(),
+        "mesa",
+        "Wang, Shi, Fox 2025, arXiv:2501.12352",
+        options={"ridge": 0.0},
+    ),
     # nonparametric
-    Layer("softmax", EXPONENTIAL, CONSTANT, Exact(), "softmax_attention", "Vaswani et al. 2017, arXiv:1706.03762", {"scale": SCALE}),
+    Layer(
+        "softmax",
+        EXPONENTIAL,
+        CONSTANT,
+        Exact(),
+        "softmax_attention",
+        "Vaswani et al. 2017, arXiv:1706.03762",
+        {"scale": SCALE},
+    ),
     Layer(
         "qknorm",
         EXPONENTIAL,
@@ -1255,9 +1288,7 @@ LINES: list[Layer] = [
             "ridge": Gate(0.1, "fixed, > 0", ""),
         },
         pose=nystrom,
-        route=lambda layer, run, p, state: run(
-            layer.operator, state, q=p["q"], k=p["k"], v=p["v"], ridge=p["ridge"]
-        ),
+        route=lambda layer, run, p, state: run(layer.operator, state, q=p["q"], k=p["k"], v=p["v"], ridge=p["ridge"]),
     ),
     Layer(
         "local_linear",
@@ -1290,16 +1321,36 @@ LINES: list[Layer] = [
         route=routes.parallax,
     ),
     # not yet
-    impossible("mamba3", "2026, arXiv:2603.15569", "its trapezoidal input needs the pair before; its rotation is data-dependent"),
+    impossible(
+        "mamba3",
+        "2026, arXiv:2603.15569",
+        "its trapezoidal input needs the pair before; its rotation is data-dependent",
+    ),
     impossible("hla", "2025, arXiv:2510.27258", "second-order states (sums of k k^T with q v^T) have no operator"),
-    impossible("polysketchformer", "Kacham et al. 2023, arXiv:2310.01655", "its sketch is learned; use symmetric_power for the exact kernel"),
-    impossible("deltaformer", "2025, arXiv:2505.19488", "its values are corrected by a strict softmax of earlier ones: no operator"),
-    impossible("stick_breaking", "Tan et al. 2024, arXiv:2410.17980", "its weights are products of (1 - later scores), per query"),
-    impossible("lattice", "Behrouz et al. 2025, arXiv:2504.05646", "slots updated orthogonally to themselves have no operator"),
+    impossible(
+        "polysketchformer",
+        "Kacham et al. 2023, arXiv:2310.01655",
+        "its sketch is learned; use symmetric_power for the exact kernel",
+    ),
+    impossible(
+        "deltaformer",
+        "2025, arXiv:2505.19488",
+        "its values are corrected by a strict softmax of earlier ones: no operator",
+    ),
+    impossible(
+        "stick_breaking",
+        "Tan et al. 2024, arXiv:2410.17980",
+        "its weights are products of (1 - later scores), per query",
+    ),
+    impossible(
+        "lattice", "Behrouz et al. 2025, arXiv:2504.05646", "slots updated orthogonally to themselves have no operator"
+    ),
     impossible("swila", "2026", "several regressors per output joined by online EM have no operator"),
     impossible("gated_oja", "flash-linear-attention", "it erases on the value side of the memory"),
     impossible("wall_attention", "2026", "it decays channels inside the dot product of softmax attention"),
-    impossible("native_sparse_attention", "Yuan et al. 2025, arXiv:2502.11089", "its blocks are selected by learned scores"),
+    impossible(
+        "native_sparse_attention", "Yuan et al. 2025, arXiv:2502.11089", "its blocks are selected by learned scores"
+    ),
     impossible("lact", "Zhang et al. 2025, arXiv:2505.23884", "its memory is a gated SwiGLU trained with Muon"),
 ]
 

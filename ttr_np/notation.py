@@ -122,8 +122,8 @@ class CacheState(NamedTuple):
     """The pairs a nonparametric memory still needs, oldest first.
 
     ``k (..., n, k)``, ``v (..., n, v)``, ``log_weight (..., n)``: the log of each pair's share of weight left by the
-    decays since (-inf where a slot is empty), ``position (..., n)``: how many pairs were memorised before it (-1 where a
-    slot is empty).
+    decays since (-inf where a slot is empty), ``position (..., n)``: how many pairs were memorised before it (-1 where
+    a slot is empty).
     """
 
     k: Any
@@ -322,9 +322,8 @@ def broadcast_leading(leading: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
         try:
             common = np.broadcast_shapes(common, shape)
         except ValueError:
-            raise ValueError(
-                f"leading axes {shape} of {name} do not broadcast with {common} of {', '.join(list(leading)[:list(leading).index(name)])}"
-            ) from None
+            before = ", ".join(list(leading)[: list(leading).index(name)])
+            raise ValueError(f"leading axes {shape} of {name} do not broadcast with {common} of {before}") from None
     return common
 
 

@@ -1,7 +1,7 @@
 """The third choice: how, and how far, the fit is carried.
 
-``optimizer.fit(regressor, weights, problem, t)`` returns the memory that has seen the pairs 0 to t, from scratch. Nothing
-is carried from one t to the next: this is the definition, not an algorithm.
+``optimizer.fit(regressor, weights, problem, t)`` returns the memory that has seen the pairs 0 to t, from
+scratch. Nothing is carried from one t to the next: this is the definition, not an algorithm.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ class Projection:
 class Omega:
     """Gradient steps on the newest pairs together, with momentum; the step perhaps made orthogonal (Atlas).
 
-        S = momentum S + sum of gradients over the window,    M = decay M - step * (S or its orthogonal factor)
+    S = momentum S + sum of gradients over the window,    M = decay M - step * (S or its orthogonal factor)
     """
 
     orthogonal: bool = False
@@ -211,7 +211,7 @@ def newton_schulz(S: np.ndarray, steps: int = 5) -> np.ndarray:
 class TestTimeTraining:
     """Mini-batch gradient descent on any memory: gradients are taken where the mini-batch began.
 
-        S = momentum S - step grad(anchor),    M = (1 - weight_decay) M + S
+    S = momentum S - step grad(anchor),    M = (1 - weight_decay) M + S
     """
 
     __test__ = False  # pytest would collect a name that starts with Test

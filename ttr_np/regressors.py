@@ -1,10 +1,10 @@
 """The second choice: the class of functions that is fitted, and how one of them is read.
 
-    parameters(problem)                      where a descent starts
-    predict(parameters, x)                   the answer at x
-    gradient(parameters, keys, values, w)    of  1/2 sum_i w_i |v_i - m(k_i)|^2
-    exact(problem, t, w, ridge, decay)       the minimiser itself, for classes that have one
-    read(memory, problem, t)                 the answer to query t
+parameters(problem)                      where a descent starts
+predict(parameters, x)                   the answer at x
+gradient(parameters, keys, values, w)    of  1/2 sum_i w_i |v_i - m(k_i)|^2
+exact(problem, t, w, ridge, decay)       the minimiser itself, for classes that have one
+read(memory, problem, t)                 the answer to query t
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Linear:
         return -np.einsum("ivk,ik,iv->kv", np.broadcast_to(weights, weights.shape), self.map(keys), error)
 
     def exact(self, problem: Problem, t: int, weights: np.ndarray, ridge: np.ndarray, decay: float) -> np.ndarray:
-        """Least squares on the rows sqrt(w_i) (k_i, v_i) and sqrt(ridge) (I, 0); minimum norm if they do not suffice."""
+        """Least squares on the rows sqrt(w_i) (k_i, v_i) and sqrt(ridge) (I, 0); minimum norm if too few."""
         root = np.sqrt(scalar(weights))[:, None]
         keys, values = self.map(problem["k"][: t + 1]), problem["v"][: t + 1]
         width = keys.shape[-1]
@@ -98,8 +98,8 @@ class Ratio(Linear):
 class LocalPolynomial:
     """A polynomial in (k - q), fitted anew around every query; its value at the query is the answer.
 
-    Degree 0 is a local constant: the weighted mean of the values. The ridge holds the slopes, never the constant, and is
-    relative to the total weight.
+    Degree 0 is a local constant: the weighted mean of the values. The ridge holds the slopes, never the constant, and
+    is relative to the total weight.
     """
 
     degree: int = 0

@@ -1,7 +1,8 @@
 """How a layer's inputs become its operator's: feature maps, input gates, stabilisers, several steps per token.
 
-A route is ``route(layer, run, p, state) -> (o, state)``. ``p`` is the layer's problem (inputs and gates under their names);
-``run(operator, state, **arguments) -> (o, state)`` calls an operator with the caller's mask, packing and backend.
+A route is ``route(layer, run, p, state) -> (o, state)``. ``p`` is the layer's problem: inputs and gates under their
+names; ``run(operator, state, **arguments) -> (o, state)`` calls an operator with the caller's mask, packing and
+backend.
 """
 
 from __future__ import annotations
@@ -237,7 +238,14 @@ def preconditioned(layer: Any, run: Run, p: dict[str, Any], state: Any) -> tuple
     moment, first = run("diagonal_scan", first, x=squares, log_decay=per_channel + np.zeros(squares.shape))
     written = (p["k"] * precondition(moment)).astype(p["k"].dtype)
     o, second = run(
-        layer.operator, second, q=p["q"], k=written, v=p["v"], beta=p["beta"], log_decay=p["log_decay"], erase_key=p["k"]
+        layer.operator,
+        second,
+        q=p["q"],
+        k=written,
+        v=p["v"],
+        beta=p["beta"],
+        log_decay=p["log_decay"],
+        erase_key=p["k"],
     )
     return o, (first, second)
 
@@ -279,9 +287,7 @@ def parallax(layer: Any, run: Run, p: dict[str, Any], state: Any) -> tuple[Any, 
     """o = mean(v) - Cov(v, k) r: three softmax means, taken together by giving the values more columns."""
     k, v = p["k"], p["v"]
     outer = (v[..., :, None] * k[..., None, :]).reshape(v.shape[:-1] + (v.shape[-1] * k.shape[-1],))
-    o, state = run(
-        layer.operator, state, q=p["q"], k=k, v=np.concatenate([v, k, outer], axis=-1), scale=p["scale"]
-    )
+    o, state = run(layer.operator, state, q=p["q"], k=k, v=np.concatenate([v, k, outer], axis=-1), scale=p["scale"])
     mean_v, mean_k, mean_vk = np.split(o, [v.shape[-1], v.shape[-1] + k.shape[-1]], axis=-1)
     mean_vk = mean_vk.reshape(mean_vk.shape[:-1] + (v.shape[-1], k.shape[-1]))
     r = np.asarray(p["r"], o.dtype)

@@ -45,8 +45,8 @@ __all__ = [
 # Written in Python in every Python 3, long, and seldom touched; together about 30 000 tokens.
 MODULES = ("textwrap", "bisect", "heapq", "csv", "string", "fnmatch", "shlex", "configparser", "argparse", "zipfile")
 DISTANCES = ((1, 3), (4, 15), (16, 63), (64, 255), (256, None))
-WARM_UP = 4  # tokens of an untimed first call: compilation is not the layer's speed
-PROBES = (4, 16, 64, 256)  # tokens after which a pass that would break its budget is given up
+WARM_UP = 2  # tokens of an untimed first call: compilation is not the layer's speed
+PROBES = (2, 16, 64, 256)  # tokens after which a pass that would break its budget is given up
 BLOCK = 1 << 22  # scores held at once while outputs are decoded
 
 Progress = Callable[[int, int, str], None]
@@ -230,7 +230,7 @@ def at_least(name: str, value: Any, least: int) -> int:
 def why_not(layer: Any, backends: Sequence[str], named: bool) -> str:
     """Why a layer makes no pass over a text; empty if it does."""
     if layer.optimizer is None:
-        return f"not expressed yet: {layer.reason}"
+        return "not expressed yet; `ttr layers` says why"
     if tuple(layer.data) == ("x",):
         return "takes x: a scan has no keys to recall by"
     if tuple(layer.data) != ("q", "k", "v"):
@@ -303,7 +303,7 @@ def text_recall(
     length: int = 2048,
     seed: int = 0,
     backends: Sequence[str] | None = None,
-    budget: float | None = 5.0,
+    budget: float | None = 15.0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Recall of every layer over a text, with its speed.

@@ -1,8 +1,8 @@
 """The first choice: how much each pair counts at each step.
 
-``weights(problem, t)`` gives gamma_i(t) for the pairs i <= t, shape ``(t + 1, 1 | v, 1 | k)``: one number per pair, or one
-per pair and entry of a linear memory (a gate per channel is a weight per entry). Weights multiply: ``decaying * window``.
-A problem is a dict of arrays of one sequence under their names in the notation.
+``weights(problem, t)`` gives gamma_i(t) for the pairs i <= t, shape ``(t + 1, 1 | v, 1 | k)``: one number per pair, or
+one per pair and entry of a linear memory (a gate per channel is a weight per entry). Weights multiply: ``decaying *
+window``. A problem is a dict of arrays of one sequence under their names in the notation.
 """
 
 from __future__ import annotations

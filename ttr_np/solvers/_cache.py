@@ -33,7 +33,7 @@ def check_options(q: Any, log_decay: Any, causal: bool, window: int | None, sink
     if index(sinks) < 0:
         raise ValueError(f"sinks must be at least 0; it is {sinks}")
     if log_decay is not None and np.ndim(log_decay) >= max(np.ndim(q), 1):
-        raise ValueError(f"log_decay has {np.ndim(log_decay)} axes, q has {np.ndim(q)}: needs axes (..., t), one per step")
+        raise ValueError(f"log_decay has {np.ndim(log_decay)} axes, q {np.ndim(q)}: it needs (..., t), one per step")
     if not causal and window is not None:
         raise ValueError(f"window={window} counts back in time: it needs causal=True")
     if not causal and log_decay is not None:
@@ -187,7 +187,8 @@ class Past:
         """Runs as the queries from low to high see them, newest first; the queries must lie inside one run."""
         start = low - low % self.size
         since = None if self.log_decay is None else sums(self.log_decay[..., start:high])[..., low - start :]
-        oldest = None if self.window is None else self.counts[..., low].min(initial=np.iinfo(np.int64).max) - self.window
+        newest = self.counts[..., low].min(initial=np.iinfo(np.int64).max)
+        oldest = None if self.window is None else newest - self.window
         runs = self.runs[: self.cached + low // self.size + 1] if self.causal else self.runs
         for run in reversed(runs):
             own = self.causal and run.low == start
@@ -315,7 +316,7 @@ def mix(weights: np.ndarray, v: np.ndarray, logits: np.ndarray) -> np.ndarray:
 
 
 class Mean(NamedTuple):
-    """Weighted mean of values ``(..., c, v)``; its weights are exp(logits - ``top``) / ``weight``, both ``(..., c)``."""
+    """Weighted mean ``value (..., c, v)``; its weights are exp(logits - ``top``) / ``weight``, both ``(..., c)``."""
 
     value: np.ndarray
     top: np.ndarray

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..notation import OPERATORS, STATES
+
 __all__ = ["Gates", "gates_of", "in_chunks", "lag", "output_like", "products", "segment_sums", "unit_lower_inverse"]
 
 NO_PAST = -1e30  # stands for log 0 where -inf * 0 would be NaN; exp of it is exactly 0
@@ -38,8 +40,8 @@ def in_chunks(
     """Fill ``o`` chunk by chunk, carrying the state.
 
     A matrix product multiplies the future by zero, and zero times NaN is NaN. So a chunk whose outputs are not finite
-    is looked at again: if it holds a bad token, the tokens before it are answered as if it were not there and the rest
-    by the recurrence, so that nothing bad reaches what it must not.
+    is asked again, so that nothing bad reaches what it must not: see `repaired`. The same holds for tokens that are
+    finite and overflow on the way.
 
     Parameters
     ----------
@@ -58,65 +60,77 @@ def in_chunks(
         high = min(low + size, o.shape[-2])
         chunk = time_slice(arrays, axes, low, high)
         answer, after = step(**chunk, state=state)
-        if not np.isfinite(np.sum(answer)) and not all_finite(chunk, axes):
-            answer, after = guarded(step, recurrent, chunk, axes, answer, after, state)
+        if not np.isfinite(np.sum(answer)):
+            answer, after = repaired(step, recurrent, chunk, axes, answer, after, state)
         o[..., low:high, :] = answer
         state = after
     return o, state
 
 
-def is_bad(name: str, x: np.ndarray) -> np.ndarray:
-    """Numbers that a matrix product would spread: anything not finite, but -inf is a gate like any other."""
-    return np.isnan(x) if name == "log_decay" else ~np.isfinite(x)
+OWN_AXES = {STATES[name]: {f: len(a.split()) for f, a in OPERATORS[name].state.items()} for name in OPERATORS}
 
 
-def all_finite(chunk: Mapping[str, Any], axes: Mapping[str, int]) -> bool:
-    """Whether a chunk holds no bad number."""
-    return not any(np.any(is_bad(name, x)) for name, x in chunk.items() if name in axes and x is not None)
+def lost_memories(state: Any, lead: tuple[int, ...]) -> np.ndarray:
+    """True for the sequences whose memory holds no numbers any more, in the leading shape of the outputs."""
+    lost = np.zeros(lead, bool)
+    for name, x in zip(state._fields, state, strict=True):
+        own = OWN_AXES[type(state)][name]
+        if x is not None and x.dtype.kind in "fc":
+            lost = lost | ~np.isfinite(x).all(axis=tuple(range(x.ndim - own, x.ndim)))
+    return lost
+
+
+def repaired(
+    step: Any, recurrent: Any, chunk: Mapping[str, Any], axes: Mapping[str, int], answer: Any, after: Any, state: Any
+) -> tuple[np.ndarray, Any]:
+    """One chunk with answers that are not finite: whatever the recurrence can answer is answered.
+
+    The recurrence says from which token on a sequence is lost. Before that token the chunk is asked again, with zeros
+    from there on, which gives the bits of a run without it; from there on the recurrence answers.
+    """
+    touched = ~np.isfinite(answer).all(axis=(-2, -1))
+    if not np.any(touched & ~lost_memories(state, touched.shape)):
+        return answer, after
+    slow, slow_after = recurrent(**chunk, state=type(state)(*(None if x is None else x.copy() for x in state)))
+    lost = ~np.isfinite(slow).all(axis=-1)
+    for name, axis in axes.items():  # a gate may spoil the state one step before an answer shows it
+        lost = lost if chunk.get(name) is None else lost | bad_steps(name, chunk[name], axis)
+    lost = np.logical_or.accumulate(lost, axis=-1)
+    cleared = {name: clear(x, axes[name], lost) if name in axes and x is not None else x for name, x in chunk.items()}
+    before, _ = step(**cleared, state=state)
+    lost |= ~np.isfinite(before).all(axis=-1)
+    again = np.where(lost[..., None], slow, before)
+    return np.where(touched[..., None, None], again, answer), choose(touched, slow_after, after)
 
 
 def bad_steps(name: str, x: np.ndarray, axis: int) -> np.ndarray:
-    """True from the first bad step on, ``(..., t)``."""
-    bad = is_bad(name, x)
-    return np.logical_or.accumulate(bad if axis == -1 else bad.any(axis=-1), axis=-1)
+    """True at the steps that hold a number which is not finite, ``(..., t)``; -inf is a gate like any other."""
+    bad = np.isnan(x) if name == "log_decay" else ~np.isfinite(x)
+    return bad if axis == -1 else bad.any(axis=-1)
 
 
-def guarded(
-    step: Any, recurrent: Any, chunk: Mapping[str, Any], axes: Mapping[str, int], answer: Any, after: Any, state: Any
-) -> tuple[np.ndarray, Any]:
-    """One chunk that holds bad tokens: clean sequences keep their bits, others are answered step by step."""
-    t = answer.shape[-2]
-    bad = np.zeros(np.broadcast_shapes(answer.shape[:-2] + (t,)), bool)
-    clean = dict(chunk)
-    for name, axis in axes.items():
-        x = chunk.get(name)
-        if x is None:
-            continue
-        steps = bad_steps(name, x, axis)
-        clean[name] = np.where(steps if axis == -1 else steps[..., None], x.dtype.type(0), x)
-        bad |= steps
-    before, _ = step(**clean, state=state)
-    slow, slow_after = recurrent(**chunk, state=type(state)(*(None if x is None else x.copy() for x in state)))
-    touched = bad[..., -1]
-    return np.where(bad[..., None], slow, before), choose(touched, slow_after, after)
+def clear(x: np.ndarray, axis: int, lost: np.ndarray) -> np.ndarray:
+    """Zeros in the lost steps of one array; what several queries share loses the steps that any of them lost."""
+    own = -1 - axis
+    t = x.shape[axis]
+    flags = np.stack([reduce_to(lost[..., i], x.shape[: x.ndim - own - 1]) for i in range(t)], axis=-1)
+    return np.where(flags[(...,) + (None,) * own], x.dtype.type(0), x)
 
 
 def choose(touched: np.ndarray, slow: Any, fast: Any) -> Any:
-    """The state of the recurrence for sequences with a bad token, that of the chunk for the others."""
+    """The state of the recurrence for sequences that it had to answer, that of the chunk for the others."""
     fields = []
-    for x, y in zip(slow, fast, strict=True):
-        if x is None:
-            fields.append(None)
-            continue
-        own = x.ndim - max(touched.ndim, 0)
-        flag = reduce_to(touched, x.shape[: x.ndim - own] if own >= 0 else ())
-        fields.append(np.where(flag.reshape(flag.shape + (1,) * (x.ndim - flag.ndim)), x, y))
+    for name, x, y in zip(slow._fields, slow, fast, strict=True):
+        own = OWN_AXES[type(slow)][name]
+        flag = None if x is None else reduce_to(touched, x.shape[: x.ndim - own])
+        fields.append(None if flag is None else np.where(flag.reshape(flag.shape + (1,) * own), x, y))
     return type(slow)(*fields)
 
 
 def reduce_to(flag: np.ndarray, lead: tuple[int, ...]) -> np.ndarray:
     """Any query group that is touched marks the memory they share."""
-    for axis, size in enumerate(lead):
+    flag = flag.any(axis=tuple(range(max(flag.ndim - len(lead), 0))))
+    for axis, size in enumerate(lead[len(lead) - flag.ndim :]):
         if size == 1 and flag.shape[axis] > 1:
             flag = flag.any(axis=axis, keepdims=True)
     return flag
@@ -157,7 +171,7 @@ class Gates(NamedTuple):
 
 
 class Halves(NamedTuple):
-    """Decays from the first to the second half of every block of 2 h tokens, through the middle; each ``(..., n, h, k)``.
+    """Decays from the first to the second half of every block of 2 h tokens, through the middle: ``(..., n, h, k)``.
 
     ``rows``: from the middle to a token of the second half; ``columns``: from a token of the first half to the middle.
     """

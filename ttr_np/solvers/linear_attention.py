@@ -2,7 +2,7 @@
 
     S_t = diag(a_t) S_{t-1} + k_t v_t^T,    o_t = S_t^T q_t,    a_t = exp(log_decay_t)
 
-With ``normalize`` the answer is divided by q_t . z_t, where z_t = a_t z_{t-1} + k_t: a kernel smoother with kernel q . k.
+With ``normalize`` the answer is divided by q_t . z_t, where z_t = a_t z_{t-1} + k_t: a smoother with kernel q . k.
 With ``bonus`` u the answer reads S_{t-1} + (u * k_t) v_t^T: the current pair has a weight of its own.
 
 [1] Katharopoulos et al. (2020), Transformers are RNNs, arXiv:2006.16236

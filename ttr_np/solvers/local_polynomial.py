@@ -2,10 +2,10 @@
 
     o_t = b,    (b, W) = argmin  sum_i p_ti |v_i - b - W^T f(k_i - q_t)|^2 + ridge |W|^2,    p_ti = w_ti / sum_j w_tj
 
-w_ti is a kernel of query and key times what the gates have left of pair i; f(z) holds the monomials of z of degree 1 to
-``degree``, scaled so that f(x) . f(z) = sum_d (x . z)^d / d!^2: the coefficients are derivatives, and the ridge, relative
-to the total weight, knows no preferred axes. Degree 0 is softmax attention (exponential kernel) or Nadaraya-Watson,
-degree 1 local linear attention:
+w_ti is a kernel of query and key times what the gates have left of pair i; f(z) holds the monomials of z of degree 1
+to ``degree``, scaled so that f(x) . f(z) = sum_d (x . z)^d / d!^2: the coefficients are derivatives, and the ridge,
+relative to the total weight, knows no preferred axes. Degree 0 is softmax attention (exponential kernel) or
+Nadaraya-Watson, degree 1 local linear attention:
 
     o = vbar + Cvk (Ckk + ridge I)^-1 (q - kbar)    (means and covariances under p)
 
@@ -13,7 +13,7 @@ It is solved by QR, never by forming Ckk: centred rows sqrt(p_i) (1, f_i), block
 keeps half of the digits which Ckk would lose. All sums are float64.
 
 A ridge > 0 determines the fit of any number of neighbours. Where the rows leave a coefficient undetermined (ridge 0 and
-no more neighbours than coefficients, or collinear keys) the answer is that of the next lower degree; without neighbours
+fewer neighbours than coefficients, or collinear keys) the answer is that of the next lower degree; without neighbours
 it is zero.
 
 [1] Fan, Gijbels (1996), Local polynomial modelling and its applications; Cleveland (1979), LOESS
@@ -184,9 +184,9 @@ def answer(fit: Fit, q: np.ndarray, look: Callable[[], Iterable[View]], shape: t
         return mean
     # Around the mean key a line is centred; monomials of higher degree (and their ridge) are those around the query.
     centre = means.value[..., shape[-1] :] if fit.degree == 1 else np.broadcast_to(q, shape[:-1] + q.shape[-1:])
-    R, B, neighbours = triangle(fit, q, look(), means, mean, centre)
+    R, B = triangle(fit, q, look(), means, mean, centre)
     weights = read_at(R, features(q - centre, fit.degree))
-    weights = np.where(determined(fit, R, neighbours, q.shape[-1]), weights, 0)
+    weights = np.where(determined(R, fit.degree, q.shape[-1]), weights, 0)
     return mean + np.einsum("...p,...pv->...v", weights, B)
 
 
@@ -251,8 +251,8 @@ def features(z: np.ndarray, degree: int) -> np.ndarray:
 
 def triangle(
     fit: Fit, q: np.ndarray, views: Iterable[View], means: Mean, mean: np.ndarray, centre: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Normal equations R^T R W = R^T B of each query's fit without forming them; and how many pairs have weight.
+) -> tuple[np.ndarray, np.ndarray]:
+    """R and B of each query's fit: its normal equations are R^T R W = R^T B, but they are never formed.
 
     QR of the rows so far and a block of new ones gives the next R; the first rows are those of the ridge. A square
     root of the weights stands before every row.
@@ -260,7 +260,7 @@ def triangle(
     p = comb(q.shape[-1] + fit.degree, fit.degree)
     R = np.zeros(mean.shape[:-1] + (p, p))
     R[..., range(1, p), range(1, p)] = np.sqrt(fit.ridge)
-    B, neighbours = np.zeros(mean.shape[:-1] + (p, mean.shape[-1])), np.zeros(mean.shape[:-1])
+    B = np.zeros(mean.shape[:-1] + (p, mean.shape[-1]))
     for view in views:
         logits = masked(log_kernel(fit, q, view.k), view) - np.where(means.top == -np.inf, 0, means.top)[..., None]
         root = np.exp(logits / 2) / np.sqrt(np.where(means.weight > 0, means.weight, 1))[..., None]
@@ -269,8 +269,7 @@ def triangle(
         rows, targets = (np.where((logits == -np.inf)[..., None], 0, root[..., None] * x) for x in (rows, targets))
         Q, R = np.linalg.qr(np.concatenate([R, rows], axis=-2))
         B = np.swapaxes(Q, -1, -2) @ np.concatenate([B, targets], axis=-2)
-        neighbours = neighbours + np.count_nonzero(root, axis=-1)
-    return R, B, neighbours
+    return R, B
 
 
 def read_at(R: np.ndarray, e: np.ndarray) -> np.ndarray:
@@ -282,13 +281,14 @@ def read_at(R: np.ndarray, e: np.ndarray) -> np.ndarray:
     return w
 
 
-def determined(fit: Fit, R: np.ndarray, neighbours: np.ndarray, keys: int) -> np.ndarray:
+def determined(R: np.ndarray, degree: int, keys: int) -> np.ndarray:
     """Which coefficients to use, ``(..., p)``: all those of the highest degree that the rows determine."""
     diagonal = np.abs(np.einsum("...ii->...i", R))
     new = ~(diagonal <= UNDETERMINED * np.sqrt(np.einsum("...ij,...ij->...j", R, R)))  # a NaN stays visible
     use = np.zeros(R.shape[:-1], bool)
-    for degree in range(fit.degree + 1):
-        low, high = comb(keys + degree - 1, degree - 1) if degree else 0, comb(keys + degree, degree)
-        enough = np.all(new[..., :high], axis=-1) & ((fit.ridge > 0) | (neighbours >= high))
-        use[..., low:high] = enough[..., None]
+    low = 0
+    for d in range(degree + 1):
+        high = comb(keys + d, d)
+        use[..., low:high] = np.all(new[..., :high], axis=-1, keepdims=True)
+        low = high
     return use

@@ -3,9 +3,9 @@
     o_t = sum_l levels_tl S_t^(l)^T q_t,    S_t^(l) = sum over bucket l at step t of (decays over (i, t]) k_i v_i^T
 
 The buckets are those of a Fenwick tree: the pair itself is bucket 0, and pair i lies in bucket bit_length(t XOR i), so
-that at most one bucket of each size 1, 2, 4, ... covers the past. A step merges all buckets below the lowest set bit of t
-into one: T steps need log2(T) + 2 buckets, and T log T work. With fewer ``levels`` the last bucket keeps all that is
-older. Equal levels give linear attention.
+that at most one bucket of each size 1, 2, 4, ... covers the past. A step merges all buckets up to the lowest set bit of
+t into one: T steps need bit_length(T - 1) + 1 buckets, and T log T work. With fewer ``levels`` the last bucket keeps
+all that is older. Equal levels give linear attention.
 
 [1] Guo et al. (2025), Log-linear attention, arXiv:2506.04761
 """
@@ -73,6 +73,7 @@ def merge(S: np.ndarray, moved: np.ndarray) -> np.ndarray:
     return np.einsum("...ml,...lkv->...mkv", places.astype(S.dtype), S)
 
 
+@np.errstate(invalid="ignore")
 def recurrent(
     q: np.ndarray,
     k: np.ndarray,
@@ -99,6 +100,7 @@ def recurrent(
     return o, LogLinearAttentionState(S, count)
 
 
+@np.errstate(invalid="ignore")
 def chunked(
     q: np.ndarray,
     k: np.ndarray,
@@ -133,21 +135,21 @@ def chunk(
 ) -> tuple[np.ndarray, LogLinearAttentionState]:
     """One chunk: a pair's weight is that of its bucket, and old buckets only ever move as a whole."""
     S, count = state
-    l, c = S.shape[-3], q.shape[-2]
+    buckets, c = S.shape[-3], q.shape[-2]
     now = counts_after(count, c, mask)
     gates = None if log_decay is None else gates_of(log_decay, log_decay.ndim == q.ndim)
     step = np.maximum(now - 1, 0)
     scores = products(q, k, None if gates is None else gates.pairs)
-    o = (scores * weight_of(levels, bucket(step[..., :, None], step[..., None, :], l - 1))) @ v
+    o = (scores * weight_of(levels, bucket(step[..., :, None], step[..., None, :], buckets - 1))) @ v
     past = q if gates is None else q * gates.since
-    moved = weight_of(levels, moves(count, now, l))
-    for level in range(l):
+    moved = weight_of(levels, moves(count, now, buckets))
+    for level in range(buckets):
         o = o + moved[..., level, None] * (past @ S[..., level, :, :])
     k_end = k if gates is None else k * gates.to_end
-    S = merge(S, moves(count, now[..., -1:], l)[..., 0, :])
+    S = merge(S, moves(count, now[..., -1:], buckets)[..., 0, :])
     S = S if gates is None else gates.since[..., -1, None, :, None] * S
-    own = bucket(step[..., -1:], step, l - 1)
-    for level in range(l):
+    own = bucket(step[..., -1:], step, buckets - 1)
+    for level in range(buckets):
         S[..., level, :, :] += np.swapaxes(np.where((own == level)[..., None], k_end, 0), -1, -2) @ v
     return o, LogLinearAttentionState(S, now[..., -1])
 

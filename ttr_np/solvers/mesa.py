@@ -1,6 +1,6 @@
 """Mesa layer (MesaNet): the exact ridge regression of every step, its ridge constant in time.
 
-    G_t = g_t G_{t-1} + beta_t k_t v_t^T,   H_t = g_t H_{t-1} + beta_t k_t k_t^T,   o_t = G_t^T (H_t + diag(ridge))^-1 q_t
+    G_t = g_t G_{t-1} + beta_t k_t v_t^T,  H_t = g_t H_{t-1} + beta_t k_t k_t^T,  o_t = G_t^T (H_t + diag(ridge))^-1 q_t
 
 with g = exp(log_decay). Three solvers of x_t = (H_t + diag(ridge))^-1 q_t:
 

@@ -92,7 +92,7 @@ def chunk(
     scale: float | None,
     state: CacheState,
 ) -> tuple[np.ndarray, CacheState]:
-    """One chunk: queries are moved back to its start for the cached keys, own keys forward to each query and the end."""
+    """One chunk: queries move back to its start for the cached keys, own keys forward to the queries and its end."""
     T = unit_lower_inverse(beta[..., None] * products(w, w, None, strict=True)) * beta[..., None, :]
     along = products(w, k, None, strict=True)  # (..., s, j): what step s finds of a key j before it
     removed = T @ along

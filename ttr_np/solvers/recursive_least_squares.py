@@ -291,7 +291,7 @@ def chunk(
 def segment_end(R: np.ndarray, left: np.ndarray, energy: np.ndarray, done: np.ndarray) -> np.ndarray:
     """First token after ``done`` before which P must be decayed and capped anew, ``(..., 1)``; c if there is none."""
     room = SLACK * largest_before(R.dtype, energy) * left
-    crossed = (np.arange(left.shape[-1]) > done) & ((room < spread(R)[..., None]) | (left < np.finfo(R.dtype).eps ** 2))
+    crossed = (np.arange(left.shape[-1]) > done) & (room < spread(R)[..., None])
     return np.where(crossed.any(axis=-1), crossed.argmax(axis=-1), left.shape[-1])[..., None]
 
 

@@ -7,7 +7,7 @@ Gaussian kernel of their distance. A window keeps the newest keys in sight, besi
 
 [1] Vaswani et al. (2017), Attention is all you need, arXiv:1706.03762
 [2] Milakov, Gimelshein (2018), Online normalizer calculation for softmax, arXiv:1805.02867 (one pass over the keys)
-[3] Lin et al. (2025), Forgetting transformer, arXiv:2503.02130 (log_decay); Press et al. (2021), ALiBi, arXiv:2108.12409
+[3] Lin et al. (2025), Forgetting transformer, arXiv:2503.02130; Press et al. (2021), ALiBi, arXiv:2108.12409
 [4] Xiao et al. (2023), Efficient streaming language models with attention sinks, arXiv:2309.17453
 """
 
@@ -63,7 +63,7 @@ def recurrent(
     sinks: int = 0,
     state: CacheState,
 ) -> tuple[np.ndarray, CacheState]:
-    """The definition, token by token: the cache grows by a pair, and every pair in it is weighed. Cost: O(t^2 (k + v))."""
+    """Token by token: the cache grows by a pair, and each pair in it is weighed. Cost: O(t^2 (k + v))."""
     o = output_like(q, v, state.k)
     if not causal:
         state = append(state, k, v, log_decay, mask)

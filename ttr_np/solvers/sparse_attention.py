@@ -3,9 +3,9 @@
     o_t = sum_i p_ti v_i,    p_ti = max((alpha - 1) s_ti - tau_t, 0)^(1 / (alpha - 1)),    s_ti = scale q_t . k_i
 
 with the threshold tau_t at which the weights sum to 1: alpha-entmax, the point of the simplex next to the scores under
-Tsallis' entropy. alpha = 2 is sparsemax, alpha -> 1 softmax. For unit keys and queries 1 - s is half a squared distance,
-so alpha = 1 + 1/n is Nadaraya-Watson with the kernel (1 - u^2)^n (n = 1: Epanechnikov) and a bandwidth that adapts to
-the data.
+Tsallis' entropy. alpha = 2 is sparsemax, alpha -> 1 softmax. For unit keys and queries 1 - q . k is half a squared
+distance, so alpha = 1 + 1/n is Nadaraya-Watson with the kernel (1 - u^2)^n (n = 1: Epanechnikov) and a bandwidth that
+adapts to the data.
 
 [1] Martins, Astudillo (2016), From softmax to sparsemax, arXiv:1602.02068
 [2] Peters, Niculae, Martins (2019), Sparse sequence-to-sequence models, arXiv:1905.05702
@@ -50,8 +50,10 @@ def entmax(scores: np.ndarray, alpha: float) -> np.ndarray:
 
     The threshold is found by sorting for alpha 2 and 1.5, else by bisection, down to neighbouring floats.
     """
+    if scores.shape[-1] == 0:
+        return scores
     z = ((alpha - 1) * scores).astype(np.float64)
-    top = z.max(axis=-1, initial=-np.inf, keepdims=True)
+    top = z.max(axis=-1, keepdims=True)
     z = np.maximum(z - np.where(top == -np.inf, 0, top), -1)  # weights are 0 from 1 below the top on
     find = {2.0: sparsemax_threshold, 1.5: entmax15_threshold}.get(float(alpha))
     tau = bisect(z, alpha) if find is None else find(-np.sort(-z, axis=-1))
@@ -68,7 +70,7 @@ def sparsemax_threshold(z: np.ndarray) -> np.ndarray:
 
 
 def entmax15_threshold(z: np.ndarray) -> np.ndarray:
-    """Each head would have the threshold tau = mean - sqrt(1 / n - variance); the longest that keeps it >= tau holds."""
+    """Each head would have the threshold tau = mean - sqrt(1 / n - variance); the longest above its own holds."""
     ranks = np.arange(1, z.shape[-1] + 1)
     mean = np.cumsum(z, axis=-1) / ranks
     # Welford's sums of squares: the variance of a head is never a difference of large numbers.
@@ -111,7 +113,7 @@ def recurrent(
     window: int | None = None,
     state: CacheState,
 ) -> tuple[np.ndarray, CacheState]:
-    """Token by token: the cache grows by a pair, and the entmax of its scores weighs it. Cost: O(t^2 (k + v + log t))."""
+    """Token by token: the cache grows by a pair, and entmax weighs it. Cost: O(t^2 (k + v + log t))."""
     o = output_like(q, v, state.k)
     if not causal:
         state = append(state, k, v, None, mask)
