@@ -22,8 +22,7 @@ from ..notation import RecursiveLeastSquaresState
 from ..solvers._chunks import output_like
 from ..solvers.recursive_least_squares import FAINTEST, LARGEST, SLACK, check_ridge, check_weights, factor, limit, start
 from ._factors import BLOCK, Reflections, cholesky, eps, invert_lower, no_future, orthogonalise, reflect, square
-from ._lanes import Lanes, answer_lanes, load_lane, step_lanes, store_lane
-from ._panels import FAST, LINE, Matrix, add_scaled, apart, below, clean_until, dot, fill, full, inner, lanes, load
+from ._panels import FAST, Matrix, add_scaled, apart, below, clean_until, dot, fill, full, inner, load
 from ._panels import load_transposed, lower, matrix, move, multiply, panel, real, row, scale, solve_unit_lower, store, triangle
 from ._sequences import lay_out
 from ._threads import share
@@ -31,7 +30,6 @@ from ._threads import share
 __all__ = ["recursive_least_squares"]
 
 CHUNK = 32
-SMALL = 16  # keys of so many numbers or fewer: many memories at once, one to a lane, pair by pair
 FEW = 4  # tokens that do not fill a chunk's products
 Q, K, V, GATE, BETA, STATE, COVARIANCE, O = range(8)  # noqa: E741
 
@@ -63,14 +61,8 @@ def core(
     (t, d), w = q.shape[-2:], v.shape[-1]
     bad = np.zeros(memories, np.bool_)
     cost = memories * (t * d * (3 * d + 2 * w + groups * w) + d**3)
-    scratch = (S.dtype, shapes(1 if d <= SMALL else min(CHUNK, t), d, w))
-    arguments = (layout.places, layout.steps, (t, d, w), S.dtype.type(limit(S.dtype)), bad)
-    if d <= SMALL:
-        wide = LINE // S.dtype.itemsize
-        scratch[1].extend(lane_shapes(d, w, wide))
-        share(kernel_of_lanes, -(-memories // wide), cost, scratch, *arguments)
-    else:
-        share(kernel, memories, cost, scratch, *arguments)
+    scratch = (S.dtype, shapes(min(CHUNK, t), d, w))
+    share(kernel, memories, cost, scratch, layout.places, layout.steps, (t, d, w), S.dtype.type(limit(S.dtype)), bad)
     if bad.any():
         factor(original)  # says what is wrong with P
         raise ValueError("initial_state field P must be positive definite")
@@ -379,89 +371,3 @@ def hand_out(P, room, d, limit):
     for i in range(d):
         for j in range(i + 1):
             row(P, i)[j] = row(P, j)[i] = row(room.product, i)[j]
-
-
-def lane_shapes(d: int, w: int, wide: int) -> list[tuple[int, int]]:
-    """Of the panels of lanes, in their order."""
-    return [(rows, wide) for rows in (d * w, d * d, d, w, d, w, d, 4, 3)]
-
-
-@njit(cache=True, nogil=True, fastmath=FAST)
-def kernel_of_lanes(table, places, steps, sizes, limit, bad, first, last):
-    """Jobs first to last: as many memories each as there are lanes. What is done does not depend on how many there are."""
-    t, d, w = sizes
-    room, wide = panels_of(table, limit), lanes(limit)
-    x = Lanes(
-        panel(table, 21, limit), panel(table, 22, limit), panel(table, 23, limit), panel(table, 24, limit),
-        panel(table, 25, limit), panel(table, 26, limit), panel(table, 27, limit), panel(table, 28, limit),
-        panel(table, 29, limit),
-    )  # fmt: skip
-    for job in range(first, last):
-        start, count = job * wide, min(wide, places.shape[1] - job * wide)
-        for lane in range(count):
-            begin_lane(places, sizes, start + lane, lane, x, room, bad, limit)
-        for i in range(t):
-            for lane in range(count):
-                load_pair(places, steps, sizes, start + lane, lane, i, x, room, limit)
-            step_lanes(x, d, w, limit)
-            for group in range(places.shape[2]):
-                for lane in range(count):
-                    q = matrix(places[Q, start + lane, group], steps[Q, 0], steps[Q, 1], limit)
-                    load_lane(x.q, lane, below(q, i), 1, d)
-                answer_lanes(x, d, w, limit)
-                for lane in range(count):
-                    store_lane(below(matrix(places[O, start + lane, group], w, 1, limit), i), 1, w, x.o, lane)
-        for lane in range(count):
-            end_lane(places, sizes, start + lane, lane, x, room, bad, limit)
-
-
-@inner
-def begin_lane(places, sizes, memory, lane, x, room, bad, limit):
-    """A memory into its lane."""
-    apart()
-    t, d, w = sizes
-    bad[memory] = not begin(matrix(places[COVARIANCE, memory, 0], d, 1, limit), room, d, limit)
-    load_lane(x.S, lane, matrix(places[STATE, memory, 0], w, 1, limit), d, w)
-    load_lane(x.R, lane, room.R, d, d)
-    row(x.trace, 0)[lane] = real(limit, spread(room.R, d) * d)
-    row(x.trace, 1)[lane] = row(room.information, 0)[0]
-    row(x.trace, 2)[lane] = real(limit, 0)
-
-
-@inner
-def load_pair(places, steps, sizes, memory, lane, i, x, room, limit):
-    """One weighted pair into its lane; where P may have become too large for it, R is decayed and capped by itself."""
-    apart()
-    t, d, w = sizes
-    moved = load_pairs(places, steps, sizes, memory, i, 1, room, limit)
-    load_lane(x.k, lane, room.keys, 1, d)
-    load_lane(x.v, lane, room.values, 1, w)
-    gate, trace = max(row(room.gates, 0)[0], real(limit, FAINTEST)), row(x.trace, 0)
-    information = row(x.trace, 1)[lane] * math.exp(gate) + row(room.energy, 0)[0]
-    row(x.trace, 1)[lane] = information
-    if moved:
-        row(x.trace, 2)[lane] = real(limit, 1)
-    grown, shrink = 1.0 * trace[lane] * math.exp(-gate), real(limit, 1)
-    if gate != 0:
-        shrink = real(limit, math.exp(-gate / 2))
-    if math.isfinite(grown) and grown > SLACK * d * largest_before(1.0 * row(room.energy, 0)[0], 1.0 * limit):
-        store_lane(room.R, d, d, x.R, lane)
-        row(room.information, 0)[0] = information
-        grown, shrink = forget(room, 0, d, limit) * d, real(limit, 1)
-        load_lane(x.R, lane, room.R, d, d)
-        row(x.trace, 1)[lane] = row(room.information, 0)[0]
-    row(x.scale, 0)[lane], trace[lane] = shrink, real(limit, grown)
-
-
-@inner
-def end_lane(places, sizes, memory, lane, x, room, bad, limit):
-    """A memory out of its lane."""
-    apart()
-    t, d, w = sizes
-    if bad[memory]:
-        return
-    store_lane(matrix(places[STATE, memory, 0], w, 1, limit), d, w, x.S, lane)
-    if row(x.trace, 2)[lane] != 0:
-        store_lane(room.R, d, d, x.R, lane)
-        row(room.information, 0)[0] = row(x.trace, 1)[lane]
-        hand_out(matrix(places[COVARIANCE, memory, 0], d, 1, limit), room, d, limit)
