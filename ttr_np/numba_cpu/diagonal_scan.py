@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from numba import njit
+from numba.extending import overload
 
 from ..calling import run
 from ..notation import DiagonalScanState
@@ -22,8 +23,11 @@ from ._threads import share
 
 __all__ = ["diagonal_scan"]
 
-CHANNELS = 128  # of a job
-EXPONENTIAL, ANGLE = 16, 64  # multiplications in the time of one
+CHANNELS = 256  # of a job
+EXPONENTIAL, ANGLE = 16, 32  # multiplications in the time of one
+FAR = 1e6  # angles beyond it are left to the library: their multiple of pi / 2 has too many digits
+HALF_PI = (1.57079632673412561417, 6.07710050630396597660e-11, 2.02226624879595063154e-21)  # few digits in each part
+SINE, COSINE = (tuple((-1) ** n / math.factorial(2 * n + odd) for n in range(9, -1, -1)) for odd in (1, 0))
 X, GATE, PHASE, STATE, O = range(5)  # noqa: E741
 
 
@@ -44,7 +48,7 @@ def core(
     memories, blocks = layout.places.shape[1], -(-d // CHANNELS)
     sizes = (t, d, x.dtype.kind == "c", phase is not None)
     cost = memories * t * d * (EXPONENTIAL + (0 if phase is None else ANGLE))
-    room = (real, [(6, CHANNELS)])
+    room = (real, [(8, CHANNELS)])
     share(kernel, memories * blocks, cost, room, layout.places, layout.steps, sizes, real.type(0))
     return o, state
 
@@ -99,7 +103,8 @@ def scan_complex(lines, places, steps, sizes, memory, low, channels, like):
     apart()
     t, paired = sizes[0], sizes[2]
     unit = 2 if paired else 1
-    h, imaginary, gate, phase, x, y = row(lines, 0), row(lines, 1), row(lines, 2), row(lines, 3), row(lines, 4), row(lines, 5)
+    h, imaginary, gate, phase = row(lines, 0), row(lines, 1), row(lines, 2), row(lines, 3)
+    x, y, cosine, sine = row(lines, 4), row(lines, 5), row(lines, 6), row(lines, 7)
     state = move(row(matrix(places[STATE, memory, 0], 0, 1, like), 0), 2 * low)
     gather(h, state, 2, channels)
     gather(imaginary, move(state, 1), 2, channels)
@@ -113,7 +118,7 @@ def scan_complex(lines, places, steps, sizes, memory, low, channels, like):
         if paired:
             gather(y, move(source, 1), unit * steps[X, 1], channels)
         o = move(row(matrix(places[O, memory, 0], 2 * steps[O, 0], 1, like), i), 2 * low)
-        turn_and_enter(h, imaginary, gate, phase, x, y, channels)
+        turn_and_enter(h, imaginary, gate, phase, x, y, cosine, sine, channels)
         spread(o, h, channels)
         spread(move(o, 1), imaginary, channels)
     spread(state, h, channels)
@@ -121,15 +126,56 @@ def scan_complex(lines, places, steps, sizes, memory, low, channels, like):
 
 
 @inner
-def turn_and_enter(h, imaginary, gate, phase, x, y, channels):
+def turn_and_enter(h, imaginary, gate, phase, x, y, cosine, sine, channels):
     """h = exp(gate + i phase) h + x + i y."""
     apart()
+    angles(phase, cosine, sine, channels)
     for c in range(channels):
-        size = exp(gate[c])
-        real, turned = size * math.cos(phase[c]), size * math.sin(phase[c])
-        was = h[c]
+        size, was = exp(gate[c]), h[c]
+        real, turned = size * cosine[c], size * sine[c]
         h[c] = (real * was - turned * imaginary[c]) + x[c]
         imaginary[c] = (real * imaginary[c] + turned * was) + y[c]
+
+
+@inner
+def angles(phase, cosine, sine, channels):
+    """Cosines and sines of the angles of one step."""
+    far = 0.0
+    for c in range(channels):
+        far = max(far, abs(phase[c]))
+    if far > FAR:
+        for c in range(channels):
+            cosine[c], sine[c] = math.cos(phase[c]), math.sin(phase[c])
+    else:
+        for c in range(channels):
+            cosine[c], sine[c] = turn(phase[c])
+
+
+def turn(angle: Any) -> Any:
+    """Cosine and sine of a moderate angle without a branch or a call, so that loops use the whole width of the machine.
+
+    angle = k pi / 2 + r: pi / 2 is subtracted in parts of which k times the first ones is exact, then Taylor's series.
+    """
+    raise NotImplementedError("for compiled code only")
+
+
+def turn_real(angle):
+    x = np.float64(angle)
+    k = np.floor(x / (math.pi / 2) + 0.5)
+    r = ((x - k * HALF_PI[0]) - k * HALF_PI[1]) - k * HALF_PI[2]
+    square, sine, cosine = r * r, SINE[0], COSINE[0]
+    for one, other in zip(SINE[1:], COSINE[1:]):  # noqa: B905 - Numba knows no strict
+        sine, cosine = sine * square + one, cosine * square + other
+    sine *= r
+    quarter = k - 4 * np.floor(k / 4)
+    even = quarter == 0 or quarter == 2
+    up = 1.0 if quarter < 2 else -1.0
+    ahead = 1.0 if (quarter == 0 or quarter == 3) else -1.0
+    return ahead * (cosine if even else sine), up * (sine if even else cosine)
+
+
+# No sums may be reordered: the parts of pi / 2 would become one.
+overload(turn, jit_options={"fastmath": {"contract"}})(lambda angle: turn_real)
 
 
 @inner
