@@ -89,7 +89,7 @@ def core(
     memories, groups = layout.places.shape[1:]
     (t, d), w = q.shape[-2:], v.shape[-1]
     blocks = column_blocks(memories, w)
-    width, chunk = -(-w // blocks), min(CHUNK, t)
+    width, chunk = -(-w // blocks), max(1, min(CHUNK, t))
     sizes = Sizes(t, d, w, chunk, blocks, width, gates, erase_key is not None)
     scratch, cost = (S.dtype, shapes(d, width, chunk, gates)), t * d * w * memories * (2 + groups)
     share(kernel, memories * blocks, cost, scratch, layout.places, layout.steps, sizes, S.dtype.type(scale))

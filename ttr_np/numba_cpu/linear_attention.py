@@ -92,7 +92,7 @@ def core(
     memories, groups = layout.places.shape[1:]
     (t, d), w = q.shape[-2:], v.shape[-1]
     blocks = column_blocks(memories, w)
-    width, chunk = -(-w // blocks), min(CHUNK, t)
+    width, chunk = -(-w // blocks), max(1, min(CHUNK, t))
     sizes = Sizes(t, d, w, chunk, blocks, width, gates, bonus is not None, normalize)
     scratch, cost = (S.dtype, shapes(d, width, chunk, gates)), t * d * w * memories * (1 + groups)
     factor = S.dtype.type(1 if normalize else scale)
