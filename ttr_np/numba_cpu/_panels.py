@@ -30,7 +30,15 @@ __all__ = [
 ]  # fmt: skip
 
 FAST = {"contract", "reassoc"}  # never the finite-math flags: NaN and infinity have their meaning
-inner = njit(nogil=True, fastmath=FAST, no_cpython_wrapper=True, no_cfunc_wrapper=True)  # for kernels to call
+
+
+def inner(function: Any) -> Any:
+    """Compile a function for kernels to call: once per dtype, not once more for every constant among its arguments."""
+    compiled = njit(nogil=True, fastmath=FAST, no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
+    template = compiled.get_call_template
+    compiled.get_call_template = lambda args, kws: template(tuple(types.unliteral(arg) for arg in args), kws)
+    return compiled
+
 
 # One tile of a product is held in registers: ROWS x LINE bytes of sums, which hide the latency of multiply-add.
 WIDE = binding.get_host_cpu_features().get("avx512f", False)
