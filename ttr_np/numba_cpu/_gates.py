@@ -33,7 +33,7 @@ def exp(x: Any) -> Any:
 
 def exp32(x):
     low, high = np.float32(-87.0), np.float32(88.0)
-    y = low if x < low else (high if x > high else x)
+    y = low if x < low else (min(x, high))
     n = np.floor(y * np.float32(LOG2E) + np.float32(0.5))
     r = (y - n * np.float32(0.693359375)) - n * np.float32(-2.12194440e-4)
     series = TAYLOR32[0]
@@ -44,7 +44,7 @@ def exp32(x):
 
 
 def exp64(x):
-    y = -708.0 if x < -708.0 else (709.0 if x > 709.0 else x)
+    y = -708.0 if x < -708.0 else (min(x, 709.0))
     n = np.floor(y * LOG2E + 0.5)
     r = (y - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10
     series = TAYLOR[0]

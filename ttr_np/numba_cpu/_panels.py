@@ -26,7 +26,7 @@ from numba.extending import intrinsic
 __all__ = [
     "FAST", "ROWS", "Matrix", "add_scaled", "apart", "below", "clean_until", "copy", "dot", "fill", "full", "gather", "inner",
     "load", "load_transposed", "lower", "matrix", "move", "multiply", "panel", "panels", "real", "row", "scale",
-    "scale_rows", "solve_unit_lower", "store", "times", "triangle",
+    "scale_rows", "solve_unit_lower", "spliced", "store", "times", "triangle",
 ]  # fmt: skip
 
 FAST = {"contract", "reassoc"}  # never the finite-math flags: NaN and infinity have their meaning
@@ -39,6 +39,8 @@ def inner(function: Any) -> Any:
     compiled.get_call_template = lambda args, kws: template(tuple(types.unliteral(arg) for arg in args), kws)
     return compiled
 
+
+spliced = njit(inline="always")  # for what a kernel calls in one place
 
 # One tile of a product is held in registers: ROWS x LINE bytes of sums, which hide the latency of multiply-add.
 WIDE = binding.get_host_cpu_features().get("avx512f", False)
@@ -229,7 +231,7 @@ def zeros_apart(x, step, n, like):
 
 
 @intrinsic
-def tile(typingctx: Any, c: Any, c_step: Any, a: Any, a_row: Any, a_column: Any, b: Any, b_step: Any, m: Any, depth: Any, alpha: Any, beta: Any) -> Any:  # fmt: skip # noqa: E501
+def tile(typingctx: Any, c: Any, c_step: Any, a: Any, a_row: Any, a_column: Any, b: Any, b_step: Any, m: Any, depth: Any, alpha: Any, beta: Any) -> Any:  # fmt: skip
     """c = alpha a b + beta c for one tile: ROWS rows (those from m on repeat the last one) of LINE bytes."""
     real = c.dtype
     number = ir.FloatType() if real.bitwidth == 32 else ir.DoubleType()

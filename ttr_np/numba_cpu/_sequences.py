@@ -6,7 +6,6 @@ broadcasts has the same address in several places.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np

@@ -56,7 +56,7 @@ class Pieces:
 
 def work(kernel: Callable[..., None], scratch: Scratch, arguments: tuple[Any, ...], pieces: Iterable[Any]) -> None:
     """Do pieces until none is left, in scratch of one's own."""
-    room, table = panels(*scratch)  # the name keeps the memory
+    _room, table = panels(*scratch)  # the name keeps the memory
     for first, last in pieces:
         kernel(table, *arguments, first, last)
 

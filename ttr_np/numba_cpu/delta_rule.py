@@ -39,6 +39,7 @@ from ._panels import (
     scale,
     scale_rows,
     solve_unit_lower,
+    spliced,
     store,
     triangle,
 )
@@ -48,7 +49,7 @@ from ._threads import share
 __all__ = ["delta_rule"]
 
 CHUNK = 64
-Q, K, V, BETA, GATE, ERASE, STATE, O = range(8)  # noqa: E741
+Q, K, V, BETA, GATE, ERASE, STATE, O = range(8)
 
 
 def delta_rule(
@@ -162,7 +163,7 @@ def kernel(table, places, steps, sizes, scale_, first, last):
         store(state, 0, sizes.k, job.start, job.columns, room.S)
 
 
-@inner
+@spliced
 def job_of(places, steps, sizes, number, like):
     """What one job memorises."""
     memory, start = number // sizes.blocks, number % sizes.blocks * sizes.width
@@ -179,11 +180,11 @@ def job_of(places, steps, sizes, number, like):
     )
 
 
-@inner
+@spliced
 def run_chunk(places, steps, sizes, job, room, decays, low, high, scale_):
     """One chunk: as products up to the first bad number, which they would spread, and token by token from there."""
     clean = clean_tokens(sizes, job, low, high, scale_)
-    n = clean - low if clean - low > 1 else 0
+    n = clean - low if high - low > 1 else 0  # one token is cheaper as one
     if n:
         prepare(sizes, job, room, decays, low, n, scale_)
         learn(sizes, job, room, decays, low, n, scale_)

@@ -40,6 +40,7 @@ from ._panels import (
     scale,
     scale_rows,
     solve_unit_lower,
+    spliced,
     store,
     triangle,
 )
@@ -49,7 +50,7 @@ from ._threads import share
 __all__ = ["dplr"]
 
 CHUNK = 64
-Q, K, V, A, B, GATE, STATE, O = range(8)  # noqa: E741
+Q, K, V, A, B, GATE, STATE, O = range(8)
 
 
 def dplr(
@@ -170,7 +171,7 @@ def kernel(table, places, steps, sizes, scale_, first, last):
         store(state, 0, sizes.k, job.start, job.columns, room.S)
 
 
-@inner
+@spliced
 def job_of(places, steps, sizes, number, like):
     """What one job memorises."""
     memory, start = number // sizes.blocks, number % sizes.blocks * sizes.width
@@ -186,11 +187,11 @@ def job_of(places, steps, sizes, number, like):
     )
 
 
-@inner
+@spliced
 def run_chunk(places, steps, sizes, job, room, stored, written, decays, low, high, scale_):
     """One chunk: as products up to the first bad number, which they would spread, and token by token from there."""
     clean = clean_tokens(sizes, job, low, high, scale_)
-    n = clean - low if clean - low > 1 else 0
+    n = clean - low if high - low > 1 else 0  # one token is cheaper as one
     if n:
         prepare(sizes, job, room, stored, written, decays, low, n, scale_)
         read(sizes, job, room, stored, written, decays, low, n, scale_)

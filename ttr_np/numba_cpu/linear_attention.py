@@ -40,6 +40,7 @@ from ._panels import (
     row,
     scale,
     scale_rows,
+    spliced,
     store,
     times,
     triangle,
@@ -50,7 +51,7 @@ from ._threads import share
 __all__ = ["linear_attention"]
 
 CHUNK = 64
-Q, K, V, GATE, BONUS, STATE, Z, Z_NEXT, O = range(9)  # noqa: E741
+Q, K, V, GATE, BONUS, STATE, Z, Z_NEXT, O = range(9)
 
 
 def linear_attention(
@@ -179,7 +180,7 @@ def kernel(table, places, steps, sizes, scale, first, last):
             store(matrix(places[Z_NEXT, job.memory, 0], k, column, scale), 0, 1, 0, k, room.z)
 
 
-@inner
+@spliced
 def job_of(places, steps, sizes, number, like):
     """What one job memorises."""
     memory, start = number // sizes.blocks, number % sizes.blocks * sizes.width
@@ -203,7 +204,7 @@ def reader_of(places, steps, sizes, memory, group, like):
     )
 
 
-@inner
+@spliced
 def run_chunk(places, steps, sizes, job, room, decays, low, high, scale):
     """One chunk: as products up to the first bad number, which they would spread, and token by token from there."""
     clean = min(
@@ -212,13 +213,14 @@ def run_chunk(places, steps, sizes, job, room, decays, low, high, scale):
     if sizes.gates:
         channels = sizes.k if sizes.gates == PER_CHANNEL else 1
         clean = min(clean, clean_until(job.gates, low, high, channels, True, scale))
-    if clean - low > 1:
-        prepare(sizes, job, room, decays, low, clean - low, scale)
+    n = clean - low if high - low > 1 else 0  # one token is cheaper as one
+    if n:
+        prepare(sizes, job, room, decays, low, n, scale)
         for group in range(places.shape[2]):
             reader = reader_of(places, steps, sizes, job.memory, group, scale)
-            answer(sizes, job, reader, room, decays, low, clean - low, scale)
-        memorise(sizes, job, room, decays, clean - low, scale)
-    for i in range(clean if clean - low > 1 else low, high):
+            answer(sizes, job, reader, room, decays, low, n, scale)
+        memorise(sizes, job, room, decays, n, scale)
+    for i in range(low + n, high):
         for group in range(places.shape[2]):
             answer_token(sizes, job, reader_of(places, steps, sizes, job.memory, group, scale), room, i, scale)
         memorise_token(sizes, job, room, i, scale)
