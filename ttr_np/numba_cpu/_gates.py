@@ -11,7 +11,7 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from ._panels import ROWS, apart, fill, inner, move, real, row, times
+from ._panels import ROWS, apart, fill, inner, lanes, move, real, row, times
 
 __all__ = ["exp", "exponentials", "step_decays", "weigh"]
 
@@ -95,9 +95,10 @@ def step_decays(gates, low, n, pairs, since, like):
         since[i + 1] = total
         added(row(pairs, i), row(pairs, i - 1), gate, i)
         row(pairs, i)[i] = real(like, 0)
+    whole = (n + lanes(like)) // lanes(like) * lanes(like)  # of n + 1 numbers; what stands behind them is never read
     for i in range(n):
-        exponentials(row(pairs, i), i + 1)
-    exponentials(since, n + 1)
+        exponentials(row(pairs, i), min(whole, pairs.step))
+    exponentials(since, whole)
 
 
 @inner

@@ -24,7 +24,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 __all__ = [
-    "FAST", "ROWS", "Matrix", "add_scaled", "apart", "below", "clean_until", "copy", "dot", "fill", "full", "gather", "inner",
+    "FAST", "ROWS", "Matrix", "add_scaled", "apart", "below", "clean_until", "copy", "dot", "fill", "full", "gather", "inner", "lanes",
     "load", "load_transposed", "lower", "matrix", "move", "multiply", "panel", "panels", "real", "row", "scale",
     "scale_rows", "solve_unit_lower", "spliced", "store", "times", "triangle",
 ]  # fmt: skip

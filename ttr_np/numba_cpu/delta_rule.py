@@ -48,7 +48,7 @@ from ._threads import share
 
 __all__ = ["delta_rule"]
 
-CHUNK = 64
+CHUNK = 48  # whole tiles of 6 or 12 rows, whole blocks of 16; 32 to 64 measure alike
 Q, K, V, BETA, GATE, ERASE, STATE, O = range(8)
 
 

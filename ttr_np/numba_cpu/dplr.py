@@ -49,7 +49,7 @@ from ._threads import share
 
 __all__ = ["dplr"]
 
-CHUNK = 64
+CHUNK = 48  # whole tiles of 6 or 12 rows, whole blocks of 16; 32 to 64 measure alike
 Q, K, V, A, B, GATE, STATE, O = range(8)
 
 
