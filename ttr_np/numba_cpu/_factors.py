@@ -11,11 +11,12 @@ from typing import NamedTuple
 from numba import types
 from numba.extending import intrinsic
 
-from ._panels import LINE, Matrix, add_scaled, apart, below, dot, fill, full, inner, load_transposed, move, multiply, real
+from ._panels import LINE, ROWS, Matrix, add_scaled, apart, below, dot, fill, full, inner, load_transposed, move, multiply, real
 from ._panels import row, scale
 
 __all__ = [
-    "BLOCK", "Reflections", "cholesky", "eps", "invert_lower", "no_future", "orthogonalise", "reflect", "right", "square",
+    "BLOCK", "Reflections", "cholesky", "eps", "invert_lower", "no_future", "orthogonalise", "reflect", "right",
+    "solve_lower", "square",
 ]  # fmt: skip
 
 BLOCK = LINE // 4  # rows taken one by one before a product passes them on; whole tiles in every dtype
@@ -82,6 +83,19 @@ def cholesky(A, across, n, like):
                     return False
                 mine[i] = math.sqrt(pivot)
     return True
+
+
+@inner
+def solve_lower(L, x, m, n, like):
+    """x = L^-1 x in place for a lower triangle, by forward substitution; x a panel, ``(m, n)`` of it."""
+    apart()
+    for low in range(0, m, 2 * ROWS):
+        high = min(low + 2 * ROWS, m)
+        multiply(below(x, low), below(L, low), x, high - low, n, low, real(like, -1), real(like, 1), full)
+        for i in range(low, high):
+            for j in range(low, i):
+                add_scaled(row(x, i), -row(L, i)[j], row(x, j), n)
+            scale(row(x, i), real(like, 1) / row(L, i)[i], n)
 
 
 @inner
