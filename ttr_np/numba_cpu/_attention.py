@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 from numpy.polynomial import Chebyshev, Polynomial
 
 from ..notation import CacheState
-from ..solvers._cache import append, positions
+from ..solvers._cache import join, positions
 from ._panels import WIDE
 
 __all__ = ["LOG2E", "Pairs", "pairs_of", "weigh", "width"]
@@ -100,13 +100,14 @@ def weigh(typingctx: Any, logits: Any, step: Any, rows: Any, top: Any, weight: A
             for j in group:
                 x, highest = fetch(line, j), builder.load(tops[j])
                 builder.store(builder.select(builder.fcmp_ordered(">", x, highest), x, highest), tops[j])
-        shifts, sums = [], []
+        shifts, earlier, sums = [], [], []
         for j in group:
             new = builder.load(tops[j])
             some = builder.fcmp_ordered(">", new, constant(vector, -math.inf))
             shifts.append(builder.select(some, new, constant(vector, 0.0)))
             kept = exp2(builder, builder.fsub(old[j], shifts[j]), bits)
-            sums.append(cgutils.alloca_once_value(builder, builder.fmul(kept, fetch(weight, j))))
+            earlier.append(builder.fmul(kept, fetch(weight, j)))
+            sums.append(cgutils.alloca_once_value(builder, constant(vector, 0.0)))
             builder.store(new, part(top, j), align=bits // 8)
             builder.store(kept, part(left, j), align=bits // 8)
         with cgutils.for_range(builder, rows, intp=word) as loop:
@@ -116,7 +117,7 @@ def weigh(typingctx: Any, logits: Any, step: Any, rows: Any, top: Any, weight: A
                 builder.store(p, part(line, j), align=bits // 8)
                 builder.store(builder.fadd(builder.load(sums[j]), p), sums[j])
         for j in group:
-            builder.store(builder.load(sums[j]), part(weight, j), align=bits // 8)
+            builder.store(builder.fadd(earlier[j], builder.load(sums[j])), part(weight, j), align=bits // 8)
         return context.get_dummy_value()
 
     return types.void(logits, types.intp, types.intp, top, weight, left), codegen
@@ -158,24 +159,21 @@ def pairs_of(
     state: CacheState,
     k: np.ndarray,
     v: np.ndarray,
-    log_decay: np.ndarray | None,
     mask: np.ndarray | None,
     causal: bool,
     window: int | None,
     sinks: int = 0,
 ) -> Pairs:
     """The pairs of one call. Keys and values are copied only where they must be joined to cached ones."""
-    t, cached, lead = k.shape[-2], state.k.shape[-2], state.k.shape[:-2]
+    t, cached = k.shape[-2], state.k.shape[-2]
+    position, _ = positions(state, t, mask)
     if cached:
-        joined = append(state, k, v, log_decay, mask)
-        k, v, position = joined.k, joined.v, joined.position
-    else:
-        position, _ = positions(state, t, mask)
-    position = np.ascontiguousarray(np.broadcast_to(position, lead + position.shape[-1:]) if cached else position)
+        k, v, position = join(state.k, k, 2), join(state.v, v, 2), join(state.position, position, 1)
+    position = np.ascontiguousarray(position)
     few, first, end = (np.zeros(position.shape[:-1] + (n,), np.int64) for n in (1, t, t))
     pairs = Pairs(k, v, cached, np.zeros_like(position), state.log_weight.astype(np.float64), few, first, end)
-    flat = [x.reshape(-1, x.shape[-1]) if x.size else np.zeros((0, 0), np.int64) for x in (position, pairs.order)]
-    flat += [x.reshape(len(flat[0]), -1) for x in (few, first, end)]
+    memories = math.prod(position.shape[:-1])
+    flat = [x.reshape(memories, x.shape[-1]) for x in (position, pairs.order, few, first, end)]
     count_slots(*flat, cached, causal, -1 if window is None else window, sinks)
     return pairs
 

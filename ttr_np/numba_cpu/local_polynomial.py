@@ -89,7 +89,7 @@ def core(
 ) -> tuple[np.ndarray, CacheState]:
     """Lay out the sequences and share their queries among threads; copy the cache only to return it."""
     o = output_like(q, v, state.k)
-    pairs = pairs_of(state, k, v, log_decay, mask, causal, window)
+    pairs = pairs_of(state, k, v, mask, causal, window)
     layout = lay_out(
         state.k.shape[:-2], o.shape[:-2], (q, 2), (pairs.k, 2), (pairs.v, 2), (log_decay, 1), (o, 2), (pairs.order, 1),
         (pairs.left, 1), (pairs.sinks, 1), (pairs.first, 1), (pairs.end, 1),
@@ -181,7 +181,7 @@ def see(room, places, steps, k, memory, i, sizes, width, like):
     one = np.int64(1)
     order, past = pointer(places[ORDER, memory, 0], one), pointer(places[LEFT, memory, 0], 0.0)
     first, end = pointer(places[FIRST, memory, 0], one), pointer(places[END, memory, 0], one)
-    gates = matrix(places[GATE, memory, 0], steps[GATE, 0] if places[GATE, memory, 0] else 0, 1, like)
+    gates, decays = matrix(places[GATE, memory, 0], steps[GATE, 0], 1, like), places[GATE, memory, 0] != 0
     logits, rows = row(room.weights, 0), row(room.weights, 1)
     left, n = 0.0, 0
     for slot in range(end[i] - 1, first[i] - 1, -1):
@@ -192,7 +192,7 @@ def see(room, places, steps, k, memory, i, sizes, width, like):
             if logit != -np.inf:
                 logits[n], rows[n] = logit, source
                 n += 1
-        if gates.step and source >= cached:
+        if decays and source >= cached:
             gate = np.float64(row(gates, source - cached)[0])
             left += NO_PAST if gate < NO_PAST else gate
     return n
@@ -215,7 +215,7 @@ def log_kernel(room, k, source, d, code, width):
         return -total * (width * width) / 2
     u = math.sqrt(total) * width
     if not u <= 1:
-        return u if math.isnan(u) else -np.inf
+        return np.nan if math.isnan(u * 0 if code == 5 else u) else -np.inf
     inside = (1 - u) * (1 + u)
     return 0.0 if code == 5 else (code - 1) * math.log(inside) if inside > 0 else -np.inf
 

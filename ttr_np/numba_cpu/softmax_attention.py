@@ -69,7 +69,7 @@ def core(
 ) -> tuple[np.ndarray, CacheState]:
     """Lay out the sequences and share their blocks of queries among threads; copy the cache only to return it."""
     o = output_like(q, v, state.k)
-    pairs = pairs_of(state, k, v, log_decay, mask, causal, window, sinks)
+    pairs = pairs_of(state, k, v, mask, causal, window, sinks)
     layout = lay_out(
         state.k.shape[:-2], o.shape[:-2], (q, 2), (pairs.k, 2), (pairs.v, 2), (log_decay, 1), (o, 2), (pairs.order, 1),
         (pairs.left, 1), (pairs.sinks, 1), (pairs.first, 1), (pairs.end, 1),
@@ -119,6 +119,7 @@ class Block(NamedTuple):
     sinks: int
     own: int  # first slot that is memorised at step low or later
     gates: Matrix
+    decays: bool  # whether there are gates
     past: Any  # pointer to what was left of cached pairs
 
 
@@ -166,7 +167,7 @@ def block_of(places, steps, sizes, memory, part, low, like):
     return Block(
         low, high, (min(part + together, places.shape[2]) - part) * (high - low), order,
         pointer(places[FIRST, memory, 0], one), end, pointer(places[SINKS, memory, 0], one)[0], own,
-        matrix(places[GATE, memory, 0], steps[GATE, 0] if places[GATE, memory, 0] else 0, 1, like),
+        matrix(places[GATE, memory, 0], steps[GATE, 0], 1, like), places[GATE, memory, 0] != 0,
         pointer(places[LEFT, memory, 0], 0.0),
     )  # fmt: skip
 
@@ -193,7 +194,7 @@ def take_queries(room, block, places, steps, sizes, memory, part, factor, like):
 def gate_of(block, slot, cached):
     """Gate of one slot; 0 where there is none."""
     token = block.order[slot] - cached
-    gate = np.float64(row(block.gates, token)[0]) if block.gates.step and token >= 0 else 0.0
+    gate = np.float64(row(block.gates, token)[0]) if block.decays and token >= 0 else 0.0
     return NO_PAST if gate < NO_PAST else gate
 
 
