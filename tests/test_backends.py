@@ -2,6 +2,7 @@
 
 import threading
 import warnings
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -218,15 +219,13 @@ def test_arrays_of_another_library_are_taken_through_dlpack():
 def test_masks_boundaries_and_states_are_taken_through_dlpack(operator):
     x = draw(operator, np.random.default_rng(0), t=6, per_channel=False)
     options = {"memory": ttr_np.Linear()} if operator == "test_time_training" else {}
-    run = lambda arrays, **common: getattr(ttr_np, operator)(  # noqa: E731
-        **arrays, **options, **common, output_final_state=True, backend="numpy"
-    )
+    run = partial(getattr(ttr_np, operator), **options, output_final_state=True, backend="numpy")
     mask, bounds = np.array([True, False] * 3), np.array([0, 2, 6])
-    _, begin = run(x, cu_seqlens=bounds)
-    o, end = run(x, mask=mask, cu_seqlens=bounds, initial_state=begin)
+    _, begin = run(**x, cu_seqlens=bounds)
+    o, end = run(**x, mask=mask, cu_seqlens=bounds, initial_state=begin)
     foreign = type(begin)(*(None if field is None else Foreign(field) for field in begin))
     arrays = {name: Foreign(array) for name, array in x.items()}
-    o2, end2 = run(arrays, mask=Foreign(mask), cu_seqlens=Foreign(bounds), initial_state=foreign)
+    o2, end2 = run(**arrays, mask=Foreign(mask), cu_seqlens=Foreign(bounds), initial_state=foreign)
     np.testing.assert_array_equal(o2, o)
     for a, b in zip(end, end2, strict=True):
         assert (a is None) == (b is None)
@@ -239,10 +238,9 @@ def test_layers_take_arrays_through_dlpack(name):
     layer, mask = ttr_np.layers[name], np.array([True, False, True, True])
     q, k, v = rng.standard_normal((3, 4, 5))
     gates = {gate: rng.uniform(0.1, 0.9, 4) for gate in layer.gates if gate == "beta"}
-    o, state = layer(q, k, v, mask=mask, **gates, output_final_state=True, backend="numpy")
+    o = layer(q, k, v, mask=mask, **gates, backend="numpy")
     foreign = {"mask": Foreign(mask)} | {gate: Foreign(x) for gate, x in gates.items()}
-    o2, _ = layer(*map(Foreign, (q, k, v)), **foreign, output_final_state=True, backend="numpy")
-    np.testing.assert_array_equal(o2, o)
+    np.testing.assert_array_equal(layer(*map(Foreign, (q, k, v)), **foreign, backend="numpy"), o)
 
 
 def test_torch_tensors_are_taken_without_a_copy():
