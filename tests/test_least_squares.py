@@ -222,7 +222,7 @@ def bad_weights():
     yield x | {"log_decay": -np.ones((7, 5))}, "log_decay must have one number per step"
     yield x | {"log_decay": 0.1}, "log_decay must be <= 0"
     for ridge in (0, -1, np.nan, np.inf):
-        yield x | {"ridge": ridge}, f"ridge must be a positive finite number, got {ridge}"
+        yield x | {"ridge": ridge}, f"ridge must be a (positive )?finite number, got {ridge}"
     P = np.eye(5)
     P[0, 1] = 0.5
     for bad, words in [(P, "P must be symmetric"), (np.diag([1, 1, 1, 1, -1]), "P must be positive definite")]:
@@ -296,6 +296,94 @@ def test_mesa_is_ridge_regression_with_a_constant_ridge(solver, rtol, ridge, opt
     close(after.H, state.H)
 
 
+RIDGES = [*10.0 ** np.arange(-12, 13, 4), 1e-6, np.array([1e-6, 1e6, 1e-3, 1e3, 1.0])]
+
+
+def mesa_token_by_token(ridge=1.0, **arrays):
+    return run(mesa_solver.recurrent, "mesa", arrays, {"ridge": np.asarray(ridge)})
+
+
+@pytest.mark.parametrize("form", [mesa, mesa_token_by_token])
+@pytest.mark.parametrize("optional", [(), ("log_decay",)])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("ridge", RIDGES, ids=lambda ridge: "per channel" if np.ndim(ridge) else f"{ridge:.0e}")
+@pytest.mark.parametrize("size", [1, 1e3])
+def test_any_ridge_of_mesa_is_exact_for_its_condition(form, optional, dtype, ridge, size):
+    x = draw("mesa", np.random.default_rng(2), optional=optional, per_channel=False, t=150, dtype=dtype)
+    x["k"] *= size
+    o = form(**x, ridge=ridge)
+    eps, x = np.finfo(dtype).eps, {name: y.astype(float) for name, y in x.items()}
+    for i in (0, 3, 10, 49, 63, 70, 149):
+        w, _ = weights(i, x.get("log_decay", np.zeros(150)), np.ones(150))
+        A = (x["k"][: i + 1] * w[:, None]).T @ x["k"][: i + 1] + np.diag(np.broadcast_to(ridge, 5))
+        S = fit_extended(x["k"][: i + 1], x["v"][: i + 1], w, ridge)
+        share = min(1.5, 50 * eps * np.linalg.cond(A))  # beyond that, the minimum norm: wrong, but bounded
+        assert np.linalg.norm(o[i] - x["q"][i] @ S) <= share * np.linalg.norm(x["q"][i]) * np.linalg.norm(S)
+
+
+def fit_extended(k, v, w, ridge):
+    """The normal equations, eliminated in extended precision: positive definite, so that no pivots are needed."""
+    rows = np.sqrt(w.astype(np.longdouble))[:, None] * k.astype(np.longdouble)
+    A = rows.T @ rows + np.diag(np.broadcast_to(np.asarray(ridge, np.longdouble), k.shape[1]))
+    b = rows.T @ (np.sqrt(w.astype(np.longdouble))[:, None] * v)
+    for i in range(len(A)):
+        b[i], A[i] = b[i] / A[i, i], A[i] / A[i, i]
+        for j in set(range(len(A))) - {i}:
+            b[j], A[j] = b[j] - A[j, i] * b[i], A[j] - A[j, i] * A[i]
+    return b.astype(float)
+
+
+@pytest.mark.parametrize("ridge", [1e-12, 1e-6, 1e-3])
+def test_a_small_ridge_in_float32_gives_the_fit(ridge):
+    rng = np.random.default_rng(0)
+    k = rng.standard_normal((300, 8)).astype("float32")
+    k /= np.linalg.norm(k, axis=-1, keepdims=True)
+    v = rng.standard_normal((300, 3)).astype("float32")
+    o, gates = mesa(k, k, v, ridge=ridge), np.zeros(300, "float32")
+    expected = mesa_definition(*(x.astype(float) for x in (k, k, v)), ridge)
+    close(o[20:], expected[20:], 2e-6)
+    close(o, expected, 1e-3 if ridge < 1e-3 else 2e-4)
+    close(o[20:], mesa(k, k, v, log_decay=gates, ridge=ridge)[20:], 2e-6)
+    close(o[20:], mesa_token_by_token(q=k, k=k, v=v, ridge=ridge)[20:], 2e-6)
+
+
+@pytest.mark.parametrize("gates", [None, 0.0])
+@pytest.mark.parametrize("form", [mesa, mesa_token_by_token])
+def test_a_ridge_below_rounding_asks_for_the_minimum_norm(form, gates):
+    k = np.ones((4, 2), "float32")
+    o = form(q=np.eye(2, dtype="float32")[[0, 1, 0, 1]], k=k, v=k, log_decay=gates, ridge=1e-12)
+    close(o, np.full((4, 2), 0.5), 1e-6)
+
+
+@pytest.mark.parametrize("ridge", [1e-12, 1e-6, np.array([1e-6, 1e-9, 1e-3, 1e3, 1.0])], ids=str)
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_tokens_solved_alone_know_no_future(ridge, dtype):
+    x = draw("mesa", np.random.default_rng(2), lead=(2, 1), t=131, dtype=dtype)
+    x["q"] = np.concatenate([x["q"], -x["q"]], axis=1)  # two queries share a memory
+    o = mesa(**x, ridge=ridge)
+    for at in (1, 4, 40, 64, 100):
+        changed = {name: y.copy() for name, y in x.items()}
+        for y in changed.values():
+            y[..., at:, :] *= 1e3
+        np.testing.assert_array_equal(mesa(**changed, ridge=ridge)[..., :at, :], o[..., :at, :])
+
+
+@pytest.mark.parametrize(("name", "bad"), [("beta", np.nan), ("beta", -0.5), ("beta", np.inf), ("log_decay", np.nan)])
+@pytest.mark.parametrize("solver", ["exact", "cg", "chebyshev"])
+def test_mesa_refuses_what_is_no_weight(name, bad, solver):
+    x = draw("mesa", np.random.default_rng(0), optional=("log_decay", "beta"), per_channel=False)
+    x[name][4] = bad
+    with pytest.raises(ValueError, match=rf"^{name} must .*{bad} at \(4,\)"):
+        mesa(**x, solver=solver)
+    assert np.all(np.isfinite(mesa(**x, solver=solver, mask=np.arange(7) != 4)))
+
+
+def test_mesa_may_forget_everything():
+    x = draw("mesa", np.random.default_rng(0), optional=("log_decay",), per_channel=False)
+    x["log_decay"][4] = -np.inf
+    close(mesa(**x)[4:], mesa(**{name: y[4:] for name, y in x.items()}))
+
+
 @pytest.mark.parametrize("optional", [(), ("log_decay", "beta")])
 def test_mesa_without_ridge_is_the_fit_of_minimum_norm(optional):
     x = draw("mesa", np.random.default_rng(1), optional=optional, per_channel=False, t=12)
@@ -347,7 +435,7 @@ def test_a_zero_query_asks_nothing():
         ({"ridge": 0.0, "solver": "chebyshev"}, "ridge must be > 0 for solver 'chebyshev'"),
         ({"iterations": 0, "solver": "cg"}, "iterations must be at least 1"),
         ({"tolerance": -1.0, "solver": "cg"}, "tolerance must be >= 0"),
-        ({"beta": -np.ones(7)}, "beta must be >= 0"),
+        ({"beta": -np.ones(7)}, "beta must be finite and >= 0"),
         ({"log_decay": -np.ones((7, 5))}, "log_decay must have one number per step"),
     ],
 )

@@ -5,10 +5,13 @@
 with g = exp(log_decay). Three solvers of x_t = (H_t + diag(ridge))^-1 q_t:
 
 - ``exact``. Without decay, the tokens of a chunk share one factorisation: X = Q P - tril(Q W^T) W with P = (H +
-  diag(ridge))^-1 at its start and W its keys, whitened as in ``recursive_least_squares``. With decay the data fade
-  against a ridge that does not, and every token gets its own solve, a few tokens at a time. With a ridge of zero
-  anywhere the answer is that of minimum norm, G_t^T pinv(H_t + diag(ridge)) q_t, where eigenvalues below k eps times
-  the largest count as zero.
+  diag(ridge))^-1 at its start and W its keys, whitened as in ``recursive_least_squares``. The difference cancels where
+  the keys of the chunk say much more than what came before (a small ridge), so it is refined once, and a token whose
+  residual is then still above rounding gets its own solve. With decay the data fade against a ridge that does not, and
+  every token gets its own solve, a few tokens at a time. Either way the error is about eps times the condition of
+  H_t + diag(ridge). Where eps times the condition reaches one, and with a ridge of zero anywhere, the answer is that
+  of minimum norm, G_t^T pinv(H_t + diag(ridge)) q_t (the norm that the ridge weighs, if none is zero), where
+  eigenvalues below k eps times the largest count as zero.
 - ``cg``: conjugate gradients from x = 0 for all tokens of a chunk at once; H_t is never formed, its products with p are
   linear attention with the keys as values,  H_t p_t = g_t H p_t + sum_i beta_i g_ti k_i (k_i . p_t).
 - ``chebyshev``: the same products with fixed coefficients, from the bounds ridge <= eigenvalues <= ridge + |H_t|_F.
@@ -57,14 +60,28 @@ def mesa(
     iterations). A token that is not done at the limit keeps what it has, and a RuntimeWarning says so; with a tolerance
     of 0 the limit is what was asked for.
     """
-    check_per_step(q, log_decay)
+    check_weights(q, log_decay, beta, common.get("mask"))
     check_options(k, ridge, solver, iterations, tolerance)
+    arrays = {"q": q, "k": k, "v": v, "log_decay": log_decay, "beta": beta}
+    options = {"ridge": as_array("ridge", ridge), "solver": solver, "iterations": iterations, "tolerance": tolerance}
+    return run(chunked, "mesa", arrays, options, **common)
+
+
+def check_weights(q: Any, log_decay: Any, beta: Any, mask: Any) -> None:
+    """Weights of a regression whose ridge does not decay: a step may forget everything.
+
+    Raises
+    ------
+    ValueError
+        For a decay per channel or NaN, or a pair weight that is negative or not finite.
+    """
+    check_per_step(q, log_decay)
+    if log_decay is not None:
+        log_decay = as_array("log_decay", log_decay)
+        refuse("log_decay", ~np.isnan(log_decay), log_decay, mask, "must be <= 0 or -inf (log of what is kept)")
     if beta is not None:
         beta = as_array("beta", beta)
-        refuse("beta", ~(beta < 0), beta, common.get("mask"), "must be >= 0 (the weight of a pair)")
-    arrays = {"q": q, "k": k, "v": v, "log_decay": log_decay, "beta": beta}
-    options = {"ridge": np.asarray(ridge), "solver": solver, "iterations": iterations, "tolerance": tolerance}
-    return run(chunked, "mesa", arrays, options, **common)
+        refuse("beta", np.isfinite(beta) & (beta >= 0), beta, mask, "must be finite and >= 0 (the weight of a pair)")
 
 
 def check_options(k: Any, ridge: Any, solver: str, iterations: Any, tolerance: Any) -> None:
@@ -73,7 +90,7 @@ def check_options(k: Any, ridge: Any, solver: str, iterations: Any, tolerance: A
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
     if np.ndim(ridge) and np.shape(ridge)[-1] != np.shape(k)[-1]:
         raise ValueError(f"axis 'k' is {np.shape(ridge)[-1]} in ridge but {np.shape(k)[-1]} in k")
-    ridge = np.asarray(ridge)
+    ridge = as_array("ridge", ridge)
     refuse("ridge", np.isfinite(ridge) & (ridge >= 0), ridge, None, "must be finite and >= 0")
     if solver == "chebyshev":
         refuse("ridge", ridge > 0, ridge, None, "must be > 0 for solver 'chebyshev'")
@@ -107,7 +124,7 @@ def recurrent(
         H = decay * H + k_w[..., t, :, None] * k_w[..., t, None, :]
         q_t = q[..., t : t + 1, :]
         if solver == "exact":
-            x = solve(H[..., None, :, :], ridge, q_t)
+            x = solve(H[..., None, :, :], ridge[..., None, :] if ridge.ndim else ridge, q_t)
         else:
             norm = partial(np.linalg.norm, H[..., None, :, :], axis=(-2, -1))
             q_t = spread_over(q_t, H)
@@ -163,7 +180,8 @@ def chunk(
         norm = partial(frobenius, k, gates, H)
         x = iterate(solver, lambda p: attend(p, k, k, gates, H), norm, ridge, spread_over(q, H), iterations, tolerance)
     elif log_decay is None and np.all(ridge > 0):
-        x = solve_together(q, k, H, ridge)
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is solved by itself
+            x = solve_together(q, k, H, ridge)
     else:
         x = solve_each(q, k, log_decay, H, ridge)
     o = attend(x, k, v, gates, G)
@@ -185,55 +203,141 @@ def diagonal(ridge: np.ndarray, like: np.ndarray) -> np.ndarray:
 
 
 def solve_together(q: np.ndarray, k: np.ndarray, H: np.ndarray, ridge: np.ndarray) -> np.ndarray:
-    """All solutions of a chunk without decay: one factorisation at its start, completed key by key."""
-    A, eye = H + diagonal(ridge, H), np.eye(H.shape[-1], dtype=H.dtype)
+    """All solutions of a chunk without decay: one factorisation at its start, completed key by key.
+
+    Channels are scaled so that the first matrix has a unit diagonal: ridges of any sizes are welcome.
+    """
+    scale = unit_diagonal(H + diagonal(ridge, H))
+    q_s, k_s, H_s = q * scale[..., None, :], k * scale[..., None, :], H * scale[..., None] * scale[..., None, :]
+    ridge_s = (ridge * scale**2)[..., None, :]
+    R = inverse_root(H_s + diagonal(ridge_s[..., 0, :], H))
+    _, W, _ = whiten(k_s, R, np.ones((), R.dtype))
+
+    def answer(r: np.ndarray) -> np.ndarray:
+        return (r @ R) @ np.swapaxes(R, -1, -2) - products(r, W, None) @ W
+
+    def residual(x: np.ndarray) -> np.ndarray:
+        return q_s - attend(x, k_s, k_s, None, H_s) - ridge_s * x
+
+    x = answer(q_s)
+    x = x + answer(residual(x))
+    # in the units in which the matrix of this very token has a unit diagonal, and a norm of sqrt(k) at least
+    root = np.sqrt(np.einsum("...ii->...i", H_s)[..., None, :] + np.cumsum(k_s * k_s, axis=-2) + ridge_s)
+    eps, n, size = np.finfo(R.dtype).eps, q.shape[-1], largest(x * root)
+    good = largest(residual(x) / root) <= 8 * eps * np.sqrt(n) * size
+    good &= n * n * eps * size <= largest(q_s / root)  # else this matrix may be singular to rounding
+    x = x * scale[..., None, :]
+    return x if np.all(good) else solve_each(q, k, None, H, ridge, ~good, x)
+
+
+def largest(x: np.ndarray) -> np.ndarray:
+    """Largest entry of each vector, as a norm that does not overflow."""
+    return np.abs(x).max(axis=-1, initial=0)
+
+
+def unit_diagonal(A: np.ndarray) -> np.ndarray:
+    """The scale of each channel with which a matrix has a diagonal of ones."""
+    return 1 / np.sqrt(np.einsum("...ii->...i", A))
+
+
+def inverse_root(A: np.ndarray) -> np.ndarray:
+    """R with R R^T = A^-1, for A with no eigenvalue below rounding; NaN where A is not finite."""
     finite = np.isfinite(A).all(axis=(-1, -2), keepdims=True)
-    values, vectors = np.linalg.eigh(np.where(finite, A, eye))
-    least = np.finfo(H.dtype).eps * values.max(axis=-1, keepdims=True, initial=0)
-    R = np.where(finite, vectors / np.sqrt(np.maximum(values, least))[..., None, :], np.nan)
-    _, W, _ = whiten(k, R, np.ones((), R.dtype))
-    return (q @ R) @ np.swapaxes(R, -1, -2) - products(q, W, None) @ W
+    values, vectors = np.linalg.eigh(np.where(finite, A, np.eye(A.shape[-1], dtype=A.dtype)))
+    least = np.finfo(A.dtype).eps * values.max(axis=-1, keepdims=True, initial=0)
+    return np.where(finite, vectors / np.sqrt(np.maximum(values, least))[..., None, :], np.nan)
 
 
 def solve_each(
-    q: np.ndarray, k: np.ndarray, log_decay: np.ndarray | None, H: np.ndarray, ridge: np.ndarray
+    q: np.ndarray,
+    k: np.ndarray,
+    log_decay: np.ndarray | None,
+    H: np.ndarray,
+    ridge: np.ndarray,
+    wanted: np.ndarray | None = None,
+    x: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The solution of every token by itself, a few tokens' H_t in memory at a time."""
+    """The solution of every token by itself, a few tokens' H_t in memory at a time.
+
+    Only tokens that are ``wanted (..., c)`` are written to ``x``; None: all of them, to a new array.
+    """
     c, n = q.shape[-2:]
-    x = np.empty(spread_over(q, H).shape, H.dtype)
+    q, row = spread_over(q, H), ridge[..., None, :] if ridge.ndim else ridge
+    x = np.empty(q.shape, H.dtype) if x is None else x
     size = max(1, AT_ONCE // max(H.size, 1))
     for low in range(0, c, size):
         tokens = range(low, min(low + size, c))
+        here = (..., slice(low, low + size), slice(None))
         grams = np.empty(H.shape[:-2] + (len(tokens), n, n), H.dtype)
         for i, t in enumerate(tokens):
             kept = H if log_decay is None else np.exp(log_decay[..., t, None, None]) * H
             grams[..., i, :, :] = H = kept + k[..., t, :, None] * k[..., t, None, :]
-        x[..., low : low + size, :] = solve(grams, ridge, q[..., low : low + size, :])
+        if wanted is None:
+            x[here] = solve(grams, row, q[here])
+        else:
+            chosen = wanted[here[:-1]]
+            every = np.broadcast_to(grams, q[here].shape + (n,))
+            x[here][chosen] = solve(every[chosen], np.broadcast_to(row, q[here].shape)[chosen], q[here][chosen])
     return x
 
 
 def solve(H: np.ndarray, ridge: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """Solutions for tokens with a matrix each; of minimum norm where a ridge is zero.
+    """Solutions for tokens with a matrix each; of minimum norm where a ridge is zero or lost in rounding.
 
     Parameters
     ----------
-    H : (..., c, k, k)
+    H : (..., k, k)
     ridge : () or (..., k)
-    q : (..., c, k)
+    q : (..., k)
 
     Returns
     -------
-    x : (..., c, k)
+    x : (..., k)
     """
-    A = H + diagonal(ridge, H)[..., None, :, :]
-    if np.all(ridge > 0):
+    A = H + diagonal(ridge, H)
+    if not np.all(ridge > 0):
+        return solve_spectral(A, q)[0]
+    n, eps = A.shape[-1], np.finfo(A.dtype).eps
+    share = np.min(ridge / np.einsum("...ii->...i", A), axis=-1, initial=np.inf)
+    safe = share >= n * n * eps  # with a unit diagonal, no eigenvalue is below the share of the ridge
+    if np.all(safe):
         return np.linalg.solve(A, q[..., None])[..., 0]
+    lead = np.broadcast_shapes(q.shape[:-1], safe.shape)
+    A, safe = np.broadcast_to(A, lead + (n, n)), np.broadcast_to(safe, lead)
+    q, ridge = np.broadcast_to(q, lead + (n,)), np.broadcast_to(ridge, lead + (n,))
+    x = np.empty(q.shape, A.dtype)
+    x[safe] = np.linalg.solve(A[safe], q[safe][..., None])[..., 0]
+    x[~safe] = solve_unsafe(A[~safe], ridge[~safe], q[~safe])
+    return x
+
+
+def solve_unsafe(A: np.ndarray, ridge: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """Solutions where a matrix ``(n, k, k)`` may be singular to rounding, and then the limit of small ridges.
+
+    That limit is of minimum norm, each channel weighed by its ridge.
+    """
+    x, lost = solve_scaled(A, q, unit_diagonal(A))
+    if np.any(lost):
+        ridge = ridge[lost]
+        x[lost], _ = solve_scaled(A[lost], q[lost], np.sqrt(ridge.max(axis=-1, keepdims=True) / ridge))
+    return x
+
+
+def solve_scaled(A: np.ndarray, q: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`solve_spectral` in other units of the channels."""
+    x, cut = solve_spectral(A * scale[..., None] * scale[..., None, :], q * scale)
+    return x * scale, cut
+
+
+def solve_spectral(A: np.ndarray, q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """pinv(A) q, and whether an eigenvalue counted as zero; NaN where A is not finite."""
     finite = np.isfinite(A).all(axis=(-1, -2), keepdims=True)
     values, vectors = np.linalg.eigh(np.where(finite, A, np.eye(A.shape[-1], dtype=A.dtype)))
     least = A.shape[-1] * np.finfo(A.dtype).eps * values.max(axis=-1, keepdims=True, initial=0)
     inverse = np.divide(1, values, out=np.zeros_like(values), where=values > least)
     read = inverse * np.einsum("...kn,...k->...n", vectors, q)
-    return np.where(finite[..., 0], np.einsum("...kn,...n->...k", vectors, read), np.nan)
+    x = np.where(finite[..., 0], np.einsum("...kn,...n->...k", vectors, read), np.nan)
+    return x, np.any(values <= least, axis=-1)
 
 
 def spread_over(q: np.ndarray, H: np.ndarray) -> np.ndarray:
