@@ -1,7 +1,7 @@
 """What is asked of everybody: operators, variants and shapes, each with the contenders that can answer it.
 
-FLOP per token of one head, k = v = D, in chunks of C = 64, are those of the chunk forms whatever a contender really does,
-so that a share of the machine's rate means the same for all.
+FLOP per token of one head, k = v = D, in chunks of C = 64, are those of the chunk forms whatever a contender really
+does, so that a share of the machine's rate means the same for all.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Torch's side of the comparison: each operator as matrix products over chunks, the best way its eager kernels allow.
 
-Arrays are ``(h, t, d)`` with all heads in front, per-step numbers ``(h, t)``; ``c`` is the chunk, a divisor of t. Decays
-per channel are factors of queries and keys around a chunk's middle: one product instead of guarded blocks, right only
+Arrays are ``(h, t, d)``, all heads in front, per-step numbers ``(h, t)``; ``c`` is the chunk, a divisor of t. Decays
+per channel are factors of queries and keys around a chunk's middle: one product in place of guarded blocks, right only
 while the decays of half a chunk stay within float32. That is faster than what is safe, and so favours torch.
 
 [1] Yang et al. (2024), arXiv:2412.06464, and the papers of the operators for the chunk forms
