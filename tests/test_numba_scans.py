@@ -57,7 +57,7 @@ def close(x, y, rtol=1e-12):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("v, d, n", [(1, 1, 1), (64, 256, 16), (65, 257, 3)])
+@pytest.mark.parametrize("v, d, n", [(1, 1, 1), (64, 256, 16), (65, 257, 3), (3, 520, 2)])
 @pytest.mark.parametrize("t", [0, 1, 2, 3, 4, 130])
 @pytest.mark.parametrize("name, optional, options", CASES)
 def test_the_kernel_equals_the_recurrence(name, optional, options, t, v, d, n, masked):
