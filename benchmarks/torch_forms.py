@@ -1,10 +1,11 @@
 """Torch's side of the comparison: each operator as matrix products over chunks, the best way its eager kernels allow.
 
-Arrays are ``(h, t, d)`` with all heads in front, per-step numbers ``(h, t)``; ``c`` is the chunk, a divisor of t. Decays
-inside a chunk are factors of queries and keys around the chunk's middle: two products instead of guarded blocks, right
-only while the decays of half a chunk stay within float32. That is faster than what is safe, and so favours torch.
+Arrays are ``(h, t, d)``, all heads in front, per-step numbers ``(h, t)``; ``c`` is the chunk, a divisor of t. Decays
+per channel are factors of queries and keys around a chunk's middle: one product in place of guarded blocks, right only
+while the decays of half a chunk stay within float32. That is faster than what is safe, and so favours torch.
 
 [1] Yang et al. (2024), arXiv:2412.06464, and the papers of the operators for the chunk forms
+[2] von Oswald et al. (2025), MesaNet, arXiv:2506.05233
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor 
     q, k, v = (chunks(x, c) for x in (q, k, v))
     scaled = chunks(beta, c)[..., None] * k
     if log_decay is None:
-        lower, erasing, inner, reading, writing, kept = (scaled @ k.mT).tril_(-1), scaled, (q @ k.mT).tril_(), q, k, None
+        lower, erasing, kept = (scaled @ k.mT).tril_(-1), scaled, None
+        inner, reading, writing = (q @ k.mT).tril_(), q, k
     else:
         gates = chunks(log_decay, c)
         lower, erasing, _, _ = decayed(scaled, k, gates, strict=True)
@@ -139,10 +141,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True) -> Tensor
 
 
 def mesa(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, *, ridge: float, c: int) -> Tensor:
-    """Thirty plain steps of conjugate gradients, each one product with H for all tokens at once, as in [2].
-
-    [2] von Oswald et al. (2025), MesaNet, arXiv:2506.05233
-    """
+    """Thirty plain steps of conjugate gradients, each one product with H for all tokens at once [2]."""
     q, k, v, g = (chunks(x, c) for x in (q, k, v, log_decay))
     b = g.cumsum(2)
     last = b[:, :, -1:]
@@ -247,5 +246,3 @@ def linear_step(q: Tensor, k: Tensor, v: Tensor, S: Tensor) -> tuple[Tensor, Ten
     """One token of linear attention, ``(h, 1, d)``, and the new state."""
     S = torch.baddbmm(S, k.mT, v)
     return torch.bmm(q, S), S
-
-

@@ -57,7 +57,7 @@ def close(x, y, rtol=1e-12):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("v, d, n", [(1, 1, 1), (64, 256, 16), (65, 257, 3)])
+@pytest.mark.parametrize("v, d, n", [(1, 1, 1), (64, 256, 16), (65, 257, 3), (3, 520, 2)])
 @pytest.mark.parametrize("t", [0, 1, 2, 3, 4, 130])
 @pytest.mark.parametrize("name, optional, options", CASES)
 def test_the_kernel_equals_the_recurrence(name, optional, options, t, v, d, n, masked):
@@ -180,7 +180,8 @@ def test_no_sequences(name, optional, options):
 def test_extreme_gates_and_angles():
     arrays = inputs("diagonal_scan", ("phase",))
     arrays["log_decay"][0, 0, :9, 0] = [0, -1e-300, -1e-10, -1, -87.5, -104, -700, -746, -np.inf]
-    arrays["phase"][0, 0, :9] = np.array([0, 0.785, 0.786, np.pi / 2, np.pi, 3.5 * np.pi, 999999.9, 1e7, -1e300])[:, None]
+    angles = [0, 0.785, 0.786, np.pi / 2, np.pi, 3.5 * np.pi, 999999.9, 1e7, -1e300]
+    arrays["phase"][0, 0, :9] = np.array(angles)[:, None]
     arrays["phase"] *= np.array([1, -1])[:, None, None, None]
     close(compiled("diagonal_scan")(**arrays), by_recurrence("diagonal_scan", **arrays))
 

@@ -1,8 +1,8 @@
 """Error and time of every operator on every available backend, for your own shape.
 
-Inputs are drawn at random. The error is the largest difference from the NumPy solver in float64, over its largest answer;
-a backend that is wrong is told and not timed. Times are medians of rounds in which all backends take turns; arrays of a
-GPU backend are on the GPU before the clock starts.
+Inputs are drawn at random. The error is the largest difference from the NumPy solver in float64, over its largest
+answer; a backend that is wrong is told and not timed. Times are medians of rounds in which all backends take turns;
+arrays of a GPU backend are on the GPU before the clock starts.
 """
 
 from __future__ import annotations
@@ -177,8 +177,8 @@ def report(result: dict[str, Any]) -> str:
     lines = [cells for entry in result["operators"] for cells in cells_of(entry, sizes)]
     table = aligned([HEADING, *lines], right=range(2, len(HEADING)), whole=[0, 1], width=WIDTH)
     foot = [
-        "error: largest difference from the NumPy solver in float64, over its largest answer; MB: memory one call needs",
-        "speed: times as fast as the backend numpy",
+        "error: largest difference from the NumPy solver in float64, over its largest answer",
+        "MB: memory one call needs; speed: times as fast as the backend numpy",
         *(f"not available: {name}: {reason}" for name, reason in result["unavailable"].items()),
         *not_run(result),
     ]

@@ -43,15 +43,15 @@ def exp2(builder: Any, x: Any, bits: int) -> Any:
     """
     digits, largest = {32: (23, 127), 64: (52, 1023)}[bits]
     integers = ir.VectorType(ir.IntType(bits), x.type.count)
-    fma = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(x.type, [x.type] * 3), f"llvm.fma.v{x.type.count}f{bits}"
+    multiply_add = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(x.type, [x.type] * 3), f"llvm.fmuladd.v{x.type.count}f{bits}"
     )
     shift = constant(x.type, 1.5 * 2.0**digits)
     rounded = builder.fadd(x, shift)
     r = builder.fsub(x, builder.fsub(rounded, shift))
     series = constant(x.type, SERIES[bits][0])
     for term in SERIES[bits][1:]:
-        series = builder.call(fma, [series, r, constant(x.type, term)])
+        series = builder.call(multiply_add, [series, r, constant(x.type, term)])
     n = builder.add(builder.bitcast(rounded, integers), constant(integers, largest))
     power = builder.bitcast(builder.shl(n, constant(integers, digits)), x.type)
     faint = builder.fcmp_ordered("<", x, constant(x.type, 1.0 - largest))

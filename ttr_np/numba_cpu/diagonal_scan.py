@@ -28,7 +28,7 @@ EXPONENTIAL, ANGLE = 16, 32  # multiplications in the time of one
 FAR = 1e6  # angles beyond it are left to the library: their multiple of pi / 2 has too many digits
 HALF_PI = (1.57079632673412561417, 6.07710050630396597660e-11, 2.02226624879595063154e-21)  # few digits in each part
 SINE, COSINE = (tuple((-1) ** n / math.factorial(2 * n + odd) for n in range(9, -1, -1)) for odd in (1, 0))
-X, GATE, PHASE, STATE, O = range(5)  # noqa: E741
+X, GATE, PHASE, STATE, O = range(5)
 
 
 def diagonal_scan(x: Any, log_decay: Any, *, phase: Any = None, **common: Any) -> Any:
@@ -164,7 +164,7 @@ def turn_real(angle):
     k = np.floor(x / (math.pi / 2) + 0.5)
     r = ((x - k * HALF_PI[0]) - k * HALF_PI[1]) - k * HALF_PI[2]
     square, sine, cosine = r * r, SINE[0], COSINE[0]
-    for one, other in zip(SINE[1:], COSINE[1:]):  # noqa: B905 - Numba knows no strict
+    for one, other in zip(SINE[1:], COSINE[1:]):  # Numba knows no strict
         sine, cosine = sine * square + one, cosine * square + other
     sine *= r
     quarter = k - 4 * np.floor(k / 4)

@@ -24,7 +24,20 @@ from ..solvers._chunks import NO_PAST, output_like
 from ..solvers.local_polynomial import KERNELS, UNDETERMINED, Fit, check_fit, monomials
 from ._attention import pairs_of
 from ._gates import exponentials
-from ._panels import FAST, Matrix, add_scaled, apart, dot, fill, inner, matrix, move, panel, pointer, row
+from ._panels import (
+    FAST,
+    Matrix,
+    add_scaled,
+    apart,
+    dot,
+    fill,
+    inner,
+    matrix,
+    move,
+    panel,
+    pointer,
+    row,
+)
 from ._sequences import lay_out
 from ._threads import share
 
@@ -33,7 +46,7 @@ __all__ = ["local_polynomial", "refusal"]
 ROWS = 32  # that one set of reflections takes in
 QUERIES = 8  # of a job
 NAMES = ("exponential", *KERNELS)  # a kernel's code is its place: the compact ones are powers of 1 - u^2
-Q, K, V, GATE, O, ORDER, LEFT, SINKS, FIRST, END = range(10)  # noqa: E741
+Q, K, V, GATE, O, ORDER, LEFT, SINKS, FIRST, END = range(10)
 
 
 def local_polynomial(
@@ -104,7 +117,8 @@ def core(
     cost = pairs.seen * memories * groups * (3 * (d + w) + (2 * p * (p + 2 * w) if degree else 0))
     jobs = memories * groups * -(-t // QUERIES)
     tables = (bounds, parents, factors, scales)
-    share(fit, jobs, cost, (np.dtype(np.float64), room), layout.places, layout.steps, tables, sizes, width, float(ridge), o.dtype.type(0))
+    arguments = (layout.places, layout.steps, tables, sizes, width, float(ridge), o.dtype.type(0))
+    share(fit, jobs, cost, (np.dtype(np.float64), room), *arguments)
     return o, append(state, k, v, log_decay, mask, window) if keep else state
 
 
@@ -146,7 +160,7 @@ QUERY, CENTRE, MEAN, PRODUCT, READ, ORIGIN = range(6)
 @njit(cache=True, nogil=True, fastmath=FAST)
 def fit(table, places, steps, tables, sizes, width, ridge, like, begin, stop):
     """Jobs begin to stop: a few queries each, the longest pasts first."""
-    t, d, w, cached, degree, code = sizes
+    t, d, w, degree = sizes[0], sizes[1], sizes[2], sizes[4]
     real = 0.0
     room = Room(panel(table, 0, real), panel(table, 1, real), panel(table, 2, real), panel(table, 3, real))
     blocks, groups = (t + QUERIES - 1) // QUERIES, places.shape[2]
@@ -194,7 +208,7 @@ def see(room, places, steps, k, memory, i, sizes, width, like):
                 n += 1
         if decays and source >= cached:
             gate = np.float64(row(gates, source - cached)[0])
-            left += NO_PAST if gate < NO_PAST else gate
+            left += NO_PAST if gate < NO_PAST else gate  # noqa: FURB136 - max could drop a NaN
     return n
 
 
@@ -231,7 +245,7 @@ def average(room, k, v, n, sizes):
     fill(centre, 0.0, d)
     top, weight = -np.inf, 0.0
     for r in range(n):
-        top = logits[r] if logits[r] > top else top
+        top = logits[r] if logits[r] > top else top  # noqa: FURB136 - never a NaN
     top = top if top > -np.inf else 0.0
     for r in range(n):
         logits[r] = (logits[r] - top) / 2
@@ -293,7 +307,7 @@ def correct(room, k, v, n, tables, sizes, ridge, answer):
 def take_rows(room, k, v, low, rows, tables, d, w):
     """Rows of the fit under the roots of their weights; how many are not zero."""
     apart()
-    bounds, parents, factors, scales = tables
+    _, parents, factors, scales = tables
     roots, sources = row(room.weights, 0), row(room.weights, 1)
     product, centre, mean = row(room.lines, PRODUCT), row(room.lines, CENTRE), row(room.lines, MEAN)
     p, count = len(parents), 0

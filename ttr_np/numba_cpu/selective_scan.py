@@ -17,7 +17,21 @@ from ..calling import run
 from ..notation import SelectiveScanState
 from ..solvers.selective_scan import output
 from ._gates import exp
-from ._panels import FAST, add_scaled, apart, fill, gather, inner, load_transposed, matrix, move, panel, real, row, times
+from ._panels import (
+    FAST,
+    add_scaled,
+    apart,
+    fill,
+    gather,
+    inner,
+    load_transposed,
+    matrix,
+    move,
+    panel,
+    real,
+    row,
+    times,
+)
 from ._sequences import lay_out
 from ._threads import share
 
@@ -25,7 +39,7 @@ __all__ = ["selective_scan"]
 
 CHANNELS = 64  # of a job: its memory and rates stay in the first cache
 EXPONENTIAL = 16  # multiplications in the time of one
-U, DELTA, RATES, B, C, DIRECT, STATE, O = range(8)  # noqa: E741
+U, DELTA, RATES, B, C, DIRECT, STATE, O = range(8)
 
 
 def selective_scan(u: Any, delta: Any, A: Any, B: Any, C: Any, *, D: Any = None, **common: Any) -> Any:
@@ -81,7 +95,8 @@ def kernel(table, places, steps, sizes, like, begin, stop):
         channels = min(CHANNELS, v - low)
         state = matrix(places[STATE, memory, 0], n, 1, like)
         load_transposed(h, state, low, channels, n)
-        load_transposed(rates, matrix(places[RATES, memory, 0], steps[RATES, 0], steps[RATES, 1], like), low, channels, n)
+        A = matrix(places[RATES, memory, 0], steps[RATES, 0], steps[RATES, 1], like)
+        load_transposed(rates, A, low, channels, n)
         for i in range(t):
             advance(h, rates, line, places, steps, memory, i, low, channels, n, like)
             for group in range(places.shape[2]):
@@ -130,6 +145,7 @@ def answer(h, line, places, steps, memory, group, i, low, channels, n, like):
     for j in range(n):
         add_scaled(o, reader[j * step], row(h, j), channels)
     if places[DIRECT, memory, group]:
-        gather(line.D, move(row(matrix(places[DIRECT, memory, group], 0, 1, like), 0), low * steps[DIRECT, 0]), steps[DIRECT, 0], channels)
+        direct = row(matrix(places[DIRECT, memory, group], 0, 1, like), 0)
+        gather(line.D, move(direct, low * steps[DIRECT, 0]), steps[DIRECT, 0], channels)
         times(line.D, line.D, line.u, channels)
         add_scaled(o, real(like, 1), line.D, channels)

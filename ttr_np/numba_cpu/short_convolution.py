@@ -16,7 +16,19 @@ from ..calling import run
 from ..notation import ShortConvolutionState
 from ..solvers.short_convolution import ACTIVATIONS, start
 from ._gates import exp
-from ._panels import FAST, apart, fill, gather, inner, matrix, move, panel, pointer, real, row
+from ._panels import (
+    FAST,
+    apart,
+    fill,
+    gather,
+    inner,
+    matrix,
+    move,
+    panel,
+    pointer,
+    real,
+    row,
+)
 from ._sequences import lay_out
 from ._threads import share
 
@@ -24,7 +36,7 @@ __all__ = ["short_convolution"]
 
 TOKENS = 256  # of a job
 CHANNELS = 512
-X, WEIGHT, BIAS, WINDOW, ORDER, BEFORE, O = range(7)  # noqa: E741
+X, WEIGHT, BIAS, WINDOW, ORDER, BEFORE, O = range(7)
 
 
 def short_convolution(x: Any, weight: Any, *, bias: Any = None, activation: str | None = None, **common: Any) -> Any:
@@ -60,7 +72,8 @@ def core(
     sizes = (t, d, taps, activation == "silu", *cuts)
     room = (o.dtype, [(taps + 2, CHANNELS)])
     cost = memories * groups * t * d * taps
-    share(kernel, memories * groups * cuts[0] * cuts[1], cost, room, layout.places, layout.steps, sizes, o.dtype.type(0))
+    jobs = memories * groups * cuts[0] * cuts[1]
+    share(kernel, jobs, cost, room, layout.places, layout.steps, sizes, o.dtype.type(0))
     return o, ShortConvolutionState(slide(window, x, mask, order))
 
 
@@ -123,7 +136,8 @@ def convolve(lines, places, steps, memory, group, i, first, channels, taps, silu
             place += taps - 1
         elif masked:
             place = pointer(places[ORDER, memory, 0], one)[place * steps[ORDER, 0]]
-        add_tap(o, row(lines, taps - 1 - s), move(row(source, place), first * source.column), source.column, row(lines, taps + 1), channels)
+        numbers = move(row(source, place), first * source.column)
+        add_tap(o, row(lines, taps - 1 - s), numbers, source.column, row(lines, taps + 1), channels)
     if silu:
         activate(o, channels, like)
 

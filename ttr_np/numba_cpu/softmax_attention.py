@@ -21,7 +21,24 @@ from ..solvers._cache import append, check_options, empty_cache
 from ..solvers._chunks import NO_PAST, output_like
 from ..solvers.softmax_attention import scale_of
 from ._attention import LOG2E, pairs_of, weigh, width
-from ._panels import FAST, LINE, ROWS, Matrix, apart, below, full, inner, load, matrix, move, multiply, panel, pointer, real, row
+from ._panels import (
+    FAST,
+    LINE,
+    ROWS,
+    Matrix,
+    apart,
+    below,
+    full,
+    inner,
+    load,
+    matrix,
+    move,
+    multiply,
+    panel,
+    pointer,
+    real,
+    row,
+)
 from ._sequences import lay_out
 from ._threads import share
 
@@ -30,7 +47,7 @@ __all__ = ["softmax_attention"]
 PAIRS = 96  # in a block: keys and values stay in the second cache while all queries of a block pass
 STRIP = math.lcm(ROWS, LINE // 4)  # queries whose logits stay in the first cache, whole tiles either way
 QUERIES = 192  # in a block, a multiple of STRIP
-Q, K, V, GATE, O, ORDER, LEFT, SINKS, FIRST, END = range(10)  # noqa: E741
+Q, K, V, GATE, O, ORDER, LEFT, SINKS, FIRST, END = range(10)
 
 
 def softmax_attention(
@@ -81,7 +98,8 @@ def core(
     gated = log_decay is not None or bool(np.any(pairs.left != 0))
     sizes = (t, d, w, pairs.cached, tokens, together, gated)
     jobs = memories * -(-groups // together) * -(-t // tokens)
-    room = [(d, QUERIES), (PAIRS, d), (PAIRS, w), (PAIRS, w), (PAIRS, STRIP), (QUERIES, w), (6, QUERIES), (1, PAIRS), (2, QUERIES)]
+    room = [(d, QUERIES), (PAIRS, d), (PAIRS, w), (PAIRS, w), (PAIRS, STRIP), (QUERIES, w)]
+    room += [(6, QUERIES), (1, PAIRS), (2, QUERIES)]
     factor = float(scale_of(scale, q.astype(np.float64))) * LOG2E
     cost = pairs.seen * memories * groups * (d + w)
     share(kernel, jobs, cost, (o.dtype, room), layout.places, layout.steps, sizes, factor, o.dtype.type(0))
@@ -102,8 +120,8 @@ class Room(NamedTuple):
     decay: Any  # r numbers in double precision: sum of the gates after the pair at hand
 
 
-# Rows of Room.lines. Highest logit so far, in powers of two; weight so far; what is left of earlier weights and answers;
-# what is left of older pairs; the first pair of the block that is seen, and the one after the last.
+# Rows of Room.lines. Highest logit so far, in powers of two; weight so far; what is left of earlier weights and
+# answers; what is left of older pairs; the first pair of the block that is seen, and the one after the last.
 TOP, WEIGHT, SHRINK, SINCE, LOW, HIGH = range(6)
 
 
@@ -128,8 +146,9 @@ def kernel(table, places, steps, sizes, factor, like, begin, stop):
     """Jobs begin to stop: one block of queries each, the longest pasts first."""
     t, d, w, cached, tokens, together, gated = sizes
     room = Room(
-        panel(table, 0, like), panel(table, 1, like), panel(table, 2, like), panel(table, 3, like), panel(table, 4, like),
-        panel(table, 5, like), panel(table, 6, like), panel(table, 7, like), pointer(table[8, 0], 0.0),
+        panel(table, 0, like), panel(table, 1, like), panel(table, 2, like), panel(table, 3, like),
+        panel(table, 4, like), panel(table, 5, like), panel(table, 6, like), panel(table, 7, like),
+        pointer(table[8, 0], 0.0),
     )  # fmt: skip
     blocks, parts = (t + tokens - 1) // tokens, (places.shape[2] + together - 1) // together
     for job in range(begin, stop):
@@ -157,7 +176,7 @@ def kernel(table, places, steps, sizes, factor, like, begin, stop):
 def block_of(places, steps, sizes, memory, part, low, like):
     """The queries of one job."""
     apart()
-    t, d, w, cached, tokens, together, gated = sizes
+    t, cached, tokens, together = sizes[0], sizes[3], sizes[4], sizes[5]
     high = min(low + tokens, t)
     one = np.int64(1)
     order, end = pointer(places[ORDER, memory, 0], one), pointer(places[END, memory, 0], one)
@@ -195,7 +214,7 @@ def gate_of(block, slot, cached):
     """Gate of one slot; 0 where there is none."""
     token = block.order[slot] - cached
     gate = np.float64(row(block.gates, token)[0]) if block.decays and token >= 0 else 0.0
-    return NO_PAST if gate < NO_PAST else gate
+    return NO_PAST if gate < NO_PAST else gate  # noqa: FURB136 - max could drop a NaN
 
 
 @inner
@@ -269,7 +288,8 @@ def meet(room, block, start, rows, low, columns, sizes, bad, like):
 def sight(room, block, start, rows, low, columns, gated):
     """Which pairs of a block each query of a strip sees; how many rows to look at, and whether all see them all."""
     apart()
-    if start + rows <= block.end[block.low] and block.first[block.high - 1] <= start and not (gated and start + rows > block.own):
+    old = start + rows <= block.own or not gated
+    if old and start + rows <= block.end[block.low] and block.first[block.high - 1] <= start:
         return rows, True
     first, end = row(room.lines, LOW), row(room.lines, HIGH)
     span = block.high - block.low
