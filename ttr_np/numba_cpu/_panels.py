@@ -230,12 +230,24 @@ def zeros_apart(x, step, n, like):
     return total
 
 
+def vector_of(real: Any) -> tuple[Any, int]:
+    """LLVM's type of a number, and how many of them one register holds."""
+    number = ir.FloatType() if real.bitwidth == 32 else ir.DoubleType()
+    return number, (512 if WIDE else 256) // real.bitwidth
+
+
+def spread(builder: Any, vector: Any, x: Any) -> Any:
+    """A vector that holds one number everywhere."""
+    first = builder.insert_element(ir.Constant(vector, ir.Undefined), x, ir.IntType(32)(0))
+    everywhere = ir.Constant(ir.VectorType(ir.IntType(32), vector.count), [0] * vector.count)
+    return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), everywhere)
+
+
 @intrinsic
 def tile(typingctx: Any, c: Any, c_step: Any, a: Any, a_row: Any, a_column: Any, b: Any, b_step: Any, m: Any, depth: Any, alpha: Any, beta: Any) -> Any:  # fmt: skip
     """c = alpha a b + beta c for one tile: ROWS rows (those from m on repeat the last one) of LINE bytes."""
     real = c.dtype
-    number = ir.FloatType() if real.bitwidth == 32 else ir.DoubleType()
-    lanes = 256 // real.bitwidth if not WIDE else 512 // real.bitwidth
+    number, lanes = vector_of(real)
     vectors = LINE * 8 // real.bitwidth // lanes
     vector, word, align = ir.VectorType(number, lanes), ir.IntType(64), real.bitwidth // 8
 
@@ -245,11 +257,6 @@ def tile(typingctx: Any, c: Any, c_step: Any, a: Any, a_row: Any, a_column: Any,
         name = f"llvm.fmuladd.v{lanes}f{real.bitwidth}"
         multiply_add = cgutils.get_or_insert_function(builder.module, function, name)
         parts = [(i, j) for i in range(ROWS) for j in range(vectors)]
-
-        def spread(x: Any) -> Any:
-            first = builder.insert_element(ir.Constant(vector, ir.Undefined), x, ir.IntType(32)(0))
-            everywhere = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
-            return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), everywhere)
 
         def row(base: Any, i: int, step: Any) -> Any:
             last = builder.sub(m, word(1))
@@ -266,12 +273,12 @@ def tile(typingctx: Any, c: Any, c_step: Any, a: Any, a_row: Any, a_column: Any,
             b_row = builder.gep(b, [builder.mul(loop.index, b_step)])
             loaded = [builder.load(part(b_row, j), align=align) for j in range(vectors)]
             for i, a_i in enumerate(a_rows):
-                factor = spread(builder.load(builder.gep(a_i, [builder.mul(loop.index, a_column)])))
+                factor = spread(builder, vector, builder.load(builder.gep(a_i, [builder.mul(loop.index, a_column)])))
                 for j in range(vectors):
                     total = builder.call(multiply_add, [factor, loaded[j], builder.load(sums[i, j])])
                     builder.store(total, sums[i, j])
         afresh = builder.fcmp_ordered("==", beta, ir.Constant(number, 0.0))
-        alpha, beta = spread(alpha), spread(beta)
+        alpha, beta = spread(builder, vector, alpha), spread(builder, vector, beta)
         results = []
         for i, j in parts:  # all is read before any is written: repeated rows then write the same
             old = builder.fmul(beta, builder.load(part(c_rows[i], j), align=align))
