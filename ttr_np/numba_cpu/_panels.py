@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -43,7 +43,7 @@ def inner(function: Any) -> Any:
 spliced = njit(inline="always")  # for what a kernel calls in one place
 
 # One tile of a product is held in registers: ROWS x LINE bytes of sums, which hide the latency of multiply-add.
-WIDE = binding.get_host_cpu_features().get("avx512f", False)
+WIDE = False  # 512-bit registers, for CPUs with avx512f: written, but not yet run on one
 ROWS, LINE = (12, 128) if WIDE else (6, 64)
 
 full, lower, triangle = 0, 1, 2  # see multiply
@@ -236,11 +236,11 @@ def vector_of(real: Any) -> tuple[Any, int]:
     return number, (512 if WIDE else 256) // real.bitwidth
 
 
-def spread(builder: Any, vector: Any, x: Any) -> Any:
+def everywhere(builder: Any, vector: Any, x: Any) -> Any:
     """A vector that holds one number everywhere."""
     first = builder.insert_element(ir.Constant(vector, ir.Undefined), x, ir.IntType(32)(0))
-    everywhere = ir.Constant(ir.VectorType(ir.IntType(32), vector.count), [0] * vector.count)
-    return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), everywhere)
+    zeros = ir.Constant(ir.VectorType(ir.IntType(32), vector.count), [0] * vector.count)
+    return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), zeros)
 
 
 @intrinsic
@@ -273,12 +273,12 @@ def tile(typingctx: Any, c: Any, c_step: Any, a: Any, a_row: Any, a_column: Any,
             b_row = builder.gep(b, [builder.mul(loop.index, b_step)])
             loaded = [builder.load(part(b_row, j), align=align) for j in range(vectors)]
             for i, a_i in enumerate(a_rows):
-                factor = spread(builder, vector, builder.load(builder.gep(a_i, [builder.mul(loop.index, a_column)])))
+                factor = everywhere(builder, vector, builder.load(builder.gep(a_i, [builder.mul(loop.index, a_column)])))
                 for j in range(vectors):
                     total = builder.call(multiply_add, [factor, loaded[j], builder.load(sums[i, j])])
                     builder.store(total, sums[i, j])
         afresh = builder.fcmp_ordered("==", beta, ir.Constant(number, 0.0))
-        alpha, beta = spread(builder, vector, alpha), spread(builder, vector, beta)
+        alpha, beta = everywhere(builder, vector, alpha), everywhere(builder, vector, beta)
         results = []
         for i, j in parts:  # all is read before any is written: repeated rows then write the same
             old = builder.fmul(beta, builder.load(part(c_rows[i], j), align=align))
