@@ -44,8 +44,9 @@ def kernel_ridge(
     **common: Any,
 ) -> Any:
     """Kernel ridge regression; see ``ttr_np.kernel_ridge``."""
-    if callable(kernel):
-        raise NotImplementedError("backend 'numba' has no 'kernel_ridge' with a callable kernel: it cannot compile it")
+    problem = refusal(kernel=kernel)
+    if problem:
+        raise NotImplementedError(problem)
     if kernel not in KERNELS:
         raise ValueError(f"kernel must be one of {', '.join(KERNELS)} or a callable, got {kernel!r}")
     if np.ndim(ridge) or not 0 <= ridge < np.inf:
@@ -54,6 +55,13 @@ def kernel_ridge(
         raise ValueError(f"bandwidth must be a positive finite number, got {bandwidth}")
     options = {"kernel": kernel, "bandwidth": float(bandwidth), "ridge": float(ridge), "causal": causal}
     return run(core, "kernel_ridge", {"q": q, "k": k, "v": v}, options, start=empty_cache, **common)
+
+
+def refusal(*, kernel: Any = NAMES[0], **options: Any) -> str | None:
+    """Why a call with these options cannot be compiled, or None."""
+    if callable(kernel):
+        return f"backend 'numba' cannot compile the function given as kernel: it has {', '.join(NAMES)}"
+    return None
 
 
 def core(

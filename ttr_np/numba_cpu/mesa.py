@@ -239,19 +239,31 @@ def run_chunk(places, steps, sizes, memory, low, n, room, like, worst):
     step_decays(matrix_of(row(room.gates, 0), like), 0, n, room.pairs, row(room.since, 0), like)
     load_transposed(room.across, room.keys, 0, n, d)
     together = prepare(sizes, n, room, low, gated, like)
+    if n == 1:  # one token reads the sum itself
+        memorise(n, room, w, d, like)
     for group in range(places.shape[2]):
         q = below(matrix(places[Q, memory, group], steps[Q, 0], steps[Q, 1], like), low)
-        solve(q, sizes, n, room, together, gated, worst, memory, like)
-        attend(room.answers, room.x, room.G, room.values, n, w, d, room, like)
+        solve(q, sizes, n, room, together, worst, memory, like)
+        if n == 1:
+            multiply(room.answers, room.x, room.G, n, w, d, one, real(like, 0), full)
+        else:
+            attend(room.answers, room.x, room.G, room.values, n, w, d, room, like)
         store(below(matrix(places[O, memory, group], w, 1, like), low), 0, n, 0, w, room.answers)
-    keep = row(room.since, 0)[n]
-    scale_rows(room.values, row(room.pairs, n - 1), n, w)
-    multiply(room.G, room.across, room.values, d, w, n, one, keep, full)
+    if n > 1:
+        memorise(n, room, w, d, like)
     scale_rows(room.keys, row(room.pairs, n - 1), n, d)
-    multiply(room.H, room.across, room.keys, d, d, n, one, keep, full)
+    multiply(room.H, room.across, room.keys, d, d, n, one, row(room.since, 0)[n], full)
     for i in range(d):
         for j in range(i):
             row(room.H, j)[i] = row(room.H, i)[j]
+
+
+@inner
+def memorise(n, room, w, d, like):
+    """The chunk's pairs into G."""
+    apart()
+    scale_rows(room.values, row(room.pairs, n - 1), n, w)
+    multiply(room.G, room.across, room.values, d, w, n, real(like, 1), row(room.since, 0)[n], full)
 
 
 @inner
@@ -356,7 +368,7 @@ def precondition(into, r, n, together, d, room, like):
 
 
 @inner
-def solve(q, sizes, n, room, together, gated, worst, memory, like):
+def solve(q, sizes, n, room, together, worst, memory, like):
     """The solutions x of one sequence of queries."""
     apart()
     t, d, w, method, iterations, singular = sizes

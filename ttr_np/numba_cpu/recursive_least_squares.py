@@ -30,6 +30,7 @@ from ._threads import share
 __all__ = ["recursive_least_squares"]
 
 CHUNK = 32
+FADED = 0.25  # what is left of P's inverse below which a segment ends: R is divided by its root, errors and all
 FEW = 4  # tokens that do not fill a chunk's products
 Q, K, V, GATE, BETA, STATE, COVARIANCE, O = range(8)  # noqa: E741
 
@@ -274,12 +275,11 @@ def open_segment(room, done, clean, d, limit):
     """First token after ``done`` before which P must be decayed and capped anew; what is ``left`` at those before it."""
     apart()
     size, total, left = forget(room, done, d, limit), 0.0, row(room.left, 0)
-    least = 1.0 * eps(limit) * eps(limit)
     left[done] = real(limit, 1)
     for i in range(done + 1, clean):
         total += row(room.gates, 0)[i]
         now = math.exp(total)
-        if SLACK * largest_before(1.0 * row(room.energy, 0)[i], 1.0 * limit) * now < size or now < least:
+        if SLACK * largest_before(1.0 * row(room.energy, 0)[i], 1.0 * limit) * now < size or now < FADED:
             return i
         left[i] = real(limit, now)
     return clean

@@ -55,7 +55,9 @@ def test_time_training(
 ) -> Any:
     """Test-time training; see ``ttr_np.test_time_training``."""
     check_batch_size(batch_size)
-    check_memory(memory)
+    problem = refusal(memory=memory)
+    if problem:
+        raise NotImplementedError(problem)
     arrays = {"q": q, "k": k, "v": v, "step_size": step_size, "momentum": momentum, "weight_decay": weight_decay}
     options = {"memory": memory, "batch_size": batch_size}
     begin = partial(start, memory, momentum is not None)
@@ -65,23 +67,16 @@ def test_time_training(
 test_time_training.__test__ = False  # type: ignore[attr-defined]  # its name begins like that of a test
 
 
-def check_memory(memory: Any) -> None:
-    """Refuse what is not compiled.
-
-    Raises
-    ------
-    NotImplementedError
-        For a memory, loss or retention that is not one of those in the module's docstring.
-    """
+def refusal(*, memory: Any, **options: Any) -> str | None:
+    """Why a call with these options cannot be compiled, or None."""
     parts = {"memory": (memory, (Linear, MLP))}
     if type(memory) in (Linear, MLP):
         parts |= {"loss": (memory.loss, (Squared, Huber, PNorm)), "retention": (memory.retention, (L2Retention,))}
     for name, (part, known) in parts.items():
         if type(part) not in known:
             names = ", ".join(kind.__name__ for kind in known)
-            raise NotImplementedError(
-                f"backend 'numba' has no 'test_time_training' with {name} {type(part).__name__}; it has {names}"
-            )
+            return f"backend 'numba' cannot compile the {name} {type(part).__name__}: it has {names}"
+    return None
 
 
 def core(
@@ -260,13 +255,18 @@ def run_part(table, places, steps, memory, widths, settings, low, n, like):
     shares(table, places, steps, memory, low, n, like)
     forward(table, places, memory, widths, settings, n, like)
     backward(table, places, memory, widths, settings, n, like)
+    rolling = places[ROLL, memory, 0] != 0
+    for layer in range(layers if n == 1 else 0):
+        learn(table, rolling, widths, layer, settings.bias, n, like)
+    if n == 1:  # one token reads the parameters themselves
+        row(panel(table, TOKENS, like), KEPT)[0] = real(like, 1)
     for group in range(places.shape[2]):
         q = matrix(places[Q, memory, group], steps[Q, 0], steps[Q, 1], like)
         load(panel(table, X, like), q, low, n, 0, widths[0])
         answer(table, places, memory, widths, settings, n, like)
         store(matrix(places[O, memory, group], widths[-1], 1, like), low, n, 0, widths[-1], panel(table, Z, like))
-    for layer in range(layers):
-        learn(table, places[ROLL, memory, 0] != 0, widths, layer, settings.bias, n, like)
+    for layer in range(layers if n > 1 else 0):
+        learn(table, rolling, widths, layer, settings.bias, n, like)
 
 
 @inner
@@ -489,24 +489,36 @@ def answer(table, places, memory, widths, settings, n, like):
         given = y if layer else x
         if layer:
             activate(y, z, settings.activation, n, a, like)
-        multiply(scores, given, part(table, layer, ACROSS, like), n, n, a, one, zero, triangle)
-        no_future(scores, n, like)
-        for i in range(n):
-            line, taken = row(scores, i), row(panel(table, TAKEN, like), i)
-            for j in range(i + 1):
-                line[j] = taken[j] * (line[j] + one if settings.bias else line[j])
+        if n > 1:
+            multiply(scores, given, part(table, layer, ACROSS, like), n, n, a, one, zero, triangle)
+            no_future(scores, n, like)
+            weigh_scores(scores, panel(table, TAKEN, like), settings.bias, n, like)
         biases = part(table, layer, BIASES, like)
         affine(z, given, part(table, layer, M, like), row(biases, M), settings.bias, n, a, b, like)
         scale_rows(z, row(tokens, KEPT), n, b)
-        if places[ROLL, memory, 0]:
+        if n > 1 and places[ROLL, memory, 0]:
             rolled = panel(table, ROLLED, like)
             load(rolled, given, 0, n, 0, a)
             scale_rows(rolled, row(tokens, CARRIED), n, a)
             multiply(z, rolled, part(table, layer, S, like), n, b, a, one, one, full)
             for i in range(n if settings.bias else 0):
                 add_scaled(row(z, i), row(tokens, CARRIED)[i], row(biases, S), b)
-        multiply(z, scores, part(table, layer, DELTAS, like), n, b, n, -one, one, lower)
+        if n > 1:
+            multiply(z, scores, part(table, layer, DELTAS, like), n, b, n, -one, one, lower)
     finish(table, places, memory, z, x, settings, n, widths[layers], like)
+
+
+@inner
+def weigh_scores(scores, taken, biased, n, like):
+    """taken_tj (x_t . inputs_j + bias)."""
+    apart()
+    for i in range(n):
+        line, shares = row(scores, i), row(taken, i)
+        if biased:
+            for j in range(i + 1):
+                line[j] += real(like, 1)
+        for j in range(i + 1):
+            line[j] *= shares[j]
 
 
 @inner
