@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -40,10 +41,13 @@ def bound(naive: Callable[..., Any], case: Case, names: dict[str, str]) -> Calla
     import torch
 
     arrays = {names.get(name, name): torch.from_numpy(x).transpose(1, 2) for name, x in case.arrays.items()}
+    scale = {"scale": 1.0}
+    if "scale" not in signature(naive).parameters:  # it divides by sqrt(k) unasked
+        arrays["q"], scale = arrays["q"] * arrays["q"].shape[-1] ** 0.5, {}
 
     def call() -> Any:
         with torch.inference_mode():
-            o = naive(**arrays, scale=1.0)
+            o = naive(**arrays, **scale)
         return (o[0] if isinstance(o, tuple) else o).transpose(1, 2)
 
     return call

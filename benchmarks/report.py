@@ -51,7 +51,8 @@ def entry_table(entry: dict[str, Any]) -> str:
     table = aligned([COLUMNS, *rows], right=range(1, len(COLUMNS) - 1), whole=[0]) if rows else "nobody"
     skipped = [f"  skipped: {found['contender']}: {found['reason']}" for found in entry["skipped"]]
     notes = [part for line in skipped for part in textwrap.wrap(line, 150, subsequent_indent="    ")]
-    return "\n".join([f"\n{name_of(entry)}", table, *notes])
+    rate = f"float32 matrix products in the same rounds: {entry['gemm_flop_per_second'] / 1e9:.0f} GFLOP/s"
+    return "\n".join([f"\n{name_of(entry)}; {rate}", table, *notes])
 
 
 def crossover_table(found: dict[str, Any]) -> str:

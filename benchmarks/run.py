@@ -5,7 +5,7 @@ in an order shuffled each round. Peak memory is physical memory, as the kernel c
 the process held before. Peers that are not installed are skipped with a reason.
 
 Torch is given the fastest of its forms and chunk sizes, found on the same inputs. The machine's rate of matrix products
-is measured in the same process, on one thread and on those that are used.
+is measured in the same rounds: on a machine with other work it falls as they do.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from typing import Any
 
 import numpy as np
 
+from ttr_np import measure
 from ttr_np.cli.recall import check_writable
-from ttr_np.measure import contest, gemm_rate, machine, reference, using
+from ttr_np.measure import contest, gemm_rate, machine, products, reference, using
 
 from . import report
 from .lengths import LINEAR, crossover, scaling
@@ -97,10 +98,8 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def answered(
-    question: Question, rate: float, rounds: int, rng: np.random.Generator, budget: float = float("inf")
-) -> dict[str, Any]:
-    """One question put to everybody: an entry of the result."""
+def answered(question: Question, rounds: int, rng: np.random.Generator, budget: float = float("inf")) -> dict[str, Any]:
+    """One question put to everybody: an entry of the result; matrix products are timed in the same rounds."""
     case, tokens = question.case, question.shape["B"] * question.shape["H"] * question.shape["T"]
     found = contest(
         question.contenders,
@@ -109,7 +108,9 @@ def answered(
         rounds=rounds,
         rng=rng,
         budget=budget,
+        yardstick=products(),
     )
+    rate = 2 * measure.GEMM**3 / found.pop("yardstick")["median"]
     own = min((r["seconds"]["median"] for r in found["results"] if r["contender"] in OURS), default=None)
     for entry in found["results"]:
         median = entry["seconds"]["median"]
@@ -118,7 +119,7 @@ def answered(
         entry["over_ours"] = None if own is None else median / own
     about = {"operator": case.operator, "variant": case.variant, "shape": question.shape}
     dtype = str(next(iter(case.arrays.values())).dtype)
-    return about | {"dtype": dtype, "flop_per_token_head": question.flop} | found
+    return about | {"dtype": dtype, "flop_per_token_head": question.flop, "gemm_flop_per_second": rate} | found
 
 
 def measured(arguments: argparse.Namespace, setting: Setting) -> dict[str, Any]:
@@ -138,10 +139,9 @@ def measured(arguments: argparse.Namespace, setting: Setting) -> dict[str, Any]:
         "scaling": [],
     }
     print(report.heading(result), flush=True)
-    rate = result["gemm_flop_per_second"][str(arguments.threads)]
     for name in (name for name in arguments.operators if name != "lengths"):
         for question in QUESTIONS[name](setting):
-            entry = answered(question, rate, arguments.rounds, rng, arguments.budget)
+            entry = answered(question, arguments.rounds, rng, arguments.budget)
             result["questions"].append(entry)
             print(report.entry_table(entry), flush=True)
     if "lengths" in arguments.operators:

@@ -15,7 +15,7 @@ from ttr_np.notation import ARRAYS
 
 __all__ = ["torch_peers"]
 
-UNROLLED = 32  # loops of more chunks than this take torch.compile minutes
+UNROLLED = 16  # loops of more chunks than this take torch.compile minutes
 TRIES = 3
 PER_TOKEN = (None,)  # a loop over tokens: no chunk to choose
 CHUNKS, SHORT = (64, 128, 256), (32, 64, 128)

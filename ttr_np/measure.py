@@ -40,6 +40,7 @@ __all__ = [
     "machine",
     "ours",
     "prefix",
+    "products",
     "reference",
     "relative_error",
     "sample",
@@ -154,7 +155,7 @@ def sample(
         for i in rng.permutation(len(contenders)):
             contender = contenders[i]
             used = sum(times[contender.name]) * calls[contender.name]
-            if times[contender.name] and used > budget:
+            if used > budget:
                 continue
             sleep(QUIET)
             times[contender.name].append(seconds(contender, calls[contender.name]))
@@ -200,20 +201,22 @@ def contest(
     rounds: int,
     rng: np.random.Generator,
     budget: float = float("inf"),
-) -> dict[str, list[dict[str, Any]]]:
+    yardstick: Contender | None = None,
+) -> dict[str, Any]:
     """All contenders against the exact answers: who was right is timed, who was not is told.
 
     Returns
     -------
     dict
         ``results``: ``contender, detail, error, first_call_seconds, seconds, peak_bytes`` each; ``skipped``:
-        ``contender, reason`` each, of those that do not run and of those that were refused.
+        ``contender, reason`` each, of those that do not run and of those that were refused; ``yardstick``: the
+        seconds of one more call in the same rounds, whose answer is not checked.
     """
     right, trials, skipped = gated(contenders, exact, tolerance)
     peaks = {c.name: peak_bytes(c) for c in right}
-    times = sample(right, rounds, rng, budget)
+    times = sample([*right, *filter(None, [yardstick])], rounds, rng, budget)
     results = [trials[c.name] | {"seconds": spread(times[c.name]), "peak_bytes": peaks[c.name]} for c in right]
-    return {"results": results, "skipped": skipped}
+    return {"results": results, "skipped": skipped, "yardstick": yardstick and spread(times[yardstick.name])}
 
 
 def resident(field: str) -> int:
@@ -273,9 +276,14 @@ def limited(threads: int) -> Iterator[None]:
 
 def gemm_rate(threads: int, dtype: Any = np.float32, rounds: int = 7) -> float:
     """FLOP per second of large matrix products, the best of several: what the machine can do."""
-    a, b = np.random.default_rng(0).standard_normal((2, GEMM, GEMM)).astype(dtype)
     with limited(threads):
-        return 2 * GEMM**3 / min(seconds(Contender("gemm", lambda: a @ b), 4) for _ in range(rounds))
+        return 2 * GEMM**3 / min(seconds(products(dtype), 4) for _ in range(rounds))
+
+
+def products(dtype: Any = np.float32) -> Contender:
+    """One large matrix product, ``2 GEMM^3`` FLOP: what the machine does while others use it too."""
+    a, b = np.random.default_rng(0).standard_normal((2, GEMM, GEMM)).astype(dtype)
+    return Contender("matrix product", lambda: a @ b)
 
 
 def installed(package: str) -> str | None:
