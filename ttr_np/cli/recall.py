@@ -34,7 +34,8 @@ def declare(parser: argparse.ArgumentParser) -> None:
     add("--dimension", type=int, metavar="D", default=64, help="size of the embeddings (default 64)")
     add("--length", type=int, metavar="T", default=2048, help="tokens read from the text (default 2048)")
     add("--seed", type=int, default=0, help="of the embeddings (default 0)")
-    add("--backend", metavar="NAMES", action="append", help="comma-separated, or auto; default: TTR_BACKEND, else all available")
+    text = "comma-separated, or auto; default: TTR_BACKEND, else all available"
+    add("--backend", metavar="NAMES", action="append", help=text)
     add("--budget", type=float, metavar="S", default=15.0, help="seconds an unnamed layer may take (default 15)")
     add("--json", metavar="FILE", nargs="?", const="-", help="write the result as JSON; - or nothing: print it alone")
     add("--plot", metavar="FILE", help="draw it: bars by layer, lines by distance (.png, .svg or .pdf)")
