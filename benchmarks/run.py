@@ -144,10 +144,18 @@ def measured(arguments: argparse.Namespace, setting: Setting) -> dict[str, Any]:
             entry = answered(question, arguments.rounds, rng, arguments.budget)
             result["questions"].append(entry)
             print(report.entry_table(entry), flush=True)
+            keep(result, arguments.json)
     if "lengths" in arguments.operators:
         over_lengths(result, arguments, setting, rng)
     result["machine"]["load_at_the_end"] = machine()["load"]
     return result
+
+
+def keep(result: dict[str, Any], path: str | None) -> None:
+    """What has been found so far, so that a run that is ended early is not lost."""
+    if path is not None:
+        text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
+        Path(path).write_text(text + "\n", encoding="utf-8")
 
 
 def over_lengths(
@@ -179,9 +187,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     with using(arguments.threads):
         result = measured(arguments, setting)
-    if arguments.json is not None:
-        text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
-        Path(arguments.json).write_text(text + "\n", encoding="utf-8")
+    keep(result, arguments.json)
     if arguments.plot is not None:
         save(result, arguments.plot)
     return 0
