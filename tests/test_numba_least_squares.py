@@ -28,7 +28,13 @@ CASES = {
     "exponential": ("kernel_ridge", (), {"kernel": "exponential"}),
 }
 # What a solver may stop at is what two ways to it may differ by; so is what rounding does to a singular matrix.
-LOOSE = {"mesa cg": 1e-10, "mesa cg mild": 1e-10, "mesa cg decaying": 1e-10, "mesa chebyshev": 1e-10, "mesa singular": 1e-8}
+LOOSE = {
+    "mesa cg": 1e-10,
+    "mesa cg mild": 1e-10,
+    "mesa cg decaying": 1e-10,
+    "mesa chebyshev": 1e-10,
+    "mesa singular": 1e-8,
+}
 every_case = pytest.mark.parametrize("case", CASES)
 
 
@@ -90,7 +96,9 @@ def test_a_sequence_may_be_cut_anywhere_masked_and_packed(case):
     close(case, whole, solver(case, x, mask=mask))
     state, pieces = None, []
     for low, high in ((0, 0), (0, 1), (1, 40), (40, 41), (41, 70)):
-        piece, state = kernel(case, cut(x, low, high), mask=mask[..., low:high], initial_state=state, output_final_state=True)
+        piece, state = kernel(
+            case, cut(x, low, high), mask=mask[..., low:high], initial_state=state, output_final_state=True
+        )
         pieces.append(piece)
     close(case, np.concatenate(pieces, axis=-2), whole)
     packed = kernel(case, x, mask=mask, cu_seqlens=[0, 0, 33, 34, 70])
@@ -119,7 +127,10 @@ def test_layout_company_and_repetition_change_no_bit(case):
 def test_the_future_and_bad_numbers_reach_only_what_they_must(case):
     x = inputs(case, t=70, k=6)
     clean = kernel(case, x)
-    later = {name: np.concatenate([a[..., :40, :], -2 * a[..., 40:, :]], -2) if name in "qkv" else a.copy() for name, a in x.items()}
+    later = {
+        name: np.concatenate([a[..., :40, :], -2 * a[..., 40:, :]], -2) if name in "qkv" else a.copy()
+        for name, a in x.items()
+    }
     for name in set(x) - set("qkv"):
         later[name][..., 40:] *= 0.5
     assert np.array_equal(kernel(case, later)[..., :40, :], clean[..., :40, :])
@@ -161,7 +172,9 @@ def test_recursive_least_squares_survives_wind_up(dtype, gate):
     assert np.isfinite(o).all() and np.isfinite(S).all()
     assert np.array_equal(P, P.T)
     assert np.linalg.eigvalsh(P.astype(float)).min() > 0
-    assert error(o, solver("rls", {n: a.astype(float) for n, a in arrays.items()})) < (2e-3 if dtype == np.float32 else 1e-6)
+    assert error(o, solver("rls", {n: a.astype(float) for n, a in arrays.items()})) < (
+        2e-3 if dtype == np.float32 else 1e-6
+    )
 
 
 def test_recursive_least_squares_refuses_what_the_solver_refuses():

@@ -31,7 +31,9 @@ every_case = pytest.mark.parametrize("case", CASES)
 
 def inputs(case, lead=(2, 3), dtype=np.float64, **sizes):
     rng = np.random.default_rng(0)
-    x = draw("test_time_training", rng, optional=CASES[case][1], lead=lead, dtype=dtype, **{"t": 70, "k": 4, "v": 4} | sizes)
+    x = draw(
+        "test_time_training", rng, optional=CASES[case][1], lead=lead, dtype=dtype, **{"t": 70, "k": 4, "v": 4} | sizes
+    )
     x["step_size"] = x["step_size"] * dtype(0.3)
     return x
 
@@ -151,7 +153,10 @@ class Mine:
 
 def test_what_cannot_be_compiled_is_said_and_auto_takes_the_solver():
     x = draw("test_time_training", np.random.default_rng(0), t=5)
-    for memory, name in ((Linear(loss=Mine()), "loss Mine"), (Linear(retention=EntropyRetention()), "retention Entropy")):
+    for memory, name in (
+        (Linear(loss=Mine()), "loss Mine"),
+        (Linear(retention=EntropyRetention()), "retention Entropy"),
+    ):
         with pytest.raises(NotImplementedError, match=f"cannot compile the {name}"):
             kernel(**x, memory=memory)
         import ttr_np

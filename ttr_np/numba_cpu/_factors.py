@@ -1,4 +1,4 @@
-"""Factorisations for kernels, in scratch: Cholesky, the inverse of a triangle, singular values by rotations, reflections.
+"""Factorisations for kernels, in scratch: Cholesky, inverse of a triangle, singular values by rotations, reflections.
 
 Every row of a result is computed from earlier rows only, so rows that are left out change no bit of the others.
 """
@@ -11,7 +11,22 @@ from typing import NamedTuple
 from numba import types
 from numba.extending import intrinsic
 
-from ._panels import LINE, ROWS, Matrix, add_scaled, apart, below, dot, fill, full, inner, load_transposed, move, multiply, real
+from ._panels import (
+    LINE,
+    ROWS,
+    Matrix,
+    add_scaled,
+    apart,
+    below,
+    dot,
+    fill,
+    full,
+    inner,
+    load_transposed,
+    move,
+    multiply,
+    real,
+)
 from ._panels import row, scale
 
 __all__ = [
@@ -115,7 +130,7 @@ def invert_lower(L, X, n, like):
 def orthogonalise(X, n, d, roots, like):
     """Rotate the n rows of X until they are orthogonal; ``roots``: their lengths, the singular values of X.
 
-    One-sided Jacobi rotations, pair by pair: small singular values are as accurate relative to themselves as large ones.
+    One-sided Jacobi rotations, pair by pair: small singular values are as accurate as large ones.
     """
     apart()
     for _ in range(30):

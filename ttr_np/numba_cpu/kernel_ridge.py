@@ -28,7 +28,9 @@ __all__ = ["kernel_ridge"]
 CHUNK = 64
 Q, K, V, PRESENT, O = range(5)  # noqa: E741
 NAMES = tuple(KERNELS)
-GAUSSIAN, EXPONENTIAL, LINEAR, POLYNOMIAL = (NAMES.index(name) for name in ("gaussian", "exponential", "linear", "polynomial"))
+GAUSSIAN, EXPONENTIAL, LINEAR, POLYNOMIAL = (
+    NAMES.index(name) for name in ("gaussian", "exponential", "linear", "polynomial")
+)
 FACTOR, KEYS, Y_, X_, TURNED, GRAM, ACROSS, ANSWERS, SQUARES, THERE, ROOM, FIRST = range(12)  # panels of a thread
 
 
@@ -90,13 +92,28 @@ def core(
     n, (d, w) = past + t, (keys.shape[-1], values.shape[-1])
     bad = np.zeros(memories, np.bool_)
     size = max(CHUNK, BLOCK)
-    shapes = [(n, n), (n, d), (n, w), (n, size), (d, size), (size, size), (size, size), (size, w), (1, n), (1, n), (1, size), (1, d)]
+    shapes = [
+        (n, n),
+        (n, d),
+        (n, w),
+        (n, size),
+        (d, size),
+        (size, size),
+        (size, size),
+        (size, w),
+        (1, n),
+        (1, n),
+        (1, size),
+        (1, d),
+    ]
     cost = memories * n * n * (n / 6 + groups * n / 2 + d)
     numbers = (keys.dtype.type(ridge), keys.dtype.type(1 / bandwidth**2))
     sizes = (past, t, d, w, NAMES.index(kernel), causal)
     share(run_memories, memories, cost, (keys.dtype, shapes), layout.places, layout.steps, sizes, numbers, bad)
     if bad.any():
-        raise np.linalg.LinAlgError("K + ridge I is singular: keys repeat, or the kernel cannot tell them apart; raise ridge")
+        raise np.linalg.LinAlgError(
+            "K + ridge I is singular: keys repeat, or the kernel cannot tell them apart; raise ridge"
+        )
     spoilt = spoilt[..., past:, :] if causal else spoilt[..., -1:, :]
     return np.where(spoilt, o.dtype.type(np.nan), o), append(state, k, v, None, mask)
 
@@ -142,7 +159,11 @@ def centre(table, n, d, kind, like):
 def against(table, x, n, count, d, kind, like):
     """Kernel of the first n pairs with ``count`` points, the columns of the panel TURNED, into the panel X."""
     apart()
-    turned, squares, there = panel(table, TURNED, like), row(panel(table, SQUARES, like), 0), row(panel(table, THERE, like), 0)
+    turned, squares, there = (
+        panel(table, TURNED, like),
+        row(panel(table, SQUARES, like), 0),
+        row(panel(table, THERE, like), 0),
+    )
     room, zero = row(panel(table, ROOM, like), 0), real(like, 0)
     multiply(x, panel(table, KEYS, like), turned, n, count, d, real(like, 1), zero, full)
     fill(room, zero, count)
@@ -214,5 +235,7 @@ def answer_all(table, places, steps, memory, start, count, n, sizes, like):
         for j in range(count if causal else 0):
             for i in range(past + start + j + 1, n):
                 row(X, i)[j] = real(like, 0)
-        multiply(answers, Matrix(X.data, 1, X.step), panel(table, Y_, like), count, w, n, real(like, 1), real(like, 0), full)
+        multiply(
+            answers, Matrix(X.data, 1, X.step), panel(table, Y_, like), count, w, n, real(like, 1), real(like, 0), full
+        )
         store(matrix(places[O, memory, group], w, 1, like), start, count, 0, w, answers)

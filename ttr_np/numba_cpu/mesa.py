@@ -1,10 +1,12 @@
-"""Mesa layer, compiled: chunks as matrix products, one memory per job; o_t = G_t^T x_t with x_t = (H_t + diag(ridge))^-1 q_t.
+"""Mesa layer, compiled: chunks as matrix products, one memory per job.
+
+    o_t = G_t^T x_t,    x_t = (H_t + diag(ridge))^-1 q_t
 
 - ``exact`` without decay: one Cholesky factor per chunk, completed key by key by the reflections of ``_factors``,
   X = Q P - tril(Q W^T) W. With decay every token has a factor of its own; a ridge of zero takes its eigenvectors.
 - ``cg`` with a tolerance: the same P and W precondition every token of the chunk, their ridge divided by a decay from
-  the middle of the chunk: one step without decay, three to six where gates are mild. The decay is foretold from the gates
-  before the chunk and its first one, and a token that has lost more than half of the chunk's start by itself goes
+  the middle of the chunk: one step without decay, three to six where gates are mild. The decay is foretold from
+  the gates before the chunk and its first one, and a token that has lost more than half of the chunk's start by itself goes
   without: what is done for a token never depends on later ones. With ``tolerance=0`` the number of steps is what was
   asked for, and they are plain.
 - ``chebyshev`` as in the solver.
@@ -28,7 +30,21 @@ from ..solvers.mesa import check_options
 from ..solvers.recursive_least_squares import check_per_step, refuse
 from ._factors import BLOCK, Reflections, cholesky, eps, invert_lower, no_future, orthogonalise, reflect
 from ._gates import step_decays, weigh
-from ._panels import FAST, Matrix, add_scaled, apart, below, clean_until, copy, dot, fill, full, inner, load, load_transposed
+from ._panels import (
+    FAST,
+    Matrix,
+    add_scaled,
+    apart,
+    below,
+    clean_until,
+    copy,
+    dot,
+    fill,
+    full,
+    inner,
+    load,
+    load_transposed,
+)
 from ._panels import lower, matrix, move, multiply, panel, real, row, scale, scale_rows, store, triangle
 from ._sequences import lay_out
 from ._threads import share
@@ -90,7 +106,17 @@ def core(
         small = float(np.finfo(G.dtype).eps) ** 0.75
         tolerance = 0.0 if solver == "chebyshev" and iterations is not None else small
     layout = lay_out(
-        G.shape[:-2], o.shape[:-2], (q, 2), (k, 2), (v, 2), (log_decay, 1), (beta, 1), (ridge, 1), (G, 2), (H, 2), (o, 2)
+        G.shape[:-2],
+        o.shape[:-2],
+        (q, 2),
+        (k, 2),
+        (v, 2),
+        (log_decay, 1),
+        (beta, 1),
+        (ridge, 1),
+        (G, 2),
+        (H, 2),
+        (o, 2),
     )
     memories, groups = layout.places.shape[1:]
     worst = np.zeros((memories, 2))
@@ -107,8 +133,8 @@ def report(solver: str, worst: np.ndarray, tolerance: float) -> None:
     residual, most = worst.max(axis=0, initial=0)
     if tolerance > 0 and residual > tolerance:
         warnings.warn(
-            f"solver {solver!r} stopped after {int(most)} iterations at a relative residual of {residual:.1e}, above the "
-            f"tolerance {tolerance:.1e}: raise iterations, ridge or tolerance",
+            f"solver {solver!r} stopped after {int(most)} iterations at a relative residual of {residual:.1e}, above "
+            f"the tolerance {tolerance:.1e}: raise iterations, ridge or tolerance",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -341,7 +367,7 @@ def invert(H, factor, d, room, like):
 
 @inner
 def attend(into, x, S, right, n, columns, d, room, like):
-    """Every token's x times its own state: S at the chunk's start, and the chunk's keys before it with their ``right``."""
+    """Every token's x times its own state: S at the chunk's start, and the keys before it with their ``right``."""
     apart()
     one, zero = real(like, 1), real(like, 0)
     multiply(into, x, S, n, columns, d, one, zero, full)

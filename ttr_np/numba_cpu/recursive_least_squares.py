@@ -23,7 +23,20 @@ from ..solvers._chunks import output_like
 from ..solvers.recursive_least_squares import FAINTEST, LARGEST, SLACK, check_ridge, check_weights, factor, limit, start
 from ._factors import BLOCK, Reflections, cholesky, eps, invert_lower, no_future, orthogonalise, reflect, square
 from ._panels import FAST, Matrix, add_scaled, apart, below, clean_until, dot, fill, full, inner, load
-from ._panels import load_transposed, lower, matrix, move, multiply, panel, real, row, scale, solve_unit_lower, store, triangle
+from ._panels import (
+    load_transposed,
+    lower,
+    matrix,
+    move,
+    multiply,
+    panel,
+    real,
+    row,
+    scale,
+    solve_unit_lower,
+    store,
+    triangle,
+)
 from ._sequences import lay_out
 from ._threads import share
 
@@ -57,7 +70,9 @@ def core(
     """Lay out the sequences and share them among threads."""
     S, P = state
     o, original = output_like(q, v, S), P.copy()
-    layout = lay_out(S.shape[:-2], o.shape[:-2], (q, 2), (k, 2), (v, 2), (log_decay, 1), (beta, 1), (S, 2), (P, 2), (o, 2))
+    layout = lay_out(
+        S.shape[:-2], o.shape[:-2], (q, 2), (k, 2), (v, 2), (log_decay, 1), (beta, 1), (S, 2), (P, 2), (o, 2)
+    )
     memories, groups = layout.places.shape[1:]
     (t, d), w = q.shape[-2:], v.shape[-1]
     bad = np.zeros(memories, np.bool_)
@@ -272,7 +287,7 @@ def cut(room, d, longest, like):
 
 @inner
 def open_segment(room, done, clean, d, limit):
-    """First token after ``done`` before which P must be decayed and capped anew; what is ``left`` at those before it."""
+    """First token after ``done`` before which P must be decayed and capped anew; ``left`` at those before."""
     apart()
     size, total, left = forget(room, done, d, limit), 0.0, row(room.left, 0)
     left[done] = real(limit, 1)
@@ -289,7 +304,13 @@ def open_segment(room, done, clean, d, limit):
 def segment(room, done, end, d, w, like):
     """Whitened keys W^T and innovations E of the tokens from ``done`` to ``end``."""
     apart()
-    n, keys, errors, one, zero = end - done, below(room.keys, done), below(room.values, done), real(like, 1), real(like, 0)
+    n, keys, errors, one, zero = (
+        end - done,
+        below(room.keys, done),
+        below(room.values, done),
+        real(like, 1),
+        real(like, 0),
+    )
     L = room.reflections.L
     multiply(room.vectors, keys, room.R, n, d, d, one, zero, full)
     reflect(room.vectors, move(row(room.left, 0), done), n, d, room.reflections, like)

@@ -1,6 +1,6 @@
 """Test-time training, compiled: the dual form over (parts of) mini-batches, one memory per job.
 
-    z_t = kept_t (x_t M + b) + carried_t (x_t S + s) - sum_{j <= t} taken_tj (x_t . inputs_j + bias) deltas_j     per layer
+    z_t = kept_t (x_t M + b) + carried_t (x_t S + s) - sum_{j <= t} taken_tj (x_t . inputs_j + bias) deltas_j  per layer
 
 with gradients inputs_j deltas_j^T taken at the mini-batch's start. See ``ttr_np.solvers.test_time_training`` for the
 descent and the sources. Compiled are `Linear` and `MLP` with the losses and the retention of the library that keep a
@@ -23,7 +23,21 @@ from ..solvers._chunks import output_like
 from ..solvers.test_time_training import check_batch_size, start
 from ._factors import no_future
 from ._gates import exp
-from ._panels import FAST, Matrix, add_scaled, apart, below, clean_until, copy, dot, fill, full, inner, load, load_transposed
+from ._panels import (
+    FAST,
+    Matrix,
+    add_scaled,
+    apart,
+    below,
+    clean_until,
+    copy,
+    dot,
+    fill,
+    full,
+    inner,
+    load,
+    load_transposed,
+)
 from ._panels import lower, matrix, move, multiply, panel, real, row, scale, scale_rows, store, triangle
 from ._sequences import lay_out
 from ._threads import share
@@ -35,7 +49,9 @@ Q, K, V, STEP, MOMENTUM, DECAY, MASK, SCALE, OFFSET, STATE, ROLL, ANCHOR, O = ra
 ACTIVATIONS = ("", "gelu", "silu", "relu", "tanh")
 GELU, SILU, RELU = 1, 2, 3
 SQUARED, HUBER, EACH, POWER = range(4)
-VALUES, TAKEN, SCORES, TOKENS, X, Y, Z, ROLLED, NORM, LAYERS = range(10)  # panels of a thread; then PER_LAYER of each layer
+VALUES, TAKEN, SCORES, TOKENS, X, Y, Z, ROLLED, NORM, LAYERS = range(
+    10
+)  # panels of a thread; then PER_LAYER of each layer
 KEPT, CARRIED, PUSHING, END = range(4)  # rows of the panel TOKENS
 M, S, A, TURNED, INPUTS, ACROSS, SUMS, DELTAS, BIASES = range(9)  # panels of a layer; rows of BIASES: M, S, A
 PER_LAYER = 9
@@ -111,8 +127,8 @@ def core(
     memories, groups = layout.places.shape[1:]
     cost = memories * t * parameters.shape[-1] * (4 + groups)
     share(
-        kernel, memories, cost, (parameters.dtype, shapes(size, widths)), layout.places, layout.steps, (t, size, batch_size),
-        widths, options, parameters.dtype.type(number), count.reshape(-1),
+        kernel, memories, cost, (parameters.dtype, shapes(size, widths)), layout.places, layout.steps,
+        (t, size, batch_size), widths, options, parameters.dtype.type(number), count.reshape(-1),
     )  # fmt: skip
     return o, state
 
@@ -174,7 +190,14 @@ def kernel(table, places, steps, sizes, widths, options, number, counts, first, 
             if counts[memory] >= batch_size:
                 counts[memory] = 0
                 for layer in range(len(widths) - 1):
-                    load(part(table, layer, A, number), part(table, layer, M, number), 0, widths[layer], 0, widths[layer + 1])
+                    load(
+                        part(table, layer, A, number),
+                        part(table, layer, M, number),
+                        0,
+                        widths[layer],
+                        0,
+                        widths[layer + 1],
+                    )
                     biases = part(table, layer, BIASES, number)
                     copy(row(biases, A), row(biases, M), widths[layer + 1])
                 turn_anchor(table, widths, number)
@@ -219,7 +242,9 @@ def turn_anchor(table, widths, like):
     """The weights at the mini-batch's start, turned for the way back."""
     apart()
     for layer in range(1, len(widths) - 1):
-        load_transposed(part(table, layer, TURNED, like), part(table, layer, A, like), 0, widths[layer], widths[layer + 1])
+        load_transposed(
+            part(table, layer, TURNED, like), part(table, layer, A, like), 0, widths[layer], widths[layer + 1]
+        )
 
 
 @inner
@@ -315,7 +340,17 @@ def forward(table, places, memory, widths, settings, n, like):
         if layer:
             activate(inputs, part(table, layer - 1, SUMS, like), settings.activation, n, a, like)
         load_transposed(part(table, layer, ACROSS, like), inputs, 0, n, a)
-        affine(sums, inputs, part(table, layer, A, like), row(part(table, layer, BIASES, like), A), settings.bias, n, a, b, like)
+        affine(
+            sums,
+            inputs,
+            part(table, layer, A, like),
+            row(part(table, layer, BIASES, like), A),
+            settings.bias,
+            n,
+            a,
+            b,
+            like,
+        )
 
 
 @inner
