@@ -6,7 +6,7 @@
   X = Q P - tril(Q W^T) W. With decay every token has a factor of its own; a ridge of zero takes its eigenvectors.
 - ``cg`` with a tolerance: the same P and W precondition every token of the chunk, their ridge divided by a decay from
   the middle of the chunk: one step without decay, three to six where gates are mild. The decay is foretold from
-  the gates before the chunk and its first one, and a token that has lost more than half of the chunk's start by itself goes
+  the gates before the chunk and its first one, and a token that has lost more than half of the chunk's start goes
   without: what is done for a token never depends on later ones. With ``tolerance=0`` the number of steps is what was
   asked for, and they are plain.
 - ``chebyshev`` as in the solver.
