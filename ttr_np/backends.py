@@ -220,7 +220,15 @@ def home_of(arrays: Mapping[str, Any]) -> Home:
     return next(iter(found.values()), Home("numpy", "cpu"))
 
 
-def refusal(backend: str, operator: str, device: str) -> Exception | None:
+def refused(backend: str, operator: str, options: Mapping[str, Any] | None) -> str | None:
+    """Why a backend's module cannot serve a call with these options: what its ``refusal`` says, if it has one."""
+    if options is None:
+        return None
+    module = import_module(f"{BACKENDS[backend]}.{operator}")
+    return module.refusal(**options) if hasattr(module, "refusal") else None
+
+
+def refusal(backend: str, operator: str, device: str, options: Mapping[str, Any] | None) -> Exception | None:
     """The error a named backend deserves, or None if it can run the operator."""
     if reason(backend) != "ok":
         return BackendUnavailable(f"backend {backend!r} is not available: {reason(backend)}")
@@ -230,10 +238,11 @@ def refusal(backend: str, operator: str, device: str) -> Exception | None:
         )
     if device != "cpu" and backend not in ON_GPU:
         return BackendUnavailable(f"backend {backend!r} computes on the CPU, the arrays are on {device}: copy them")
-    return None
+    problem = refused(backend, operator, options)
+    return NotImplementedError(problem) if problem else None
 
 
-def resolve(operator: str, choice: Choice, device: str) -> str:
+def resolve(operator: str, choice: Choice, device: str, options: Mapping[str, Any] | None = None) -> str:
     """The backend that runs an operator on arrays of one device.
 
     Raises
@@ -241,29 +250,29 @@ def resolve(operator: str, choice: Choice, device: str) -> str:
     BackendUnavailable
         If the named backend cannot run here.
     NotImplementedError
-        If the named backend has no such operator.
+        If the named backend has no such operator, or not with these options.
     """
     if isinstance(choice, tuple):
-        return first_able(operator, choice, device)
+        return first_able(operator, choice, device, options)
     if choice != "auto":
-        problem = refusal(choice, operator, device)
+        problem = refusal(choice, operator, device, options)
         if problem is not None:
             raise problem
         return choice
     candidates = ("numba", "numpy") if device == "cpu" else ON_GPU
     for name in candidates:  # looked up first: importing Numba only to learn that it has no kernel takes a second
-        if has_operator(name, operator) and reason(name) == "ok":
+        if has_operator(name, operator) and reason(name) == "ok" and not refused(name, operator, options):
             return name
-    problems = "; ".join(str(refusal(name, operator, device)) for name in candidates)
+    problems = "; ".join(str(refusal(name, operator, device, options)) for name in candidates)
     raise BackendUnavailable(f"no backend runs {operator!r} on {device}: {problems}")
 
 
-def first_able(operator: str, names: Sequence[str], device: str) -> str:
+def first_able(operator: str, names: Sequence[str], device: str, options: Mapping[str, Any] | None) -> str:
     """The first of several backends that can run; a warning tells when it is not the first named."""
     problems = []
     for name in names:
         try:
-            able = resolve(operator, name, device)
+            able = resolve(operator, name, device, options)
         except (BackendUnavailable, NotImplementedError) as problem:
             problems.append(str(problem))
             continue
@@ -317,7 +326,7 @@ def resolve_backend(operator: str, *arrays: Any, backend: Choice | None = None) 
 
 def call(operator: str, backend: Choice | None, arrays: Mapping[str, Any], **options: Any) -> Any:
     """Run an operator on the backend in force."""
-    name = resolve(operator, chosen(backend), home_of(arrays).device)
+    name = resolve(operator, chosen(backend), home_of(arrays).device, options)
     if name not in ON_GPU:
         arrays, options = ({key: through_dlpack(x) for key, x in given.items()} for given in (arrays, options))
     return getattr(import_module(f"{BACKENDS[name]}.{operator}"), operator)(**arrays, **options)

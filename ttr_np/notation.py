@@ -223,7 +223,7 @@ OPERATORS: dict[str, Signature] = {
     "test_time_training": Signature(
         ("q", "k", "v", "step_size"),
         ("momentum", "weight_decay"),
-        ("k", "v", "step_size"),
+        ("k", "v", "step_size", "momentum", "weight_decay"),
         ("q",),
         {"parameters": "p", "momentum": "p", "anchor": "p", "count": ""},
         sees_mask=True,

@@ -20,6 +20,7 @@ __all__ = ["Refusal", "main"]
 
 COMMANDS = {
     "recall": "recall of a real text by every layer, without training",
+    "compare": "error and time of every operator on every backend, for your shape",
     "layers": "the table of layers: weights, regressor, optimizer",
     "config": "versions, backends, threads and devices",
 }

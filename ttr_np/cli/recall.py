@@ -12,6 +12,7 @@ import json
 import sys
 import textwrap
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -97,15 +98,14 @@ def split(names: Iterable[str] | None) -> list[str] | None:
     return found
 
 
-def plotter(path: str) -> Callable[[dict[str, Any], str], None]:
+def plotter(path: str, module: str = ".plot") -> Callable[[dict[str, Any], str], None]:
     """The function that draws, found before the work so that a missing package costs no time."""
     if Path(path).suffix.lower() not in FIGURES:
         raise Refusal(f"--plot writes {', '.join(FIGURES)}; {path} is none of them")
     try:
-        from .plot import save
+        return import_module(module, __package__).save
     except ImportError:
         raise Refusal("--plot needs matplotlib: pip install 'ttr_np[plot]'") from None
-    return save
 
 
 def check_writable(path: str) -> None:

@@ -1,0 +1,218 @@
+"""What is asked of everybody: operators, variants and shapes, each with the contenders that can answer it.
+
+FLOP per token of one head, k = v = D, in chunks of C = 64, are those of the chunk forms whatever a contender really
+does, so that a share of the machine's rate means the same for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+
+import ttr_np
+from ttr_np.backends import available_backends, has_operator
+from ttr_np.measure import TOLERANCE, Case, Contender, Skipped, ours, reference
+from ttr_np.notation import draw
+
+from . import filter_peers
+from .fla_peers import fla_peers
+from .torch_peers import torch_peers
+
+__all__ = ["QUESTIONS", "Question", "Setting", "arrays_of", "backends_of"]
+
+C = 64
+SOFT = 16  # log gates of the tests over this: they keep tens to hundreds of tokens, as in trained layers
+VARIANTS = {"": (), "scalar": ("log_decay",), "channel": ("log_decay",)}
+
+
+class Setting(NamedTuple):
+    """What the command line chose."""
+
+    lengths: Sequence[int] = (2048, 8192)
+    widths: Sequence[int] = (64, 128)
+    heads: int = 8
+    seed: int = 0
+    compiled: bool = True
+
+
+class Question(NamedTuple):
+    """A case, its sizes, who answers it, the FLOP per token of one head, and the error that is still right."""
+
+    case: Case
+    shape: dict[str, int]
+    contenders: list[Contender | Skipped]
+    flop: float | None
+    tolerance: float
+
+
+def arrays_of(operator: str, setting: Setting, variant: str = "", extra: tuple[str, ...] = (), **sizes: int) -> Any:
+    """Random float32 inputs of one batch of heads."""
+    arrays = draw(
+        operator,
+        np.random.default_rng(setting.seed),
+        optional=VARIANTS[variant] + extra,
+        lead=(1, setting.heads),
+        per_channel=variant == "channel",
+        dtype=np.float32,
+        **sizes,
+    )
+    if "log_decay" in arrays:
+        arrays["log_decay"] /= SOFT
+    return arrays
+
+
+def backends_of(case: Case) -> list[Contender | Skipped]:
+    """Our backends: those that run, and why the others do not."""
+    return [
+        Skipped(name, reason)
+        if reason != "ok"
+        else ours(case, name)
+        if has_operator(name, case.operator)
+        else Skipped(name, f"has no {case.operator}")
+        for name, reason in available_backends().items()
+    ]
+
+
+def asked(case: Case, shape: dict[str, int], peers: Sequence[Any], flop: float | None = None) -> Question:
+    """A question to our backends and to peers."""
+    dtype = str(next(iter(case.arrays.values())).dtype)
+    return Question(case, shape, [*backends_of(case), *peers], flop, TOLERANCE[dtype])
+
+
+def grid(setting: Setting) -> Iterator[dict[str, int]]:
+    """All shapes, small ones first."""
+    for t in setting.lengths:
+        for d in setting.widths:
+            yield {"B": 1, "H": setting.heads, "T": t, "D": d}
+
+
+def over_shapes(
+    operator: str,
+    flop: Callable[[int, int], float] | None,
+    variants: Sequence[str] = ("",),
+    extra: tuple[str, ...] = (),
+    options: dict[str, Any] | None = None,
+    peer_options: dict[str, Any] | None = None,
+) -> Callable[[Setting], Iterator[Question]]:
+    """The questions of an operator that takes queries, keys and values: every variant at every shape."""
+
+    def questions(setting: Setting) -> Iterator[Question]:
+        for shape in grid(setting):
+            t, d = shape["T"], shape["D"]
+            for variant in variants:
+                arrays = arrays_of(operator, setting, variant, extra, t=t, k=d, v=d, d=d)
+                case = Case(operator, variant, arrays, options or {})
+                peers = [*torch_peers(case, operator, setting.compiled, **(peer_options or {})), *fla_peers(case)]
+                yield asked(case, shape, peers, flop(t, d) if flop else None)
+
+    return questions
+
+
+def softmax_attention(setting: Setting) -> Iterator[Question]:
+    """Causal and full."""
+    for shape in grid(setting):
+        t, d = shape["T"], shape["D"]
+        arrays = arrays_of("softmax_attention", setting, t=t, k=d, v=d)
+        for variant, causal, pairs in (("causal", True, t / 2), ("full", False, t)):
+            case = Case("softmax_attention", variant, arrays, {"causal": causal})
+            yield asked(case, shape, torch_peers(case, case.operator, setting.compiled, causal=causal), 4 * pairs * d)
+
+
+def selective_scan(setting: Setting) -> Iterator[Question]:
+    """All heads' channels side by side, with states of 16."""
+    for shape in grid(setting):
+        v = setting.heads * shape["D"]
+        rng = np.random.default_rng(setting.seed)
+        arrays = draw("selective_scan", rng, lead=(1,), dtype=np.float32, t=shape["T"], v=v, n=16)
+        case = Case("selective_scan", "n 16", arrays)
+        yield asked(case, shape, torch_peers(case, case.operator, setting.compiled))
+
+
+def series(count: int, t: int, k: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Noisy linear systems: inputs ``(count, t, k)`` and what is observed, ``(count, t)``, in float64."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((count, t, k)) / np.sqrt(k)
+    return x, np.einsum("stk,sk->st", x, rng.standard_normal((count, k))) + 0.1 * rng.standard_normal((count, t))
+
+
+def filters(setting: Setting) -> Iterator[tuple[str, dict[str, int], np.ndarray, np.ndarray]]:
+    """One long series, and 256 shorter ones side by side."""
+    for count, t in ((1, min(setting.lengths[0], 2048)), (256, min(setting.lengths[0], 256))):
+        x, d = series(count, t, 16, setting.seed)
+        yield f"{count} series", {"B": count, "H": 1, "T": t, "D": 16}, x, d
+
+
+def recursive_least_squares(setting: Setting) -> Iterator[Question]:
+    """As a layer, then as a filter: without forgetting, which every peer has."""
+    yield from over_shapes("recursive_least_squares", lambda t, d: 10 * d * d + 8 * C * d + C * C / 3, ("scalar",))(
+        setting._replace(compiled=False)
+    )
+    for variant, shape, x, d in filters(setting):
+        case = Case("recursive_least_squares", variant, {"q": x, "k": x, "v": d[..., None]}, {"ridge": 1.0})
+        peers = filter_peers.recursive_least_squares(x, d, 1.0)
+        yield asked(case, shape, peers + (filter_peers.ridge_refits(x, d, 1.0) if len(x) == 1 else []))
+
+
+def nlms(setting: Setting) -> Iterator[Question]:
+    """Normalised LMS is the delta rule with its step over the squared length."""
+    for variant, shape, x, d in filters(setting):
+        beta = 0.5 / (1e-3 + np.sum(x * x, axis=-1))
+        case = Case("delta_rule", f"NLMS, {variant}", {"q": x, "k": x, "v": d[..., None], "beta": beta})
+        yield asked(case, shape, filter_peers.nlms(x, d, 0.5, 1e-3))
+
+
+def local_polynomial(setting: Setting) -> Iterator[Question]:
+    """Local linear attention, and local linear regression in the plane."""
+    t, d = min(setting.lengths[0], 512), setting.widths[0]
+    case = Case("local_polynomial", "causal", arrays_of("local_polynomial", setting, t=t, k=d, v=d))
+    yield asked(case, {"B": 1, "H": setting.heads, "T": t, "D": d}, [])
+    rng = np.random.default_rng(setting.seed)
+    x = rng.uniform(size=(1, t, 2))
+    y = np.sin(6 * x[..., 0]) + x[..., 1]
+    options = {"kernel": "gaussian", "bandwidth": 0.2, "ridge": 1e-9, "causal": False}
+    case = Case("local_polynomial", "gaussian, full", {"q": x, "k": x, "v": y[..., None]}, options)
+    yield asked(case, {"B": 1, "H": 1, "T": t, "D": 2}, filter_peers.kernel_regression(x, y, 0.2))
+
+
+@njit
+def nothing(q: np.ndarray, k: np.ndarray, v: np.ndarray, beta: np.ndarray, S: np.ndarray, o: np.ndarray) -> None:
+    """The cheapest compiled call with a step's arguments."""
+
+
+def empty_call(case: Case) -> Contender:
+    """What a call costs before it computes anything; its answers are given to it."""
+    a, S, o = case.arrays, case.options["initial_state"][0], reference(case)
+    call = lambda: (nothing(a["q"], a["k"], a["v"], a.get("beta", a["v"]), S, o), o)[1]  # noqa: E731
+    return Contender("empty compiled call", call)
+
+
+def decode(setting: Setting) -> Iterator[Question]:
+    """One token with a carried state."""
+    d = setting.widths[0]
+    S = np.random.default_rng(setting.seed).standard_normal((1, setting.heads, d, d)).astype(np.float32)
+    for operator, kind in (("linear_attention", "decode linear"), ("delta_rule", "decode delta")):
+        options = {"initial_state": (S,), "output_final_state": True}
+        case = Case(operator, "decode", arrays_of(operator, setting, t=1, k=d, v=d), options)
+        peers = [empty_call(case), *torch_peers(case, kind, setting.compiled)]
+        yield asked(case, {"B": 1, "H": setting.heads, "T": 1, "D": d}, peers)
+
+
+QUESTIONS: dict[str, Callable[[Setting], Iterator[Question]]] = {
+    "linear_attention": over_shapes("linear_attention", lambda t, d: 4 * d * d + 4 * C * d, tuple(VARIANTS)),
+    "delta_rule": over_shapes("delta_rule", lambda t, d: 6 * d * d + 10 * C * d + C * C, tuple(VARIANTS)),
+    "dplr": over_shapes("dplr", lambda t, d: 8 * d * d + 16 * C * d, ("channel",)),
+    "softmax_attention": softmax_attention,
+    "mesa": over_shapes("mesa", None, ("scalar",), ("beta",), {"ridge": 1.0}, {"ridge": 1.0}),
+    "recursive_least_squares": recursive_least_squares,
+    "nlms": nlms,
+    "selective_scan": selective_scan,
+    "diagonal_scan": over_shapes("diagonal_scan", None),
+    "local_polynomial": local_polynomial,
+    "test_time_training": over_shapes(
+        "test_time_training", lambda t, d: 6 * d * d + 4 * 16 * d, options={"memory": ttr_np.Linear()}
+    ),
+    "decode": decode,
+}

@@ -1,0 +1,227 @@
+"""The compiled chunk kernels: their products, their decays, their threads, and what test_operators is too small to see."""
+
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+
+import numpy as np
+import pytest
+
+numba = pytest.importorskip("numba")
+
+from ttr_np.notation import draw
+from ttr_np.numba_cpu import _gates, _panels
+
+OPERATORS = {"linear_attention": ("log_decay", "bonus"), "delta_rule": ("log_decay", "erase_key"), "dplr": ("log_decay",)}
+GATES = {"plain": None, "per step": False, "per channel": True}
+every_operator = pytest.mark.parametrize("operator", OPERATORS)
+every_gate = pytest.mark.parametrize("gate", GATES)
+
+
+def solver(operator, arrays, form="chunked", **options):
+    """The NumPy solver in one of its forms."""
+    module = import_module(f"ttr_np.solvers.{operator}")
+    form, module.chunked = module.chunked, getattr(module, form)
+    try:
+        return getattr(module, operator)(**arrays, **options)
+    finally:
+        module.chunked = form
+
+
+def kernel(operator, arrays, **options):
+    return getattr(import_module(f"ttr_np.numba_cpu.{operator}"), operator)(**arrays, **options)
+
+
+def inputs(operator, gate, lead=(2,), dtype=np.float64, seed=0, **sizes):
+    optional = () if GATES[gate] is None else ("log_decay",)
+    return draw(operator, np.random.default_rng(seed), optional=optional, lead=lead, per_channel=bool(GATES[gate]), dtype=dtype, **sizes)  # fmt: skip
+
+
+def error(x, exact):
+    return np.max(np.abs(x - exact), initial=0.0) / max(1.0, np.max(np.abs(exact), initial=0.0))
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = numba.get_num_threads()
+    numba.set_num_threads(min(request.param, numba.config.NUMBA_NUM_THREADS))
+    yield
+    numba.set_num_threads(before)
+
+
+@numba.njit
+def product(table, m, n, depth, alpha, beta, shape):
+    c, a, b = _panels.panel(table, 0, alpha), _panels.panel(table, 1, alpha), _panels.panel(table, 2, alpha)
+    _panels.multiply(c, a, b, m, n, depth, alpha, beta, shape)
+
+
+@numba.njit
+def solve(table, m, n, like):
+    _panels.solve_unit_lower(_panels.panel(table, 1, like), _panels.panel(table, 0, like), m, n, like)
+
+
+def scratch(*matrices):
+    """Panels that hold copies of matrices, with NaN around them; the views into them, and the table for kernels."""
+    room, table = _panels.panels(matrices[0].dtype, [x.shape for x in matrices])
+    room[:] = np.nan
+    start = room.__array_interface__["data"][0]
+    views = []
+    for x, (address, step) in zip(matrices, table, strict=True):
+        offset = (address - start) // x.itemsize
+        view = np.lib.stride_tricks.as_strided(room[offset:], x.shape, (step * x.itemsize, x.itemsize))
+        view[...] = x
+        views.append(view)
+    return views, table, room
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("m", "n", "depth"), [(1, 1, 1), (6, 16, 3), (7, 17, 0), (13, 130, 5), (64, 64, 64), (5, 33, 97)])
+def test_a_product_of_panels_is_the_product(dtype, m, n, depth):
+    rng = np.random.default_rng(m)
+    a, b, c = (rng.standard_normal(shape).astype(dtype) for shape in ((m, depth), (depth, n), (m, n)))
+    tolerance = 20 * np.finfo(dtype).eps * max(depth, 1)
+    for alpha, beta in ((1, 1), (-2, 0), (0.5, 3)):
+        old = np.full_like(c, np.nan) if beta == 0 else c
+        (view, *_), table, _room = scratch(old, a, b)
+        product(table, m, n, depth, dtype(alpha), dtype(beta), _panels.full)
+        np.testing.assert_allclose(view, alpha * a @ b + (beta * c if beta else 0), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("m", [1, 5, 6, 7, 12, 31, 64])
+def test_triangles_leave_out_only_what_is_zero_or_unwanted(m):
+    rng = np.random.default_rng(m)
+    a, b = np.tril(rng.standard_normal((m, m))), rng.standard_normal((m, 9))
+    (view, *_), table, _room = scratch(np.zeros((m, 9)), a, b)
+    product(table, m, 9, m, 1.0, 0.0, _panels.lower)
+    np.testing.assert_allclose(view, a @ b, rtol=0, atol=1e-13)
+    x, y = rng.standard_normal((2, m, m))
+    (view, *_), table, _room = scratch(np.zeros((m, m)), x, y)
+    product(table, m, m, m, 1.0, 0.0, _panels.triangle)
+    np.testing.assert_allclose(np.tril(view), np.tril(x @ y), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("m", [1, 7, 8, 9, 40])
+def test_substitution_solves_and_reads_only_below_the_diagonal(m):
+    rng = np.random.default_rng(m)
+    L, x = np.tril(rng.standard_normal((m, m)), -1) / 4, rng.standard_normal((m, 11))
+    (view, *_), table, _room = scratch(x, L + np.triu(np.full((m, m), np.nan)))
+    solve(table, m, 11, 1.0)
+    np.testing.assert_allclose(view, np.linalg.solve(np.eye(m) + L, x), rtol=1e-11, atol=1e-11)
+
+
+@numba.njit(fastmath=_panels.FAST)
+def exponentials(x):
+    return np.array([_gates.exp(number) for number in x])
+
+
+@pytest.mark.parametrize(("dtype", "least"), [(np.float32, -87), (np.float64, -708)])
+def test_the_exponential_is_right_to_two_roundings(dtype, least):
+    x = np.concatenate([np.linspace(least, 80, 9999), -np.logspace(-30, 0, 99), [0.0]]).astype(dtype)
+    np.testing.assert_allclose(exponentials(x), np.exp(x.astype(np.longdouble)), rtol=2 * np.finfo(dtype).eps)
+    assert exponentials(np.array([-np.inf, -1e30, -800], dtype)).tolist() == [0, 0, 0]
+    assert exponentials(np.array([np.inf, 800], dtype)).tolist() == [np.inf, np.inf]
+    assert np.isnan(exponentials(np.array([np.nan], dtype)))
+
+
+@every_operator
+@every_gate
+@pytest.mark.parametrize(("t", "k", "v"), [(1, 1, 1), (2, 7, 1), (63, 3, 17), (65, 16, 33), (129, 40, 111), (70, 1, 64)])
+def test_kernel_is_the_recurrence(operator, gate, t, k, v, threads):
+    arrays = inputs(operator, gate, t=t, k=k, v=v)
+    start = kernel(operator, inputs(operator, gate, t=5, k=k, v=v, seed=1), output_final_state=True)[1]
+    options = {"initial_state": start, "output_final_state": True, "scale": 0.7}
+    (o, state), (wanted, after) = kernel(operator, arrays, **options), solver(operator, arrays, "recurrent", **options)
+    assert error(o, wanted) < 1e-12 and error(state.S, after.S) < 1e-12
+
+
+@every_operator
+@every_gate
+def test_single_precision_is_as_good_as_the_solver(operator, gate):
+    arrays = inputs(operator, gate, lead=(3,), dtype=np.float32, t=1000, k=32, v=24)
+    exact = solver(operator, {name: x.astype(np.float64) for name, x in arrays.items()}, "recurrent")
+    assert error(kernel(operator, arrays), exact) <= 2 * error(solver(operator, arrays), exact)
+
+
+@every_operator
+@every_gate
+def test_constant_slow_decay_does_not_drift(operator, gate):
+    if GATES[gate] is None:
+        return
+    arrays = inputs(operator, gate, lead=(), dtype=np.float32, t=4096, k=8, v=8)
+    arrays["log_decay"] = np.full_like(arrays["log_decay"], -1e-4)
+    exact = solver(operator, {name: x.astype(np.float64) for name, x in arrays.items()})
+    assert error(kernel(operator, arrays), exact) <= 2 * error(solver(operator, arrays), exact)
+
+
+@every_operator
+@every_gate
+@pytest.mark.parametrize("steep", [-np.inf, -1e30, -1e4])
+def test_a_steep_gate_costs_its_neighbours_nothing(operator, gate, steep):
+    if GATES[gate] is None:
+        return
+    arrays = inputs(operator, gate, t=100, k=8, v=8)
+    for at in (0, 15, 16, 37, 63, 64, 99):
+        arrays["log_decay"][:, at] = steep
+    wanted, after = solver(operator, arrays, "recurrent", output_final_state=True)
+    o, state = kernel(operator, arrays, output_final_state=True)
+    assert error(o, wanted) < 1e-13 and error(state.S, after.S) < 1e-13
+
+
+@every_operator
+@every_gate
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_alone_and_in_a_batch_give_the_same_bits(operator, gate, dtype):
+    arrays = inputs(operator, gate, lead=(17,), dtype=dtype, t=150, k=20, v=130)
+    o, state = kernel(operator, arrays, output_final_state=True)
+    for threads in (1, 2):
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        for i in (0, 16):
+            alone, after = kernel(operator, {name: x[i] for name, x in arrays.items()}, output_final_state=True)
+            np.testing.assert_array_equal(alone, o[i])
+            np.testing.assert_array_equal(after.S, state.S[i])
+
+
+@every_operator
+@every_gate
+@pytest.mark.parametrize("at", [0, 1, 37, 63, 64, 99])
+def test_a_bad_number_changes_no_bit_before_it(operator, gate, at):
+    arrays = inputs(operator, gate, t=100, k=20, v=70)
+    o = kernel(operator, arrays)
+    for name in arrays:
+        spoilt = arrays | {name: arrays[name].copy()}
+        spoilt[name][(1, at) + (3,) * (arrays[name].ndim - 2)] = np.nan
+        found, wanted = kernel(operator, spoilt), solver(operator, spoilt, "recurrent")
+        np.testing.assert_array_equal(found[0], o[0])
+        np.testing.assert_array_equal(found[1, :at], o[1, :at])
+        np.testing.assert_array_equal(np.isnan(found), np.isnan(wanted))
+
+
+@every_operator
+@every_gate
+def test_grouped_queries_read_one_memory(operator, gate):
+    arrays = inputs(operator, gate, lead=(2, 3), t=70, k=8, v=40)
+    arrays = {name: x if name == "q" else x[:, :1] for name, x in arrays.items()}
+    o, state = kernel(operator, arrays, output_final_state=True)
+    assert state.S.shape[:2] == (2, 1)
+    for group in range(3):
+        one = arrays | {"q": arrays["q"][:, group : group + 1]}
+        np.testing.assert_array_equal(kernel(operator, one)[:, 0], o[:, group])
+
+
+@every_operator
+def test_fields_of_records_are_read_right(operator):
+    arrays = inputs(operator, "per step", t=70, k=8, v=8)
+    packed = {}
+    for name, x in arrays.items():
+        records = np.zeros(x.shape, np.dtype([("flag", "i1"), ("x", "f8")]))
+        records["x"] = x
+        packed[name] = records["x"]
+    np.testing.assert_array_equal(kernel(operator, packed), kernel(operator, arrays))
+
+
+@every_operator
+def test_many_callers_at_once_get_the_same_bits(operator):
+    arrays = inputs(operator, "per step", lead=(4,), t=200, k=32, v=32)
+    o = kernel(operator, arrays)
+    with ThreadPoolExecutor(4) as callers:
+        for found in callers.map(lambda _: kernel(operator, arrays), range(16)):
+            np.testing.assert_array_equal(found, o)

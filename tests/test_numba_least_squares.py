@@ -1,0 +1,210 @@
+"""The compiled least-squares memories: recursive least squares, mesa and kernel ridge against their solvers."""
+
+import warnings
+from importlib import import_module
+
+import numpy as np
+import pytest
+
+numba = pytest.importorskip("numba")
+
+from ttr_np.notation import draw
+from ttr_np.solvers import recursive_least_squares as rls
+
+CASES = {
+    "rls": ("recursive_least_squares", (), {}),
+    "rls weighted": ("recursive_least_squares", ("log_decay", "beta"), {"ridge": 0.3}),
+    "mesa": ("mesa", ("beta",), {}),
+    "mesa decaying": ("mesa", ("log_decay", "beta"), {"ridge": 0.5}),
+    "mesa singular": ("mesa", ("log_decay",), {"ridge": 0.0}),
+    "mesa cg": ("mesa", ("beta",), {"solver": "cg"}),
+    "mesa cg mild": ("mesa", ("mild",), {"solver": "cg", "ridge": 0.1}),
+    "mesa cg decaying": ("mesa", ("log_decay",), {"solver": "cg"}),
+    "mesa cg steps": ("mesa", ("log_decay", "beta"), {"solver": "cg", "iterations": 4, "tolerance": 0.0}),
+    "mesa chebyshev": ("mesa", ("log_decay", "beta"), {"solver": "chebyshev"}),
+    "gaussian": ("kernel_ridge", (), {"bandwidth": 0.7}),
+    "linear": ("kernel_ridge", (), {"kernel": "linear", "ridge": 0.1}),
+    "polynomial": ("kernel_ridge", (), {"kernel": "polynomial"}),
+    "exponential": ("kernel_ridge", (), {"kernel": "exponential"}),
+}
+# What a solver may stop at is what two ways to it may differ by; so is what rounding does to a singular matrix.
+LOOSE = {
+    "mesa cg": 1e-10,
+    "mesa cg mild": 1e-10,
+    "mesa cg decaying": 1e-10,
+    "mesa chebyshev": 1e-10,
+    "mesa singular": 1e-8,
+}
+every_case = pytest.mark.parametrize("case", CASES)
+
+
+def inputs(case, lead=(2, 3), dtype=np.float64, seed=0, **sizes):
+    operator, optional, _ = CASES[case]
+    rng = np.random.default_rng(seed)
+    arrays = draw(operator, rng, optional=[o for o in optional if o != "mild"], lead=lead, per_channel=False, **sizes)
+    if "mild" in optional:
+        arrays["log_decay"] = rng.uniform(-0.02, 0, lead + arrays["q"].shape[-2:-1])
+    return {name: x.astype(dtype) for name, x in arrays.items()}
+
+
+def kernel(case, arrays, **options):
+    operator, _, own = CASES[case]
+    return getattr(import_module(f"ttr_np.numba_cpu.{operator}"), operator)(**arrays, **own | options)
+
+
+def solver(case, arrays, form="recurrent", **options):
+    """The NumPy solver in one of its forms."""
+    operator, _, own = CASES[case]
+    module = import_module(f"ttr_np.solvers.{operator}")
+    form, module.chunked = module.chunked, getattr(module, form)
+    try:
+        return getattr(module, operator)(**arrays, **own | options)
+    finally:
+        module.chunked = form
+
+
+def cut(arrays, low, high):
+    return {name: x[..., low:high, :] if name in "qkv" else x[..., low:high] for name, x in arrays.items()}
+
+
+def error(x, exact):
+    return np.max(np.abs(x - exact), initial=0.0) / max(1.0, np.max(np.abs(exact), initial=0.0))
+
+
+def close(case, x, exact):
+    assert error(x, exact) < LOOSE.get(case, 1e-11)
+
+
+@every_case
+@pytest.mark.parametrize(
+    "sizes", [{"t": 0}, {"t": 1}, {"t": 3, "k": 1, "v": 1}, {"t": 33}, {"t": 70, "k": 17, "v": 9}], ids=str
+)
+def test_the_kernel_is_the_recurrence(case, sizes):
+    x = inputs(case, **sizes)
+    (o, state), (exact, last) = (f(case, x, output_final_state=True) for f in (kernel, solver))
+    assert o.shape == exact.shape and o.dtype == exact.dtype
+    close(case, o, exact)
+    for field, expected in zip(state, last, strict=True):
+        assert field.shape == expected.shape and error(field, expected) < 1e-10
+
+
+@every_case
+def test_a_sequence_may_be_cut_anywhere_masked_and_packed(case):
+    x = inputs(case, t=70)
+    mask = np.random.default_rng(1).uniform(size=(2, 3, 70)) < 0.7
+    whole = kernel(case, x, mask=mask)
+    close(case, whole, solver(case, x, mask=mask))
+    state, pieces = None, []
+    for low, high in ((0, 0), (0, 1), (1, 40), (40, 41), (41, 70)):
+        piece, state = kernel(
+            case, cut(x, low, high), mask=mask[..., low:high], initial_state=state, output_final_state=True
+        )
+        pieces.append(piece)
+    close(case, np.concatenate(pieces, axis=-2), whole)
+    packed = kernel(case, x, mask=mask, cu_seqlens=[0, 0, 33, 34, 70])
+    for low, high in ((0, 33), (33, 34), (34, 70)):
+        assert np.array_equal(packed[..., low:high, :], kernel(case, cut(x, low, high), mask=mask[..., low:high]))
+
+
+@every_case
+def test_layout_company_and_repetition_change_no_bit(case):
+    x = inputs(case, t=70, k=6)
+    o = kernel(case, x)
+    assert np.array_equal(o, kernel(case, x))
+    for i in np.ndindex(2, 3):
+        assert np.array_equal(o[i], kernel(case, {name: a[i] for name, a in x.items()}))
+    views = dict(x)
+    for name in "qkv":
+        views[name] = np.empty((70, 2 * x[name].shape[-1], 3, 2))[::-1, ::2].transpose(3, 2, 0, 1)
+        views[name][...] = x[name]
+    assert np.array_equal(o, kernel(case, views))
+    grouped = {name: a[:, :, None] for name, a in x.items()}
+    grouped["q"] = np.stack([x["q"], 2 * x["q"]], axis=2)
+    assert np.array_equal(kernel(case, grouped)[:, :, 0], o)
+
+
+@every_case
+def test_the_future_and_bad_numbers_reach_only_what_they_must(case):
+    x = inputs(case, t=70, k=6)
+    clean = kernel(case, x)
+    later = {
+        name: np.concatenate([a[..., :40, :], -2 * a[..., 40:, :]], -2) if name in "qkv" else a.copy()
+        for name, a in x.items()
+    }
+    for name in set(x) - set("qkv"):
+        later[name][..., 40:] *= 0.5
+    assert np.array_equal(kernel(case, later)[..., :40, :], clean[..., :40, :])
+    for name in "qkv":
+        bad = {**x, name: x[name].copy()}
+        bad[name][1, 0, 40, 2] = np.nan
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore")
+            o, expected = kernel(case, bad), solver(case, bad, form="chunked")
+        assert np.array_equal(o[..., :40, :], clean[..., :40, :])
+        assert np.array_equal(np.isnan(o), np.isnan(expected))
+        assert np.array_equal(o[0], clean[0])
+
+
+@pytest.mark.parametrize("case", set(CASES) - {"mesa singular"})
+def test_single_precision_is_as_good_as_the_solvers(case):
+    """The chunked solver of recursive least squares factorises in double precision: the recursion is its measure."""
+    errors = []
+    for seed in range(4):
+        x, single = inputs(case, t=120, k=9, seed=seed), inputs(case, t=120, k=9, seed=seed, dtype=np.float32)
+        exact = solver(case, x)
+        errors.append([error(kernel(case, single), exact), error(solver(case, single), exact)])
+        assert kernel(case, single).dtype == np.float32
+    ours, theirs = np.median(errors, axis=0)
+    assert ours < 2 * theirs + 1e-6
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("gate", [-0.1, -3.0, -70.0])
+def test_recursive_least_squares_survives_wind_up(dtype, gate):
+    """Directions that no key excites are forgotten for thousands of steps; then all are excited again."""
+    rng = np.random.default_rng(0)
+    k = np.zeros((3000, 20), dtype)
+    k[:, 0] = rng.standard_normal(3000)
+    k[-60:] = rng.standard_normal((60, 20))
+    v = k @ rng.standard_normal((20, 2)).astype(dtype)
+    arrays = {"q": k, "k": k, "v": v, "log_decay": np.full(3000, gate, dtype)}
+    o, (S, P) = kernel("rls", arrays, output_final_state=True)
+    assert np.isfinite(o).all() and np.isfinite(S).all()
+    assert np.array_equal(P, P.T)
+    assert np.linalg.eigvalsh(P.astype(float)).min() > 0
+    assert error(o, solver("rls", {n: a.astype(float) for n, a in arrays.items()})) < (
+        2e-3 if dtype == np.float32 else 1e-6
+    )
+
+
+def test_recursive_least_squares_refuses_what_the_solver_refuses():
+    x = inputs("rls", lead=(), t=5, k=3)
+    for P, words in ((np.diag([1.0, 1.0, -1.0]), "positive definite"), (np.eye(3) + np.eye(3, k=1), "symmetric")):
+        with pytest.raises(ValueError, match=words):
+            kernel("rls", x, initial_state=(np.zeros((3, 3)), P))
+    with pytest.raises(ValueError, match="forgetting factor"):
+        kernel("rls", {**x, "log_decay": np.full(5, -np.inf)})
+
+
+def test_nothing_memorised_leaves_the_state_bit_for_bit():
+    x = inputs("rls", t=40, k=20)
+    _, state = kernel("rls", x, output_final_state=True)
+    _, same = kernel("rls", x, initial_state=state, mask=np.zeros((2, 3, 40), bool), output_final_state=True)
+    assert all(np.array_equal(a, b) for a, b in zip(state, same, strict=True))
+
+
+def test_a_limit_on_the_steps_is_reported():
+    with pytest.warns(RuntimeWarning, match="stopped after 2 iterations"):
+        kernel("mesa cg decaying", inputs("mesa cg decaying", t=40, k=9), iterations=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kernel("mesa cg steps", inputs("mesa cg steps", t=40, k=9))
+
+
+def test_what_cannot_be_compiled_or_solved_is_said():
+    x = inputs("gaussian", lead=(), t=5)
+    with pytest.raises(NotImplementedError, match="cannot compile"):
+        kernel("gaussian", x, kernel=rls.spread)
+    x["k"][1] = x["k"][0]
+    with pytest.raises(np.linalg.LinAlgError):
+        kernel("linear", x, ridge=0.0)

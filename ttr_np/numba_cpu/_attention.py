@@ -1,0 +1,197 @@
+"""What kernels over cached pairs share: which pairs a query sees, and powers of two.
+
+Pairs are counted in slots: those that are memorised, oldest first, the cached ones in front. What a query sees of them
+is then two ranges, whatever masks, caches and windows there are: the first few (the sinks), and those from ``first`` to
+``end``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numpy.polynomial import Chebyshev, Polynomial
+
+from ..notation import CacheState
+from ..solvers._cache import join, positions
+from ._panels import WIDE
+
+__all__ = ["LOG2E", "Pairs", "pairs_of", "weigh", "width"]
+
+VECTOR = 512 if WIDE else 256  # bits
+
+LOG2E = 1.0 / math.log(2.0)
+GROUP = 3  # vectors of queries weighed side by side: enough to hide the latency of a polynomial
+
+NEAR = Chebyshev.interpolate(np.exp2, 6, domain=[-0.5, 0.5]).convert(kind=Polynomial, domain=[-1, 1], window=[-1, 1])
+SERIES = {  # of 2^r for |r| <= 1/2, highest power first: 0.9 units in the last place
+    32: tuple(NEAR.coef[::-1]),
+    64: tuple(math.log(2.0) ** n / math.factorial(n) for n in range(13, -1, -1)),
+}
+
+
+def exp2(builder: Any, x: Any, bits: int) -> Any:
+    """Code of 2^x for a vector x <= 0 of floats; 0 below the smallest normal number.
+
+    x = n + r: adding a large number rounds to the integer n, in the last bits of the sum; 2^n is written into the
+    exponent of a number, and 2^r is a polynomial.
+    """
+    digits, largest = {32: (23, 127), 64: (52, 1023)}[bits]
+    integers = ir.VectorType(ir.IntType(bits), x.type.count)
+    multiply_add = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(x.type, [x.type] * 3), f"llvm.fmuladd.v{x.type.count}f{bits}"
+    )
+    shift = constant(x.type, 1.5 * 2.0**digits)
+    rounded = builder.fadd(x, shift)
+    r = builder.fsub(x, builder.fsub(rounded, shift))
+    series = constant(x.type, SERIES[bits][0])
+    for term in SERIES[bits][1:]:
+        series = builder.call(multiply_add, [series, r, constant(x.type, term)])
+    n = builder.add(builder.bitcast(rounded, integers), constant(integers, largest))
+    power = builder.bitcast(builder.shl(n, constant(integers, digits)), x.type)
+    faint = builder.fcmp_ordered("<", x, constant(x.type, 1.0 - largest))
+    return builder.select(faint, constant(x.type, 0.0), builder.fmul(series, power))
+
+
+def constant(vector: Any, value: float) -> Any:
+    """The same number everywhere in a vector."""
+    value = float(np.float32(value)) if isinstance(vector.element, ir.FloatType) else value
+    return ir.Constant(vector, [value] * vector.count)
+
+
+@intrinsic
+def weigh(typingctx: Any, logits: Any, step: Any, rows: Any, top: Any, weight: Any, left: Any) -> Any:
+    """Logits to weights 2^(logits - top), in place, for a strip of ``width`` queries.
+
+    Parameters
+    ----------
+    logits, step, rows
+        Pairs by queries, and the numbers from one pair to the next.
+    top
+        Highest logit so far; raised.
+    weight
+        Sum of the weights so far; brought to the new top and added to.
+    left
+        Written: what is left of weights under the old top.
+    """
+    bits = logits.dtype.bitwidth
+    number = ir.FloatType() if bits == 32 else ir.DoubleType()
+    vector = ir.VectorType(number, VECTOR // bits)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        logits, step, rows, top, weight, left = args
+        word, group = ir.IntType(64), range(GROUP)
+
+        def part(base: Any, j: int) -> Any:
+            return builder.bitcast(builder.gep(base, [word(j * vector.count)]), vector.as_pointer())
+
+        def fetch(base: Any, j: int) -> Any:
+            return builder.load(part(base, j), align=bits // 8)
+
+        old = [fetch(top, j) for j in group]
+        tops = [cgutils.alloca_once_value(builder, x) for x in old]
+        with cgutils.for_range(builder, rows, intp=word) as loop:
+            line = builder.gep(logits, [builder.mul(loop.index, step)])
+            for j in group:
+                x, highest = fetch(line, j), builder.load(tops[j])
+                builder.store(builder.select(builder.fcmp_ordered(">", x, highest), x, highest), tops[j])
+        shifts, earlier, sums = [], [], []
+        for j in group:
+            new = builder.load(tops[j])
+            some = builder.fcmp_ordered(">", new, constant(vector, -math.inf))
+            shifts.append(builder.select(some, new, constant(vector, 0.0)))
+            kept = exp2(builder, builder.fsub(old[j], shifts[j]), bits)
+            earlier.append(builder.fmul(kept, fetch(weight, j)))
+            sums.append(cgutils.alloca_once_value(builder, constant(vector, 0.0)))
+            builder.store(new, part(top, j), align=bits // 8)
+            builder.store(kept, part(left, j), align=bits // 8)
+        with cgutils.for_range(builder, rows, intp=word) as loop:
+            line = builder.gep(logits, [builder.mul(loop.index, step)])
+            for j in group:
+                p = exp2(builder, builder.fsub(fetch(line, j), shifts[j]), bits)
+                builder.store(p, part(line, j), align=bits // 8)
+                builder.store(builder.fadd(builder.load(sums[j]), p), sums[j])
+        for j in group:
+            builder.store(builder.fadd(earlier[j], builder.load(sums[j])), part(weight, j), align=bits // 8)
+        return context.get_dummy_value()
+
+    return types.void(logits, types.intp, types.intp, top, weight, left), codegen
+
+
+@intrinsic
+def width(typingctx: Any, like: Any) -> Any:
+    """Queries that ``weigh`` takes at a time."""
+    return types.intp(like), lambda context, builder, signature, args: context.get_constant(
+        types.intp, GROUP * VECTOR // like.bitwidth
+    )
+
+
+class Pairs(NamedTuple):
+    """Everything the queries of one call can see, for ``lay_out``: leading axes broadcast to those of the memory.
+
+    ``k, v``: cached and new pairs; ``cached``: how many are cached; ``order (..., n)``: their rows, slot by slot;
+    ``left (..., cached)``: log of what was left of those; ``sinks (..., 1)``: how many slots are sinks;
+    ``first, end (..., t)``: the slots that each query sees besides those.
+    """
+
+    k: np.ndarray
+    v: np.ndarray
+    cached: int
+    order: np.ndarray
+    left: np.ndarray
+    sinks: np.ndarray
+    first: np.ndarray
+    end: np.ndarray
+
+    @property
+    def seen(self) -> int:
+        """Pairs that the queries of one memory see, about."""
+        memories = self.end.size // max(self.end.shape[-1], 1)
+        return int(np.sum(self.end - self.first)) // max(memories, 1)
+
+
+def pairs_of(
+    state: CacheState,
+    k: np.ndarray,
+    v: np.ndarray,
+    mask: np.ndarray | None,
+    causal: bool,
+    window: int | None,
+    sinks: int = 0,
+) -> Pairs:
+    """The pairs of one call. Keys and values are copied only where they must be joined to cached ones."""
+    t, cached = k.shape[-2], state.k.shape[-2]
+    position, _ = positions(state, t, mask)
+    if cached:
+        k, v, position = join(state.k, k, 2), join(state.v, v, 2), join(state.position, position, 1)
+    position = np.ascontiguousarray(position)
+    few, first, end = (np.zeros(position.shape[:-1] + (n,), np.int64) for n in (1, t, t))
+    pairs = Pairs(k, v, cached, np.zeros_like(position), state.log_weight.astype(np.float64), few, first, end)
+    memories = math.prod(position.shape[:-1])
+    flat = [x.reshape(memories, x.shape[-1]) for x in (position, pairs.order, few, first, end)]
+    count_slots(*flat, cached, causal, -1 if window is None else window, sinks)
+    return pairs
+
+
+@njit(cache=True)
+def count_slots(position, order, few, first, end, cached, causal, window, sinks):
+    """Fill ``order``, ``few``, ``first`` and ``end``; positions count the pairs ever memorised, -1 is no pair."""
+    for m in range(len(position)):
+        before, slots, oldest = 0, 0, 0
+        for j in range(position.shape[1]):
+            if position[m, j] >= 0:
+                order[m, slots] = j
+                few[m, 0] += position[m, j] < sinks
+                slots += 1
+                before = max(before, position[m, j] + 1)
+            if j >= cached:
+                while window >= 0 and oldest < slots and position[m, order[m, oldest]] < before - window:
+                    oldest += 1
+                first[m, j - cached], end[m, j - cached] = oldest, slots
+        if not causal:
+            end[m, :] = slots

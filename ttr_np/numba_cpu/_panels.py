@@ -1,0 +1,404 @@
+"""Small matrix products for kernels: panels of a few dozen rows that stay in the caches.
+
+A BLAS starts threads of its own, packs its operands anew at every call and knows no triangles. Here every number of a
+product is one running sum in the order of its terms, whatever the sizes, so rows, columns and later tokens that are
+left out change no bit of the others.
+
+    matrix    any memory: a pointer and the strides of rows and columns, in numbers
+    panel     a matrix in scratch: whole tiles side by side, rows an odd number of cache lines apart
+
+Kernels hold pointers, not arrays: an array is seven numbers and a reference count at every call, which took most of the
+time to compile. ``like`` is a number of the dtype that is computed in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from llvmlite import binding, ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from ._compile import apart, inner
+
+__all__ = [
+    "ROWS", "Matrix", "add_scaled", "below", "clean_until", "copy", "dot", "fill", "full", "gather", "lanes",
+    "load", "load_transposed", "lower", "matrix", "move", "multiply", "panel", "panels", "real", "row", "scale",
+    "scale_rows", "solve_unit_lower", "store", "times", "triangle",
+]  # fmt: skip
+
+# One tile of a product is held in registers: ROWS x LINE bytes of sums, which hide the latency of multiply-add.
+WIDE = binding.get_host_cpu_features().get("avx512f", False)
+ROWS, LINE = (12, 128) if WIDE else (6, 64)
+
+full, lower, triangle = 0, 1, 2  # see multiply
+
+
+class Matrix(NamedTuple):
+    """Pointer to the first number, and how many numbers further the next row and the next column are."""
+
+    data: Any
+    step: int
+    column: int
+
+
+def panels(dtype: np.dtype, shapes: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Scratch of one thread, and a table of its panels: ``(panels, 2)``, address and row step of each.
+
+    Rows an even number of cache lines apart would fight for the same few places of a cache.
+    """
+    line, tile_width = 64 // dtype.itemsize, LINE // dtype.itemsize
+    steps = [-(-columns // tile_width) * tile_width for _, columns in shapes]
+    steps = [step + line * (step // line % 2 == 0) for step in steps]
+    ends = np.cumsum([0] + [rows * step for (rows, _), step in zip(shapes, steps, strict=True)])
+    room = np.zeros(int(ends[-1]) + line, dtype)
+    start = room.__array_interface__["data"][0]
+    start += -start % 64
+    return room, np.array([(start + end * dtype.itemsize, step) for end, step in zip(ends[:-1], steps, strict=True)])
+
+
+@intrinsic
+def pointer(typingctx: Any, address: Any, like: Any) -> Any:
+    """Pointer to a number at an address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_data_type(like).as_pointer())
+
+    return types.CPointer(like)(types.intp, like), codegen
+
+
+@intrinsic
+def move(typingctx: Any, start: Any, offset: Any) -> Any:
+    """Pointer to the number ``offset`` after another."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.gep(args[0], [args[1]])
+
+    return start(start, types.intp), codegen
+
+
+@intrinsic
+def real(typingctx: Any, like: Any, x: Any) -> Any:
+    """A number in the dtype of another: Numba would compute float32 times a Python number in float64."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return context.cast(builder, args[1], x, like)
+
+    return like(like, x), codegen
+
+
+@inner
+def matrix(address, step, column, like):
+    """The matrix at an address."""
+    return Matrix(pointer(address, like), step, column)
+
+
+@inner
+def panel(table, i, like):
+    """One of the panels of a table."""
+    return Matrix(pointer(table[i, 0], like), table[i, 1], 1)
+
+
+@inner
+def row(x, i):
+    """Pointer to the first number of a row."""
+    return move(x.data, i * x.step)
+
+
+@inner
+def below(x, i):
+    """The rows of a matrix from i on."""
+    return Matrix(move(x.data, i * x.step), x.step, x.column)
+
+
+@inner
+def copy(y, x, n):
+    """y = x."""
+    apart()
+    for j in range(n):
+        y[j] = x[j]
+
+
+@inner
+def gather(y, x, step, n):
+    """y = x, whose numbers are a step apart."""
+    if step == 1:
+        copy(y, x, n)
+    else:
+        gather_apart(y, x, step, n)
+
+
+@inner
+def gather_apart(y, x, step, n):
+    """As ``gather``, number by number."""
+    apart()
+    for j in range(n):
+        y[j] = x[j * step]
+
+
+@inner
+def fill(y, x, n):
+    """y = one number everywhere."""
+    apart()
+    for j in range(n):
+        y[j] = x
+
+
+@inner
+def scale(y, factor, n):
+    """y = factor y."""
+    apart()
+    for j in range(n):
+        y[j] *= factor
+
+
+@inner
+def times(y, x, z, n):
+    """y = x z, number by number."""
+    apart()
+    for j in range(n):
+        y[j] = x[j] * z[j]
+
+
+@inner
+def add_scaled(y, factor, x, n):
+    """y = y + factor x."""
+    apart()
+    for j in range(n):
+        y[j] += factor * x[j]
+
+
+@inner
+def dot(x, y, n, like):
+    """x . y."""
+    apart()
+    total = real(like, 0)
+    for j in range(n):
+        total += x[j] * y[j]
+    return total
+
+
+@inner
+def zero_if_finite(x, step, n, like):
+    """Zero, or NaN if a number is not finite."""
+    return zeros_of(x, n, like) if step == 1 else zeros_apart(x, step, n, like)
+
+
+@inner
+def zeros_of(x, n, like):
+    """Sum of zero times each number."""
+    apart()
+    zero = total = real(like, 0)
+    for j in range(n):
+        total += x[j] * zero
+    return total
+
+
+@inner
+def zeros_apart(x, step, n, like):
+    """As ``zeros_of``, for numbers a step apart."""
+    apart()
+    zero = total = real(like, 0)
+    for j in range(n):
+        total += x[j * step] * zero
+    return total
+
+
+@intrinsic
+def tile(
+    typingctx: Any,
+    c: Any,
+    c_step: Any,
+    a: Any,
+    a_row: Any,
+    a_column: Any,
+    b: Any,
+    b_step: Any,
+    m: Any,
+    depth: Any,
+    alpha: Any,
+    beta: Any,
+) -> Any:
+    """c = alpha a b + beta c for one tile: ROWS rows (those from m on repeat the last one) of LINE bytes."""
+    real = c.dtype
+    number = ir.FloatType() if real.bitwidth == 32 else ir.DoubleType()
+    lanes = 256 // real.bitwidth if not WIDE else 512 // real.bitwidth
+    vectors = LINE * 8 // real.bitwidth // lanes
+    vector, word, align = ir.VectorType(number, lanes), ir.IntType(64), real.bitwidth // 8
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        c, c_step, a, a_row, a_column, b, b_step, m, depth, alpha, beta = args
+        function = ir.FunctionType(vector, [vector] * 3)
+        name = f"llvm.fmuladd.v{lanes}f{real.bitwidth}"
+        multiply_add = cgutils.get_or_insert_function(builder.module, function, name)
+        parts = [(i, j) for i in range(ROWS) for j in range(vectors)]
+
+        def spread(x: Any) -> Any:
+            first = builder.insert_element(ir.Constant(vector, ir.Undefined), x, ir.IntType(32)(0))
+            everywhere = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
+            return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), everywhere)
+
+        def row(base: Any, i: int, step: Any) -> Any:
+            last = builder.sub(m, word(1))
+            i = builder.select(builder.icmp_signed("<", word(i), last), word(i), last)
+            return builder.gep(base, [builder.mul(i, step)])
+
+        def part(base: Any, j: int) -> Any:
+            return builder.bitcast(builder.gep(base, [word(j * lanes)]), vector.as_pointer())
+
+        zero = ir.Constant(vector, [0.0] * lanes)
+        sums = {ij: cgutils.alloca_once_value(builder, zero) for ij in parts}
+        a_rows, c_rows = ([row(base, i, step) for i in range(ROWS)] for base, step in ((a, a_row), (c, c_step)))
+        with cgutils.for_range(builder, depth, intp=word) as loop:
+            b_row = builder.gep(b, [builder.mul(loop.index, b_step)])
+            loaded = [builder.load(part(b_row, j), align=align) for j in range(vectors)]
+            for i, a_i in enumerate(a_rows):
+                factor = spread(builder.load(builder.gep(a_i, [builder.mul(loop.index, a_column)])))
+                for j in range(vectors):
+                    total = builder.call(multiply_add, [factor, loaded[j], builder.load(sums[i, j])])
+                    builder.store(total, sums[i, j])
+        afresh = builder.fcmp_ordered("==", beta, ir.Constant(number, 0.0))
+        alpha, beta = spread(alpha), spread(beta)
+        results = []
+        for i, j in parts:  # all is read before any is written: repeated rows then write the same
+            old = builder.fmul(beta, builder.load(part(c_rows[i], j), align=align))
+            old = builder.select(afresh, zero, old)
+            results.append(builder.call(multiply_add, [alpha, builder.load(sums[i, j]), old]))
+        for (i, j), result in zip(parts, results, strict=True):
+            builder.store(result, part(c_rows[i], j), align=align)
+        return context.get_dummy_value()
+
+    index = types.intp
+    return types.void(c, index, a, index, index, b, index, index, index, real, real), codegen
+
+
+@intrinsic
+def lanes(typingctx: Any, like: Any) -> Any:
+    """Numbers in a row of a tile."""
+    return types.intp(like), lambda context, builder, signature, args: context.get_constant(
+        types.intp, LINE * 8 // like.bitwidth
+    )
+
+
+@inner
+def multiply(c, a, b, m, n, depth, alpha, beta, shape):
+    """c = alpha a b + beta c, for the first (m, n) numbers of c and the first ``depth`` terms.
+
+    Parameters
+    ----------
+    c, b
+        Panels: columns up to the next whole tile are written and read.
+    a
+        Any matrix.
+    alpha, beta
+        Factors in the dtype; with beta = 0 what stood in c is not read.
+    shape
+        ``full``; ``lower``: a is lower triangular (zero above its diagonal), so later terms are left out; ``triangle``:
+        only the lower triangle of c is wanted (above it tiles are left as they are, or filled with more).
+    """
+    apart()
+    size = lanes(alpha)
+    for j in range(0, n, size):
+        for i in range(j // ROWS * ROWS if shape == triangle else 0, m, ROWS):
+            deep = min(i + ROWS, depth) if shape == lower else depth
+            c_ij, a_i, b_j = move(c.data, i * c.step + j), row(a, i), move(b.data, j)
+            tile(c_ij, c.step, a_i, a.step, a.column, b_j, b.step, min(ROWS, m - i), deep, alpha, beta)
+
+
+@inner
+def load(into, x, low, n, start, columns):
+    """Rows low to low + n of a matrix, columns from ``start`` on, into a panel."""
+    apart()
+    for i in range(n):
+        gather(row(into, i), move(row(x, low + i), start * x.column), x.column, columns)
+
+
+@inner
+def load_transposed(into, x, low, n, columns):
+    """Rows low to low + n of a matrix as the columns of a panel, eight rows at a time: half a cache line each."""
+    apart()
+    for start in range(0, n, 8):
+        source = row(x, low + start)
+        if n - start >= 8:
+            transpose8(move(into.data, start), into.step, source, x.step, x.column, columns)
+        else:
+            for i in range(n - start):
+                spread(move(into.data, start + i), into.step, move(source, i * x.step), x.column, columns)
+
+
+@inner
+def transpose8(target, target_step, source, step, column, columns):
+    """Eight rows as eight columns."""
+    apart()
+    for j in range(columns):
+        for i in range(8):
+            target[j * target_step + i] = source[i * step + j * column]
+
+
+@inner
+def spread(target, target_step, source, column, columns):
+    """One row as a column."""
+    apart()
+    for j in range(columns):
+        target[j * target_step] = source[j * column]
+
+
+@inner
+def store(x, low, n, start, columns, source):
+    """The first rows of a panel into rows low to low + n of a matrix of unit column stride, from ``start`` on."""
+    apart()
+    for i in range(n):
+        copy(move(row(x, low + i), start), row(source, i), columns)
+
+
+@inner
+def scale_rows(x, factors, n, columns):
+    """Multiply the first rows of a panel by one factor each."""
+    apart()
+    for i in range(n):
+        scale(row(x, i), factors[i], columns)
+
+
+@inner
+def clean_until(x, low, high, columns, gates, like):
+    """The first of the rows low to high that holds a bad number, or ``high``: a product would spread it to other rows.
+
+    Bad is what is not finite; but minus infinity is a gate like any other.
+    """
+    apart()
+    total = real(like, 0)
+    for i in range(low, high):
+        total += zero_if_finite(row(x, i), x.column, columns, like)
+    return high if total == 0 else first_bad(x, low, high, columns, gates)
+
+
+@inner
+def first_bad(x, low, high, columns, gates):
+    """As ``clean_until``, number by number."""
+    apart()
+    for i in range(low, high):
+        for j in range(columns):
+            number = row(x, i)[j * x.column]
+            if math.isnan(number) or (math.isinf(number) and not (gates and number < 0)):
+                return i
+    return high
+
+
+@inner
+def solve_unit_lower(L, x, m, n, like):
+    """x = (I + strictly lower triangle of L)^-1 x in place, by forward substitution; x a panel, ``(m, n)`` of it.
+
+    Substitution has the error bound of the recurrence itself; powers or inverses of L lose digits when keys repeat.
+    """
+    apart()
+    block = 8
+    for low in range(0, m, block):
+        high = min(low + block, m)
+        multiply(below(x, low), below(L, low), x, high - low, n, low, real(like, -1), real(like, 1), full)
+        for i in range(low + 1, high):
+            for j in range(low, i):
+                add_scaled(row(x, i), -row(L, i)[j], row(x, j), n)

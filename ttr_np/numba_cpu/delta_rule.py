@@ -1,0 +1,309 @@
+"""Delta rule, compiled: chunks as matrix products and one triangular solve, one memory (or some value columns) per job.
+
+    errors = (I + strictly lower (beta p . k))^-1 beta (v - p S)
+    o = q S + lower (q . k) errors,    S = S + k^T errors
+
+with every product decayed. See ``ttr_np.solvers.delta_rule`` for the recurrence and the sources.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+
+from ..calling import run
+from ..notation import DeltaRuleState
+from ..solvers._chunks import output_like
+from ._channels import BLOCK, channel_decays, channel_products, channel_shapes, channels_of, until_end
+from ._compile import FAST, apart, inner, spliced
+from ._gates import exp, step_decays, weigh
+from ._panels import (
+    add_scaled,
+    below,
+    clean_until,
+    fill,
+    full,
+    gather,
+    load,
+    load_transposed,
+    lower,
+    matrix,
+    move,
+    multiply,
+    panel,
+    real,
+    row,
+    scale,
+    scale_rows,
+    solve_unit_lower,
+    store,
+    triangle,
+)
+from ._sequences import NO_GATES, PER_CHANNEL, PER_STEP, column_blocks, lay_out
+from ._threads import share
+
+__all__ = ["delta_rule"]
+
+CHUNK = 48  # whole tiles of 6 or 12 rows, whole blocks of 16; 32 to 64 measure alike
+Q, K, V, BETA, GATE, ERASE, STATE, O = range(8)
+
+
+def delta_rule(
+    q: Any,
+    k: Any,
+    v: Any,
+    beta: Any,
+    *,
+    log_decay: Any = None,
+    erase_key: Any = None,
+    scale: float = 1.0,
+    **common: Any,
+) -> Any:
+    """Delta rule; see ``ttr_np.delta_rule``."""
+    arrays = {"q": q, "k": k, "v": v, "beta": beta, "log_decay": log_decay, "erase_key": erase_key}
+    return run(core, "delta_rule", arrays, {"scale": scale}, **common)
+
+
+def core(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    beta: np.ndarray,
+    log_decay: np.ndarray | None,
+    erase_key: np.ndarray | None,
+    *,
+    scale: float,
+    state: DeltaRuleState,
+) -> tuple[np.ndarray, DeltaRuleState]:
+    """Lay out the sequences and share them among threads."""
+    (S,) = state
+    o = output_like(q, v, S)
+    gates = NO_GATES if log_decay is None else PER_CHANNEL if log_decay.ndim == q.ndim else PER_STEP
+    layout = lay_out(
+        S.shape[:-2], o.shape[:-2], (q, 2), (k, 2), (v, 2), (beta, 1), (log_decay, max(gates, 1)), (erase_key, 2),
+        (S, 2), (o, 2),
+    )  # fmt: skip
+    memories, groups = layout.places.shape[1:]
+    (t, d), w = q.shape[-2:], v.shape[-1]
+    blocks = column_blocks(memories, w)
+    width, chunk = -(-w // blocks), max(1, min(CHUNK, t))
+    sizes = Sizes(t, d, w, chunk, blocks, width, gates, erase_key is not None)
+    scratch, cost = (S.dtype, shapes(d, width, chunk, gates)), t * d * w * memories * (2 + groups)
+    share(kernel, memories * blocks, cost, scratch, layout.places, layout.steps, sizes, S.dtype.type(scale))
+    return o, DeltaRuleState(S)
+
+
+class Sizes(NamedTuple):
+    """What the kernel must know besides the arrays."""
+
+    t: int
+    k: int
+    v: int
+    chunk: int
+    blocks: int  # of value columns
+    width: int  # columns of a block
+    gates: int  # none, per step, per channel
+    erases: bool  # whether the key to be erased is another one
+
+
+class Job(NamedTuple):
+    """One memory and the block of columns that is worked on."""
+
+    k: Any
+    v: Any
+    beta: Any
+    gates: Any
+    erase: Any
+    start: int  # first column of the block
+    columns: int
+    memory: int
+
+
+class Room(NamedTuple):
+    """Panels of one thread, for chunks of c tokens."""
+
+    S: Any  # k x v
+    keys: Any  # k x c
+    carried: Any  # k x c: keys decayed to the chunk's end
+    errors: Any  # c x v
+    past: Any  # c x k: queries decayed to the chunk's start
+    rows: Any  # c x k: keys
+    queries: Any  # c x k
+    scores: Any  # c x c
+    answers: Any  # c x v
+    pairs: Any  # c x c: decays
+    since: Any  # 1 x (c + 1): decays
+
+
+def shapes(k: int, v: int, c: int, gates: int) -> list[tuple[int, int]]:
+    """Shapes of the panels of ``Room`` and, behind them, of ``Channels``."""
+    room = [(k, v), (k, c), (k, c), (c, v), (c, k), (c, k), (c, k), (c, c), (c, v), (c, c), (1, c + 1)]
+    return room + channel_shapes(c, k if gates == PER_CHANNEL else 0)
+
+
+@njit(cache=True, nogil=True, fastmath=FAST)
+def kernel(table, places, steps, sizes, scale_, first, last):
+    """Jobs first to last: one memory and one block of its value columns each."""
+    room = Room(
+        panel(table, 0, scale_), panel(table, 1, scale_), panel(table, 2, scale_), panel(table, 3, scale_),
+        panel(table, 4, scale_), panel(table, 5, scale_), panel(table, 6, scale_), panel(table, 7, scale_),
+        panel(table, 8, scale_), panel(table, 9, scale_), panel(table, 10, scale_),
+    )  # fmt: skip
+    decays, unit = channels_of(table, 11, scale_), 1
+    for number in range(first, last):
+        job = job_of(places, steps, sizes, number, scale_)
+        state = matrix(places[STATE, job.memory, 0], sizes.v, unit, scale_)
+        load(room.S, state, 0, sizes.k, job.start, job.columns)
+        for low in range(0, sizes.t, sizes.chunk):
+            run_chunk(places, steps, sizes, job, room, decays, low, min(low + sizes.chunk, sizes.t), scale_)
+        store(state, 0, sizes.k, job.start, job.columns, room.S)
+
+
+@spliced
+def job_of(places, steps, sizes, number, like):
+    """What one job memorises."""
+    memory, start = number // sizes.blocks, number % sizes.blocks * sizes.width
+    erase = ERASE if sizes.erases else K
+    return Job(
+        matrix(places[K, memory, 0], steps[K, 0], steps[K, 1], like),
+        matrix(places[V, memory, 0], steps[V, 0], steps[V, 1], like),
+        matrix(places[BETA, memory, 0], steps[BETA, 0], steps[BETA, 1], like),
+        matrix(places[GATE, memory, 0], steps[GATE, 0], steps[GATE, 1], like),
+        matrix(places[erase, memory, 0], steps[erase, 0], steps[erase, 1], like),
+        start,
+        min(sizes.width, sizes.v - start),
+        memory,
+    )
+
+
+@spliced
+def run_chunk(places, steps, sizes, job, room, decays, low, high, scale_):
+    """One chunk: as products up to the first bad number, which they would spread, and token by token from there."""
+    clean = clean_tokens(sizes, job, low, high, scale_)
+    n = clean - low if high - low > 1 else 0  # one token is cheaper as one
+    if n:
+        prepare(sizes, job, room, decays, low, n, scale_)
+        learn(sizes, job, room, decays, low, n, scale_)
+        for group in range(places.shape[2]):
+            q = matrix(places[Q, job.memory, group], steps[Q, 0], steps[Q, 1], scale_)
+            answer(sizes, job, below(q, low), room, decays, n, scale_)
+            o = matrix(places[O, job.memory, group], sizes.v, 1, scale_)
+            store(o, low, n, job.start, job.columns, room.answers)
+        memorise(sizes, job, room, decays, n, scale_)
+    for i in range(low + n, high):
+        memorise_token(sizes, job, room, i, scale_)
+        for group in range(places.shape[2]):
+            q = matrix(places[Q, job.memory, group], steps[Q, 0], steps[Q, 1], scale_)
+            o = matrix(places[O, job.memory, group], sizes.v, 1, scale_)
+            answer_token(sizes, job, below(q, i), move(row(o, i), job.start), room, scale_)
+
+
+@inner
+def clean_tokens(sizes, job, low, high, like):
+    """The first token of the rows low to high whose numbers a product would spread to other tokens, or ``high``."""
+    apart()
+    high = min(clean_until(job.k, low, high, sizes.k, 0, like), clean_until(job.v, low, high, sizes.v, 0, like))
+    high = min(high, clean_until(job.beta, low, high, 1, 0, like))
+    if sizes.erases:
+        high = min(high, clean_until(job.erase, low, high, sizes.k, 0, like))
+    if sizes.gates:
+        high = min(high, clean_until(job.gates, low, high, sizes.k if sizes.gates == PER_CHANNEL else 1, 1, like))
+    return high
+
+
+@inner
+def prepare(sizes, job, room, decays, low, n, like):
+    """Keys as rows and columns, values, decays."""
+    apart()
+    load(room.errors, job.v, low, n, job.start, job.columns)
+    if sizes.gates == PER_CHANNEL:
+        channel_decays(job.gates, low, n, sizes.k, decays, like)
+        load(room.rows, job.k, low, n, 0, sizes.k)
+        until_end(room.keys, room.past, room.rows, n, sizes.k, decays)
+    else:
+        load_transposed(room.keys, job.k, low, n, sizes.k)
+        if sizes.gates:
+            step_decays(job.gates, low, n, room.pairs, row(room.since, 0), like)
+
+
+@inner
+def products(sizes, job, x, room, decays, n, like):
+    """Scores of the rows of x with the chunk's keys, and their reading of the past in ``answers``."""
+    apart()
+    one, zero, past = real(like, 1), real(like, 0), x
+    if sizes.gates == PER_CHANNEL:
+        load(room.queries, x, 0, n, 0, sizes.k)
+        channel_products(
+            room.scores, room.past, room.carried, room.queries, room.rows, room.keys, n, sizes.k, decays, 0, like
+        )
+        past = room.past
+    else:
+        multiply(room.scores, x, room.keys, n, n, sizes.k, one, zero, triangle)
+        weigh(room.scores, room.pairs, n, sizes.gates, 0, like)
+    multiply(room.answers, past, room.S, n, job.columns, sizes.k, one, zero, full)
+    if sizes.gates == PER_STEP:
+        scale_rows(room.answers, move(row(room.since, 0), 1), n, job.columns)
+
+
+@inner
+def learn(sizes, job, room, decays, low, n, like):
+    """Turn the chunk's values into errors: what was not yet known when their token came, times its step."""
+    apart()
+    products(sizes, job, below(job.erase, low), room, decays, n, like)
+    for i in range(n):
+        beta = row(job.beta, low + i)[0]
+        add_scaled(row(room.errors, i), real(like, -1), row(room.answers, i), job.columns)
+        scale(row(room.errors, i), beta, job.columns)
+        scale(row(room.scores, i), beta, i)
+    solve_unit_lower(room.scores, room.errors, n, job.columns, like)
+
+
+@inner
+def answer(sizes, job, q, room, decays, n, scale_):
+    """Answers to one sequence of queries: what the past says, and what the chunk's errors say."""
+    apart()
+    products(sizes, job, q, room, decays, n, scale_)
+    multiply(room.answers, room.scores, room.errors, n, job.columns, n, scale_, scale_, lower)
+
+
+@inner
+def memorise(sizes, job, room, decays, n, like):
+    """Add the chunk's errors to what is left of the past."""
+    apart()
+    keys, keep = room.keys, real(like, 1)
+    if sizes.gates == PER_CHANNEL:
+        keys = room.carried
+        scale_rows(room.S, row(decays.start, (n + BLOCK - 1) // BLOCK), sizes.k, job.columns)
+    elif sizes.gates:
+        keep = row(room.since, 0)[n]
+        scale_rows(room.errors, row(room.pairs, n - 1), n, job.columns)
+    multiply(room.S, keys, room.errors, sizes.k, job.columns, n, real(like, 1), keep, full)
+
+
+@inner
+def memorise_token(sizes, job, room, i, like):
+    """One step of the recurrence: the new state."""
+    apart()
+    v, recalled = row(room.errors, 0), row(room.answers, 0)
+    gather(v, move(row(job.v, i), job.start * job.v.column), job.v.column, job.columns)
+    fill(recalled, real(like, 0), job.columns)
+    for p in range(sizes.k):
+        if sizes.gates:
+            scale(row(room.S, p), exp(row(job.gates, i)[p * job.gates.column]), job.columns)
+        add_scaled(recalled, row(job.erase, i)[p * job.erase.column], row(room.S, p), job.columns)
+    add_scaled(v, real(like, -1), recalled, job.columns)
+    for p in range(sizes.k):
+        step = row(job.beta, i)[0] * row(job.k, i)[p * job.k.column]
+        add_scaled(row(room.S, p), step, v, job.columns)
+
+
+@inner
+def answer_token(sizes, job, q, o, room, scale_):
+    """One step of the recurrence: the answer."""
+    apart()
+    fill(o, real(scale_, 0), job.columns)
+    for p in range(sizes.k):
+        add_scaled(o, q.data[p * q.column], row(room.S, p), job.columns)
+    scale(o, scale_, job.columns)

@@ -1,0 +1,381 @@
+"""Linear attention, compiled: chunks as matrix products, one memory (or some of its value columns) per job.
+
+    o_i = since_i S^T q_i + sum_{j <= i} pairs_ij (q_i . k_j) v_j,    S = since_n S + sum_j pairs_nj k_j v_j^T
+
+See ``ttr_np.solvers.linear_attention`` for the recurrence and the sources.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+
+from ..calling import run
+from ..notation import LinearAttentionState
+from ..solvers._chunks import output_like
+from ..solvers.linear_attention import start
+from ._channels import BLOCK, channel_decays, channel_products, channel_shapes, channels_of, until_end
+from ._compile import FAST, apart, inner, spliced
+from ._gates import exp, step_decays, weigh
+from ._panels import (
+    below,
+    clean_until,
+    dot,
+    fill,
+    full,
+    gather,
+    load,
+    load_transposed,
+    lower,
+    matrix,
+    move,
+    multiply,
+    panel,
+    real,
+    row,
+    scale,
+    scale_rows,
+    store,
+    times,
+    triangle,
+)
+from ._sequences import NO_GATES, PER_CHANNEL, PER_STEP, column_blocks, lay_out
+from ._threads import share
+
+__all__ = ["linear_attention"]
+
+CHUNK = 48  # whole tiles of 6 or 12 rows, whole blocks of 16; 32 to 64 measure alike
+Q, K, V, GATE, BONUS, STATE, Z, Z_NEXT, O = range(9)
+
+
+def linear_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    log_decay: Any = None,
+    bonus: Any = None,
+    normalize: bool = False,
+    scale: float = 1.0,
+    **common: Any,
+) -> Any:
+    """Linear attention; see ``ttr_np.linear_attention``."""
+    arrays = {"q": q, "k": k, "v": v, "log_decay": log_decay, "bonus": bonus}
+    options = {"normalize": normalize, "scale": scale}
+    return run(core, "linear_attention", arrays, options, start=partial(start, normalize), **common)
+
+
+def core(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    log_decay: np.ndarray | None,
+    bonus: np.ndarray | None,
+    *,
+    normalize: bool,
+    scale: float,
+    state: LinearAttentionState,
+) -> tuple[np.ndarray, LinearAttentionState]:
+    """Lay out the sequences and share them among threads."""
+    S, z = state
+    o, z_next = output_like(q, v, S), None if z is None else np.empty_like(z)
+    gates = NO_GATES if log_decay is None else PER_CHANNEL if log_decay.ndim == q.ndim else PER_STEP
+    layout = lay_out(
+        S.shape[:-2], o.shape[:-2], (q, 2), (k, 2), (v, 2), (log_decay, max(gates, 1)), (bonus, 1), (S, 2), (z, 1),
+        (z_next, 1), (o, 2),
+    )  # fmt: skip
+    memories, groups = layout.places.shape[1:]
+    (t, d), w = q.shape[-2:], v.shape[-1]
+    blocks = column_blocks(memories, w)
+    width, chunk = -(-w // blocks), max(1, min(CHUNK, t))
+    sizes = Sizes(t, d, w, chunk, blocks, width, gates, bonus is not None, normalize)
+    scratch, cost = (S.dtype, shapes(d, width, chunk, gates)), t * d * w * memories * (1 + groups)
+    factor = S.dtype.type(1 if normalize else scale)
+    share(kernel, memories * blocks, cost, scratch, layout.places, layout.steps, sizes, factor)
+    return o, LinearAttentionState(S, z_next)
+
+
+class Sizes(NamedTuple):
+    """What the kernel must know besides the arrays."""
+
+    t: int
+    k: int
+    v: int
+    chunk: int
+    blocks: int  # of value columns
+    width: int  # columns of a block
+    gates: int  # none, per step, per channel
+    late: bool  # with a bonus: answers read the state before their own step
+    normalize: bool
+
+
+class Job(NamedTuple):
+    """One memory and the block of columns that is worked on."""
+
+    k: Any
+    v: Any  # the block's columns only
+    gates: Any
+    start: int  # first column of the block
+    columns: int
+    memory: int
+
+
+class Reader(NamedTuple):
+    """One sequence of queries; its answers in the block's columns."""
+
+    q: Any
+    bonus: Any
+    o: Any
+
+
+class Room(NamedTuple):
+    """Panels of one thread, for chunks of c tokens."""
+
+    S: Any  # k x v
+    z: Any  # 1 x k
+    keys: Any  # k x c
+    carried: Any  # k x c: keys decayed to the chunk's end
+    values: Any  # c x v
+    past: Any  # c x k: queries decayed to the chunk's start
+    rows: Any  # c x k: keys
+    queries: Any  # c x k
+    scores: Any  # c x c
+    answers: Any  # c x v
+    pairs: Any  # c x c: decays
+    since: Any  # 1 x (c + 1): decays
+
+
+def shapes(k: int, v: int, c: int, gates: int) -> list[tuple[int, int]]:
+    """Shapes of the panels of ``Room`` and, behind them, of ``Channels``."""
+    room = [(k, v), (1, k), (k, c), (k, c), (c, v), (c, k), (c, k), (c, k), (c, c), (c, v), (c, c), (1, c + 1)]
+    return room + channel_shapes(c, k if gates == PER_CHANNEL else 0)
+
+
+@njit(cache=True, nogil=True, fastmath=FAST)
+def kernel(table, places, steps, sizes, scale, first, last):
+    """Jobs first to last: one memory and one block of its value columns each."""
+    k, v, column = sizes.k, sizes.v, 1
+    room = Room(
+        panel(table, 0, scale), panel(table, 1, scale), panel(table, 2, scale), panel(table, 3, scale),
+        panel(table, 4, scale), panel(table, 5, scale), panel(table, 6, scale), panel(table, 7, scale),
+        panel(table, 8, scale), panel(table, 9, scale), panel(table, 10, scale), panel(table, 11, scale),
+    )  # fmt: skip
+    decays = channels_of(table, 12, scale)
+    for number in range(first, last):
+        job = job_of(places, steps, sizes, number, scale)
+        state = matrix(places[STATE, job.memory, 0], v, column, scale)
+        load(room.S, state, 0, k, job.start, job.columns)
+        if sizes.normalize:
+            load(room.z, matrix(places[Z, job.memory, 0], k, column, scale), 0, 1, 0, k)
+        for low in range(0, sizes.t, sizes.chunk):
+            run_chunk(places, steps, sizes, job, room, decays, low, min(low + sizes.chunk, sizes.t), scale)
+        store(state, 0, k, job.start, job.columns, room.S)
+        if sizes.normalize and job.start == 0:
+            store(matrix(places[Z_NEXT, job.memory, 0], k, column, scale), 0, 1, 0, k, room.z)
+
+
+@spliced
+def job_of(places, steps, sizes, number, like):
+    """What one job memorises."""
+    memory, start = number // sizes.blocks, number % sizes.blocks * sizes.width
+    return Job(
+        matrix(places[K, memory, 0], steps[K, 0], steps[K, 1], like),
+        matrix(places[V, memory, 0], steps[V, 0], steps[V, 1], like),
+        matrix(places[GATE, memory, 0], steps[GATE, 0], steps[GATE, 1], like),
+        start,
+        min(sizes.width, sizes.v - start),
+        memory,
+    )
+
+
+@inner
+def reader_of(places, steps, sizes, memory, group, like):
+    """One sequence of queries and its answers."""
+    return Reader(
+        matrix(places[Q, memory, group], steps[Q, 0], steps[Q, 1], like),
+        matrix(places[BONUS, memory, group], 0, steps[BONUS, 0], like),
+        matrix(places[O, memory, group], sizes.v, 1, like),
+    )
+
+
+@spliced
+def run_chunk(places, steps, sizes, job, room, decays, low, high, scale):
+    """One chunk: as products up to the first bad number, which they would spread, and token by token from there."""
+    clean = min(
+        clean_until(job.k, low, high, sizes.k, False, scale), clean_until(job.v, low, high, sizes.v, False, scale)
+    )
+    if sizes.gates:
+        channels = sizes.k if sizes.gates == PER_CHANNEL else 1
+        clean = min(clean, clean_until(job.gates, low, high, channels, True, scale))
+    n = clean - low if high - low > 1 else 0  # one token is cheaper as one
+    if n:
+        prepare(sizes, job, room, decays, low, n, scale)
+        for group in range(places.shape[2]):
+            reader = reader_of(places, steps, sizes, job.memory, group, scale)
+            answer(sizes, job, reader, room, decays, low, n, scale)
+        memorise(sizes, job, room, decays, n, scale)
+    for i in range(low + n, high):
+        for group in range(places.shape[2]):
+            answer_token(sizes, job, reader_of(places, steps, sizes, job.memory, group, scale), room, i, scale)
+        memorise_token(sizes, job, room, i, scale)
+
+
+@inner
+def prepare(sizes, job, room, decays, low, n, like):
+    """What all queries of a chunk share: its keys as columns, its values, its decays."""
+    apart()
+    load(room.values, job.v, low, n, job.start, job.columns)
+    if sizes.gates == PER_CHANNEL:
+        channel_decays(job.gates, low, n, sizes.k, decays, like)
+        load(room.rows, job.k, low, n, 0, sizes.k)
+        until_end(room.keys, room.past, room.rows, n, sizes.k, decays)
+    else:
+        load_transposed(room.keys, job.k, low, n, sizes.k)
+        if sizes.gates:
+            step_decays(job.gates, low, n, room.pairs, row(room.since, 0), like)
+
+
+@inner
+def answer(sizes, job, reader, room, decays, low, n, scale):
+    """Answers to one sequence of queries: what the past says, and what the chunk's pairs say."""
+    apart()
+    k, columns, one, zero = sizes.k, job.columns, real(scale, 1), real(scale, 0)
+    q = below(reader.q, low)
+    if sizes.gates == PER_CHANNEL:
+        load(room.queries, q, 0, n, 0, k)
+        channel_products(
+            room.scores, room.past, room.carried, room.queries, room.rows, room.keys, n, k, decays, sizes.late, scale
+        )
+        multiply(room.answers, room.past, room.S, n, columns, k, one, zero, full)
+    else:
+        multiply(room.scores, q, room.keys, n, n, k, one, zero, triangle)
+        weigh(room.scores, room.pairs, n, sizes.gates, sizes.late, scale)
+        multiply(room.answers, q, room.S, n, columns, k, one, zero, full)
+        if sizes.gates:
+            scale_rows(room.answers, move(row(room.since, 0), 1 - sizes.late), n, columns)
+    if sizes.late:
+        for i in range(n):
+            row(room.scores, i)[i] = own(q, below(job.k, low), reader.bonus, i, k, scale)
+    multiply(room.answers, room.scores, room.values, n, columns, n, scale, scale, lower)
+    if sizes.normalize:
+        divide(sizes, q, room, n, columns, scale)
+    store(reader.o, low, n, job.start, columns, room.answers)
+
+
+@inner
+def own(q, keys, bonus, i, k, like):
+    """What a token says to itself: q . (bonus k)."""
+    total, q_i, k_i = real(like, 0), row(q, i), row(keys, i)
+    for p in range(k):
+        total += q_i[p * q.column] * bonus.data[p * bonus.column] * k_i[p * keys.column]
+    return total
+
+
+@inner
+def divide(sizes, q, room, n, columns, like):
+    """Answers over their total weight; an empty memory answers zero."""
+    apart()
+    z, since = row(room.z, 0), move(row(room.since, 0), 1 - sizes.late)
+    for i in range(n):
+        asking = row(room.past, i)
+        if sizes.gates != PER_CHANNEL:
+            gather(asking, row(q, i), q.column, sizes.k)
+        past = dot(asking, z, sizes.k, like)
+        if sizes.gates == PER_STEP:
+            past *= since[i]
+        divide_row(row(room.answers, i), past + total(row(room.scores, i), i + 1, like), columns, like)
+
+
+@inner
+def total(x, n, like):
+    """Sum of a row."""
+    apart()
+    total = real(like, 0)
+    for j in range(n):
+        total += x[j]
+    return total
+
+
+@inner
+def divide_row(y, weight, n, like):
+    """y over a weight; zero if the weight is."""
+    apart()
+    for j in range(n):
+        y[j] = y[j] / weight if weight != 0 else real(like, 0)
+
+
+@inner
+def memorise(sizes, job, room, decays, n, like):
+    """Add the chunk's pairs to what is left of the past."""
+    apart()
+    z, keep, k = row(room.z, 0), real(like, 1), sizes.k
+    keys = room.keys
+    if sizes.gates == PER_CHANNEL:
+        keys, keeps = room.carried, row(decays.start, (n + BLOCK - 1) // BLOCK)
+        scale_rows(room.S, keeps, k, job.columns)
+        times(z, z, keeps, k)
+    elif sizes.gates:
+        keep = row(room.since, 0)[n]
+        scale_rows(room.values, row(room.pairs, n - 1), n, job.columns)
+        scale(z, keep, k)
+    if sizes.normalize:
+        left = row(room.pairs, n - 1)
+        if sizes.gates != PER_STEP:
+            fill(left, real(like, 1), n)
+        for p in range(k):
+            z[p] += dot(row(keys, p), left, n, like)
+    multiply(room.S, keys, room.values, k, job.columns, n, real(like, 1), keep, full)
+
+
+@inner
+def answer_token(sizes, job, reader, room, i, scale_):
+    """One step of the recurrence: the answer."""
+    apart()
+    o, v, z, weight = move(row(reader.o, i), job.start), row(room.values, 0), row(room.z, 0), real(scale_, 0)
+    fill(o, real(scale_, 0), job.columns)
+    gather(v, move(row(job.v, i), job.start * job.v.column), job.v.column, job.columns)
+    for p in range(sizes.k):
+        q, k, keep = row(reader.q, i)[p * reader.q.column], row(job.k, i)[p * job.k.column], real(scale_, 1)
+        if sizes.late:
+            k *= reader.bonus.data[p * reader.bonus.column]
+        elif sizes.gates:
+            keep = exp(row(job.gates, i)[p * job.gates.column])
+        read_row(o, q, keep, row(room.S, p), k, v, job.columns)
+        weight += q * (keep * z[p] + k)
+    if sizes.normalize:
+        divide_row(o, weight, job.columns, scale_)
+    else:
+        scale(o, scale_, job.columns)
+
+
+@inner
+def read_row(o, q, keep, S, k, v, n):
+    """o = o + q (keep S + k v)."""
+    apart()
+    for j in range(n):
+        o[j] += q * (keep * S[j] + k * v[j])
+
+
+@inner
+def memorise_token(sizes, job, room, i, like):
+    """One step of the recurrence: the new state."""
+    apart()
+    z, v = row(room.z, 0), row(room.values, 0)
+    gather(v, move(row(job.v, i), job.start * job.v.column), job.v.column, job.columns)
+    for p in range(sizes.k):
+        k, keep = row(job.k, i)[p * job.k.column], real(like, 1)
+        if sizes.gates:
+            keep = exp(row(job.gates, i)[p * job.gates.column])
+        update_row(row(room.S, p), keep, k, v, job.columns)
+        z[p] = keep * z[p] + k
+
+
+@inner
+def update_row(S, keep, k, v, n):
+    """S = keep S + k v."""
+    apart()
+    for j in range(n):
+        S[j] = keep * S[j] + k * v[j]

@@ -1,0 +1,633 @@
+"""Mesa layer, compiled: chunks as matrix products, one memory per job.
+
+    o_t = G_t^T x_t,    x_t = (H_t + diag(ridge))^-1 q_t
+
+- ``exact`` without decay: one Cholesky factor per chunk, completed key by key by the reflections of ``_factors``,
+  X = Q P - tril(Q W^T) W. With decay every token has a factor of its own; a ridge of zero takes its eigenvectors.
+- ``cg`` with a tolerance: the same P and W precondition every token of the chunk, their ridge divided by a decay from
+  the middle of the chunk: one step without decay, three to six where gates are mild. The decay is foretold from
+  the gates before the chunk and its first one, and a token that has lost more than half of the chunk's start goes
+  without: what is done for a token never depends on later ones. With ``tolerance=0`` the number of steps is what was
+  asked for, and they are plain.
+- ``chebyshev`` as in the solver.
+
+See ``ttr_np.solvers.mesa`` for the recurrences and the sources.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+
+from ..calling import as_array, run
+from ..notation import MesaState
+from ..solvers._chunks import output_like
+from ..solvers.mesa import check_options
+from ..solvers.recursive_least_squares import check_per_step, refuse
+from ._compile import FAST, apart, inner
+from ._factors import BLOCK, Reflections, cholesky, eps, invert_lower, no_future, orthogonalise, reflect
+from ._gates import step_decays, weigh
+from ._panels import (
+    Matrix,
+    add_scaled,
+    below,
+    clean_until,
+    copy,
+    dot,
+    fill,
+    full,
+    load,
+    load_transposed,
+    lower,
+    matrix,
+    move,
+    multiply,
+    panel,
+    real,
+    row,
+    scale,
+    scale_rows,
+    store,
+    triangle,
+)
+from ._sequences import lay_out
+from ._threads import share
+
+__all__ = ["mesa"]
+
+CHUNK = 32
+MILD = math.log(0.98)  # mean log decay above which one factor serves a whole chunk
+HALF = 0.5  # share of the chunk's start below which a token does without it
+METHODS = ("exact", "cg", "chebyshev")
+EXACT, CG, CHEBYSHEV = range(3)
+Q, K, V, GATE, BETA, RIDGE, STATE, GRAM, O = range(9)  # noqa: E741
+
+
+def mesa(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    log_decay: Any = None,
+    beta: Any = None,
+    ridge: Any = 1.0,
+    solver: str = "exact",
+    iterations: int | None = None,
+    tolerance: float | None = None,
+    **common: Any,
+) -> Any:
+    """Mesa layer; see ``ttr_np.mesa``."""
+    check_per_step(q, log_decay)
+    check_options(k, ridge, solver, iterations, tolerance)
+    if beta is not None:
+        beta = as_array("beta", beta)
+        refuse("beta", ~(beta < 0), beta, common.get("mask"), "must be >= 0 (the weight of a pair)")
+    arrays = {"q": q, "k": k, "v": v, "log_decay": log_decay, "beta": beta}
+    options = {"ridge": np.asarray(ridge), "solver": solver, "iterations": iterations, "tolerance": tolerance}
+    return run(core, "mesa", arrays, options, **common)
+
+
+def core(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    log_decay: np.ndarray | None,
+    beta: np.ndarray | None,
+    *,
+    ridge: np.ndarray,
+    solver: str,
+    iterations: int | None,
+    tolerance: float | None,
+    state: MesaState,
+) -> tuple[np.ndarray, MesaState]:
+    """Lay out the sequences and share them among threads."""
+    G, H = state
+    o, (t, d), w = output_like(q, v, G), q.shape[-2:], v.shape[-1]
+    ridge = np.broadcast_to(np.asarray(ridge, G.dtype), ridge.shape[:-1] + (d,))
+    if np.broadcast_shapes(ridge.shape[:-1], H.shape[:-2]) != H.shape[:-2]:
+        raise NotImplementedError("backend 'numba' has no 'mesa' whose ridge differs among queries of one memory")
+    if tolerance is None:
+        small = float(np.finfo(G.dtype).eps) ** 0.75
+        tolerance = 0.0 if solver == "chebyshev" and iterations is not None else small
+    layout = lay_out(
+        G.shape[:-2],
+        o.shape[:-2],
+        (q, 2),
+        (k, 2),
+        (v, 2),
+        (log_decay, 1),
+        (beta, 1),
+        (ridge, 1),
+        (G, 2),
+        (H, 2),
+        (o, 2),
+    )
+    memories, groups = layout.places.shape[1:]
+    worst = np.zeros((memories, 2))
+    cost = memories * t * d * (2 * d + w + groups * (8 * d + w))
+    sizes = (t, d, w, METHODS.index(solver), iterations or 0, bool(np.any(ridge == 0)))
+    scratch = (G.dtype, shapes(min(CHUNK, t), d, w))
+    share(kernel, memories, cost, scratch, layout.places, layout.steps, sizes, G.dtype.type(tolerance), worst)
+    report(solver, worst, tolerance)
+    return o, state
+
+
+def report(solver: str, worst: np.ndarray, tolerance: float) -> None:
+    """A warning when a token is not done; with a tolerance of zero the caller asked for a number of steps."""
+    residual, most = worst.max(axis=0, initial=0)
+    if tolerance > 0 and residual > tolerance:
+        warnings.warn(
+            f"solver {solver!r} stopped after {int(most)} iterations at a relative residual of {residual:.1e}, above "
+            f"the tolerance {tolerance:.1e}: raise iterations, ridge or tolerance",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+class Scratch(NamedTuple):
+    """Panels of one thread, for chunks of c tokens."""
+
+    G: Matrix  # k x v
+    H: Matrix  # k x k
+    A: Matrix  # k x k: H + ridge, then its factor
+    X: Matrix  # k x k: inverse of the factor
+    R: Matrix  # k x k: X^T
+    P: Matrix  # k x k
+    keys: Matrix  # c x k: weighted
+    across: Matrix  # k x c: the same
+    values: Matrix  # c x v: weighted
+    pairs: Matrix  # c x c: decays
+    scores: Matrix  # c x c
+    answers: Matrix  # c x v
+    vectors: Matrix  # c x k
+    read: Matrix  # k x c
+    whitened: Matrix  # k x c: W^T
+    W: Matrix  # c x k
+    x: Matrix  # c x k
+    r: Matrix  # c x k: residuals
+    p: Matrix  # c x k: directions
+    z: Matrix  # c x k: preconditioned residuals
+    Ap: Matrix  # c x k
+    ridge: Matrix  # 1 x k
+    along: Matrix  # 1 x k
+    since: Matrix  # 1 x c + 1: what is left at i - 1 of the chunk's start
+    tokens: Matrix  # 8 x c: numbers of each token, see the names below
+    gates: Matrix  # 1 x c + 1: of the chunk, then the mean foretold
+    reflections: Reflections
+
+
+ERROR, START, SLOPE, LARGEST, MOST, RHO, LEFT = range(7)  # rows of ``tokens``
+
+
+def shapes(c: int, d: int, w: int) -> list[tuple[int, int]]:
+    """Of the panels, in their order."""
+    square, tokens = (d, d), (c, d)
+    memory = [(d, w), square, square, (d, max(d, BLOCK)), square, square]
+    chunk = [tokens, (d, c), (c, w), (c, c), (c, c), (c, w), tokens, (d, c), (d, c)]
+    rows = [(1, d), (1, d), (1, c + 1), (7, c), (1, c + 1)]
+    return memory + chunk + [tokens] * 6 + rows + [(c, c), (c, c), (d, c), (c, c), (max(c, BLOCK), c)]
+
+
+@inner
+def panels_of(table, like):
+    """The panels of one thread."""
+    return Scratch(
+        panel(table, 0, like), panel(table, 1, like), panel(table, 2, like), panel(table, 3, like),
+        panel(table, 4, like), panel(table, 5, like), panel(table, 6, like), panel(table, 7, like),
+        panel(table, 8, like), panel(table, 9, like), panel(table, 10, like), panel(table, 11, like),
+        panel(table, 12, like), panel(table, 13, like), panel(table, 14, like), panel(table, 15, like),
+        panel(table, 16, like), panel(table, 17, like), panel(table, 18, like), panel(table, 19, like),
+        panel(table, 20, like), panel(table, 21, like), panel(table, 22, like), panel(table, 23, like),
+        panel(table, 24, like), panel(table, 25, like),
+        Reflections(
+            panel(table, 26, like), panel(table, 27, like), panel(table, 28, like), panel(table, 29, like),
+            panel(table, 30, like),
+        ),
+    )  # fmt: skip
+
+
+@njit(cache=True, nogil=True, fastmath=FAST)
+def kernel(table, places, steps, sizes, tolerance, worst, first, last):
+    """Jobs first to last: one memory each."""
+    t, d, w, method, iterations, singular = sizes
+    room = panels_of(table, tolerance)
+    for memory in range(first, last):
+        G, H = matrix(places[STATE, memory, 0], w, 1, tolerance), matrix(places[GRAM, memory, 0], d, 1, tolerance)
+        load(room.G, G, 0, d, 0, w)
+        load(room.H, H, 0, d, 0, d)
+        load(room.ridge, matrix(places[RIDGE, memory, 0], 0, steps[RIDGE, 0], tolerance), 0, 1, 0, d)
+        for low in range(0, t, CHUNK):
+            n = min(low + CHUNK, t) - low
+            clean = load_pairs(places, steps, sizes, memory, low, n, room, tolerance)
+            if clean:
+                run_chunk(places, steps, sizes, memory, low, clean, room, tolerance, worst)
+            for i in range(low + clean, low + n):  # products would spread a bad number: such tokens come one by one
+                load_pairs(places, steps, sizes, memory, i, 1, room, tolerance)
+                run_chunk(places, steps, sizes, memory, i, 1, room, tolerance, worst)
+        store(G, 0, d, 0, w, room.G)
+        store(H, 0, d, 0, d, room.H)
+
+
+@inner
+def load_pairs(places, steps, sizes, memory, low, n, room, like):
+    """Gates, and keys and values times the root of their weight; how many tokens come before the first bad one."""
+    apart()
+    t, d, w, method, iterations, singular = sizes
+    gates, beta, zero = places[GATE, memory, 0], places[BETA, memory, 0], real(like, 0)
+    load(room.keys, matrix(places[K, memory, 0], steps[K, 0], steps[K, 1], like), low, n, 0, d)
+    load(room.values, matrix(places[V, memory, 0], steps[V, 0], steps[V, 1], like), low, n, 0, w)
+    line = row(room.gates, 0)
+    for i in range(n):
+        line[i] = row(matrix(gates, steps[GATE, 0], 1, like), low + i)[0] if gates else zero
+        if beta:
+            weight = row(matrix(beta, steps[BETA, 0], 1, like), low + i)[0]
+            if weight == 0:
+                fill(row(room.keys, i), zero, d)
+                fill(row(room.values, i), zero, w)
+            scale(row(room.keys, i), math.sqrt(weight), d)
+            scale(row(room.values, i), math.sqrt(weight), w)
+    clean = min(clean_until(room.keys, 0, n, d, False, like), clean_until(room.values, 0, n, w, False, like))
+    clean = min(clean, clean_until(matrix_of(line, like), 0, n, 1, True, like))
+    for group in range(places.shape[2]):
+        q = matrix(places[Q, memory, group], steps[Q, 0], steps[Q, 1], like)
+        clean = min(clean, clean_until(below(q, low), 0, n, d, False, like))
+    return clean
+
+
+@inner
+def matrix_of(line, like):
+    """A row as a matrix of one column."""
+    return Matrix(line, 1, 1)
+
+
+@inner
+def run_chunk(places, steps, sizes, memory, low, n, room, like, worst):
+    """One chunk of n tokens."""
+    apart()
+    t, d, w, method, iterations, singular = sizes
+    one, gated = real(like, 1), places[GATE, memory, 0] != 0
+    step_decays(matrix_of(row(room.gates, 0), like), 0, n, room.pairs, row(room.since, 0), like)
+    load_transposed(room.across, room.keys, 0, n, d)
+    together = prepare(sizes, n, room, low, gated, like)
+    if n == 1:  # one token reads the sum itself
+        memorise(n, room, w, d, like)
+    for group in range(places.shape[2]):
+        q = below(matrix(places[Q, memory, group], steps[Q, 0], steps[Q, 1], like), low)
+        solve(q, sizes, n, room, together, worst, memory, like)
+        if n == 1:
+            multiply(room.answers, room.x, room.G, n, w, d, one, real(like, 0), full)
+        else:
+            attend(room.answers, room.x, room.G, room.values, n, w, d, room, like)
+        store(below(matrix(places[O, memory, group], w, 1, like), low), 0, n, 0, w, room.answers)
+    if n > 1:
+        memorise(n, room, w, d, like)
+    scale_rows(room.keys, row(room.pairs, n - 1), n, d)
+    multiply(room.H, room.across, room.keys, d, d, n, one, row(room.since, 0)[n], full)
+    for i in range(d):
+        for j in range(i):
+            row(room.H, j)[i] = row(room.H, i)[j]
+
+
+@inner
+def memorise(n, room, w, d, like):
+    """The chunk's pairs into G."""
+    apart()
+    scale_rows(room.values, row(room.pairs, n - 1), n, w)
+    multiply(room.G, room.across, room.values, d, w, n, real(like, 1), row(room.since, 0)[n], full)
+
+
+@inner
+def prepare(sizes, n, room, low, gated, like):
+    """What the queries of a chunk share; for how many of its tokens one factor serves."""
+    apart()
+    t, d, w, method, iterations, singular = sizes
+    gates = row(room.gates, 0)
+    before = gates[CHUNK] if low else gates[0]
+    mean = (before * (CHUNK - 1) + gates[0]) / CHUNK  # of the gates so far; never of those to come
+    total = gates[0]
+    for i in range(1, n):
+        total += gates[i]
+    if method == EXACT:
+        ready = not gated and not singular and factorise(n, n, one_of(like), d, room, like)
+        return n if ready else 0
+    together = 0
+    if method == CG and like > 0 and not singular and mean >= MILD:
+        while together < n and row(room.since, 0)[together + 1] >= HALF:
+            together += 1
+        if not factorise(together, n, real(like, math.exp(mean * CHUNK / 2)), d, room, like):
+            together = 0
+    gates[CHUNK] = total / n
+    return together
+
+
+@inner
+def one_of(like):
+    """1 in the dtype."""
+    return real(like, 1)
+
+
+@inner
+def factorise(n, c, reference, d, room, like):
+    """P = (H + ridge / reference)^-1 and the whitened keys of n tokens; False if H holds a bad number or n is 0."""
+    apart()
+    one, zero = real(like, 1), real(like, 0)
+    if n == 0 or not invert(room.H, one / reference, d, room, like):
+        return False
+    left = row(room.tokens, LEFT)
+    copy(left, move(row(room.since, 0), 1), n)
+    multiply(room.vectors, room.keys, room.R, n, d, d, one, zero, full)
+    reflect(room.vectors, left, n, d, room.reflections, like)
+    multiply(room.read, room.R, room.reflections.across, d, n, d, one, zero, full)
+    multiply(room.whitened, room.read, room.reflections.T, d, n, n, one, zero, full)
+    load_transposed(room.W, room.whitened, 0, d, n)
+    return True
+
+
+@inner
+def invert(H, factor, d, room, like):
+    """P = (H + factor ridge)^-1 = X^T X; False if H holds a bad number.
+
+    A matrix whose small eigenvalues have drowned in rounding is lifted by as much as that rounding.
+    """
+    apart()
+    if clean_until(H, 0, d, d, False, like) < d:
+        return False
+    lift, largest = real(like, 0), real(like, 0)
+    while True:
+        for i in range(d):
+            copy(row(room.A, i), row(H, i), d)
+            row(room.A, i)[i] += factor * row(room.ridge, 0)[i] + lift
+            largest = max(largest, row(room.A, i)[i])
+        if not largest < math.inf:
+            return False
+        if cholesky(room.A, room.X, d, like):
+            break
+        lift = max(2 * lift, eps(like) * largest)
+    invert_lower(room.A, room.X, d, like)
+    load_transposed(room.R, room.X, 0, d, d)
+    multiply(room.P, room.R, room.X, d, d, d, real(like, 1), real(like, 0), full)
+    return True
+
+
+@inner
+def attend(into, x, S, right, n, columns, d, room, like):
+    """Every token's x times its own state: S at the chunk's start, and the keys before it with their ``right``."""
+    apart()
+    one, zero = real(like, 1), real(like, 0)
+    multiply(into, x, S, n, columns, d, one, zero, full)
+    scale_rows(into, move(row(room.since, 0), 1), n, columns)
+    multiply(room.scores, x, room.across, n, n, d, one, zero, triangle)
+    weigh(room.scores, room.pairs, n, True, False, like)
+    multiply(into, room.scores, right, n, columns, n, one, one, lower)
+
+
+@inner
+def precondition(into, r, n, together, d, room, like):
+    """The common factor's solutions: (r P - tril(r W^T) W) / left; beyond ``together`` tokens r itself."""
+    apart()
+    one, zero = real(like, 1), real(like, 0)
+    m = min(n, together)
+    multiply(into, r, room.P, m, d, d, one, zero, full)
+    multiply(room.scores, r, room.whitened, m, m, d, one, zero, triangle)
+    no_future(room.scores, m, like)
+    multiply(into, room.scores, room.W, m, d, m, -one, one, lower)
+    for i in range(m):
+        scale(row(into, i), one / row(room.tokens, LEFT)[i], d)
+    for i in range(m, n):
+        copy(row(into, i), row(r, i), d)
+
+
+@inner
+def solve(q, sizes, n, room, together, worst, memory, like):
+    """The solutions x of one sequence of queries."""
+    apart()
+    t, d, w, method, iterations, singular = sizes
+    load(room.r, q, 0, n, 0, d)
+    if method == EXACT and together:
+        precondition(room.x, room.r, n, together, d, room, like)
+    elif method == EXACT:
+        solve_each(sizes, n, room, like)
+    else:
+        iterate(sizes, n, room, together, worst, memory, like)
+
+
+@inner
+def solve_each(sizes, n, room, like):
+    """The solution of every token by itself."""
+    apart()
+    t, d, w, method, iterations, singular = sizes
+    load(room.P, room.H, 0, d, 0, d)
+    for i in range(n):
+        k, decay = row(room.keys, i), row(room.pairs, i)[i - 1] if i else row(room.since, 0)[1]
+        for p in range(d):
+            scale(row(room.P, p), decay, d)
+            add_scaled(row(room.P, p), k[p], k, d)
+        if clean_until(room.P, 0, d, d, False, like) < d:
+            fill(row(room.x, i), real(like, math.nan), d)
+        elif singular:
+            solve_least(row(room.r, i), row(room.x, i), d, room, like)
+        else:
+            solve_one(row(room.r, i), row(room.x, i), d, room, like)
+
+
+@inner
+def solve_one(q, x, d, room, like):
+    """x = (P + ridge)^-1 q by Cholesky."""
+    apart()
+    lift, largest = real(like, 0), real(like, 0)
+    while True:
+        for i in range(d):
+            copy(row(room.A, i), row(room.P, i), i + 1)
+            row(room.A, i)[i] += row(room.ridge, 0)[i] + lift
+            largest = max(largest, row(room.A, i)[i])
+        if cholesky(room.A, room.X, d, like) or not largest < math.inf:
+            break
+        lift = max(2 * lift, eps(like) * largest)
+    for i in range(d):
+        x[i] = (q[i] - dot(row(room.A, i), x, i, like)) / row(room.A, i)[i]
+    for i in range(d - 1, -1, -1):
+        x[i] /= row(room.A, i)[i]
+        add_scaled(x, -x[i], row(room.A, i), i)
+
+
+@inner
+def solve_least(q, x, d, room, like):
+    """The solution of minimum norm: rotated until they are orthogonal, the rows of P + ridge are eigenvectors.
+
+    Their lengths are the eigenvalues; those below d eps times the largest count as zero.
+    """
+    apart()
+    values, largest = row(room.along, 0), real(like, 0)
+    for i in range(d):
+        copy(row(room.A, i), row(room.P, i), d)
+        row(room.A, i)[i] += row(room.ridge, 0)[i]
+    orthogonalise(room.A, d, d, values, like)
+    for i in range(d):
+        largest = max(largest, values[i])
+    fill(x, real(like, 0), d)
+    for i in range(d):
+        if values[i] > d * eps(like) * largest:
+            scale(row(room.A, i), real(like, 1) / values[i], d)
+            add_scaled(x, dot(row(room.A, i), q, d, like) / values[i], row(room.A, i), d)
+
+
+@inner
+def apply(into, x, n, d, room, like):
+    """Every token's matrix H_t + ridge times its x."""
+    apart()
+    attend(into, x, room.H, room.keys, n, d, d, room, like)
+    ridge = row(room.ridge, 0)
+    for i in range(n):
+        y, z = row(into, i), row(x, i)
+        for p in range(d):
+            y[p] += ridge[p] * z[p]
+
+
+@inner
+def iterate(sizes, n, room, together, worst, memory, like):
+    """Solutions from zero for all tokens at once; a token that is done is not touched again."""
+    apart()
+    t, d, w, method, iterations, singular = sizes
+    tokens, limit = room.tokens, 0
+    if method == CHEBYSHEV:
+        bound(sizes, n, room, like)
+    for i in range(n):
+        fill(row(room.x, i), real(like, 0), d)
+        row(tokens, START)[i] = row(tokens, ERROR)[i] = dot(row(room.r, i), row(room.r, i), d, like)
+        most = iterations if iterations else (2 * d if method == CG else int(row(tokens, MOST)[i]))
+        row(tokens, MOST)[i] = real(like, most)
+        limit = max(limit, most)
+    begin(method, n, d, room, together, like)
+    for step in range(limit):
+        open_tokens = 0
+        for i in range(n):
+            if row(tokens, ERROR)[i] > like * like * row(tokens, START)[i] and step < row(tokens, MOST)[i]:
+                open_tokens = i + 1
+        if open_tokens == 0:
+            break
+        apply(room.Ap, room.p, open_tokens, d, room, like)
+        for i in range(open_tokens):
+            if row(tokens, ERROR)[i] > like * like * row(tokens, START)[i] and step < row(tokens, MOST)[i]:
+                if method == CG:
+                    advance(i, d, room, like)
+                else:
+                    descend(i, d, room, like)
+        if method == CG:
+            turn(n, open_tokens, together, d, room, like)
+    finish(n, d, room, worst, memory, like)
+
+
+@inner
+def begin(method, n, d, room, together, like):
+    """The first directions."""
+    apart()
+    tokens = room.tokens
+    if method == CG:
+        precondition(room.z, room.r, n, together, d, room, like)
+    for i in range(n):
+        if method == CG:
+            copy(row(room.p, i), row(room.z, i), d)
+            row(tokens, SLOPE)[i] = dot(row(room.r, i), row(room.z, i), d, like)
+        else:
+            middle, half = middle_of(i, d, room, like)
+            copy(row(room.p, i), row(room.r, i), d)
+            scale(row(room.p, i), real(like, 1) / middle, d)
+            row(tokens, RHO)[i] = half / middle
+
+
+@inner
+def ratio(x, y):
+    """x / y, and 0 where y is not positive; a NaN stays."""
+    return x * 0 if y <= 0 else x / y
+
+
+@inner
+def advance(i, d, room, like):
+    """One step of conjugate gradients: as far as the direction goes."""
+    p, Ap, tokens = row(room.p, i), row(room.Ap, i), room.tokens
+    length = ratio(row(tokens, SLOPE)[i], dot(p, Ap, d, like))
+    add_scaled(row(room.x, i), length, p, d)
+    add_scaled(row(room.r, i), -length, Ap, d)
+
+
+@inner
+def turn(n, open_tokens, together, d, room, like):
+    """New directions, conjugate to those before."""
+    apart()
+    tokens = room.tokens
+    precondition(room.z, room.r, open_tokens, together, d, room, like)
+    for i in range(open_tokens):
+        r, z = row(room.r, i), row(room.z, i)
+        row(tokens, ERROR)[i] = dot(r, r, d, like)
+        slope = dot(r, z, d, like)
+        share = ratio(slope, row(tokens, SLOPE)[i])
+        scale(row(room.p, i), share, d)
+        add_scaled(row(room.p, i), real(like, 1), z, d)
+        row(tokens, SLOPE)[i] = slope
+
+
+@inner
+def bound(sizes, n, room, like):
+    """|H_t|_F of every token from its recurrence, |g H + k k^T|^2 = g^2 |H|^2 + 2 k^T (g H + k k^T) k - |k|^4."""
+    apart()
+    t, d, w, method, iterations, singular = sizes
+    tokens, start, least, largest = room.tokens, real(like, 0), real(like, math.inf), real(like, 0)
+    attend(room.Ap, room.keys, room.H, room.keys, n, d, d, room, like)
+    for p in range(d):
+        start += dot(row(room.H, p), row(room.H, p), d, like)
+        least, largest = min(least, row(room.ridge, 0)[p]), max(largest, row(room.ridge, 0)[p])
+    for i in range(n):
+        k = row(room.keys, i)
+        energy = dot(k, k, d, like)
+        row(tokens, SLOPE)[i] = 2 * dot(k, row(room.Ap, i), d, like) - energy * energy
+        since = row(room.since, 0)[i + 1]
+        total = since * since * start
+        for j in range(i + 1):
+            total += row(room.pairs, i)[j] * row(room.pairs, i)[j] * row(tokens, SLOPE)[j]
+        bound = math.sqrt(total) + largest
+        row(tokens, LARGEST)[i] = bound
+        steps = math.sqrt((bound if math.isfinite(bound) else least) / least) / 2 * math.log(2 / max(like, eps(like)))
+        row(tokens, MOST)[i] = real(like, min(math.ceil(steps) + 1.0, 1000.0))
+
+
+@inner
+def middle_of(i, d, room, like):
+    """Middle and half length of the interval that holds the eigenvalues of a token's matrix."""
+    least, largest = real(like, math.inf), row(room.tokens, LARGEST)[i]
+    for p in range(d):
+        least = min(least, row(room.ridge, 0)[p])
+    middle = (largest + least) / 2
+    return middle, max((largest - least) / 2, eps(like) * middle)
+
+
+@inner
+def descend(i, d, room, like):
+    """One step of the Chebyshev iteration."""
+    apart()
+    p, r, tokens = row(room.p, i), row(room.r, i), room.tokens
+    middle, half = middle_of(i, d, room, like)
+    add_scaled(row(room.x, i), real(like, 1), p, d)
+    add_scaled(r, -real(like, 1), row(room.Ap, i), d)
+    before = row(tokens, RHO)[i]
+    rho = real(like, 1) / (2 * middle / half - before)
+    row(tokens, RHO)[i] = rho
+    scale(p, rho * before, d)
+    add_scaled(p, 2 * rho / half, r, d)
+    row(tokens, ERROR)[i] = dot(r, r, d, like)
+
+
+@inner
+def finish(n, d, room, worst, memory, like):
+    """Relative residuals; a token whose own is no number has no solution."""
+    apart()
+    for i in range(n):
+        residual = math.sqrt(ratio(row(room.tokens, ERROR)[i], row(room.tokens, START)[i]))
+        if not math.isfinite(residual):
+            fill(row(room.x, i), real(like, math.nan), d)
+        if residual > worst[memory, 0]:
+            worst[memory, 0] = residual
+        worst[memory, 1] = max(worst[memory, 1], row(room.tokens, MOST)[i])

@@ -1,0 +1,402 @@
+"""Recursive least squares, compiled: chunks as matrix products, one memory per job, its square root R carried.
+
+A chunk of weighted keys K meets R in the reflections of ``_factors.reflect``: with A = K R and V, T, L from it,
+
+    W^T = R V^T T,    R' = (R - W^T V) / sqrt(what is left),    E = L^-1 (V - K S),    O = Q S + tril(Q W^T) E,
+
+and S' = S + W^T E. Nothing is subtracted from P. Few tokens, and those from a bad number on, take the recursion itself.
+See ``ttr_np.solvers.recursive_least_squares`` for the mathematics, the two caps, and the sources.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+
+from ..calling import run
+from ..notation import RecursiveLeastSquaresState
+from ..solvers._chunks import output_like
+from ..solvers.recursive_least_squares import FAINTEST, LARGEST, SLACK, check_ridge, check_weights, factor, limit, start
+from ._compile import FAST, apart, inner
+from ._factors import BLOCK, Reflections, cholesky, eps, invert_lower, no_future, orthogonalise, reflect, square
+from ._panels import (
+    Matrix,
+    add_scaled,
+    below,
+    clean_until,
+    dot,
+    fill,
+    full,
+    load,
+    load_transposed,
+    lower,
+    matrix,
+    move,
+    multiply,
+    panel,
+    real,
+    row,
+    scale,
+    solve_unit_lower,
+    store,
+    triangle,
+)
+from ._sequences import lay_out
+from ._threads import share
+
+__all__ = ["recursive_least_squares"]
+
+CHUNK = 32
+FADED = 0.25  # what is left of P's inverse below which a segment ends: R is divided by its root, errors and all
+FEW = 4  # tokens that do not fill a chunk's products
+Q, K, V, GATE, BETA, STATE, COVARIANCE, O = range(8)  # noqa: E741
+
+
+def recursive_least_squares(
+    q: Any, k: Any, v: Any, *, log_decay: Any = None, beta: Any = None, ridge: float = 1.0, **common: Any
+) -> Any:
+    """Recursive least squares; see ``ttr_np.recursive_least_squares``."""
+    check_ridge(ridge)
+    check_weights(q, log_decay, beta, common.get("mask"))
+    arrays = {"q": q, "k": k, "v": v, "log_decay": log_decay, "beta": beta}
+    return run(core, "recursive_least_squares", arrays, start=partial(start, ridge), **common)
+
+
+def core(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    log_decay: np.ndarray | None,
+    beta: np.ndarray | None,
+    *,
+    state: RecursiveLeastSquaresState,
+) -> tuple[np.ndarray, RecursiveLeastSquaresState]:
+    """Lay out the sequences and share them among threads."""
+    S, P = state
+    o, original = output_like(q, v, S), P.copy()
+    layout = lay_out(
+        S.shape[:-2], o.shape[:-2], (q, 2), (k, 2), (v, 2), (log_decay, 1), (beta, 1), (S, 2), (P, 2), (o, 2)
+    )
+    memories, groups = layout.places.shape[1:]
+    (t, d), w = q.shape[-2:], v.shape[-1]
+    bad = np.zeros(memories, np.bool_)
+    cost = memories * (t * d * (3 * d + 2 * w + groups * w) + d**3)
+    scratch = (S.dtype, shapes(min(CHUNK, t), d, w))
+    share(kernel, memories, cost, scratch, layout.places, layout.steps, (t, d, w), S.dtype.type(limit(S.dtype)), bad)
+    if bad.any():
+        factor(original)  # says what is wrong with P
+        raise ValueError("initial_state field P must be positive definite")
+    return o, state
+
+
+class Scratch(NamedTuple):
+    """Panels of one thread, for chunks of c tokens."""
+
+    S: Matrix  # k x v
+    R: Matrix  # k x k
+    turned: Matrix  # k x k
+    product: Matrix  # k x k
+    keys: Matrix  # c x k: weighted
+    values: Matrix  # c x v: weighted, then innovations
+    vectors: Matrix  # c x k: keys times R, then reflections
+    whitened: Matrix  # k x c: W^T
+    read: Matrix  # k x c: R V^T
+    scores: Matrix  # c x c
+    answers: Matrix  # c x v
+    gates: Matrix  # 1 x c
+    energy: Matrix  # 1 x c
+    left: Matrix  # 1 x c
+    along: Matrix  # 1 x k
+    information: Matrix  # 1 x 1: trace of P^-1, infinite once a cap has acted
+    reflections: Reflections
+
+
+def shapes(c: int, d: int, w: int) -> list[tuple[int, int]]:
+    """Of the panels, in their order."""
+    own = [(d, w), (d, d), (d, max(d, BLOCK)), (d, d), (c, d), (c, w), (c, d), (d, c), (d, c), (c, c), (c, w)]
+    rows = [(1, c), (1, c), (1, c), (1, d), (1, 1)]
+    return own + rows + [(c, c), (c, c), (d, c), (c, c), (max(c, BLOCK), c)]
+
+
+@inner
+def panels_of(table, like):
+    """The panels of one thread."""
+    return Scratch(
+        panel(table, 0, like), panel(table, 1, like), panel(table, 2, like), panel(table, 3, like),
+        panel(table, 4, like), panel(table, 5, like), panel(table, 6, like), panel(table, 7, like),
+        panel(table, 8, like), panel(table, 9, like), panel(table, 10, like), panel(table, 11, like),
+        panel(table, 12, like), panel(table, 13, like), panel(table, 14, like), panel(table, 15, like),
+        Reflections(
+            panel(table, 16, like), panel(table, 17, like), panel(table, 18, like), panel(table, 19, like),
+            panel(table, 20, like),
+        ),
+    )  # fmt: skip
+
+
+@njit(cache=True, nogil=True, fastmath=FAST)
+def kernel(table, places, steps, sizes, limit, bad, first, last):
+    """Jobs first to last: one memory each."""
+    t, d, w = sizes
+    room = panels_of(table, limit)
+    for memory in range(first, last):
+        state, P = matrix(places[STATE, memory, 0], w, 1, limit), matrix(places[COVARIANCE, memory, 0], d, 1, limit)
+        load(room.S, state, 0, d, 0, w)
+        if not begin(P, room, d, limit):
+            bad[memory] = True
+            continue
+        moved = False
+        for low in range(0, t, CHUNK):
+            n = min(low + CHUNK, t) - low
+            moved |= load_pairs(places, steps, sizes, memory, low, n, room, limit)
+            run_chunk(places, steps, sizes, memory, low, n, room, limit)
+        store(state, 0, d, 0, w, room.S)
+        if moved:
+            hand_out(P, room, d, limit)
+
+
+@inner
+def begin(P, room, d, like):
+    """R = the Cholesky factor of P; False if P is not symmetric and positive definite. A NaN makes a memory of NaN."""
+    apart()
+    R, largest, gap = room.R, real(like, 0), real(like, 0)
+    bad = clean_until(P, 0, d, d, False, like) < d
+    for i in range(d):
+        fill(row(R, i), real(like, 0), d)
+        for j in range(i + 1):
+            row(R, i)[j] = real(like, math.nan) if bad else row(P, i)[j]
+            largest = max(largest, abs(row(P, i)[j]))
+            gap = max(gap, abs(row(P, i)[j] - row(P, j)[i]))
+    if bad:
+        return True
+    if gap > 1000 * eps(like) * largest or not cholesky(R, room.turned, d, like):
+        return False
+    invert_lower(R, room.turned, d, like)
+    total = 0.0
+    for i in range(d):
+        total += square(row(room.turned, i), i + 1)
+        for j in range(i + 1, d):
+            row(R, i)[j] = real(like, 0)
+    row(room.information, 0)[0] = real(like, total)
+    return True
+
+
+@inner
+def load_pairs(places, steps, sizes, memory, low, n, room, like):
+    """Gates, and keys and values times the root of their weight; True if any of it moves R.
+
+    A pair of weight zero is not even looked at.
+    """
+    apart()
+    t, d, w = sizes
+    gates, beta = places[GATE, memory, 0], places[BETA, memory, 0]
+    load(room.keys, matrix(places[K, memory, 0], steps[K, 0], steps[K, 1], like), low, n, 0, d)
+    load(room.values, matrix(places[V, memory, 0], steps[V, 0], steps[V, 1], like), low, n, 0, w)
+    information, moved = row(room.information, 0)[0], False
+    for i in range(n):
+        k, v = row(room.keys, i), row(room.values, i)
+        if beta:
+            weight = row(matrix(beta, steps[BETA, 0], 1, like), low + i)[0]
+            if weight == 0:
+                fill(k, real(like, 0), d)
+                fill(v, real(like, 0), w)
+            scale(k, math.sqrt(weight), d)
+            scale(v, math.sqrt(weight), w)
+        gate = row(matrix(gates, steps[GATE, 0], 1, like), low + i)[0] if gates else real(like, 0)
+        energy = dot(k, k, d, like)
+        row(room.gates, 0)[i], row(room.energy, 0)[i] = gate, energy
+        information = information * math.exp(max(gate, real(like, FAINTEST))) + energy
+        moved |= gate != 0 or energy != 0
+    row(room.information, 0)[0] = information
+    return moved
+
+
+@inner
+def run_chunk(places, steps, sizes, memory, low, n, room, limit):
+    """One chunk: in segments up to the first bad number, which products would spread, and token by token from there."""
+    apart()
+    t, d, w = sizes
+    groups = places.shape[2]
+    clean = min(clean_until(room.keys, 0, n, d, False, limit), clean_until(room.values, 0, n, w, False, limit))
+    for group in range(groups):
+        q = matrix(places[Q, memory, group], steps[Q, 0], steps[Q, 1], limit)
+        clean = min(clean, clean_until(below(q, low), 0, n, d, False, limit))
+    clean = 0 if n < FEW else clean
+    done = 0
+    while done < clean:
+        end = open_segment(room, done, clean, d, limit)
+        segment(room, done, end, d, w, limit)
+        for group in range(groups):
+            q = matrix(places[Q, memory, group], steps[Q, 0], steps[Q, 1], limit)
+            o = matrix(places[O, memory, group], w, 1, limit)
+            answer(below(q, low + done), below(o, low + done), end - done, room, done, d, w, limit)
+        close_segment(room, done, end, d, w, limit)
+        done = end
+    for i in range(clean, n):
+        forget(room, i, d, limit)
+        step(room, i, d, w, limit)
+        for group in range(groups):
+            q = matrix(places[Q, memory, group], steps[Q, 0], steps[Q, 1], limit)
+            o = matrix(places[O, memory, group], w, 1, limit)
+            answer_token(below(q, low + i), row(o, low + i), room, d, w, limit)
+
+
+@inner
+def spread(R, d):
+    """Mean eigenvalue of R R^T."""
+    total = 0.0
+    for i in range(d):
+        total += square(row(R, i), d)
+    return total / max(d, 1)
+
+
+@inner
+def largest_before(energy, limit):
+    """The cap on P before a pair of this energy."""
+    return min(LARGEST, limit / max(energy, limit / LARGEST))
+
+
+@inner
+def forget(room, i, d, limit):
+    """One decay of R, which then is not larger than the next pair can learn from; the mean eigenvalue of P."""
+    apart()
+    gate = row(room.gates, 0)[i]
+    if gate != 0:
+        scale_all(room.R, math.exp(-max(gate, real(limit, FAINTEST)) / 2), d, limit)
+    size, largest = spread(room.R, d), largest_before(1.0 * row(room.energy, 0)[i], 1.0 * limit)
+    if math.isfinite(size) and size > SLACK * largest:
+        load_transposed(room.turned, room.R, 0, d, d)
+        orthogonalise(room.turned, d, d, row(room.along, 0), limit)
+        cut(room, d, math.sqrt(largest), limit)
+        row(room.information, 0)[0] = real(limit, math.inf)
+        size = spread(room.R, d)
+    return size
+
+
+@inner
+def scale_all(R, factor, d, like):
+    """R times a number."""
+    for i in range(d):
+        scale(row(R, i), real(like, factor), d)
+
+
+@inner
+def cut(room, d, longest, like):
+    """R from its orthogonal columns, none longer than a number."""
+    for i in range(d):
+        length = row(room.along, 0)[i]
+        if length > longest:
+            scale(row(room.turned, i), real(like, longest / length), d)
+    load_transposed(room.R, room.turned, 0, d, d)
+
+
+@inner
+def open_segment(room, done, clean, d, limit):
+    """First token after ``done`` before which P must be decayed and capped anew; ``left`` at those before."""
+    apart()
+    size, total, left = forget(room, done, d, limit), 0.0, row(room.left, 0)
+    left[done] = real(limit, 1)
+    for i in range(done + 1, clean):
+        total += row(room.gates, 0)[i]
+        now = math.exp(total)
+        if SLACK * largest_before(1.0 * row(room.energy, 0)[i], 1.0 * limit) * now < size or now < FADED:
+            return i
+        left[i] = real(limit, now)
+    return clean
+
+
+@inner
+def segment(room, done, end, d, w, like):
+    """Whitened keys W^T and innovations E of the tokens from ``done`` to ``end``."""
+    apart()
+    n, keys, errors, one, zero = (
+        end - done,
+        below(room.keys, done),
+        below(room.values, done),
+        real(like, 1),
+        real(like, 0),
+    )
+    L = room.reflections.L
+    multiply(room.vectors, keys, room.R, n, d, d, one, zero, full)
+    reflect(room.vectors, move(row(room.left, 0), done), n, d, room.reflections, like)
+    multiply(room.read, room.R, room.reflections.across, d, n, d, one, zero, full)
+    multiply(room.whitened, room.read, room.reflections.T, d, n, n, one, zero, full)
+    multiply(errors, keys, room.S, n, w, d, -one, one, full)
+    for i in range(n):
+        share = one / row(L, i)[i]
+        scale(row(errors, i), share, w)
+        scale(row(L, i), share, i)
+    solve_unit_lower(L, errors, n, w, like)
+
+
+@inner
+def answer(q, o, n, room, done, d, w, like):
+    """Answers of a segment to one sequence of queries."""
+    apart()
+    one, zero = real(like, 1), real(like, 0)
+    multiply(room.scores, q, room.whitened, n, n, d, one, zero, triangle)
+    no_future(room.scores, n, like)
+    multiply(room.answers, q, room.S, n, w, d, one, zero, full)
+    multiply(room.answers, room.scores, below(room.values, done), n, w, n, one, one, lower)
+    store(o, 0, n, 0, w, room.answers)
+
+
+@inner
+def close_segment(room, done, end, d, w, like):
+    """The memory after a segment."""
+    apart()
+    n, left, one = end - done, row(room.left, 0)[end - 1], real(like, 1)
+    multiply(room.S, room.whitened, below(room.values, done), d, w, n, one, one, full)
+    multiply(room.R, room.whitened, room.vectors, d, d, n, -one, one, full)
+    if left != 1:
+        scale_all(room.R, one / math.sqrt(left), d, like)
+
+
+@inner
+def step(room, i, d, w, like):
+    """One pair by the recursion."""
+    apart()
+    along, k, error, one = row(room.along, 0), row(room.keys, i), row(room.values, i), real(like, 1)
+    fill(along, real(like, 0), d)
+    for p in range(d):
+        add_scaled(along, k[p], row(room.R, p), d)
+        add_scaled(error, -k[p], row(room.S, p), w)
+    s = one + dot(along, along, d, like)
+    shrink = one / (s + math.sqrt(s))
+    for p in range(d):
+        gain = dot(row(room.R, p), along, d, like)
+        add_scaled(row(room.R, p), -gain * shrink, along, d)
+        add_scaled(row(room.S, p), gain / s, error, w)
+
+
+@inner
+def answer_token(q, o, room, d, w, like):
+    """One answer by the recursion."""
+    apart()
+    fill(o, real(like, 0), w)
+    for p in range(d):
+        add_scaled(o, row(q, 0)[p * q.column], row(room.S, p), w)
+
+
+@inner
+def hand_out(P, room, d, limit):
+    """P = R R^T, exactly symmetric, eigenvalues above ``limit`` times the smallest cut to that number.
+
+    The trace of P times that of its inverse is above the ratio of its eigenvalues: if it is small they are not needed.
+    """
+    apart()
+    if not 2 * spread(room.R, d) * d * row(room.information, 0)[0] < limit:
+        load_transposed(room.turned, room.R, 0, d, d)
+        orthogonalise(room.turned, d, d, row(room.along, 0), limit)
+        shortest = math.inf
+        for i in range(d):
+            shortest = min(shortest, 1.0 * row(room.along, 0)[i])
+        cut(room, d, math.sqrt(limit) * shortest, limit)
+    load_transposed(room.turned, room.R, 0, d, d)
+    multiply(room.product, room.R, room.turned, d, d, d, real(limit, 1), real(limit, 0), triangle)
+    for i in range(d):
+        for j in range(i + 1):
+            row(P, i)[j] = row(P, j)[i] = row(room.product, i)[j]

@@ -1,0 +1,138 @@
+"""Selective scan (Mamba), compiled: token by token, many channels of the memory side by side.
+
+    h_t = exp(delta_t A) h_{t-1} + (delta_t u_t) B_t^T,    o_t = h_t C_t + D u_t
+
+Every entry decays at its own rate, so there is no product of matrices in it: a step is one exponential and two
+multiplications for each entry. See ``ttr_np.solvers.selective_scan`` for the sources.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+
+from ..calling import run
+from ..notation import SelectiveScanState
+from ..solvers.selective_scan import output
+from ._compile import FAST, apart, inner
+from ._gates import exp
+from ._panels import add_scaled, fill, gather, load_transposed, matrix, move, panel, real, row, times
+from ._sequences import lay_out
+from ._threads import share
+
+__all__ = ["selective_scan"]
+
+CHANNELS = 64  # of a job: its memory and rates stay in the first cache
+EXPONENTIAL = 16  # multiplications in the time of one
+U, DELTA, RATES, B, C, DIRECT, STATE, O = range(8)
+
+
+def selective_scan(u: Any, delta: Any, A: Any, B: Any, C: Any, *, D: Any = None, **common: Any) -> Any:
+    """Selective scan; see ``ttr_np.selective_scan``."""
+    arrays = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D}
+    return run(core, "selective_scan", arrays, **common)
+
+
+def core(
+    u: np.ndarray,
+    delta: np.ndarray,
+    A: np.ndarray,
+    B: np.ndarray,
+    C: np.ndarray,
+    D: np.ndarray | None,
+    *,
+    state: SelectiveScanState,
+) -> tuple[np.ndarray, SelectiveScanState]:
+    """Lay out the sequences and share their blocks of channels among threads."""
+    (h,) = state
+    o = output(u, C, D, h)
+    layout = lay_out(
+        h.shape[:-2], o.shape[:-2], (u, 2), (delta, 2), (A, 2), (B, 2), (C, 2), (D, 1), (h, 2), (o, 2)
+    )  # fmt: skip
+    (t, v), n = u.shape[-2:], A.shape[-1]
+    memories, groups = layout.places.shape[1:]
+    blocks = -(-v // CHANNELS)
+    room = [(n, CHANNELS), (n, CHANNELS), (5, CHANNELS)]
+    cost = memories * t * v * n * (EXPONENTIAL + groups)
+    share(kernel, memories * blocks, cost, (h.dtype, room), layout.places, layout.steps, (t, v, n), h.dtype.type(0))
+    return o, state
+
+
+class Lines(NamedTuple):
+    """One step of the channels of a job."""
+
+    u: Any
+    delta: Any
+    entered: Any  # delta u
+    o: Any
+    D: Any
+
+
+@njit(cache=True, nogil=True, fastmath=FAST)
+def kernel(table, places, steps, sizes, like, begin, stop):
+    """Jobs begin to stop: one memory and one block of its channels each."""
+    t, v, n = sizes
+    h, rates, lines = panel(table, 0, like), panel(table, 1, like), panel(table, 2, like)
+    line = Lines(row(lines, 0), row(lines, 1), row(lines, 2), row(lines, 3), row(lines, 4))
+    blocks = (v + CHANNELS - 1) // CHANNELS
+    for job in range(begin, stop):
+        memory, low = job // blocks, job % blocks * CHANNELS
+        channels = min(CHANNELS, v - low)
+        state = matrix(places[STATE, memory, 0], n, 1, like)
+        load_transposed(h, state, low, channels, n)
+        A = matrix(places[RATES, memory, 0], steps[RATES, 0], steps[RATES, 1], like)
+        load_transposed(rates, A, low, channels, n)
+        for i in range(t):
+            advance(h, rates, line, places, steps, memory, i, low, channels, n, like)
+            for group in range(places.shape[2]):
+                answer(h, line, places, steps, memory, group, i, low, channels, n, like)
+        for c in range(channels):
+            for j in range(n):
+                row(state, low + c)[j] = row(h, j)[c]
+
+
+@inner
+def at(places, steps, array, memory, group, i, low, like):
+    """Pointer to one number of a step, and the stride from there."""
+    step = steps[array, 1]
+    return move(row(matrix(places[array, memory, group], steps[array, 0], step, like), i), low * step), step
+
+
+@inner
+def advance(h, rates, line, places, steps, memory, i, low, channels, n, like):
+    """One step of the memory."""
+    apart()
+    u, u_step = at(places, steps, U, memory, 0, i, low, like)
+    delta, delta_step = at(places, steps, DELTA, memory, 0, i, low, like)
+    b, b_step = at(places, steps, B, memory, 0, i, 0, like)
+    gather(line.u, u, u_step, channels)
+    gather(line.delta, delta, delta_step, channels)
+    times(line.entered, line.delta, line.u, channels)
+    for j in range(n):
+        decay_and_enter(row(h, j), row(rates, j), line.delta, line.entered, b[j * b_step], channels)
+
+
+@inner
+def decay_and_enter(h, rate, delta, entered, b, channels):
+    """h = exp(delta rate) h + entered b."""
+    apart()
+    for c in range(channels):
+        h[c] = exp(delta[c] * rate[c]) * h[c] + entered[c] * b
+
+
+@inner
+def answer(h, line, places, steps, memory, group, i, low, channels, n, like):
+    """What one reader sees of the memory at one step."""
+    apart()
+    reader, step = at(places, steps, C, memory, group, i, 0, like)
+    o = move(row(matrix(places[O, memory, group], steps[O, 0], 1, like), i), low)
+    fill(o, like, channels)
+    for j in range(n):
+        add_scaled(o, reader[j * step], row(h, j), channels)
+    if places[DIRECT, memory, group]:
+        direct = row(matrix(places[DIRECT, memory, group], 0, 1, like), 0)
+        gather(line.D, move(direct, low * steps[DIRECT, 0]), steps[DIRECT, 0], channels)
+        times(line.D, line.D, line.u, channels)
+        add_scaled(o, real(like, 1), line.D, channels)
