@@ -9,7 +9,7 @@ import pytest
 numba = pytest.importorskip("numba")
 
 from ttr_np.notation import draw
-from ttr_np.numba_cpu import _gates, _panels
+from ttr_np.numba_cpu import _compile, _gates, _panels
 
 OPERATORS = {"linear_attention": ("log_decay", "bonus"), "delta_rule": ("log_decay", "erase_key"), "dplr": ("log_decay",)}
 GATES = {"plain": None, "per step": False, "per channel": True}
@@ -108,7 +108,7 @@ def test_substitution_solves_and_reads_only_below_the_diagonal(m):
     np.testing.assert_allclose(view, np.linalg.solve(np.eye(m) + L, x), rtol=1e-11, atol=1e-11)
 
 
-@numba.njit(fastmath=_panels.FAST)
+@numba.njit(fastmath=_compile.FAST)
 def exponentials(x):
     return np.array([_gates.exp(number) for number in x])
 

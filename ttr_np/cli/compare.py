@@ -20,7 +20,7 @@ import ttr_np
 from ..backends import available_backends, has_operator
 from ..measure import TOLERANCE, Case, Skipped, contest, machine, ours, prefix, reference
 from ..notation import OPERATORS, draw
-from ..text_recall import PROBES, BadInput, chosen_backends
+from ..text_recall import BadInput, beginnings, chosen_backends
 from . import Refusal
 from .recall import WIDTH, check_writable, plotter, progress_bar, split, write_json
 from .table import aligned
@@ -109,7 +109,7 @@ def drawn(operator: str, sizes: dict[str, int], arguments: argparse.Namespace) -
 
 def too_slow(case: Case, t: int, budget: float) -> str:
     """Why the float64 solver would break the budget, judged from ever longer beginnings; empty if it would not."""
-    for count in (count for count in PROBES if count < t):
+    for count in beginnings(t):
         start = perf_counter()
         reference(prefix(case, count))
         if (perf_counter() - start) * t / count > budget:
