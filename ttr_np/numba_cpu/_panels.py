@@ -210,19 +210,9 @@ def zeros_apart(x, step, n, like):
 
 @intrinsic
 def tile(
-    typingctx: Any,
-    c: Any,
-    c_step: Any,
-    a: Any,
-    a_row: Any,
-    a_column: Any,
-    b: Any,
-    b_step: Any,
-    m: Any,
-    depth: Any,
-    alpha: Any,
-    beta: Any,
-) -> Any:
+    typingctx: Any, c: Any, c_step: Any, a: Any, a_row: Any, a_column: Any, b: Any, b_step: Any, m: Any, depth: Any,
+    alpha: Any, beta: Any,
+) -> Any:  # fmt: skip
     """c = alpha a b + beta c for one tile: ROWS rows (those from m on repeat the last one) of LINE bytes."""
     real = c.dtype
     number = ir.FloatType() if real.bitwidth == 32 else ir.DoubleType()

@@ -110,20 +110,8 @@ def core(
     n, (d, w) = past + t, (keys.shape[-1], values.shape[-1])
     bad = np.zeros(memories, np.bool_)
     size = max(CHUNK, BLOCK)
-    shapes = [
-        (n, n),
-        (n, d),
-        (n, w),
-        (n, size),
-        (d, size),
-        (size, size),
-        (size, size),
-        (size, w),
-        (1, n),
-        (1, n),
-        (1, size),
-        (1, d),
-    ]
+    shapes = [(n, n), (n, d), (n, w), (n, size), (d, size), (size, size), (size, size), (size, w)]
+    shapes += [(1, n), (1, n), (1, size), (1, d)]
     cost = memories * n * n * (n / 6 + groups * n / 2 + d)
     numbers = (keys.dtype.type(ridge), keys.dtype.type(1 / bandwidth**2))
     sizes = (past, t, d, w, NAMES.index(kernel), causal)

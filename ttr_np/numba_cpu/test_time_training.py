@@ -192,20 +192,14 @@ def kernel(table, places, steps, sizes, widths, options, number, counts, first, 
             while high < t and high - low < size and counts[memory] + seen < batch_size:
                 seen += is_seen(places, steps, memory, high, number)
                 high += 1
-            high, seen = clean_part(table, places, steps, memory, widths, low, high, seen, number)
-            run_part(table, places, steps, memory, widths, settings, low, high - low, number)
+            high, seen, alone = clean_part(table, places, steps, memory, widths, low, high, seen, number)
+            run_part(table, places, steps, memory, widths, settings, low, high - low, alone, number)
             counts[memory] += seen
             if counts[memory] >= batch_size:
                 counts[memory] = 0
                 for layer in range(len(widths) - 1):
-                    load(
-                        part(table, layer, A, number),
-                        part(table, layer, M, number),
-                        0,
-                        widths[layer],
-                        0,
-                        widths[layer + 1],
-                    )
+                    anchor, weight = part(table, layer, A, number), part(table, layer, M, number)
+                    load(anchor, weight, 0, widths[layer], 0, widths[layer + 1])
                     biases = part(table, layer, BIASES, number)
                     copy(row(biases, A), row(biases, M), widths[layer + 1])
                 turn_anchor(table, widths, number)
@@ -257,9 +251,12 @@ def turn_anchor(table, widths, like):
 
 @inner
 def clean_part(table, places, steps, memory, widths, low, high, seen, like):
-    """Up to the first token with a bad number, which products would spread; such a token alone if it comes first."""
+    """Up to the first token with a bad number, which products would spread; such a token alone if it comes first.
+
+    A token that is left over before a bad one is no token alone: what comes later must not choose how it is computed.
+    """
     apart()
-    clean = high
+    clean, alone = high, high - low == 1
     for which in range(3):
         columns = widths[-1] if which == V else widths[0]
         for group in range(places.shape[2] if which == Q else 1):
@@ -270,14 +267,14 @@ def clean_part(table, places, steps, memory, widths, low, high, seen, like):
             x = matrix(places[which, memory, 0], steps[which, 0], 1, like)
             clean = min(clean, clean_until(x, low, high, 1, False, like))
     if clean < high:
-        high, seen = max(clean, low + 1), 0
+        high, seen, alone = max(clean, low + 1), 0, alone or clean == low
         for i in range(low, high):
             seen += is_seen(places, steps, memory, i, like)
-    return high, seen
+    return high, seen, alone
 
 
 @inner
-def run_part(table, places, steps, memory, widths, settings, low, n, like):
+def run_part(table, places, steps, memory, widths, settings, low, n, alone, like):
     """Tokens of one mini-batch: the gradients of all, the answers of all, and where the last one leaves the memory."""
     apart()
     layers = len(widths) - 1
@@ -289,16 +286,16 @@ def run_part(table, places, steps, memory, widths, settings, low, n, like):
     forward(table, places, memory, widths, settings, n, like)
     backward(table, places, memory, widths, settings, n, like)
     rolling = places[ROLL, memory, 0] != 0
-    for layer in range(layers if n == 1 else 0):
+    for layer in range(layers if alone else 0):
         learn(table, rolling, widths, layer, settings.bias, n, like)
-    if n == 1:  # one token reads the parameters themselves
+    if alone:  # it reads the parameters themselves
         row(panel(table, TOKENS, like), KEPT)[0] = real(like, 1)
     for group in range(places.shape[2]):
         q = matrix(places[Q, memory, group], steps[Q, 0], steps[Q, 1], like)
         load(panel(table, X, like), q, low, n, 0, widths[0])
-        answer(table, places, memory, widths, settings, n, like)
+        answer(table, places, memory, widths, settings, n, alone, like)
         store(matrix(places[O, memory, group], widths[-1], 1, like), low, n, 0, widths[-1], panel(table, Z, like))
-    for layer in range(layers if n > 1 else 0):
+    for layer in range(0 if alone else layers):
         learn(table, rolling, widths, layer, settings.bias, n, like)
 
 
@@ -521,7 +518,7 @@ def finish(table, places, memory, z, x, settings, n, columns, like):
 
 
 @inner
-def answer(table, places, memory, widths, settings, n, like):
+def answer(table, places, memory, widths, settings, n, alone, like):
     """Answers to the queries in the panel X, layer by layer, into the panel Z."""
     apart()
     one, zero, scores = real(like, 1), real(like, 0), panel(table, SCORES, like)
@@ -532,21 +529,21 @@ def answer(table, places, memory, widths, settings, n, like):
         given = y if layer else x
         if layer:
             activate(y, z, settings.activation, n, a, like)
-        if n > 1:
+        if not alone:
             multiply(scores, given, part(table, layer, ACROSS, like), n, n, a, one, zero, triangle)
             no_future(scores, n, like)
             weigh_scores(scores, panel(table, TAKEN, like), settings.bias, n, like)
         biases = part(table, layer, BIASES, like)
         affine(z, given, part(table, layer, M, like), row(biases, M), settings.bias, n, a, b, like)
         scale_rows(z, row(tokens, KEPT), n, b)
-        if n > 1 and places[ROLL, memory, 0]:
+        if not alone and places[ROLL, memory, 0]:
             rolled = panel(table, ROLLED, like)
             load(rolled, given, 0, n, 0, a)
             scale_rows(rolled, row(tokens, CARRIED), n, a)
             multiply(z, rolled, part(table, layer, S, like), n, b, a, one, one, full)
             for i in range(n if settings.bias else 0):
                 add_scaled(row(z, i), row(tokens, CARRIED)[i], row(biases, S), b)
-        if n > 1:
+        if not alone:
             multiply(z, scores, part(table, layer, DELTAS, like), n, b, n, -one, one, lower)
     finish(table, places, memory, z, x, settings, n, widths[layers], like)
 
