@@ -1,17 +1,16 @@
-"""The compiled chunk kernels: their products, their decays, their threads, and what test_operators is too small to see."""
+"""The compiled chunk kernels: products, decays, threads, and what test_operators is too small to see."""
 
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 
+import numba
 import numpy as np
 import pytest
-
-numba = pytest.importorskip("numba")
 
 from ttr_np.notation import draw
 from ttr_np.numba_cpu import _compile, _gates, _panels
 
-OPERATORS = {"linear_attention": ("log_decay", "bonus"), "delta_rule": ("log_decay", "erase_key"), "dplr": ("log_decay",)}
+OPERATORS = ("linear_attention", "delta_rule", "dplr")
 GATES = {"plain": None, "per step": False, "per channel": True}
 every_operator = pytest.mark.parametrize("operator", OPERATORS)
 every_gate = pytest.mark.parametrize("gate", GATES)
@@ -33,7 +32,8 @@ def kernel(operator, arrays, **options):
 
 def inputs(operator, gate, lead=(2,), dtype=np.float64, seed=0, **sizes):
     optional = () if GATES[gate] is None else ("log_decay",)
-    return draw(operator, np.random.default_rng(seed), optional=optional, lead=lead, per_channel=bool(GATES[gate]), dtype=dtype, **sizes)  # fmt: skip
+    rng, per_channel = np.random.default_rng(seed), bool(GATES[gate])
+    return draw(operator, rng, optional=optional, lead=lead, per_channel=per_channel, dtype=dtype, **sizes)
 
 
 def error(x, exact):
@@ -74,7 +74,9 @@ def scratch(*matrices):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize(("m", "n", "depth"), [(1, 1, 1), (6, 16, 3), (7, 17, 0), (13, 130, 5), (64, 64, 64), (5, 33, 97)])
+@pytest.mark.parametrize(
+    ("m", "n", "depth"), [(1, 1, 1), (6, 16, 3), (7, 17, 0), (13, 130, 5), (64, 64, 64), (5, 33, 97)]
+)
 def test_a_product_of_panels_is_the_product(dtype, m, n, depth):
     rng = np.random.default_rng(m)
     a, b, c = (rng.standard_normal(shape).astype(dtype) for shape in ((m, depth), (depth, n), (m, n)))
@@ -124,7 +126,9 @@ def test_the_exponential_is_right_to_two_roundings(dtype, least):
 
 @every_operator
 @every_gate
-@pytest.mark.parametrize(("t", "k", "v"), [(1, 1, 1), (2, 7, 1), (63, 3, 17), (65, 16, 33), (129, 40, 111), (70, 1, 64)])
+@pytest.mark.parametrize(
+    ("t", "k", "v"), [(1, 1, 1), (2, 7, 1), (63, 3, 17), (65, 16, 33), (129, 40, 111), (70, 1, 64)]
+)
 def test_kernel_is_the_recurrence(operator, gate, t, k, v, threads):
     arrays = inputs(operator, gate, t=t, k=k, v=v)
     start = kernel(operator, inputs(operator, gate, t=5, k=k, v=v, seed=1), output_final_state=True)[1]

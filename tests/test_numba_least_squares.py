@@ -6,8 +6,6 @@ from importlib import import_module
 import numpy as np
 import pytest
 
-numba = pytest.importorskip("numba")
-
 from ttr_np.notation import draw
 from ttr_np.solvers import recursive_least_squares as rls
 

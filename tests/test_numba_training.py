@@ -5,8 +5,6 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-numba = pytest.importorskip("numba")
-
 from ttr_np.backends import resolve_backend
 from ttr_np.memories import MLP, EntropyRetention, Huber, Linear, PNorm
 from ttr_np.notation import draw

@@ -19,6 +19,7 @@ from .layers import Gate, Layer, layers
 from .memories import MLP, Linear
 from .operators import *  # noqa: F403
 from .operators import __all__ as _operators
+from .streaming import Stream
 
 __all__ = [
     "MLP",
@@ -26,6 +27,7 @@ __all__ = [
     "Gate",
     "Layer",
     "Linear",
+    "Stream",
     "available_backends",
     "features",
     "layers",

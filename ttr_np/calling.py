@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import cache
 from inspect import Parameter, signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .notation import ARRAYS, GATES, OPERATORS, STATES, axes_of, broadcast_leading, check
 
-__all__ = ["as_array", "as_numpy", "check_arguments", "run", "through_dlpack"]
+__all__ = ["Held", "as_array", "as_numpy", "check_arguments", "check_gates", "run", "through_dlpack"]
 
 HALF = ("float16", "bfloat16")
 MAY_BE_INFINITE = frozenset({"bandwidth"})  # a kernel of infinite width weighs all pairs alike
@@ -263,6 +263,14 @@ def adopt_field(operator: str, name: str, x: Any, empty: np.ndarray) -> np.ndarr
     return np.array(np.broadcast_to(x, lead + inner), dtype=empty.dtype, order="C")
 
 
+class Held(NamedTuple):
+    """A call of an operator's core that has not been made: ``core(**arguments, state=state)``."""
+
+    core: Callable[..., tuple[Any, Any]]
+    arguments: dict[str, Any]
+    state: Any
+
+
 def run(
     core: Callable[..., tuple[Any, Any]],
     operator: str,
@@ -274,6 +282,7 @@ def run(
     output_final_state: bool = False,
     cu_seqlens: Any = None,
     mask: Any = None,
+    hold: bool = False,
 ) -> Any:
     """Call an operator's core with everything a caller may ask of any operator.
 
@@ -290,10 +299,12 @@ def run(
         ``start(operator, lead, sizes, dtype)`` gives the state of an empty memory.
     initial_state, output_final_state, cu_seqlens, mask
         The common keywords of all operators.
+    hold
+        For ``ttr_np.Stream``: do everything but the call of the core.
 
     Returns
     -------
-    o, or (o, state) with ``output_final_state``.
+    o, or (o, state) with ``output_final_state``; or with ``hold`` the call that is left to be made.
     """
     given, sizes, output = prepare(operator, arrays, mask)
     compute = np.result_type(np.float32, output)
@@ -304,6 +315,8 @@ def run(
     every |= options or {}
     if cu_seqlens is None:
         state = empty if initial_state is None else adopt(operator, initial_state, empty)
+        if hold:
+            return Held(core, every, state)
         o, state = core(**every, state=state)
     else:
         bounds = check_boundaries(cu_seqlens, sizes["t"])

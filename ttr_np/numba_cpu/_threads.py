@@ -9,20 +9,24 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import get_num_threads
 
 from ._panels import panels
+from ._sequences import Layout
 
-__all__ = ["share"]
+__all__ = ["Work", "keeping", "share"]
 
 PIECES = 4  # per thread: what one thread has not begun another can do
 WORTH = 2e5  # multiplications; less than this is done before a second thread has woken up
 
 Scratch = tuple[np.dtype, Sequence[tuple[int, int]]]
+_kept: ContextVar[list[Work] | None] = ContextVar("ttr_np_kept", default=None)
 _pools: dict[int, ThreadPoolExecutor] = {}
 _lock = Lock()
 if hasattr(os, "register_at_fork"):
@@ -54,15 +58,72 @@ class Pieces:
             return next(self.bounds)
 
 
-def work(kernel: Callable[..., None], scratch: Scratch, arguments: tuple[Any, ...], pieces: Iterable[Any]) -> None:
-    """Do pieces until none is left, in scratch of one's own."""
-    _room, table = panels(*scratch)  # the name keeps the memory
-    for first, last in pieces:
-        kernel(table, *arguments, first, last)
+class Work(NamedTuple):
+    """Jobs that make up a call; called, it does them, as often as one likes: they read and write where they did."""
+
+    kernel: Callable[..., None]
+    jobs: int
+    cost: float
+    scratch: Scratch
+    layout: Layout  # also keeps alive what its addresses point to
+    arguments: tuple[Any, ...]
+    finish: Callable[[], None] | None
+
+    def __call__(self) -> None:
+        """Do all jobs, on Numba's number of threads."""
+        threads = 1 if self.cost < WORTH else min(get_num_threads(), self.jobs)
+        pieces = Pieces(self.jobs, min(self.jobs, PIECES * threads)) if threads > 1 else [(0, self.jobs)]
+        helpers = [pool(get_num_threads()).submit(self.do, pieces) for _ in range(threads - 1)]
+        try:
+            self.do(pieces)
+        finally:
+            for helper in helpers:
+                helper.result()
+        if self.finish is not None:
+            self.finish()
+
+    def again(self) -> Callable[[], None]:
+        """The same for many calls: where one thread is enough, its scratch is kept from one to the next."""
+        if min(get_num_threads(), self.jobs) > 1 and self.cost >= WORTH:
+            return self
+        room, table = panels(*self.scratch)
+        kernel, arguments = self.kernel, (*self.layout[:2], *self.arguments, 0, self.jobs)
+
+        def step(_room: np.ndarray = room) -> None:  # the argument keeps the memory
+            kernel(table, *arguments)
+            if self.finish is not None:
+                self.finish()
+
+        return step
+
+    def do(self, pieces: Iterable[tuple[int, int]]) -> None:
+        """Do pieces until none is left, in scratch of one's own."""
+        _room, table = panels(*self.scratch)  # the name keeps the memory
+        for first, last in pieces:
+            self.kernel(table, *self.layout[:2], *self.arguments, first, last)
 
 
-def share(kernel: Callable[..., None], jobs: int, cost: float, scratch: Scratch, *arguments: Any) -> None:
-    """Call ``kernel(panels, *arguments, first, last)`` on ranges that make up all jobs, on Numba's number of threads.
+@contextmanager
+def keeping() -> Iterator[list[Work]]:
+    """Inside, work is not done but kept, to be done over and over again."""
+    kept: list[Work] = []
+    token = _kept.set(kept)
+    try:
+        yield kept
+    finally:
+        _kept.reset(token)
+
+
+def share(
+    kernel: Callable[..., None],
+    jobs: int,
+    cost: float,
+    scratch: Scratch,
+    layout: Layout,
+    *arguments: Any,
+    finish: Callable[[], None] | None = None,
+) -> None:
+    """Call ``kernel(panels, places, steps, *arguments, first, last)`` on ranges that make up all jobs.
 
     Parameters
     ----------
@@ -74,17 +135,12 @@ def share(kernel: Callable[..., None], jobs: int, cost: float, scratch: Scratch,
         Multiplications of all jobs together: few are not worth a second thread.
     scratch
         Dtype and shapes of the panels that a thread needs, see ``_panels.panels``.
+    layout
+        Where the arrays are.
     *arguments
-        Of the kernel, the same for all jobs.
+        What else the kernel is told, the same for all jobs.
+    finish
+        What is to be done after them.
     """
-    threads = 1 if cost < WORTH else min(get_num_threads(), jobs)
-    if threads <= 1:
-        work(kernel, scratch, arguments, [(0, jobs)])
-        return
-    pieces = Pieces(jobs, min(jobs, PIECES * threads))
-    helpers = [pool(get_num_threads()).submit(work, kernel, scratch, arguments, pieces) for _ in range(threads - 1)]
-    try:
-        work(kernel, scratch, arguments, pieces)
-    finally:
-        for helper in helpers:
-            helper.result()
+    work, kept = Work(kernel, jobs, cost, scratch, layout, arguments, finish), _kept.get()
+    work() if kept is None else kept.append(work)

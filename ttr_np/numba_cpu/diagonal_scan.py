@@ -50,7 +50,7 @@ def core(
     sizes = (t, d, x.dtype.kind == "c", phase is not None)
     cost = memories * t * d * (EXPONENTIAL + (0 if phase is None else ANGLE))
     room = (real, [(8, CHANNELS)])
-    share(kernel, memories * blocks, cost, room, layout.places, layout.steps, sizes, real.type(0))
+    share(kernel, memories * blocks, cost, room, layout, sizes, real.type(0))
     return o, state
 
 

@@ -90,7 +90,7 @@ def core(
     width, chunk = -(-w // blocks), max(1, min(CHUNK, t))
     sizes = Sizes(t, d, w, chunk, blocks, width, gates)
     scratch, cost = (S.dtype, shapes(d, width, chunk, gates)), t * d * w * memories * (3 + groups)
-    share(kernel, memories * blocks, cost, scratch, layout.places, layout.steps, sizes, S.dtype.type(scale))
+    share(kernel, memories * blocks, cost, scratch, layout, sizes, S.dtype.type(scale))
     return o, DplrState(S)
 
 

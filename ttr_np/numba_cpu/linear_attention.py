@@ -94,7 +94,7 @@ def core(
     sizes = Sizes(t, d, w, chunk, blocks, width, gates, bonus is not None, normalize)
     scratch, cost = (S.dtype, shapes(d, width, chunk, gates)), t * d * w * memories * (1 + groups)
     factor = S.dtype.type(1 if normalize else scale)
-    share(kernel, memories * blocks, cost, scratch, layout.places, layout.steps, sizes, factor)
+    share(kernel, memories * blocks, cost, scratch, layout, sizes, factor)
     return o, LinearAttentionState(S, z_next)
 
 

@@ -105,7 +105,7 @@ def core(
     cost = pairs.seen * memories * groups * (3 * (d + w) + (2 * p * (p + 2 * w) if degree else 0))
     jobs = memories * groups * -(-t // QUERIES)
     tables = (bounds, parents, factors, scales)
-    arguments = (layout.places, layout.steps, tables, sizes, width, float(ridge), o.dtype.type(0))
+    arguments = (layout, tables, sizes, width, float(ridge), o.dtype.type(0))
     share(fit, jobs, cost, (np.dtype(np.float64), room), *arguments)
     return o, append(state, k, v, log_decay, mask, window) if keep else state
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -131,14 +132,16 @@ def core(
     cost = memories * t * d * (2 * d + w + groups * (8 * d + w))
     sizes = (t, d, w, METHODS.index(solver), iterations or 0, bool(np.any(ridge == 0)))
     scratch = (G.dtype, shapes(min(CHUNK, t), d, w))
-    share(kernel, memories, cost, scratch, layout.places, layout.steps, sizes, G.dtype.type(tolerance), worst)
-    report(solver, worst, tolerance)
+    finish = None if solver == "exact" else partial(report, solver, worst, tolerance)
+    numbers = (G.dtype.type(tolerance), worst)
+    share(kernel, memories, cost, scratch, layout, sizes, *numbers, finish=finish)
     return o, state
 
 
 def report(solver: str, worst: np.ndarray, tolerance: float) -> None:
     """A warning when a token is not done; with a tolerance of zero the caller asked for a number of steps."""
     residual, most = worst.max(axis=0, initial=0)
+    worst[...] = 0
     if tolerance > 0 and residual > tolerance:
         warnings.warn(
             f"solver {solver!r} stopped after {int(most)} iterations at a relative residual of {residual:.1e}, above "

@@ -86,7 +86,7 @@ def core(
     bad = np.zeros(memories, np.bool_)
     cost = memories * (t * d * (3 * d + 2 * w + groups * w) + d**3)
     scratch = (S.dtype, shapes(min(CHUNK, t), d, w))
-    share(kernel, memories, cost, scratch, layout.places, layout.steps, (t, d, w), S.dtype.type(limit(S.dtype)), bad)
+    share(kernel, memories, cost, scratch, layout, (t, d, w), S.dtype.type(limit(S.dtype)), bad)
     if bad.any():
         factor(original)  # says what is wrong with P
         raise ValueError("initial_state field P must be positive definite")

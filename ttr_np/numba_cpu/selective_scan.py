@@ -56,7 +56,7 @@ def core(
     blocks = -(-v // CHANNELS)
     room = [(n, CHANNELS), (n, CHANNELS), (5, CHANNELS)]
     cost = memories * t * v * n * (EXPONENTIAL + groups)
-    share(kernel, memories * blocks, cost, (h.dtype, room), layout.places, layout.steps, (t, v, n), h.dtype.type(0))
+    share(kernel, memories * blocks, cost, (h.dtype, room), layout, (t, v, n), h.dtype.type(0))
     return o, state
 
 

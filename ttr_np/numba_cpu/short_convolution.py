@@ -62,8 +62,12 @@ def core(
     room = (o.dtype, [(taps + 2, CHANNELS)])
     cost = memories * groups * t * d * taps
     jobs = memories * groups * cuts[0] * cuts[1]
-    share(kernel, jobs, cost, room, layout.places, layout.steps, sizes, o.dtype.type(0))
-    return o, ShortConvolutionState(slide(window, x, mask, order))
+
+    def finish() -> None:
+        np.copyto(window, slide(window, x, mask, order))
+
+    share(kernel, jobs, cost, room, layout, sizes, o.dtype.type(0), finish=finish)
+    return o, state
 
 
 def slide(window: np.ndarray, x: np.ndarray, mask: np.ndarray | None, order: np.ndarray | None) -> np.ndarray:

@@ -86,7 +86,7 @@ def core(
     room += [(6, QUERIES), (1, PAIRS), (2, QUERIES)]
     factor = float(scale_of(scale, q.astype(np.float64))) * LOG2E
     cost = pairs.seen * memories * groups * (d + w)
-    share(kernel, jobs, cost, (o.dtype, room), layout.places, layout.steps, sizes, factor, o.dtype.type(0))
+    share(kernel, jobs, cost, (o.dtype, room), layout, sizes, factor, o.dtype.type(0))
     return o, append(state, k, v, log_decay, mask, window, sinks) if keep else state
 
 

@@ -135,7 +135,7 @@ def core(
     memories, groups = layout.places.shape[1:]
     cost = memories * t * parameters.shape[-1] * (4 + groups)
     share(
-        kernel, memories, cost, (parameters.dtype, shapes(size, widths)), layout.places, layout.steps,
+        kernel, memories, cost, (parameters.dtype, shapes(size, widths)), layout,
         (t, size, batch_size), widths, options, parameters.dtype.type(number), count.reshape(-1),
     )  # fmt: skip
     return o, state

@@ -1,0 +1,192 @@
+"""One token per call is the operator itself, to the bit, and forgives no wrong token."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+from test_operators import CASES, every_case
+
+import ttr_np
+from ttr_np.notation import ARRAYS
+from ttr_np.streaming import time_axis
+
+pytestmark = pytest.mark.filterwarnings("ignore:solver '.*' stopped after")
+NUMBA = [case for case in CASES if case.backend == "numba"]
+COMPILED = pytest.mark.skipif(not NUMBA, reason="Numba is not here")
+
+
+def streamed(case, lead=(2,), t=6, dtype=np.float64, **given):
+    """A stream of a case, its tokens in time, and its arrays."""
+    arrays = case.draw(lead=lead, t=t, dtype=dtype)
+    tokens = {name: x for name, x in arrays.items() if ARRAYS[name].axes.startswith("t")}
+    fixed = {name: x for name, x in arrays.items() if name not in tokens}
+    one_less = {name: x[..., 0] for name, x in tokens.items()}  # as many axes as a token has
+    moved = {name: np.moveaxis(x, time_axis(name, one_less[name], one_less), 0) for name, x in tokens.items()}
+    shapes = {name: x.shape[1:] for name, x in moved.items()}
+    stream = ttr_np.Stream(case.operator, dtype=dtype, backend=case.backend, **shapes, **fixed, **case.options, **given)
+    return stream, moved, arrays
+
+
+def axes_of(tokens):
+    """Where the axis t of each array stands, seen from its end; here it is the first."""
+    first = {name: x[0] for name, x in tokens.items()}
+    return {name: time_axis(name, x, first) for name, x in first.items()}
+
+
+def fields(state):
+    return [x for x in state if x is not None]
+
+
+@every_case
+def test_a_stream_is_the_operator_token_by_token_to_the_bit(case):
+    stream, tokens, arrays = streamed(case)
+    axes = axes_of(tokens)
+    state = None
+    for i in range(6):
+        one = {name: np.expand_dims(x[i], axes[name]) for name, x in tokens.items()}
+        o, state = case(arrays | one, state=True, initial_state=state)
+        np.testing.assert_array_equal(stream(**{name: x[i] for name, x in tokens.items()}), o[..., 0, :])
+        for found, wanted in zip(fields(stream.state), fields(state), strict=True):
+            np.testing.assert_array_equal(found, wanted)
+
+
+@every_case
+def test_a_stream_goes_on_from_a_state_and_leaves_it_alone(case):
+    stream, tokens, arrays = streamed(case)
+    for i in range(3):
+        stream(*(x[i] for x in tokens.values()))
+    middle = stream.state
+    kept = [x.copy() for x in fields(middle)]
+    later, *_ = streamed(case, initial_state=middle)
+    for i in range(3, 6):
+        token = [x[i] for x in tokens.values()]
+        np.testing.assert_array_equal(later(*token), stream(*token))
+    for found, wanted in zip(fields(middle), kept, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
+@every_case
+def test_a_step_writes_where_it_is_told(case):
+    (stream, tokens, _), (other, *_) = streamed(case), streamed(case)
+    token = [x[0] for x in tokens.values()]
+    wanted = other(*token)
+    out = np.full_like(wanted, np.nan)
+    assert stream(*token, out=out) is out
+    np.testing.assert_array_equal(out, wanted)
+    again = stream(*token)
+    assert not np.shares_memory(again, stream(*token))
+    with pytest.raises(ValueError, match="out has shape"):
+        stream(*token, out=np.empty(wanted.shape + (1,)))
+    out.flags.writeable = False
+    with pytest.raises(ValueError, match="out is read-only"):
+        stream(*token, out=out)
+
+
+@COMPILED
+@pytest.mark.parametrize("case", NUMBA, ids=str)
+def test_a_wrong_token_raises_and_changes_nothing(case):
+    stream, tokens, _ = streamed(case)
+    token = {name: x[0] for name, x in tokens.items()}
+    stream(**token)
+    before = [x.copy() for x in fields(stream.state)]
+    name, x = next(iter(token.items()))
+    for wrong, error in (
+        (token | {name: x[..., None]}, ValueError),
+        (token | {name: x.astype(complex)}, TypeError),
+        (token | {name: x.astype(np.longdouble)}, TypeError),
+        ({key: y for key, y in token.items() if key != name}, TypeError),
+        (token | {"nothing": x}, TypeError),
+    ):
+        with pytest.raises(error, match=name):
+            stream(**wrong)
+    with pytest.raises(TypeError, match="a token of this stream is"):
+        stream(*token.values(), x)
+    for found, wanted in zip(fields(stream.state), before, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+def test_an_unusual_gate_is_what_the_operator_makes_of_it(backend):
+    step = ttr_np.Stream("delta_rule", q=(2,), k=(2,), v=(1,), beta=(), log_decay=(), backend=backend)
+    step([1, 0], [1, 0], [2], 1, 0)
+    assert step([1, 0], [1, 0], [0], -0.5, 0) == 3  # legal, though no gradient step
+    assert step([1, 0], [0, 1], [5], 1, -np.inf) == 0 and step.state.S[1, 0] == 5
+    with pytest.raises(ValueError, match="log_decay must be <= 0"):
+        step([1, 0], [0, 1], [5], 1, 0.5)
+    assert step.state.S[1, 0] == 5
+    weights = ttr_np.Stream("recursive_least_squares", q=(2,), k=(2,), v=(1,), beta=(), backend=backend)
+    with pytest.raises(ValueError, match="beta must be finite and >= 0"):
+        weights([1, 0], [1, 0], [2], -1)
+    with pytest.raises(ValueError, match="beta must be finite and >= 0"):
+        weights([1, 0], [1, 0], [2], np.nan)
+
+
+@COMPILED
+@pytest.mark.parametrize("case", NUMBA, ids=str)
+def test_no_step_takes_memory_that_stays(case):
+    if any(axes.startswith("n") for axes in case.signature.state.values()):
+        return  # its pairs are its memory
+    stream, tokens, _ = streamed(case)
+    token = [x[0] for x in tokens.values()]
+    out = stream(*token)
+    for _ in range(3):
+        stream(*token, out=out)
+    tracemalloc.start()
+    for _ in range(50):
+        stream(*token, out=out)
+    before, _ = tracemalloc.get_traced_memory()
+    for _ in range(500):
+        stream(*token, out=out)
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert after - before < 4096
+
+
+@COMPILED
+def test_many_series_side_by_side_are_each_alone_on_one_thread_or_two():
+    import numba
+
+    rng = np.random.default_rng(0)
+    x, d = rng.standard_normal((5, 3000, 16)), rng.standard_normal((5, 3000, 1))
+    shapes = {"q": (16,), "k": (16,), "v": (1,)}
+    alone = ttr_np.Stream("recursive_least_squares", **shapes)
+    for threads in (1, 2):
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        many = ttr_np.Stream(
+            "recursive_least_squares", **{name: (3000, *shape) for name, shape in shapes.items()}, backend="numba"
+        )
+        found = [many(x[i], x[i], d[i])[7] for i in range(5)]
+        alone = ttr_np.Stream("recursive_least_squares", **shapes, backend="numba")
+        np.testing.assert_array_equal(found, [alone(x[i, 7], x[i, 7], d[i, 7]) for i in range(5)])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_answers_have_the_dtype_of_the_stream_and_the_state_is_never_below_single(dtype):
+    step = ttr_np.Stream("linear_attention", q=(3, 2), k=(3, 2), v=(3, 4), dtype=dtype)
+    o = step(np.ones((3, 2), dtype), np.ones((3, 2), dtype), np.ones((3, 4), dtype))
+    assert o.dtype == dtype and o.shape == (3, 4)
+    assert step.state.S.dtype == np.result_type(dtype, np.float32)
+
+
+def test_grouped_queries_share_one_memory():
+    step = ttr_np.Stream("linear_attention", q=(3, 2), k=(1, 2), v=(1, 4))
+    q, k, v = np.arange(6.0).reshape(3, 2), np.ones((1, 2)), np.ones((1, 4))
+    assert step(q, k, v).shape == (3, 4) and step.state.S.shape == (1, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        ({"operator": "nothing"}, ValueError, "unknown operator 'nothing'"),
+        ({"q": (2,), "k": (3,), "v": (1,), "beta": ()}, ValueError, "axis 'k' is 3 in k but 2 in q"),
+        ({"q": (2,), "k": (2,), "v": (1,)}, TypeError, "beta"),
+        ({"q": 2.5, "k": (2,), "v": (1,), "beta": ()}, TypeError, "q is 2.5"),
+        ({"q": (-1,), "k": (2,), "v": (1,), "beta": ()}, TypeError, "q is"),
+        ({"q": (2,), "k": (2,), "v": (1,), "beta": (), "scales": 2}, TypeError, "scales"),
+        ({"q": (2,), "k": (2,), "v": (1,), "beta": (), "backend": "none"}, ValueError, "unknown backend 'none'"),
+        ({"q": (2,), "k": (2,), "v": (1,), "beta": (), "initial_state": np.ones((3, 1))}, ValueError, "field S"),
+    ],
+)
+def test_what_no_stream_can_be_made_of_is_refused_at_once(given, error, words):
+    with pytest.raises(error, match=words):
+        ttr_np.Stream(**({"operator": "delta_rule"} | given))

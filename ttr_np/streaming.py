@@ -1,0 +1,245 @@
+"""One token per call: what a stream of measurements, or a model that writes, asks of a memory.
+
+    step = Stream("delta_rule", q=(64,), k=(64,), v=(64,), beta=())
+    o = step(q_t, k_t, v_t, beta_t)
+
+An operator called with one token spends its time on questions that have the same answer every time: which backend,
+which shapes, where to write. A stream asks them once. It then holds its arguments, its state and its answer in arrays
+of its own, and a step copies the token in, does the work and copies the answer out: the same numbers, to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import operators
+from .backends import BACKENDS, call, chosen, resolve
+from .calling import as_array
+from .notation import ARRAYS, OPERATORS
+
+__all__ = ["Stream"]
+
+# What a gate usually is. A token outside is legal for one operator and an error for another: the operator itself says.
+USUAL = {
+    "log_decay": (-1e30, 0.0),
+    "beta": (0.0, 1e30),
+    "delta": (0.0, 1e30),
+    "step_size": (0.0, 1e30),
+    "momentum": (0.0, 1.0),
+    "weight_decay": (0.0, 1.0),
+}
+
+
+class Loop(NamedTuple):
+    """A step as work that is done over and over: it reads the token, moves the state and leaves its answer."""
+
+    works: list[Callable[[], None]]
+    state: Any
+    answer: np.ndarray
+
+    def __call__(self) -> np.ndarray:
+        """One step."""
+        for work in self.works:
+            work()
+        return self.answer
+
+
+class Stream:
+    """An operator that takes one token per call and remembers the tokens before.
+
+    Parameters
+    ----------
+    operator : str
+        Name of an operator: ``delta_rule``, ``recursive_least_squares``, ...
+    dtype : dtype, default float64
+        Of tokens and answers. Sums and states are never kept below float32.
+    initial_state : state, optional
+        Where the memory starts, as for the operator. Never modified.
+    backend : str or tuple of str, optional
+        See ``ttr_np.backends``; resolved here, once.
+    **given
+        For every array of the operator that has an axis t, the shape of one token: the array's shape without that
+        axis, ``q=(..., k)``, ``beta=(...)``. Leading axes are free and broadcast: many series, or heads, side by side.
+        Every other argument of the operator as itself: ``A``, ``weight``, ``ridge``, ``scale``.
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError
+        What the operator raises for such arguments, before the first token.
+
+    Notes
+    -----
+    Memory is that of one token and the state; nothing grows. Exceptions are the operators that keep their pairs
+    (``softmax_attention``, ``local_polynomial``, ``kernel_ridge`` and their kin): their memory is their past, unless
+    ``window`` bounds it. They and the backend ``numpy`` take the operator's own way at each step, which costs some
+    hundred microseconds more. A stream belongs to one thread at a time.
+
+    Examples
+    --------
+    >>> import numpy as np, ttr_np
+    >>> step = ttr_np.Stream("delta_rule", q=(2,), k=(2,), v=(1,), beta=())
+    >>> step([1.0, 0.0], [1.0, 0.0], [3.0], 1.0)
+    array([3.])
+    >>> step([1.0, 1.0], [0.0, 1.0], [4.0], 1.0)
+    array([7.])
+    >>> step.state.S
+    array([[3.],
+           [4.]])
+    """
+
+    def __init__(
+        self, operator: str, *, dtype: Any = np.float64, initial_state: Any = None, backend: Any = None, **given: Any
+    ) -> None:
+        if operator not in OPERATORS:
+            raise ValueError(f"unknown operator {operator!r}; the operators are {', '.join(OPERATORS)}")
+        self.operator, self.dtype = operator, np.dtype(dtype)
+        signature = OPERATORS[operator]
+        self.names = [name for name in signature.arrays + signature.optional if has_time(name) and name in given]
+        shapes = {name: given.pop(name) for name in self.names}
+        self._tokens = {name: harmless(name, shape, self._compute) for name, shape in shapes.items()}
+        axes = {name: time_axis(name, x, self._tokens) for name, x in self._tokens.items()}
+        self._long = {name: np.expand_dims(x, axes[name]) for name, x in self._tokens.items()}
+        self._checks = [(x.reshape(-1), *USUAL[name]) for name, x in self._tokens.items() if name in USUAL]
+        self._options, self._state = given | {"backend": backend}, initial_state
+        o, _ = self._whole(self._long)  # refuses what is wrong before the first token, and compiles
+        self._shape, self._output = o[..., 0, :].shape, self.dtype if o.dtype == self._compute else o.dtype
+        self._loop = self._kept()
+        none = {name: np.take(x, [], axis=axes[name]) for name, x in self._long.items()}
+        self._state = self._whole(none)[1] if self._loop is None else self._loop.state
+
+    @property
+    def _compute(self) -> np.dtype:
+        """The dtype of sums."""
+        return self.dtype if self.dtype.kind == "c" else np.result_type(np.float32, self.dtype)
+
+    def _whole(self, sequence: Mapping[str, np.ndarray]) -> tuple[np.ndarray, Any]:
+        """The operator itself, on the token as a sequence of length one, or on none."""
+        door = getattr(operators, self.operator)
+        return door(**sequence, **self._options, initial_state=self._state, output_final_state=True)
+
+    def _kept(self) -> Loop | None:
+        """The work of a step, if the backend can keep it: that of a state of fixed size, all of it in place."""
+        options = dict(self._options)
+        name = resolve(self.operator, chosen(options.pop("backend")), "cpu", options)
+        grows = any(axes.startswith("n") for axes in OPERATORS[self.operator].state.values())
+        if name != "numba" or grows:
+            return None
+        arrays = self._long | {key: options.pop(key) for key in list(options) if key in ARRAYS}
+        held = call(self.operator, name, arrays, **options, initial_state=self._state, hold=True)
+        if not all(np.shares_memory(x, held.arguments[key]) for key, x in self._long.items() if x.size):
+            return None
+        with import_module(f"{BACKENDS[name]}._threads").keeping() as works:
+            o, after = held.core(**held.arguments, state=held.state)
+        steps = [work.again() for work in works]
+        steps += [copier(old, new) for old, new in zip(held.state, after, strict=True) if new is not old]
+        return Loop(steps, held.state, o[..., 0, :])
+
+    def __call__(self, *token: Any, out: np.ndarray | None = None, **named: Any) -> np.ndarray:
+        """Memorise one token and answer its query.
+
+        Parameters
+        ----------
+        *token, **named
+            The arrays that were declared, in the operator's order or by name, of the declared shapes.
+        out : (..., v), optional
+            Where to write the answer.
+
+        Returns
+        -------
+        o : (..., v)
+            The answer, a new array or ``out``.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If a shape, a dtype or a number is wrong; the memory is then as it was.
+        """
+        given = zip(self.names, token, strict=True) if len(token) == len(self.names) else self._named(token, named)
+        for name, x in given:
+            take(name, self._tokens[name], x)
+        if out is not None:
+            check_out(out, self._shape)
+        usual = self._loop is not None and all(within(*check) for check in self._checks)
+        answer = self._loop() if usual else self._slowly()
+        if out is None:
+            return answer.astype(self._output)
+        np.copyto(out, answer, casting="same_kind")
+        return out
+
+    def _named(self, token: tuple[Any, ...], named: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+        """The arrays of a token some of which are given by name."""
+        given = dict(zip(self.names, token, strict=False))
+        if len(token) > len(self.names) or given.keys() & named.keys() or given.keys() | named.keys() != {*self.names}:
+            found = " and ".join([f"{len(token)} arrays", *named])
+            raise TypeError(f"a token of this stream is {', '.join(self.names)}; got {found}")
+        return (given | dict(named)).items()
+
+    def _slowly(self) -> np.ndarray:
+        """A step by the operator itself, which looks at every number."""
+        o, state = self._whole(self._long)
+        if self._loop is None:
+            self._state = state
+        else:
+            for old, new in zip(self._state, state, strict=True):
+                copier(old, new)()
+        return o[..., 0, :]
+
+    @property
+    def state(self) -> Any:
+        """A copy of the memory, as the operator would return it."""
+        return type(self._state)(*(None if x is None else np.array(x) for x in self._state))
+
+
+def has_time(name: str) -> bool:
+    """Whether an array has one number, or one row, per token."""
+    return ARRAYS[name].axes.startswith("t")
+
+
+def harmless(name: str, shape: Any, dtype: np.dtype) -> np.ndarray:
+    """A token that every operator takes."""
+    sizes = (shape,) if isinstance(shape, (int, np.integer)) else shape
+    if not isinstance(sizes, (tuple, list)) or not all(isinstance(n, (int, np.integer)) and n >= 0 for n in sizes):
+        raise TypeError(f"{name} is {shape!r}; a stream needs the shape of one token, a tuple of sizes")
+    return np.full(tuple(sizes), 0.0 if name == "log_decay" else 1.0, np.finfo(dtype).dtype if name != "x" else dtype)
+
+
+def time_axis(name: str, x: np.ndarray, tokens: Mapping[str, np.ndarray]) -> int:
+    """Where the axis t of an array stands, seen from its end; gates per channel have as many axes as queries."""
+    rows = len(ARRAYS[name].axes.split("|")[0].split()) > 1
+    if name == "log_decay":
+        rows = "x" in tokens or x.ndim == tokens["q"].ndim
+    return -2 if rows else -1
+
+
+def take(name: str, into: np.ndarray, x: Any) -> None:
+    """Copy one array of a token in."""
+    if type(x) is not np.ndarray or x.dtype != into.dtype:
+        listed = not hasattr(x, "dtype")
+        x = as_array(name, x)
+        if not np.can_cast(x.dtype, into.dtype, "same_kind" if listed else "safe"):
+            raise TypeError(f"{name} has dtype {x.dtype}; this stream was made for {into.dtype}")
+    if x.shape != into.shape:
+        raise ValueError(f"{name} has shape {x.shape}; a token of this stream needs {into.shape}")
+    into[...] = x
+
+
+def check_out(out: Any, shape: tuple[int, ...]) -> None:
+    """An array that can take the answer."""
+    if not isinstance(out, np.ndarray) or out.shape != shape:
+        raise ValueError(f"out has shape {np.shape(out)}; the answer has {shape}")
+    if not out.flags.writeable:
+        raise ValueError("out is read-only")
+
+
+def within(x: np.ndarray, low: float, high: float) -> bool:
+    """Whether all numbers lie in a range; NaN does not."""
+    return bool(x.size == 0 or (x.min() >= low and x.max() <= high))
+
+
+def copier(old: np.ndarray | None, new: np.ndarray | None) -> Callable[[], None]:
+    """Work that copies a field of a state to where it is read."""
+    return (lambda: None) if old is None or new is None else (lambda: np.copyto(old, new))
