@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.polynomial import Chebyshev, Polynomial
 
 from ..notation import CacheState
 from ..solvers._cache import join, positions
+from ._cache import compiled
 from ._panels import WIDE
 
 __all__ = ["LOG2E", "Pairs", "pairs_of", "weigh", "width"]
@@ -178,7 +179,7 @@ def pairs_of(
     return pairs
 
 
-@njit(cache=True)
+@compiled
 def count_slots(position, order, few, first, end, cached, causal, window, sinks):
     """Fill ``order``, ``few``, ``first`` and ``end``; positions count the pairs ever memorised, -1 is no pair."""
     for m in range(len(position)):

@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import get_num_threads, njit
+from numba import get_num_threads
+
+from ._cache import compiled
 
 __all__ = ["NO_GATES", "PER_CHANNEL", "PER_STEP", "Layout", "column_blocks", "lay_out"]
 
@@ -28,7 +30,7 @@ class Layout(NamedTuple):
     keep: list[Any]  # the arrays themselves: addresses do not keep memory alive
 
 
-@njit(cache=True)
+@compiled
 def walk(base: np.ndarray, strides: np.ndarray, shape: np.ndarray, places: np.ndarray) -> None:
     """Fill ``places (arrays, sequences)`` with base + index . strides, the last axis fastest."""
     index = np.zeros_like(shape)

@@ -11,13 +11,13 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
 from ..calling import run
 from ..notation import DeltaRuleState
 from ..solvers._chunks import output_like
+from ._cache import compiled
 from ._channels import BLOCK, channel_decays, channel_products, channel_shapes, channels_of, until_end
-from ._compile import FAST, apart, inner, spliced
+from ._compile import apart, inner, spliced
 from ._gates import exp, step_decays, weigh
 from ._panels import (
     add_scaled,
@@ -143,7 +143,7 @@ def shapes(k: int, v: int, c: int, gates: int) -> list[tuple[int, int]]:
     return room + channel_shapes(c, k if gates == PER_CHANNEL else 0)
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@compiled
 def kernel(table, places, steps, sizes, scale_, first, last):
     """Jobs first to last: one memory and one block of its value columns each."""
     room = Room(

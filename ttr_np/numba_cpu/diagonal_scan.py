@@ -11,12 +11,12 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numba.extending import overload
 
 from ..calling import run
 from ..notation import DiagonalScanState
-from ._compile import FAST, apart, inner
+from ._cache import compiled
+from ._compile import apart, inner
 from ._gates import exp
 from ._panels import copy, gather, matrix, move, panel, row
 from ._sequences import lay_out
@@ -54,7 +54,7 @@ def core(
     return o, state
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@compiled
 def kernel(table, places, steps, sizes, like, begin, stop):
     """Jobs begin to stop: one sequence and one block of its channels each."""
     d, turns = sizes[1], sizes[3]

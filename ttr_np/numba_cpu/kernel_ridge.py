@@ -10,13 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from ..calling import run
 from ..notation import CacheState
 from ..solvers._cache import append, empty_cache
 from ..solvers.kernel_ridge import KERNELS, without_spoilt
-from ._compile import FAST, apart, inner
+from ._cache import compiled
+from ._compile import apart, inner
 from ._factors import BLOCK, cholesky, solve_lower
 from ._gates import exp
 from ._panels import (
@@ -124,7 +124,7 @@ def core(
     return np.where(spoilt, o.dtype.type(np.nan), o), append(state, k, v, None, mask)
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@compiled
 def run_memories(table, places, steps, sizes, numbers, bad, first, last):
     """Jobs first to last: one memory each."""
     past, t, d, w, kind, causal = sizes

@@ -15,7 +15,6 @@ from math import comb
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
 from ..calling import run
 from ..notation import CacheState
@@ -23,7 +22,8 @@ from ..solvers._cache import append, check_options, empty_cache
 from ..solvers._chunks import NO_PAST, output_like
 from ..solvers.local_polynomial import KERNELS, UNDETERMINED, Fit, check_fit, monomials
 from ._attention import pairs_of
-from ._compile import FAST, apart, inner
+from ._cache import compiled
+from ._compile import apart, inner
 from ._gates import exponentials
 from ._panels import Matrix, add_scaled, dot, fill, matrix, move, panel, pointer, row
 from ._sequences import lay_out
@@ -145,7 +145,7 @@ class Room(NamedTuple):
 QUERY, CENTRE, MEAN, PRODUCT, READ, ORIGIN = range(6)
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@compiled
 def fit(table, places, steps, tables, sizes, width, ridge, like, begin, stop):
     """Jobs begin to stop: a few queries each, the longest pasts first."""
     t, d, w, degree = sizes[0], sizes[1], sizes[2], sizes[4]

@@ -22,14 +22,14 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
 from ..calling import as_array, run
 from ..notation import MesaState
 from ..solvers._chunks import output_like
 from ..solvers.mesa import check_options
 from ..solvers.recursive_least_squares import check_per_step, refuse
-from ._compile import FAST, apart, inner
+from ._cache import compiled
+from ._compile import apart, inner
 from ._factors import BLOCK, Reflections, cholesky, eps, invert_lower, no_future, orthogonalise, reflect
 from ._gates import step_decays, weigh
 from ._panels import (
@@ -213,7 +213,7 @@ def panels_of(table, like):
     )  # fmt: skip
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@compiled
 def kernel(table, places, steps, sizes, tolerance, worst, first, last):
     """Jobs first to last: one memory each."""
     t, d, w, method, iterations, singular = sizes

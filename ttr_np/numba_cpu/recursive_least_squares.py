@@ -15,13 +15,13 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
 from ..calling import run
 from ..notation import RecursiveLeastSquaresState
 from ..solvers._chunks import output_like
 from ..solvers.recursive_least_squares import FAINTEST, LARGEST, SLACK, check_ridge, check_weights, factor, limit, start
-from ._compile import FAST, apart, inner
+from ._cache import compiled
+from ._compile import apart, inner
 from ._factors import BLOCK, Reflections, cholesky, eps, invert_lower, no_future, orthogonalise, reflect, square
 from ._panels import (
     Matrix,
@@ -137,7 +137,7 @@ def panels_of(table, like):
     )  # fmt: skip
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@compiled
 def kernel(table, places, steps, sizes, limit, bad, first, last):
     """Jobs first to last: one memory each."""
     t, d, w = sizes

@@ -11,12 +11,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
 from ..calling import run
 from ..notation import SelectiveScanState
 from ..solvers.selective_scan import output
-from ._compile import FAST, apart, inner
+from ._cache import compiled
+from ._compile import apart, inner
 from ._gates import exp
 from ._panels import add_scaled, fill, gather, load_transposed, matrix, move, panel, real, row, times
 from ._sequences import lay_out
@@ -70,7 +70,7 @@ class Lines(NamedTuple):
     D: Any
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@compiled
 def kernel(table, places, steps, sizes, like, begin, stop):
     """Jobs begin to stop: one memory and one block of its channels each."""
     t, v, n = sizes

@@ -10,12 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from ..calling import run
 from ..notation import ShortConvolutionState
 from ..solvers.short_convolution import ACTIVATIONS, start
-from ._compile import FAST, apart, inner
+from ._cache import compiled
+from ._compile import apart, inner
 from ._gates import exp
 from ._panels import fill, gather, matrix, move, panel, pointer, real, row
 from ._sequences import lay_out
@@ -88,7 +88,7 @@ def slide(window: np.ndarray, x: np.ndarray, mask: np.ndarray | None, order: np.
     return np.where((count >= past)[..., None], fresh, kept)
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@compiled
 def kernel(table, places, steps, sizes, like, begin, stop):
     """Jobs begin to stop: some tokens and channels of one sequence each."""
     t, d, taps, silu, rows, columns = sizes

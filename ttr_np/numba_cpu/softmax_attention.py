@@ -13,7 +13,6 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
 from ..calling import run
 from ..notation import CacheState
@@ -21,7 +20,8 @@ from ..solvers._cache import append, check_options, empty_cache
 from ..solvers._chunks import NO_PAST, output_like
 from ..solvers.softmax_attention import scale_of
 from ._attention import LOG2E, pairs_of, weigh, width
-from ._compile import FAST, apart, inner
+from ._cache import compiled
+from ._compile import apart, inner
 from ._panels import LINE, ROWS, Matrix, below, full, load, matrix, move, multiply, panel, pointer, real, row
 from ._sequences import lay_out
 from ._threads import share
@@ -125,7 +125,7 @@ class Block(NamedTuple):
     past: Any  # pointer to what was left of cached pairs
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@compiled
 def kernel(table, places, steps, sizes, factor, like, begin, stop):
     """Jobs begin to stop: one block of queries each, the longest pasts first."""
     t, d, w, cached, tokens, together, gated = sizes

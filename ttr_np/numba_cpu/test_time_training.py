@@ -14,14 +14,14 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
 from ..calling import run
 from ..memories import LAYER_NORM_EPS, MLP, Huber, L2Retention, Linear, PNorm, Squared
 from ..notation import TestTimeTrainingState
 from ..solvers._chunks import output_like
 from ..solvers.test_time_training import check_batch_size, start
-from ._compile import FAST, apart, inner
+from ._cache import compiled
+from ._compile import apart, inner
 from ._factors import no_future
 from ._gates import exp
 from ._panels import (
@@ -173,7 +173,7 @@ def part(table, layer, which, like):
     return panel(table, LAYERS + PER_LAYER * layer + which, like)
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@compiled
 def kernel(table, places, steps, sizes, widths, options, number, counts, first, last):
     """Jobs first to last: one memory each."""
     t, size, batch_size = sizes

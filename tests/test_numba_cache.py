@@ -1,0 +1,96 @@
+"""Compiled kernels are kept on disk, and whatever happens to the files, a kernel is right or is compiled anew."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ttr_np.numba_cpu import _cache
+
+SCRIPT = """
+import sys
+import numpy as np, ttr_np
+x = np.ones((3, 2), sys.argv[1])
+assert ttr_np.short_convolution(x, x[:1], backend="numba").tolist() == x.tolist()
+from ttr_np.numba_cpu.short_convolution import kernel
+print(sum(kernel.stats.cache_hits.values()), sum(kernel.stats.cache_misses.values()))
+"""
+
+
+def start(folder, dtype="float32"):
+    """A process that calls a kernel."""
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(folder)}
+    command = [sys.executable, "-c", SCRIPT, dtype]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def finish(process):
+    """Hits and misses of its cache."""
+    out, problem = process.communicate(timeout=120)
+    assert process.returncode == 0, problem
+    return tuple(map(int, out.split()))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A cache that was filled by two processes at once, for two dtypes."""
+    folder = tmp_path_factory.mktemp("cache")
+    for process in [start(folder), start(folder, "float64"), start(folder)]:
+        hits, misses = finish(process)
+        assert hits + misses == 1
+    return folder
+
+
+def files(folder):
+    return sorted(folder.rglob("short_convolution.kernel*.nbc"))
+
+
+def test_processes_that_fill_one_cold_cache_leave_one_whole_file_for_each_dtype(folder):
+    assert len(files(folder)) == 2
+    assert not list(folder.rglob("tmp*"))
+    assert finish(start(folder)) == finish(start(folder, "float64")) == (1, 0)
+
+
+@pytest.mark.parametrize("harm", ["cut", "empty", "changed", "gone"])
+def test_a_harmed_file_is_compiled_anew_and_replaced(folder, harm):
+    for path in files(folder):
+        content = path.read_bytes()
+        spoilt = {"cut": content[: len(content) // 2], "empty": b"", "changed": b"x" + content[1:], "gone": None}[harm]
+        path.unlink() if spoilt is None else path.write_bytes(spoilt)
+    assert finish(start(folder)) == (0, 1)
+    assert finish(start(folder)) == (1, 0)
+
+
+def test_an_edit_of_any_file_of_the_folder_is_noticed(monkeypatch, tmp_path):
+    (tmp_path / "_panels.py").write_text("a = 1")
+    monkeypatch.setattr(_cache, "HERE", tmp_path)
+    _cache.sources.cache_clear()
+    store = _cache.Files(str(tmp_path), "kernel")
+    store.save("key", "code")
+    assert store.load("key") == "code" and store.load("another key") is None
+    (tmp_path / "_panels.py").write_text("a = 23")
+    _cache.sources.cache_clear()
+    assert store.load("key") is None
+    store.save("key", "new code")
+    assert store.load("key") == "new code" and len(list(tmp_path.glob("*.nbc"))) == 1
+    store.flush()
+    assert store.load("key") is None
+    monkeypatch.undo()
+    _cache.sources.cache_clear()
+
+
+def test_what_cannot_be_kept_is_said_and_runs(monkeypatch, tmp_path):
+    with pytest.warns(RuntimeWarning, match="kernel is compiled but not kept"):
+        _cache.Files(str(tmp_path / "nowhere"), "kernel").save("key", "code")
+
+    def nowhere(dispatcher):
+        raise RuntimeError("cannot cache function: no locator available")
+
+    monkeypatch.setattr(_cache, "kept", nowhere)
+    with pytest.warns(RuntimeWarning, match="set NUMBA_CACHE_DIR"):
+        assert _cache.compiled(abs_)(-2) == 2
+
+
+def abs_(x):
+    return -x if x < 0 else x
