@@ -17,6 +17,7 @@ import importlib.util
 import os
 import platform
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from time import perf_counter
@@ -32,6 +33,7 @@ from .backends import (
     available_backends,
     from_environment,
     has_operator,
+    operators_of,
     resolve_backend,
 )
 
@@ -52,6 +54,7 @@ __all__ = [
 # Written in Python in every Python 3, long, and seldom touched; together about 30 000 tokens.
 MODULES = ("textwrap", "bisect", "heapq", "csv", "string", "fnmatch", "shlex", "configparser", "argparse", "zipfile")
 DISTANCES = ((1, 3), (4, 15), (16, 63), (64, 255), (256, None))
+FEW = 2  # operators that are compiled at their first call, because starting processes takes a second
 WARM_UP = 2  # tokens of an untimed first call: compilation is not the layer's speed
 STRIDE = 4  # from one probe of a layer's speed to the next longer one
 STEEPEST = 3.0  # growth of the time with the length that is believed: no layer is worse than cubic
@@ -317,6 +320,14 @@ def one_pass(layer: Any, text: Stream, backend: str | None, budget: float | None
     return speed | score(words, text)
 
 
+def compile_ahead(names: Sequence[str]) -> None:
+    """Compile the kernels of many layers in processes side by side; should that fail, the first call compiles."""
+    operators = {ttr_np.layers[name].operator for name in names} & {*operators_of("numba")}
+    if len(operators) > FEW:
+        command = [sys.executable, "-m", "ttr_np.numba_cpu", "--dtypes", "float32", *sorted(operators)]
+        subprocess.run(command, check=False, capture_output=True)
+
+
 def measured(name: str, text: Stream, backends: Sequence[str], named: bool, budget: float | None) -> dict[str, Any]:
     """One layer of the result: what it is, what the first backend recalled, how fast each was; or why not."""
     layer = ttr_np.layers[name]
@@ -407,6 +418,8 @@ def text_recall(
         data = stream(used, dimension, seed)
     except MemoryError as problem:
         raise BadInput(f"dimension {dimension} needs more memory than there is: {problem}") from None
+    if "numba" in able:
+        compile_ahead(names)
     entries = []
     for i, name in enumerate(names):
         if progress:
