@@ -1,0 +1,71 @@
+"""Every compiled operator gives the same bits, alone or in a batch, on one thread or two, to many callers at once."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numba
+import numpy as np
+import pytest
+from test_operators import CASES
+
+from ttr_np.notation import ARRAYS
+
+COMPILED = [case for case in CASES if case.backend == "numba"]
+pytestmark = pytest.mark.filterwarnings("ignore:solver '.*' stopped after")
+every_case = pytest.mark.parametrize("case", COMPILED, ids=str)
+SIZES = {"t": 70, "k": 16, "v": 17, "d": 130, "n": 8}
+
+
+def drawn(case, dtype=np.float32, count=7):
+    """Enough work for two threads, from keys that least squares can tell apart."""
+    return case.draw(lead=(count,), dtype=dtype, **SIZES)
+
+
+def answers(case, arrays):
+    """Answers and state, all arrays of them."""
+    o, state = case(arrays, state=True)
+    return [o, *(x for x in state if x is not None)]
+
+
+def one(arrays, i):
+    """The i-th sequence."""
+    return {name: x[i] if ARRAYS[name].axes.startswith("t") else x for name, x in arrays.items()}
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = numba.get_num_threads()
+    numba.set_num_threads(min(request.param, numba.config.NUMBA_NUM_THREADS))
+    yield request.param
+    numba.set_num_threads(before)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_alone_and_in_a_batch(case, dtype, threads):
+    arrays = drawn(case, dtype)
+    batch = answers(case, arrays)
+    for i in (0, 3, 6):
+        for whole, alone in zip(batch, answers(case, one(arrays, i)), strict=True):
+            np.testing.assert_array_equal(whole[i], alone)
+
+
+@every_case
+def test_on_any_number_of_threads_again_and_again(case):
+    arrays, before, found = drawn(case), numba.get_num_threads(), []
+    for count in (1, 2, 2):
+        numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
+        found.append(answers(case, arrays))
+    numba.set_num_threads(before)
+    for first, *others in zip(*found, strict=True):
+        for other in others:
+            np.testing.assert_array_equal(other, first)
+
+
+@every_case
+def test_many_callers_at_once(case):
+    arrays = drawn(case)
+    wanted = answers(case, arrays)
+    with ThreadPoolExecutor(4) as callers:
+        for found in callers.map(lambda _: answers(case, arrays), range(8)):
+            for x, y in zip(found, wanted, strict=True):
+                np.testing.assert_array_equal(x, y)
