@@ -20,6 +20,7 @@ from ._channels import BLOCK, channel_decays, channel_products, channel_shapes, 
 from ._compile import apart, inner, spliced
 from ._gates import exp, step_decays, weigh
 from ._panels import (
+    Matrix,
     add_scaled,
     below,
     clean_until,
@@ -155,10 +156,13 @@ def kernel(table, places, steps, sizes, scale_, first, last):
     for number in range(first, last):
         job = job_of(places, steps, sizes, number, scale_)
         state = matrix(places[STATE, job.memory, 0], sizes.v, unit, scale_)
-        load(room.S, state, 0, sizes.k, job.start, job.columns)
-        for low in range(0, sizes.t, sizes.chunk):
-            run_chunk(places, steps, sizes, job, room, decays, low, min(low + sizes.chunk, sizes.t), scale_)
-        store(state, 0, sizes.k, job.start, job.columns, room.S)
+        if sizes.t == 1:
+            run_tokens(places, steps, sizes, job, in_place(room, state, job.start), 0, 1, scale_)
+        else:
+            load(room.S, state, 0, sizes.k, job.start, job.columns)
+            for low in range(0, sizes.t, sizes.chunk):
+                run_chunk(places, steps, sizes, job, room, decays, low, min(low + sizes.chunk, sizes.t), scale_)
+            store(state, 0, sizes.k, job.start, job.columns, room.S)
 
 
 @spliced
@@ -192,7 +196,24 @@ def run_chunk(places, steps, sizes, job, room, decays, low, high, scale_):
             o = matrix(places[O, job.memory, group], sizes.v, 1, scale_)
             store(o, low, n, job.start, job.columns, room.answers)
         memorise(sizes, job, room, decays, n, scale_)
-    for i in range(low + n, high):
+    run_tokens(places, steps, sizes, job, room, low + n, high, scale_)
+
+
+@inner
+def in_place(room, state, start):
+    """The room of a single token: one pass over the state costs as much as a copy into a panel would."""
+    S = Matrix(move(state.data, start), state.step, state.column)
+    return Room(
+        S, room.keys, room.carried, room.errors, room.past, room.rows, room.queries, room.scores, room.answers,
+        room.pairs, room.since,
+    )  # fmt: skip
+
+
+@inner
+def run_tokens(places, steps, sizes, job, room, low, high, scale_):
+    """Token by token."""
+    apart()
+    for i in range(low, high):
         memorise_token(sizes, job, room, i, scale_)
         for group in range(places.shape[2]):
             q = matrix(places[Q, job.memory, group], steps[Q, 0], steps[Q, 1], scale_)

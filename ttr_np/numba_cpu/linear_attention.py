@@ -21,6 +21,7 @@ from ._channels import BLOCK, channel_decays, channel_products, channel_shapes, 
 from ._compile import apart, inner, spliced
 from ._gates import exp, step_decays, weigh
 from ._panels import (
+    Matrix,
     below,
     clean_until,
     dot,
@@ -167,12 +168,15 @@ def kernel(table, places, steps, sizes, scale, first, last):
     for number in range(first, last):
         job = job_of(places, steps, sizes, number, scale)
         state = matrix(places[STATE, job.memory, 0], v, column, scale)
-        load(room.S, state, 0, k, job.start, job.columns)
         if sizes.normalize:
             load(room.z, matrix(places[Z, job.memory, 0], k, column, scale), 0, 1, 0, k)
-        for low in range(0, sizes.t, sizes.chunk):
-            run_chunk(places, steps, sizes, job, room, decays, low, min(low + sizes.chunk, sizes.t), scale)
-        store(state, 0, k, job.start, job.columns, room.S)
+        if sizes.t == 1:
+            run_tokens(places, steps, sizes, job, in_place(room, state, job.start), 0, 1, scale)
+        else:
+            load(room.S, state, 0, k, job.start, job.columns)
+            for low in range(0, sizes.t, sizes.chunk):
+                run_chunk(places, steps, sizes, job, room, decays, low, min(low + sizes.chunk, sizes.t), scale)
+            store(state, 0, k, job.start, job.columns, room.S)
         if sizes.normalize and job.start == 0:
             store(matrix(places[Z_NEXT, job.memory, 0], k, column, scale), 0, 1, 0, k, room.z)
 
@@ -217,7 +221,24 @@ def run_chunk(places, steps, sizes, job, room, decays, low, high, scale):
             reader = reader_of(places, steps, sizes, job.memory, group, scale)
             answer(sizes, job, reader, room, decays, low, n, scale)
         memorise(sizes, job, room, decays, n, scale)
-    for i in range(low + n, high):
+    run_tokens(places, steps, sizes, job, room, low + n, high, scale)
+
+
+@inner
+def in_place(room, state, start):
+    """The room of a single token: one pass over the state costs as much as a copy into a panel would."""
+    S = Matrix(move(state.data, start), state.step, state.column)
+    return Room(
+        S, room.z, room.keys, room.carried, room.values, room.past, room.rows, room.queries, room.scores, room.answers,
+        room.pairs, room.since,
+    )  # fmt: skip
+
+
+@inner
+def run_tokens(places, steps, sizes, job, room, low, high, scale):
+    """Token by token."""
+    apart()
+    for i in range(low, high):
         for group in range(places.shape[2]):
             answer_token(sizes, job, reader_of(places, steps, sizes, job.memory, group, scale), room, i, scale)
         memorise_token(sizes, job, room, i, scale)
