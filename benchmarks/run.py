@@ -17,6 +17,8 @@ import subprocess
 import sys
 import time
 import warnings
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +187,8 @@ def main(argv: list[str] | None = None) -> int:
         seed=arguments.seed,
         compiled=not (arguments.no_compile or arguments.quick),
     )
+    if find_spec("torch") is not None:
+        import_module("torch")  # ``using`` tells it a number of threads only if it is there to be told
     with using(arguments.threads):
         result = measured(arguments, setting)
     keep(result, arguments.json)

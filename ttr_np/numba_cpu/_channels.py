@@ -158,7 +158,7 @@ def multiply_block(scores, x, keys, first, last, n, k, decays, late, like):
             row(scores, i)[j] = decay_and_dot(way, row(decays.step, i - late), row(x, i), k, like)
     for i in range(first, last):
         end = i + 1 - late
-        fill(move(row(scores, i), end), real(like, 0), min(i // ROWS * ROWS + ROWS, n) - end)
+        fill(move(row(scores, i), end), real(like, 0), min(i + ROWS, n) - end)
 
 
 @inner

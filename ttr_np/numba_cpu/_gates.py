@@ -115,4 +115,4 @@ def weigh(scores, pairs, n, gated, late, like):
         line, end = row(scores, i), i + 1 - late
         if gated:
             times(line, line, row(pairs, end - 1), end)
-        fill(move(line, end), real(like, 0), min(i // ROWS * ROWS + ROWS, n) - end)
+        fill(move(line, end), real(like, 0), min(i + ROWS, n) - end)

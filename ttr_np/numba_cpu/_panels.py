@@ -31,9 +31,10 @@ __all__ = [
     "scale_rows", "solve_unit_lower", "store", "times", "triangle",
 ]  # fmt: skip
 
-# One tile of a product is held in registers: ROWS x LINE bytes of sums, which hide the latency of multiply-add.
+# One tile of a product is held in registers: ROWS x LINE bytes of sums, which hide the latency of multiply-add. Tiles
+# of FEW rows end a product where whole ones would be half empty: 64 rows are 4 x 12 + 2 x 8.
 WIDE = binding.get_host_cpu_features().get("avx512f", False)
-ROWS, LINE = (12, 128) if WIDE else (6, 64)
+ROWS, FEW, LINE = (12, 8, 128) if WIDE else (6, 4, 64)
 
 full, lower, triangle = 0, 1, 2  # see multiply
 
@@ -208,62 +209,72 @@ def zeros_apart(x, step, n, like):
     return total
 
 
-@intrinsic
-def tile(
-    typingctx: Any, c: Any, c_step: Any, a: Any, a_row: Any, a_column: Any, b: Any, b_step: Any, m: Any, depth: Any,
-    alpha: Any, beta: Any,
-) -> Any:  # fmt: skip
-    """c = alpha a b + beta c for one tile: ROWS rows (those from m on repeat the last one) of LINE bytes."""
-    real = c.dtype
+def spread_out(builder: Any, x: Any, vector: Any) -> Any:
+    """A vector of one number everywhere."""
+    undefined, word = ir.Constant(vector, ir.Undefined), ir.IntType(32)
+    first = builder.insert_element(undefined, x, word(0))
+    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(word, vector.count), [0] * vector.count))
+
+
+def row_of(builder: Any, base: Any, i: int, rows: Any, step: Any) -> Any:
+    """Pointer to row i of some; rows that are not there repeat the last one."""
+    word = ir.IntType(64)
+    last = builder.sub(rows, word(1))
+    there = builder.select(builder.icmp_signed("<", word(i), last), word(i), last)
+    return builder.gep(base, [builder.mul(there, step)])
+
+
+def tile_of(rows: int, c: Any, a: Any, b: Any) -> Any:
+    """c = alpha a b + beta c for one tile: some rows (those from m on repeat the last one) of LINE bytes."""
+    real, index, word = c.dtype, types.intp, ir.IntType(64)
     number = ir.FloatType() if real.bitwidth == 32 else ir.DoubleType()
-    lanes = 256 // real.bitwidth if not WIDE else 512 // real.bitwidth
-    vectors = LINE * 8 // real.bitwidth // lanes
-    vector, word, align = ir.VectorType(number, lanes), ir.IntType(64), real.bitwidth // 8
+    vector, align = ir.VectorType(number, (512 if WIDE else 256) // real.bitwidth), real.bitwidth // 8
+    parts = [(i, j) for i in range(rows) for j in range(LINE * 8 // real.bitwidth // vector.count)]
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         c, c_step, a, a_row, a_column, b, b_step, m, depth, alpha, beta = args
-        function = ir.FunctionType(vector, [vector] * 3)
-        name = f"llvm.fmuladd.v{lanes}f{real.bitwidth}"
-        multiply_add = cgutils.get_or_insert_function(builder.module, function, name)
-        parts = [(i, j) for i in range(ROWS) for j in range(vectors)]
-
-        def spread(x: Any) -> Any:
-            first = builder.insert_element(ir.Constant(vector, ir.Undefined), x, ir.IntType(32)(0))
-            everywhere = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
-            return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), everywhere)
-
-        def row(base: Any, i: int, step: Any) -> Any:
-            last = builder.sub(m, word(1))
-            i = builder.select(builder.icmp_signed("<", word(i), last), word(i), last)
-            return builder.gep(base, [builder.mul(i, step)])
+        name = f"llvm.fmuladd.v{vector.count}f{real.bitwidth}"
+        fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector, [vector] * 3), name)
 
         def part(base: Any, j: int) -> Any:
-            return builder.bitcast(builder.gep(base, [word(j * lanes)]), vector.as_pointer())
+            return builder.bitcast(builder.gep(base, [word(j * vector.count)]), vector.as_pointer())
 
-        zero = ir.Constant(vector, [0.0] * lanes)
-        sums = {ij: cgutils.alloca_once_value(builder, zero) for ij in parts}
-        a_rows, c_rows = ([row(base, i, step) for i in range(ROWS)] for base, step in ((a, a_row), (c, c_step)))
+        sums = {ij: cgutils.alloca_once_value(builder, ir.Constant(vector, [0.0] * vector.count)) for ij in parts}
+        a_rows = [row_of(builder, a, i, m, a_row) for i in range(rows)]
+        places = {(i, j): part(row_of(builder, c, i, m, c_step), j) for i, j in parts}
         with cgutils.for_range(builder, depth, intp=word) as loop:
             b_row = builder.gep(b, [builder.mul(loop.index, b_step)])
-            loaded = [builder.load(part(b_row, j), align=align) for j in range(vectors)]
+            loaded = {j: builder.load(part(b_row, j), align=align) for _, j in parts[: len(parts) // rows]}
             for i, a_i in enumerate(a_rows):
-                factor = spread(builder.load(builder.gep(a_i, [builder.mul(loop.index, a_column)])))
-                for j in range(vectors):
-                    total = builder.call(multiply_add, [factor, loaded[j], builder.load(sums[i, j])])
-                    builder.store(total, sums[i, j])
-        afresh = builder.fcmp_ordered("==", beta, ir.Constant(number, 0.0))
-        alpha, beta = spread(alpha), spread(beta)
-        results = []
-        for i, j in parts:  # all is read before any is written: repeated rows then write the same
-            old = builder.fmul(beta, builder.load(part(c_rows[i], j), align=align))
-            old = builder.select(afresh, zero, old)
-            results.append(builder.call(multiply_add, [alpha, builder.load(sums[i, j]), old]))
-        for (i, j), result in zip(parts, results, strict=True):
-            builder.store(result, part(c_rows[i], j), align=align)
+                number_i = builder.load(builder.gep(a_i, [builder.mul(loop.index, a_column)]))
+                factor = spread_out(builder, number_i, vector)
+                for j, b_j in loaded.items():
+                    builder.store(builder.call(fma, [factor, b_j, builder.load(sums[i, j])]), sums[i, j])
+        alpha, beta_all = spread_out(builder, alpha, vector), spread_out(builder, beta, vector)
+        scaled = {ij: builder.fmul(alpha, builder.load(total)) for ij, total in sums.items()}
+        with builder.if_else(builder.fcmp_ordered("==", beta, ir.Constant(number, 0.0))) as (afresh, onto):
+            with afresh:
+                for ij in parts:
+                    builder.store(scaled[ij], places[ij], align=align)
+            with onto:  # all is read before any is written: repeated rows then write the same
+                old = {ij: builder.load(places[ij], align=align) for ij in parts}
+                for ij in parts:
+                    builder.store(builder.call(fma, [beta_all, old[ij], scaled[ij]]), places[ij], align=align)
         return context.get_dummy_value()
 
-    index = types.intp
     return types.void(c, index, a, index, index, b, index, index, index, real, real), codegen
+
+
+@intrinsic
+def tile(typingctx, c, c_step, a, a_row, a_column, b, b_step, m, depth, alpha, beta):
+    """A tile of ROWS rows."""
+    return tile_of(ROWS, c, a, b)
+
+
+@intrinsic
+def last_tile(typingctx, c, c_step, a, a_row, a_column, b, b_step, m, depth, alpha, beta):
+    """A tile of FEW rows."""
+    return tile_of(FEW, c, a, b)
 
 
 @intrinsic
@@ -293,10 +304,18 @@ def multiply(c, a, b, m, n, depth, alpha, beta, shape):
     apart()
     size = lanes(alpha)
     for j in range(0, n, size):
-        for i in range(j // ROWS * ROWS if shape == triangle else 0, m, ROWS):
-            deep = min(i + ROWS, depth) if shape == lower else depth
+        i = j // ROWS * ROWS if shape == triangle else 0
+        while i < m:
+            left = m - i
+            few = left <= FEW or ROWS < left <= 2 * FEW
+            rows = FEW if few else ROWS
+            deep = min(i + rows, depth) if shape == lower else depth
             c_ij, a_i, b_j = move(c.data, i * c.step + j), row(a, i), move(b.data, j)
-            tile(c_ij, c.step, a_i, a.step, a.column, b_j, b.step, min(ROWS, m - i), deep, alpha, beta)
+            if few:
+                last_tile(c_ij, c.step, a_i, a.step, a.column, b_j, b.step, min(rows, left), deep, alpha, beta)
+            else:
+                tile(c_ij, c.step, a_i, a.step, a.column, b_j, b.step, min(rows, left), deep, alpha, beta)
+            i += rows
 
 
 @inner
