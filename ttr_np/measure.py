@@ -35,15 +35,18 @@ __all__ = [
     "Skipped",
     "at_once",
     "contest",
+    "first_line",
     "gated",
     "gemm_rate",
     "machine",
+    "on_host",
     "ours",
     "prefix",
     "products",
     "reference",
     "relative_error",
     "sample",
+    "seconds",
     "spread",
     "using",
 ]
@@ -137,9 +140,15 @@ def seconds(contender: Contender, calls: int = 1) -> float:
 
 
 def spread(times: Sequence[float]) -> dict[str, float]:
-    """Median, 20th and 80th percentile, and how many samples they are of."""
-    low, middle, high = np.percentile(times, [20, 50, 80])
-    return {"median": float(middle), "p20": float(low), "p80": float(high), "samples": len(times)}
+    """Median, 20th and 80th percentile, the least (what a busy machine lets through), and of how many samples."""
+    least, low, middle, high = np.percentile(times, [0, 20, 50, 80])
+    return {
+        "median": float(middle),
+        "p20": float(low),
+        "p80": float(high),
+        "least": float(least),
+        "samples": len(times),
+    }
 
 
 def sample(
@@ -149,13 +158,13 @@ def sample(
 
     One that has used up its budget of seconds sits the later rounds out; each has one sample at least.
     """
-    calls = {c.name: max(1, int(LEAST / max(seconds(c), 1e-9))) for c in contenders}
-    times: dict[str, list[float]] = {c.name: [] for c in contenders}
+    warm = {c.name: seconds(c) for c in contenders}
+    calls = {name: max(1, int(LEAST / max(each, 1e-9))) for name, each in warm.items()}
+    times = {name: [each] if each > budget else [] for name, each in warm.items()}
     for _ in range(rounds):
         for i in rng.permutation(len(contenders)):
             contender = contenders[i]
-            used = sum(times[contender.name]) * calls[contender.name]
-            if used > budget:
+            if sum(times[contender.name]) * calls[contender.name] > budget:
                 continue
             sleep(QUIET)
             times[contender.name].append(seconds(contender, calls[contender.name]))
@@ -201,7 +210,7 @@ def contest(
     rounds: int,
     rng: np.random.Generator,
     budget: float = float("inf"),
-    yardstick: Contender | None = None,
+    yardsticks: Sequence[Contender] = (),
 ) -> dict[str, Any]:
     """All contenders against the exact answers: who was right is timed, who was not is told.
 
@@ -209,14 +218,17 @@ def contest(
     -------
     dict
         ``results``: ``contender, detail, error, first_call_seconds, seconds, peak_bytes`` each; ``skipped``:
-        ``contender, reason`` each, of those that do not run and of those that were refused; ``yardstick``: the
-        seconds of one more call in the same rounds, whose answer is not checked.
+        ``contender, reason`` each, of those that do not run and of those that were refused; ``yardsticks``: the
+        seconds of other calls in the same rounds, by name; they answer nothing.
     """
     right, trials, skipped = gated(contenders, exact, tolerance)
-    peaks = {c.name: peak_bytes(c) for c in right}
-    times = sample([*right, *filter(None, [yardstick])], rounds, rng, budget)
-    results = [trials[c.name] | {"seconds": spread(times[c.name]), "peak_bytes": peaks[c.name]} for c in right]
-    return {"results": results, "skipped": skipped, "yardstick": yardstick and spread(times[yardstick.name])}
+    quick = [c for c in right if trials[c.name]["first_call_seconds"] <= budget]
+    peaks = {c.name: peak_bytes(c) for c in quick}
+    for yardstick in yardsticks:
+        yardstick.call()  # compiled, as the others are by now
+    times = sample([*right, *yardsticks], rounds, rng, budget)
+    results = [trials[c.name] | {"seconds": spread(times[c.name]), "peak_bytes": peaks.get(c.name)} for c in right]
+    return {"results": results, "skipped": skipped, "yardsticks": {c.name: spread(times[c.name]) for c in yardsticks}}
 
 
 def resident(field: str) -> int:
@@ -274,10 +286,11 @@ def limited(threads: int) -> Iterator[None]:
         yield
 
 
-def gemm_rate(threads: int, dtype: Any = np.float32, rounds: int = 7) -> float:
+def gemm_rate(threads: int, dtype: Any = np.float32, rounds: int = 30) -> float:
     """FLOP per second of large matrix products, the best of several: what the machine can do."""
     with limited(threads):
-        return 2 * GEMM**3 / min(seconds(products(dtype), 4) for _ in range(rounds))
+        product = products(dtype)
+        return 2 * GEMM**3 / min(seconds(product) for _ in range(rounds))
 
 
 def products(dtype: Any = np.float32) -> Contender:

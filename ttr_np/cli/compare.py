@@ -23,7 +23,7 @@ from ..notation import OPERATORS, draw
 from ..text_recall import BadInput, beginnings, chosen_backends
 from . import Refusal
 from .recall import WIDTH, check_writable, plotter, progress_bar, split, write_json
-from .table import aligned
+from .table import aligned, digits
 
 __all__ = ["compare", "declare", "report", "run", "timing_cells"]
 
@@ -165,10 +165,11 @@ def measured(
 def timing_cells(entry: dict[str, Any], token_heads: int) -> list[str]:
     """Median, spread, error, time per token of one head, and peak memory of one result."""
     times, peak = entry["seconds"], entry["peak_bytes"]
-    ms = [f"{1e3 * times[name]:.4g}" for name in ("median", "p20", "p80")]
-    per_token = f"{1e9 * times['median'] / token_heads:.4g}"
-    memory = "-" if peak is None else f"{peak / 2**20:.4g}"
-    return [ms[0], f"{ms[1]}-{ms[2]}", f"{entry['error']:.1e}", per_token, memory]
+    ms = [digits(1e3 * times[name]) for name in ("median", "p20", "p80")]
+    per_token = digits(1e9 * times["median"] / token_heads)
+    memory = "-" if peak is None else f"{peak / 2**20:.1f}"
+    error = f"{entry['error']:.1e}" if entry["error"] else "0"
+    return [ms[0], f"{ms[1]}-{ms[2]}", error, per_token, memory]
 
 
 def report(result: dict[str, Any]) -> str:
@@ -196,7 +197,7 @@ def cells_of(entry: dict[str, Any], sizes: dict[str, int]) -> list[list[str]]:
             entry["operator"],
             found["contender"],
             *timing_cells(found, tokens),
-            f"{plain / found['seconds']['median']:.3g}" if plain else "-",
+            digits(plain / found["seconds"]["median"], 2) if plain else "-",
         ]
         for found in entry["results"]
     ]
