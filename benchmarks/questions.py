@@ -14,7 +14,7 @@ from numba import njit
 
 import ttr_np
 from ttr_np.backends import available_backends, has_operator
-from ttr_np.measure import TOLERANCE, Case, Contender, Skipped, ours
+from ttr_np.measure import TOLERANCE, Case, Contender, Skipped, ours, softened
 from ttr_np.notation import axes_of, draw
 
 from . import filter_peers
@@ -25,7 +25,6 @@ __all__ = ["OURS", "QUESTIONS", "Question", "Setting", "arrays_of", "backends_of
 
 OURS = ("numpy", "numba", "stream", "numba-cuda", "cupy")
 C = 64
-SOFT = 16  # log gates of the tests over this: they keep tens to hundreds of tokens, as in trained layers
 VARIANTS = {"": (), "scalar": ("log_decay",), "channel": ("log_decay",)}
 
 
@@ -61,9 +60,7 @@ def arrays_of(operator: str, setting: Setting, variant: str = "", extra: tuple[s
         dtype=np.float32,
         **sizes,
     )
-    if "log_decay" in arrays:
-        arrays["log_decay"] /= SOFT
-    return arrays
+    return softened(arrays)
 
 
 def backends_of(case: Case) -> list[Contender | Skipped]:

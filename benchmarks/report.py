@@ -7,6 +7,7 @@ from typing import Any
 
 from ttr_np.cli.compare import timing_cells
 from ttr_np.cli.table import aligned, digits
+from ttr_np.measure import busy
 
 __all__ = ["crossover_table", "entry_table", "heading", "scaling_heading", "scaling_line", "summary_table"]
 
@@ -23,22 +24,13 @@ def heading(result: dict[str, Any]) -> str:
             f"{machine['processor']}, {machine['cores']} cores, {result['threads']} in use",
             f"ttr_np {machine['ttr_np']} at {result['commit']}, Python {machine['python']}, {packages}",
             f"float32 matrix products: {rates} thread(s)",
-            *(
-                [f"BUSY: load {machine['load'][0]:.1f} before the start, times will be too long"]
-                if busy(machine)
-                else []
-            ),
+            *filter(None, [busy(machine)]),
             "",
             "error: largest difference from the NumPy solver in float64, over its largest answer",
             "MB: memory one call needs; % GEMM: of the rate of large matrix products in the same rounds;",
             "x ours: time over that of our fastest; first s: first call, with what it compiles or loads",
         ]
     )
-
-
-def busy(machine: dict[str, Any]) -> bool:
-    """Whether others kept a core or more."""
-    return bool(machine["load"]) and machine["load"][0] > 1
 
 
 def name_of(entry: dict[str, Any]) -> str:

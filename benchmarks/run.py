@@ -74,6 +74,8 @@ def chosen(argv: list[str] | None) -> argparse.Namespace:
     for name, least in (("heads", 1), ("rounds", 1), ("threads", 1), ("seed", 0)):
         if getattr(arguments, name) is not None and getattr(arguments, name) < least:
             top.error(f"--{name} must be at least {least}")
+    if not 0 <= arguments.budget < float("inf"):
+        top.error("--budget must be a number of seconds")
     try:
         check_files(arguments)
     except Refusal as problem:

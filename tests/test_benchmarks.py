@@ -378,7 +378,7 @@ def has_matplotlib() -> bool:
     "arguments",
     [
         *(["nosuch"], ["--lengths", "0"], ["--rounds", "0"], ["--threads", "0"], ["--widths", "x"], ["--seed", "-1"]),
-        *(["--json", "nosuch/r.json"], ["--plot", "r.gif"]),
+        *(["--json", "nosuch/r.json"], ["--plot", "r.gif"], ["--budget", "nan"]),
     ],
 )
 def test_a_wrong_option_is_refused_before_the_work(arguments, capsys):
@@ -435,6 +435,31 @@ def test_compare_says_what_does_not_run(capsys, monkeypatch):
     assert "needs more than the 0 s allowed" in capsys.readouterr().out
 
 
+def test_compare_takes_a_beginning_where_all_would_break_the_budget(capsys, monkeypatch):
+    compare = sys.modules["ttr_np.cli.compare"]
+
+    def slow(case: Case) -> np.ndarray:
+        sleep(1e-3 * case.arrays["q"].shape[-2])
+        return reference(case)
+
+    monkeypatch.setattr(compare, "reference", slow)
+    options = ["--operators", "delta_rule", "--budget", "0.4", "--json", "-"]
+    assert main([*COMPARE, "--shape", "1,1,4000,4", *options]) == 0
+    result = json.loads(capsys.readouterr().out)
+    (entry,) = result["operators"]
+    assert 0 < entry["T"] <= 40 and entry["results"]
+    out = compare.report(result)
+    assert f"delta_rule, T {entry['T']} numpy" in out and "on a beginning: delta_rule: the float64 solver" in out
+
+
+@pytest.mark.parametrize("d", [64, 256])
+def test_gates_are_soft_enough_for_least_squares_in_float32(d):
+    arrays = draw("recursive_least_squares", RNG, optional=("log_decay",), per_channel=False, t=6 * d, k=d)
+    one = Case("recursive_least_squares", "", measure.softened({n: x.astype(np.float32) for n, x in arrays.items()}))
+    assert all(x.dtype == np.float32 for x in one.arrays.values())
+    assert relative_error(ours(one, "numpy").call(), reference(one)) < 1e-4
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -444,6 +469,9 @@ def test_compare_says_what_does_not_run(capsys, monkeypatch):
         (["--operators", "delta_rul"], "unknown operator 'delta_rul'"),
         (["--backends", "cudnn"], "unknown backend 'cudnn'"),
         (["--rounds", "0"], "rounds must be an integer of at least 1"),
+        (["--budget", "-1"], "budget must be a number of seconds, got -1"),
+        (["--budget", "nan"], "budget must be a number of seconds, got nan"),
+        (["--threads", "0"], "threads must be an integer of at least 1"),
         (["--seed", "-1"], "seed must be an integer of at least 0"),
         (["--dtype", "int8"], "--dtype"),
         (["--json", "nosuch/x.json"], "cannot write nosuch/x.json"),

@@ -34,6 +34,7 @@ __all__ = [
     "Contender",
     "Skipped",
     "at_once",
+    "busy",
     "contest",
     "first_line",
     "gated",
@@ -47,12 +48,14 @@ __all__ = [
     "relative_error",
     "sample",
     "seconds",
+    "softened",
     "spread",
     "using",
 ]
 
 TOLERANCE = {"float16": 3e-2, "float32": 1e-3, "float64": 1e-6}  # of the largest answer: wrong, not merely rounded
 LEAST = 2e-3  # seconds: a sample of shorter calls holds several
+SOFT = 16  # log gates of the tests over this at least
 QUIET = 2e-3  # seconds after which threads that spin for more work have gone to sleep
 GEMM = 1024  # size of the matrices whose product is the machine's rate
 PACKAGES = ("numpy", "scipy", "numba", "torch", "scikit-learn", "statsmodels", "padasip", "flash-linear-attention")
@@ -314,6 +317,24 @@ def processor() -> str:
             return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or "unknown"
+
+
+def softened(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same, with gates that keep a hundred tokens and more, as trained layers do.
+
+    They keep some times as many tokens as keys have directions: a least-squares memory that forgets faster has too few
+    pairs for one answer, and its error says nothing of a backend.
+    """
+    if "log_decay" not in arrays:
+        return arrays
+    d = arrays["k" if "k" in arrays else "x"].shape[-1]
+    return arrays | {"log_decay": arrays["log_decay"] / max(SOFT, d / 4)}
+
+
+def busy(machine: Mapping[str, Any]) -> str:
+    """A warning that others kept a core before the start; empty if they did not."""
+    load = machine["load"][0] if machine["load"] else 0.0
+    return f"BUSY: load {load:.1f} before the start; other work makes times too long, some of them by far" * (load > 1)
 
 
 def machine() -> dict[str, Any]:
