@@ -13,7 +13,7 @@ import numpy as np
 
 from ttr_np.measure import Contender, Skipped
 
-__all__ = ["kernel_regression", "nlms", "recursive_least_squares", "ridge_refits"]
+__all__ = ["affine_projection", "kernel_regression", "kernel_ridge", "nlms", "recursive_least_squares", "ridge_refits"]
 
 Solve = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -79,6 +79,30 @@ def nlms(x: np.ndarray, d: np.ndarray, mu: float, eps: float) -> list[Contender 
         return filtered(weights, lms.w, x)
 
     return [peer("padasip", "padasip", padasip, x, d, "FilterNLMS.run")]
+
+
+def affine_projection(x: np.ndarray, d: np.ndarray, mu: float, ridge: float, order: int) -> list[Contender | Skipped]:
+    """Affine projection."""
+
+    def padasip(x: np.ndarray, d: np.ndarray) -> np.ndarray:
+        from padasip.filters import FilterAP
+
+        ap = FilterAP(n=x.shape[1], order=order, mu=mu, ifc=ridge, w="zeros")
+        _, _, weights = ap.run(d, x)
+        return filtered(weights, ap.w, x)
+
+    return [peer("padasip", "padasip", padasip, x, d, "FilterAP.run")]
+
+
+def kernel_ridge(x: np.ndarray, d: np.ndarray, bandwidth: float, ridge: float) -> list[Contender | Skipped]:
+    """Kernel ridge regression with a Gaussian kernel, every point a query, no causality."""
+
+    def sklearn(x: np.ndarray, d: np.ndarray) -> np.ndarray:
+        from sklearn.kernel_ridge import KernelRidge
+
+        return KernelRidge(alpha=ridge, kernel="rbf", gamma=0.5 / bandwidth**2).fit(x, d).predict(x)
+
+    return [peer("scikit-learn", "sklearn", sklearn, x, d, "KernelRidge")]
 
 
 def kernel_regression(x: np.ndarray, d: np.ndarray, bandwidth: float) -> list[Contender | Skipped]:

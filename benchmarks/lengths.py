@@ -11,7 +11,7 @@ from ttr_np import Linear
 from ttr_np.backends import available_backends, has_operator
 from ttr_np.measure import TOLERANCE, Case, Contender, gated, ours, prefix, reference, sample, spread
 
-from .questions import VARIANTS, Setting, arrays_of
+from .questions import VARIANTS, Setting, arrays_of, channels
 from .torch_peers import torch_peers
 
 __all__ = ["LINEAR", "crossover", "scaling"]
@@ -20,8 +20,12 @@ LINEAR: dict[str, Sequence[str]] = {
     "linear_attention": tuple(VARIANTS),
     "delta_rule": tuple(VARIANTS),
     "dplr": ("channel",),
+    "selective_scan": ("",),
     "diagonal_scan": ("",),
+    "short_convolution": ("",),
     "recursive_least_squares": ("scalar",),
+    "kalman_filter": ("",),
+    "affine_projection": ("",),
     "mesa": ("scalar",),
     "test_time_training": ("",),
 }
@@ -38,6 +42,8 @@ def best_backend(operator: str) -> str:
 def case_of(operator: str, variant: str, t: int, setting: Setting) -> Case:
     """Inputs at the first width."""
     d = setting.widths[0]
+    if operator == "selective_scan":
+        return Case(operator, variant, channels(setting, t, d))
     options = {"memory": Linear()} if operator == "test_time_training" else {}
     return Case(operator, variant, arrays_of(operator, setting, variant, t=t, k=d, v=d, d=d), options)
 
@@ -73,7 +79,13 @@ def faster_from(rows: Sequence[dict[str, Any]], other: str) -> int | None:
 
 
 def scaling(
-    operator: str, variant: str, setting: Setting, lengths: Sequence[int], rounds: int, rng: np.random.Generator
+    operator: str,
+    variant: str,
+    setting: Setting,
+    lengths: Sequence[int],
+    rounds: int,
+    rng: np.random.Generator,
+    budget: float,
 ) -> dict[str, Any]:
     """Cost per token of one head over lengths: beginnings of one long sequence, interleaved."""
     case, backend = case_of(operator, variant, max(lengths), setting), best_backend(operator)
@@ -82,7 +94,7 @@ def scaling(
     right, _, skipped = gated([ours(first, backend)], reference(first), TOLERANCE["float32"])
     if not right:
         return about | {"reason": skipped[0]["reason"], "rows": [], "growth": None}
-    times = sample([ours(prefix(case, t), backend)._replace(name=str(t)) for t in lengths], rounds, rng)
+    times = sample([ours(prefix(case, t), backend)._replace(name=str(t)) for t in lengths], rounds, rng, budget)
     rows = [{"T": t, "seconds": spread(times[str(t)])} for t in lengths]
     for row in rows:
         row["ns_per_token_head"] = 1e9 * row["seconds"]["median"] / (row["T"] * setting.heads)

@@ -14,17 +14,17 @@ from numba import njit
 
 import ttr_np
 from ttr_np.backends import available_backends, has_operator
-from ttr_np.measure import TOLERANCE, Case, Contender, Skipped, ours, reference
-from ttr_np.notation import draw
+from ttr_np.measure import TOLERANCE, Case, Contender, Skipped, ours, softened
+from ttr_np.notation import axes_of, draw
 
 from . import filter_peers
 from .fla_peers import fla_peers
 from .torch_peers import torch_peers
 
-__all__ = ["QUESTIONS", "Question", "Setting", "arrays_of", "backends_of"]
+__all__ = ["OURS", "QUESTIONS", "Question", "Setting", "arrays_of", "backends_of", "channels"]
 
+OURS = ("numpy", "numba", "stream", "numba-cuda", "cupy")
 C = 64
-SOFT = 16  # log gates of the tests over this: they keep tens to hundreds of tokens, as in trained layers
 VARIANTS = {"": (), "scalar": ("log_decay",), "channel": ("log_decay",)}
 
 
@@ -39,13 +39,14 @@ class Setting(NamedTuple):
 
 
 class Question(NamedTuple):
-    """A case, its sizes, who answers it, the FLOP per token of one head, and the error that is still right."""
+    """A case, its sizes, who answers it, the FLOP per token of one head, the error that is still right, yardsticks."""
 
     case: Case
     shape: dict[str, int]
     contenders: list[Contender | Skipped]
     flop: float | None
     tolerance: float
+    yardsticks: Sequence[Contender] = ()
 
 
 def arrays_of(operator: str, setting: Setting, variant: str = "", extra: tuple[str, ...] = (), **sizes: int) -> Any:
@@ -59,9 +60,7 @@ def arrays_of(operator: str, setting: Setting, variant: str = "", extra: tuple[s
         dtype=np.float32,
         **sizes,
     )
-    if "log_decay" in arrays:
-        arrays["log_decay"] /= SOFT
-    return arrays
+    return softened(arrays)
 
 
 def backends_of(case: Case) -> list[Contender | Skipped]:
@@ -121,13 +120,16 @@ def softmax_attention(setting: Setting) -> Iterator[Question]:
             yield asked(case, shape, torch_peers(case, case.operator, setting.compiled, causal=causal), 4 * pairs * d)
 
 
+def channels(setting: Setting, t: int, d: int) -> dict[str, np.ndarray]:
+    """Inputs of a selective scan: all heads' channels side by side, with states of 16."""
+    rng = np.random.default_rng(setting.seed)
+    return draw("selective_scan", rng, lead=(1,), dtype=np.float32, t=t, v=setting.heads * d, n=16)
+
+
 def selective_scan(setting: Setting) -> Iterator[Question]:
-    """All heads' channels side by side, with states of 16."""
+    """Against both of torch's ways: token by token, and its associative scan."""
     for shape in grid(setting):
-        v = setting.heads * shape["D"]
-        rng = np.random.default_rng(setting.seed)
-        arrays = draw("selective_scan", rng, lead=(1,), dtype=np.float32, t=shape["T"], v=v, n=16)
-        case = Case("selective_scan", "n 16", arrays)
+        case = Case("selective_scan", "n 16", channels(setting, shape["T"], shape["D"]))
         yield asked(case, shape, torch_peers(case, case.operator, setting.compiled))
 
 
@@ -156,6 +158,14 @@ def recursive_least_squares(setting: Setting) -> Iterator[Question]:
         yield asked(case, shape, peers + (filter_peers.ridge_refits(x, d, 1.0) if len(x) == 1 else []))
 
 
+def affine_projection(setting: Setting) -> Iterator[Question]:
+    """The affine projection filter of order two."""
+    for variant, shape, x, d in filters(setting):
+        arrays = {"q": x, "k": x, "v": d[..., None], "beta": np.full(d.shape, 0.5)}
+        case = Case("affine_projection", variant, arrays, {"order": 2, "ridge": 1e-3})
+        yield asked(case, shape, filter_peers.affine_projection(x, d, 0.5, 1e-3, 2))
+
+
 def nlms(setting: Setting) -> Iterator[Question]:
     """Normalised LMS is the delta rule with its step over the squared length."""
     for variant, shape, x, d in filters(setting):
@@ -177,16 +187,60 @@ def local_polynomial(setting: Setting) -> Iterator[Question]:
     yield asked(case, {"B": 1, "H": 1, "T": t, "D": 2}, filter_peers.kernel_regression(x, y, 0.2))
 
 
+def kernel_ridge(setting: Setting) -> Iterator[Question]:
+    """One fit of all pairs, every key a query."""
+    t = min(setting.lengths[0], 512)
+    x, d = series(1, t, 16, setting.seed)
+    options = {"kernel": "gaussian", "bandwidth": 1.0, "ridge": 1.0, "causal": False}
+    case = Case("kernel_ridge", "gaussian, full", {"q": x, "k": x, "v": d[..., None]}, options)
+    yield asked(case, {"B": 1, "H": 1, "T": t, "D": 16}, filter_peers.kernel_ridge(x, d, 1.0, 1.0))
+
+
+def alone(operator: str, longest: int = 2048) -> Callable[[Setting], Iterator[Question]]:
+    """The question of an operator that has no peer here, at the first shape."""
+
+    def questions(setting: Setting) -> Iterator[Question]:
+        t, d = min(setting.lengths[0], longest), setting.widths[0]
+        arrays = arrays_of(operator, setting, t=t, k=d, v=d, l=t.bit_length() + 1)
+        yield asked(Case(operator, "", arrays), {"B": 1, "H": setting.heads, "T": t, "D": d}, [])
+
+    return questions
+
+
+def short_convolution(setting: Setting) -> Iterator[Question]:
+    """Four taps."""
+    for shape in grid(setting):
+        arrays = arrays_of("short_convolution", setting, t=shape["T"], d=shape["D"], w=4)
+        case = Case("short_convolution", "4 taps", arrays)
+        yield asked(case, shape, torch_peers(case, case.operator, setting.compiled))
+
+
 @njit
 def nothing(q: np.ndarray, k: np.ndarray, v: np.ndarray, beta: np.ndarray, S: np.ndarray, o: np.ndarray) -> None:
     """The cheapest compiled call with a step's arguments."""
 
 
 def empty_call(case: Case) -> Contender:
-    """What a call costs before it computes anything; its answers are given to it."""
-    a, S, o = case.arrays, case.options["initial_state"][0], reference(case)
-    call = lambda: (nothing(a["q"], a["k"], a["v"], a.get("beta", a["v"]), S, o), o)[1]  # noqa: E731
-    return Contender("empty compiled call", call)
+    """What a call costs before it computes anything."""
+    a, S = case.arrays, case.options["initial_state"][0]
+    o = np.empty_like(a["v"])
+    return Contender("empty compiled call", lambda: nothing(a["q"], a["k"], a["v"], a.get("beta", a["v"]), S, o))
+
+
+def streams_of(case: Case) -> list[Contender | Skipped]:
+    """Our way for one token per call, which asks once what a call asks every time.
+
+    Its state moves on with every call: the first answer is the one that is checked.
+    """
+    if not hasattr(ttr_np, "Stream"):
+        return [Skipped("stream", "this version of ttr_np has no Stream")]
+    token = {
+        name: np.ascontiguousarray(np.take(x, 0, axis=-len(axes_of(name, x, case.arrays))))
+        for name, x in case.arrays.items()
+    }
+    shapes = {name: x.shape for name, x in token.items()}
+    step = ttr_np.Stream(case.operator, dtype=np.float32, initial_state=case.options["initial_state"], **shapes)
+    return [Contender("stream", lambda: step(*token.values())[..., None, :])]
 
 
 def decode(setting: Setting) -> Iterator[Question]:
@@ -196,8 +250,9 @@ def decode(setting: Setting) -> Iterator[Question]:
     for operator, kind in (("linear_attention", "decode linear"), ("delta_rule", "decode delta")):
         options = {"initial_state": (S,), "output_final_state": True}
         case = Case(operator, "decode", arrays_of(operator, setting, t=1, k=d, v=d), options)
-        peers = [empty_call(case), *torch_peers(case, kind, setting.compiled)]
-        yield asked(case, {"B": 1, "H": setting.heads, "T": 1, "D": d}, peers)
+        peers = [*streams_of(case), *torch_peers(case, kind, setting.compiled)]
+        question = asked(case, {"B": 1, "H": setting.heads, "T": 1, "D": d}, peers)
+        yield question._replace(yardsticks=[empty_call(case)])
 
 
 QUESTIONS: dict[str, Callable[[Setting], Iterator[Question]]] = {
@@ -208,9 +263,16 @@ QUESTIONS: dict[str, Callable[[Setting], Iterator[Question]]] = {
     "mesa": over_shapes("mesa", None, ("scalar",), ("beta",), {"ridge": 1.0}, {"ridge": 1.0}),
     "recursive_least_squares": recursive_least_squares,
     "nlms": nlms,
+    "affine_projection": affine_projection,
+    "kalman_filter": alone("kalman_filter"),
     "selective_scan": selective_scan,
     "diagonal_scan": over_shapes("diagonal_scan", None),
+    "short_convolution": short_convolution,
     "local_polynomial": local_polynomial,
+    "kernel_ridge": kernel_ridge,
+    "sparse_attention": alone("sparse_attention"),
+    "path_attention": alone("path_attention"),
+    "log_linear_attention": alone("log_linear_attention"),
     "test_time_training": over_shapes(
         "test_time_training", lambda t, d: 6 * d * d + 4 * 16 * d, options={"memory": ttr_np.Linear()}
     ),

@@ -25,16 +25,16 @@ from typing import Any
 import numpy as np
 
 from ttr_np import measure
-from ttr_np.cli.recall import check_writable
+from ttr_np.cli import Refusal
+from ttr_np.cli.recall import check_writable, plotter
 from ttr_np.measure import contest, gemm_rate, machine, products, reference, using
 
 from . import report
 from .lengths import LINEAR, crossover, scaling
-from .questions import QUESTIONS, Question, Setting
+from .questions import OURS, QUESTIONS, Question, Setting
+from .summary import summary
 
 __all__ = ["answered", "main", "measured"]
-
-OURS = ("numpy", "numba", "numba-cuda", "cupy")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,17 +42,17 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.split("\n\n")[0])
     add = top.add_argument
     add("operators", nargs="*", metavar="operator", help=f"among {', '.join(QUESTIONS)}, lengths; default: all")
-    add("--quick", action="store_true", help="T 512, D 64, three rounds, lengths to 4096, nothing compiled by torch")
+    add("--quick", action="store_true", help="T 512, D 64, three rounds, lengths to 8192, nothing compiled by torch")
     add("--lengths", type=integers, metavar="T,...", help="default 2048,8192")
     add("--widths", type=integers, metavar="D,...", help="default 64,128")
-    add("--heads", type=int, default=8)
-    add("--rounds", type=int, help="default 7")
-    add("--budget", type=float, default=20.0, help="seconds a contender may take in all rounds of a question")
+    add("--heads", type=int, default=8, help="default 8")
+    add("--rounds", type=int, help="times each contender is asked; default 7")
+    add("--budget", type=float, default=20.0, help="seconds a contender may take in a question; default 20")
     add("--threads", type=int, default=os.cpu_count(), help="of Numba, torch and BLAS; default: all cores")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of the inputs; default 0")
     add("--no-compile", action="store_true", help="leave torch.compile out: it takes longer than all the rest")
-    add("--json", metavar="FILE")
-    add("--plot", metavar="FILE")
+    add("--json", metavar="FILE", help="keep the result; written after every question")
+    add("--plot", metavar="FILE", help="draw it (.png, .svg or .pdf)")
     return top
 
 
@@ -61,7 +61,7 @@ def integers(text: str) -> list[int]:
     numbers = [int(part) for part in text.split(",")]
     if min(numbers) < 1:
         raise ValueError
-    return numbers
+    return sorted(set(numbers))
 
 
 def chosen(argv: list[str] | None) -> argparse.Namespace:
@@ -71,18 +71,30 @@ def chosen(argv: list[str] | None) -> argparse.Namespace:
     unknown = sorted(set(arguments.operators) - {*QUESTIONS, "lengths"})
     if unknown:
         top.error(f"unknown operator {unknown[0]!r}; choose among {', '.join(QUESTIONS)}, lengths")
-    for name in ("heads", "rounds", "threads"):
-        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
-            top.error(f"--{name} must be at least 1")
-    for path in (arguments.json, arguments.plot):
-        if path is not None:
-            check_writable(path)
+    for name, least in (("heads", 1), ("rounds", 1), ("threads", 1), ("seed", 0)):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < least:
+            top.error(f"--{name} must be at least {least}")
+    if not 0 <= arguments.budget < float("inf"):
+        top.error("--budget must be a number of seconds")
+    try:
+        check_files(arguments)
+    except Refusal as problem:
+        top.error(str(problem))
     quick = arguments.quick
     arguments.operators = arguments.operators or [*QUESTIONS, "lengths"]
     arguments.lengths = arguments.lengths or ([512] if quick else [2048, 8192])
     arguments.widths = arguments.widths or ([64] if quick else [64, 128])
     arguments.rounds = arguments.rounds or (3 if quick else 7)
     return arguments
+
+
+def check_files(arguments: argparse.Namespace) -> None:
+    """Refuse now what could not be written or drawn after the work."""
+    if arguments.plot is not None:
+        plotter(arguments.plot, "benchmarks.figure")
+    for path in (arguments.json, arguments.plot):
+        if path is not None:
+            check_writable(path)
 
 
 def commit() -> str:
@@ -110,9 +122,9 @@ def answered(question: Question, rounds: int, rng: np.random.Generator, budget: 
         rounds=rounds,
         rng=rng,
         budget=budget,
-        yardstick=products(),
+        yardsticks=[products(), *question.yardsticks],
     )
-    rate = 2 * measure.GEMM**3 / found.pop("yardstick")["median"]
+    rate = 2 * measure.GEMM**3 / found["yardsticks"].pop("matrix product")["median"]
     own = min((r["seconds"]["median"] for r in found["results"] if r["contender"] in OURS), default=None)
     for entry in found["results"]:
         median = entry["seconds"]["median"]
@@ -130,7 +142,7 @@ def measured(arguments: argparse.Namespace, setting: Setting) -> dict[str, Any]:
     result: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "commit": commit(),
-        "command": arguments.operators,
+        "command": arguments.command,
         "machine": machine(),
         "threads": arguments.threads,
         "rounds": arguments.rounds,
@@ -139,17 +151,21 @@ def measured(arguments: argparse.Namespace, setting: Setting) -> dict[str, Any]:
         "questions": [],
         "crossover": None,
         "scaling": [],
+        "summary": [],
     }
     print(report.heading(result), flush=True)
+    told: set[str] = set()
     for name in (name for name in arguments.operators if name != "lengths"):
         for question in QUESTIONS[name](setting):
             entry = answered(question, arguments.rounds, rng, arguments.budget)
             result["questions"].append(entry)
-            print(report.entry_table(entry), flush=True)
+            print(report.entry_table(entry, told), flush=True)
             keep(result, arguments.json)
     if "lengths" in arguments.operators:
         over_lengths(result, arguments, setting, rng)
     result["machine"]["load_at_the_end"] = machine()["load"]
+    result["summary"] = summary(result)
+    print(report.summary_table(result), flush=True)
     return result
 
 
@@ -164,21 +180,23 @@ def over_lengths(
     result: dict[str, Any], arguments: argparse.Namespace, setting: Setting, rng: np.random.Generator
 ) -> None:
     """The crossover and the cost over lengths."""
-    longest, rounds = (4096 if arguments.quick else 65536), arguments.rounds
-    short = [2**n for n in range(6, 14) if 2**n <= longest // 2]
+    longest, rounds = (8192 if arguments.quick else 65536), arguments.rounds
+    short = [2**n for n in range(6, 14) if 2**n <= longest // 4]
     result["crossover"] = crossover(setting, short, rounds, rng, arguments.budget)
     print(report.crossover_table(result["crossover"]), flush=True)
     lengths = [2**n for n in range(10, 17) if 2**n <= longest]
-    for operator, variants in LINEAR.items():
-        result["scaling"] += [scaling(operator, variant, setting, lengths, rounds, rng) for variant in variants]
-    print(report.scaling_table(result["scaling"]), flush=True)
+    print(report.scaling_heading(lengths), flush=True)
+    for operator, variant in ((name, variant) for name, variants in LINEAR.items() for variant in variants):
+        entry = scaling(operator, variant, setting, lengths, rounds, rng, arguments.budget)
+        result["scaling"].append(entry)
+        print(report.scaling_line(entry, lengths), flush=True)
+        keep(result, arguments.json)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; the exit code is 0 unless the options were wrong."""
     arguments = chosen(argv)
-    if arguments.plot is not None:
-        from .figure import save
+    arguments.command = list(sys.argv[1:] if argv is None else argv)
     warnings.simplefilter("ignore")  # peers warn of their own futures
     setting = Setting(
         lengths=arguments.lengths,
@@ -187,13 +205,14 @@ def main(argv: list[str] | None = None) -> int:
         seed=arguments.seed,
         compiled=not (arguments.no_compile or arguments.quick),
     )
-    if find_spec("torch") is not None:
-        import_module("torch")  # ``using`` tells it a number of threads only if it is there to be told
+    for package in ("scipy.linalg", "torch"):  # one that is imported later would not be told its threads
+        if find_spec(package) is not None:
+            import_module(package)
     with using(arguments.threads):
         result = measured(arguments, setting)
     keep(result, arguments.json)
     if arguments.plot is not None:
-        save(result, arguments.plot)
+        plotter(arguments.plot, "benchmarks.figure")(result, arguments.plot)
     return 0
 
 

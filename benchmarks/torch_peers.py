@@ -1,23 +1,29 @@
 """Torch as a contender: the fastest of its forms and chunk sizes, eager and compiled, on every device it has.
 
-Which form is fastest is found on the spot, on the very inputs, before anything is timed.
+Which form is fastest is found on the spot, on the very inputs, before anything is timed. Compiled are the two fastest
+ways of every form: as a whole, or, where there is a loop, its body (unrolled, a loop takes minutes to compile and is
+not faster). The fastest of these is the contender.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
+from inspect import signature
+from time import perf_counter
 from typing import Any, NamedTuple
 
-from ttr_np.measure import Case, Contender, Skipped, at_once, seconds
+from ttr_np.measure import Case, Contender, Skipped, at_once, first_line, on_host, relative_error, seconds
 from ttr_np.notation import ARRAYS
 
 __all__ = ["torch_peers"]
 
-UNROLLED = 16  # loops of more chunks than this take torch.compile minutes
-TRIES = 3
-PER_TOKEN = (None,)  # a loop over tokens: no chunk to choose
+TRIES = 5
+COMPILED = 2  # chunk sizes of a form that are compiled
+AGREE = 1e-3  # two forms of one question may differ by rounding only
+PER_TOKEN = (None,)  # no chunk to choose
+WHOLE = 0  # the chunk is the sequence
 CHUNKS, SHORT = (64, 128, 256), (32, 64, 128)
 FORMS: dict[str, dict[str, list[tuple[str, tuple[int | None, ...]]]]] = {
     "linear_attention": {"torch": [("linear_attention", CHUNKS), ("linear_attention_loop", CHUNKS)]},
@@ -31,20 +37,26 @@ FORMS: dict[str, dict[str, list[tuple[str, tuple[int | None, ...]]]]] = {
     },
     "diagonal_scan": {
         "torch loop": [("diagonal_scan_loop", PER_TOKEN)],
-        "torch scan": [("diagonal_scan", (16, 64, 256))],
+        "torch scan": [("diagonal_scan", (16, 64, 256, WHOLE))],
     },
     "test_time_training": {"torch": [("test_time_training", (16,))]},
+    "short_convolution": {"torch conv1d": [("short_convolution", PER_TOKEN)]},
     "decode linear": {"torch": [("linear_step", PER_TOKEN)]},
     "decode delta": {"torch": [("delta_step", PER_TOKEN)]},
 }
 
 
 class Form(NamedTuple):
-    """One way to compute it: how it is called, and how many steps its loop has."""
+    """One way to compute it: its name, its chunk, how it is called, and how it can be compiled: whole, body or not."""
 
-    label: str
-    call: Callable[[], Any]
-    steps: int
+    name: str
+    chunk: int | None
+    call: Callable[..., Any]
+    compiles: str
+
+    @property
+    def label(self) -> str:
+        return self.name if self.chunk is None else f"{self.name}, chunk {self.chunk}"
 
 
 def torch_peers(case: Case, kind: str, compiled: bool, **options: Any) -> list[Contender | Skipped]:
@@ -56,34 +68,80 @@ def torch_peers(case: Case, kind: str, compiled: bool, **options: Any) -> list[C
     import torch
 
     devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
-    return [
-        contender
-        for device in devices
-        for name, forms in FORMS[kind].items()
-        for contender in on_device(f"{name} {device}".removesuffix(" cpu"), forms, case, device, compiled, options)
-    ]
+    found: list[Contender | Skipped] = []
+    for device in devices:
+        for form, sizes in FORMS[kind].items():
+            name = f"{form} {device}".removesuffix(" cpu")
+            try:
+                found += on_device(name, sizes, case, device, compiled, options)
+            except Exception as problem:  # out of memory, say: the others still run
+                found.append(Skipped(name, f"{type(problem).__name__}: {first_line(problem)}"))
+    return found
 
 
 def on_device(
     name: str, forms: list[tuple[str, tuple[int | None, ...]]], case: Case, device: str, compiled: bool, options: Any
 ) -> Iterator[Contender | Skipped]:
-    """The fastest form, and the fastest that can be compiled."""
+    """The fastest form, and the fastest of what can be compiled."""
     import torch
 
-    arrays = tensors(case, device)
     finish = torch.cuda.synchronize if device == "cuda" else at_once
     shape = data_of(case).shape
-    ways = [way for form, sizes in forms for way in ways_of(form, sizes, shape[-2], partial_of(arrays, options))]
-    order = sorted(ways, key=lambda way: fastest(way, finish))
+    bound = partial_of(tensors(case, device), options)
+    ways = [way for form, sizes in forms for way in ways_of(form, sizes, shape[-2], bound)]
+    order = sorted(agreeing(ways), key=lambda way: fastest(way.call, finish))
     yield Contender(name, answers(order[0].call, shape), finish, order[0].label)
-    if not compiled:
-        yield Skipped(f"{name} compiled", "--no-compile")
-        return
-    short = [way for way in order if way.steps <= UNROLLED]
-    if not short:
-        yield Skipped(f"{name} compiled", f"its loop has {order[0].steps} steps, which torch.compile unrolls")
-        return
-    yield Contender(f"{name} compiled", answers(torch.compile(short[0].call), shape), finish, short[0].label)
+    yield compiled_of(f"{name} compiled", order, shape, finish) if compiled else Skipped(f"{name} compiled", SWITCHED)
+
+
+SWITCHED = "left out by --quick or --no-compile"
+
+
+def agreeing(ways: list[Form]) -> list[Form]:
+    """Those that answer as the first does: with a long chunk a form may leave float32, and would only seem fast."""
+    if len(ways) == 1:
+        return ways
+    plain = on_host(answers(ways[0].call, None)())
+    return [ways[0], *(way for way in ways[1:] if relative_error(answers(way.call, None)(), plain) < AGREE)]
+
+
+def compiled_of(name: str, order: list[Form], shape: tuple[int, ...], finish: Callable[[], None]) -> Any:
+    """The fastest of every form's compiled ways, or why there is none."""
+    import torch
+
+    torch._dynamo.reset()  # else it soon gives up on a function that it has met in many shapes, and says nothing
+    found, reason = [], "its loop over all tokens is too long to unroll"
+    for way in order:
+        same = [other for other in order if other.name == way.name]
+        if way.compiles == "not" or way not in same[:COMPILED]:
+            continue
+        call, start = compiled_call(way), perf_counter()
+        try:
+            answers(call, None)()
+        except Exception as problem:  # it may fail in any way; the other forms still run
+            reason = f"{type(problem).__name__}: {first_line(problem)}"
+            continue
+        label = f"{way.label}, {way.compiles} compiled in {perf_counter() - start:.0f} s"
+        found.append((fastest(call, finish), label, call))
+    if not found:
+        return Skipped(name, reason)
+    _, label, call = min(found, key=lambda one: one[0])
+    return Contender(name, answers(call, shape), finish, label)
+
+
+def compiled_call(way: Form) -> Callable[[], Any]:
+    """A form compiled as a whole, or with a compiled body in its loop."""
+    import torch
+
+    return torch.compile(way.call, dynamic=False) if way.compiles == "whole" else partial(way.call, wrap=compiled_body)
+
+
+@cache
+def compiled_body(body: Callable[..., Any]) -> Callable[..., Any]:
+    """The body of a loop, compiled once."""
+    import torch
+
+    return torch.compile(body, dynamic=False)
 
 
 def partial_of(arrays: dict[str, Any], options: dict[str, Any]) -> Callable[[str, int | None], Callable[[], Any]]:
@@ -99,16 +157,19 @@ def partial_of(arrays: dict[str, Any], options: dict[str, Any]) -> Callable[[str
 
 def ways_of(form: str, sizes: tuple[int | None, ...], t: int, bound: Any) -> list[Form]:
     """A form with every chunk size that divides t; with t itself if none does."""
+    from . import torch_forms
+
+    looped = "wrap" in signature(getattr(torch_forms, form)).parameters
+    compiles = "body" if looped else "not" if form.endswith("loop") else "whole"
     if sizes == PER_TOKEN:
-        steps = t if form.endswith("loop") else 1
-        return [Form(form, bound(form, None), steps)]
-    fitting = [c for c in sizes if c is not None and t % c == 0] or [t]
-    return [Form(f"{form}, chunk {c}", bound(form, c), t // c) for c in fitting]
+        return [Form(form, None, bound(form, None), compiles)]
+    fitting = [c or t for c in sizes if c is not None and t % (c or t) == 0] or [t]
+    return [Form(form, c, bound(form, c), compiles) for c in fitting]
 
 
 def data_of(case: Case) -> Any:
     """The array that the answers resemble."""
-    return next(case.arrays[name] for name in ("v", "x", "u") if name in case.arrays)
+    return next(case.arrays[name] for name in ("v", "u", "x") if name in case.arrays)
 
 
 def tensors(case: Case, device: str) -> dict[str, Any]:
@@ -125,9 +186,9 @@ def tensors(case: Case, device: str) -> dict[str, Any]:
     return arrays
 
 
-def fastest(way: Form, finish: Callable[[], None]) -> float:
+def fastest(call: Callable[[], Any], finish: Callable[[], None]) -> float:
     """Seconds of the best of a few calls; one call is enough to know a slow form."""
-    contender = Contender(way.label, answers(way.call, None), finish)
+    contender = Contender("", answers(call, None), finish)
     first = seconds(contender)
     return first if first > 1 else min(seconds(contender) for _ in range(TRIES))
 

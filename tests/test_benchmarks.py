@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from ttr_np.measure import Case, Contender, Skipped, contest, ours, prefix, refe
 from ttr_np.notation import draw
 
 benchmarks = pytest.importorskip("benchmarks", reason="the benchmarks are not installed with the package")
-from benchmarks import filter_peers, fla_peers, lengths, questions, run, torch_peers  # noqa: E402
+from benchmarks import filter_peers, fla_peers, lengths, questions, report, run, summary, torch_peers  # noqa: E402
 
 TINY = questions.Setting(lengths=(8,), widths=(4,), heads=2, compiled=False)
 RESULT = {"contender", "detail", "error", "first_call_seconds", "seconds", "peak_bytes"}
@@ -68,7 +69,7 @@ def test_who_is_wrong_is_told_and_not_timed(o, words):
 def test_a_result_has_its_error_spread_and_memory():
     (entry,) = contest([Contender("one", Counted(EXACT))], EXACT, tolerance=0, rounds=3, rng=RNG)["results"]
     assert entry.keys() == RESULT and entry["error"] == 0
-    assert entry["seconds"].keys() == {"median", "p20", "p80", "samples"} and entry["seconds"]["samples"] == 3
+    assert entry["seconds"].keys() == {"median", "p20", "p80", "least", "samples"} and entry["seconds"]["samples"] == 3
     assert 0 < entry["seconds"]["p20"] <= entry["seconds"]["median"] <= entry["seconds"]["p80"]
 
 
@@ -79,7 +80,8 @@ def test_the_error_is_relative_to_the_largest_answer():
 
 
 def test_spread_is_median_and_fifths():
-    assert spread([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == {"median": 3.5, "p20": 2.0, "p80": 5.0, "samples": 6}
+    found = spread([5.0, 1.0, 2.0, 3.0, 4.0, 6.0])
+    assert found == {"median": 3.5, "p20": 2.0, "p80": 5.0, "least": 1.0, "samples": 6}
 
 
 def test_all_take_turns_in_an_order_that_changes(monkeypatch):
@@ -93,8 +95,9 @@ def test_all_take_turns_in_an_order_that_changes(monkeypatch):
 
 
 def test_who_has_used_up_the_budget_sits_out_but_is_timed_once():
-    times = sample([Contender("slow", Counted(EXACT))], 5, RNG, budget=0.0)
-    assert len(times["slow"]) == 1
+    slow = Counted(EXACT)
+    times = sample([Contender("slow", slow)], 5, RNG, budget=0.0)
+    assert len(times["slow"]) == slow.calls == 1
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
@@ -123,10 +126,10 @@ def test_our_contender_is_the_operator():
     assert mine.name == "numpy" and relative_error(mine.call(), reference(case())) == 0
 
 
-def test_the_yardstick_is_timed_in_the_same_rounds_and_is_no_contender():
-    stick = Counted(EXACT)
-    found = contest([], EXACT, tolerance=0, rounds=3, rng=RNG, yardstick=Contender("stick", stick))
-    assert found["results"] == [] and found["yardstick"]["samples"] == 3 and stick.calls > 3
+def test_a_yardstick_is_timed_in_the_same_rounds_and_is_no_contender():
+    stick = Counted(None)
+    found = contest([], EXACT, tolerance=0, rounds=3, rng=RNG, yardsticks=[Contender("stick", stick)])
+    assert found["results"] == [] and found["yardsticks"]["stick"]["samples"] == 3 and stick.calls > 3
 
 
 def test_matrix_products_have_a_rate(monkeypatch):
@@ -141,7 +144,7 @@ def test_matrix_products_have_a_rate(monkeypatch):
 @pytest.mark.parametrize("name", questions.QUESTIONS)
 def test_every_peer_answers_our_question(name):
     for question in questions.QUESTIONS[name](TINY):
-        peers = [c for c in question.contenders if c.name not in run.OURS]
+        peers = [c for c in question.contenders if c.name not in questions.OURS]
         exact = reference(question.case)
         for peer in peers:
             if isinstance(peer, Skipped):
@@ -161,7 +164,10 @@ def test_every_form_of_torch_is_right_whatever_its_chunk(kind, variant, t):
     pytest.importorskip("torch")
     is_mesa = kind == "mesa"
     sizes = {"t": t, "k": 4, "v": 4, "d": 4}
-    arrays = questions.arrays_of(kind, TINY, variant, ("beta",) * is_mesa, **sizes)
+    if kind == "selective_scan":
+        arrays = questions.channels(TINY, t, 4)
+    else:
+        arrays = questions.arrays_of(kind, TINY, variant, ("beta",) * is_mesa, **sizes)
     options = {"memory": ttr_np.Linear()} if kind == "test_time_training" else {"ridge": 1.0} if is_mesa else {}
     one = Case(kind, variant, arrays, options)
     exact = reference(one)
@@ -172,9 +178,35 @@ def test_every_form_of_torch_is_right_whatever_its_chunk(kind, variant, t):
                 assert relative_error(torch_peers.answers(way.call, exact.shape)(), exact) < 2e-5, way.label
 
 
+def form(name: str, o: float, seconds: float) -> torch_peers.Form:
+    def call() -> Any:
+        sleep(seconds)
+        return EXACT * o
+
+    return torch_peers.Form(name, None, call, "not")
+
+
+def test_a_form_that_is_fast_and_wrong_is_not_torchs_best():
+    pytest.importorskip("torch")
+    ways = [form("plain", 1, 0), form("wrong", 2, 0), form("not finite", np.nan, 0), form("right", 1 + 1e-5, 0)]
+    assert [way.name for way in torch_peers.agreeing(ways)] == ["plain", "right"]
+
+
+def test_compiling_is_left_out_or_says_why_it_fails(monkeypatch):
+    pytest.importorskip("torch")
+    one = form("scan_loop", 1, 0)
+    assert "too long to unroll" in torch_peers.compiled_of("torch compiled", [one], (2, 3), measure.at_once).reason
+    broken = one._replace(compiles="whole")
+    monkeypatch.setattr(torch_peers, "compiled_call", lambda way: Counted(OSError("no compiler")))
+    found = torch_peers.compiled_of("torch compiled", [broken], (2, 3), measure.at_once)
+    assert found == Skipped("torch compiled", "OSError: no compiler")
+
+
 def test_who_is_not_installed_is_skipped_with_a_reason(monkeypatch):
     for module in (torch_peers, filter_peers):
         monkeypatch.setattr(module, "find_spec", lambda name: None)
+    for module in [name for name in sys.modules if name.split(".")[0] == "fla"]:
+        monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "fla", None)
     x, d = questions.series(1, 4, 2, 0)
     linear = Case("linear_attention", "", questions.arrays_of("linear_attention", TINY))
@@ -185,8 +217,10 @@ def test_who_is_not_installed_is_skipped_with_a_reason(monkeypatch):
         *filter_peers.ridge_refits(x, d, 1.0),
         *filter_peers.nlms(x, d, 0.5, 1e-3),
         *filter_peers.kernel_regression(x, d, 1.0),
+        *filter_peers.kernel_ridge(x, d, 1.0, 1.0),
+        *filter_peers.affine_projection(x, d, 0.5, 1e-3, 2),
     ]
-    assert len(peers) == 7 and all(isinstance(peer, Skipped) for peer in peers)
+    assert len(peers) == 9 and all(isinstance(peer, Skipped) for peer in peers)
     assert all("is not installed" in peer.reason or "does not import" in peer.reason for peer in peers)
 
 
@@ -222,8 +256,52 @@ def test_growth_counts_from_4096_on():
 def test_a_wrong_operator_is_not_timed_over_lengths(monkeypatch):
     monkeypatch.setattr(lengths, "reference", lambda case: np.zeros(1))
     monkeypatch.setattr(lengths, "best_backend", lambda operator: "numpy")
-    found = lengths.scaling("delta_rule", "", TINY, [8, 16], 1, RNG)
+    found = lengths.scaling("delta_rule", "", TINY, [8, 16], 1, RNG, 1.0)
     assert found["rows"] == [] and "wrong" in found["reason"]
+
+
+# What a result says
+
+
+def answer(contender: str, ms: float, around: float = 0.0, gemm_share: float | None = None) -> dict[str, Any]:
+    seconds = {"median": 1e-3 * ms, "p20": 1e-3 * (ms - around), "p80": 1e-3 * (ms + around)}
+    return {"contender": contender, "seconds": seconds, "gemm_share": gemm_share}
+
+
+def test_a_summary_compares_our_best_with_each_peers_best():
+    entry = {
+        "operator": "mesa",
+        "variant": "scalar",
+        "shape": {"B": 1, "H": 8, "T": 2048, "D": 64},
+        "results": [
+            *(answer("numpy", 9.0), answer("numba", 4.0, 1.0, 0.5)),
+            *(answer("torch 30 CG", 24.0), answer("torch 30 CG compiled", 22.0), answer("fla naive", 6.0, 2.0)),
+        ],
+        "yardsticks": {"empty compiled call": answer("", 1.0)["seconds"]},
+    }
+    scales = [{"operator": name, "variant": "", "growth": growth} for name, growth in (("dplr", 0.1), ("mesa", None))]
+    crossover = {"D": 64, "from": {"torch SDPA": 512, "other": None}}
+    found = {"questions": [entry], "crossover": crossover, "scaling": scales}
+    found["summary"] = summary.summary(found)
+    text = " ".join(report.summary_table(found).split())
+    assert "mesa scalar, D 64 T 2048 numba 4.00 50 % of GEMM, 5.5x torch 30 CG compiled (goal 5x)" in text
+    assert ", ~1.5x fla naive, 4.0x the time of an empty compiled call" in text
+    assert "512 tokens on: torch SDPA, never tokens on: other" in text and "10 % dplr" in text and len(scales) == 2
+    assert [claim["sure"] for claim in found["summary"]][:3] == [None, True, False]
+
+
+def test_every_goal_is_of_a_question_and_a_contender_that_exist():
+    for operator, peer in summary.GOALS:
+        assert peer in torch_peers.FORMS[operator] and operator in questions.QUESTIONS
+
+
+def test_a_reason_is_told_once_and_once_for_all_it_holds_for():
+    skipped = [{"contender": name, "reason": "no driver"} for name in ("cupy", "numba-cuda")]
+    entry = {"operator": "mesa", "variant": "", "shape": dict.fromkeys("BHTD", 1), "dtype": "float32", "results": []}
+    entry |= {"skipped": skipped, "yardsticks": {}, "gemm_flop_per_second": 1e9}
+    told: set[str] = set()
+    assert "skipped: cupy, numba-cuda: no driver" in report.entry_table(entry, told)
+    assert "no driver" not in report.entry_table(entry, told)
 
 
 # python -m benchmarks.run
@@ -237,12 +315,14 @@ def numpy_only(monkeypatch):
         monkeypatch.setattr(module, "available_backends", lambda: only)
     monkeypatch.setattr(measure, "GEMM", 32)
     monkeypatch.setattr(torch_peers, "find_spec", lambda name: None)
+    monkeypatch.setattr(run, "LINEAR", {"linear_attention": ("", "channel")})
 
 
 def check_entry(entry: dict[str, Any]) -> None:
     """One question of a result."""
     assert entry.keys() == {
-        *("operator", "variant", "shape", "dtype", "flop_per_token_head", "gemm_flop_per_second", "results", "skipped"),
+        *("operator", "variant", "shape", "dtype", "flop_per_token_head", "gemm_flop_per_second"),
+        *("results", "skipped", "yardsticks"),
     }
     assert entry["operator"] in ttr_np.operators.__all__ and entry["shape"].keys() == set("BHTD")
     for found in entry["results"]:
@@ -256,7 +336,7 @@ def check_result(result: dict[str, Any]) -> None:
     """A whole result, as it is committed."""
     assert result.keys() == {
         *("date", "commit", "command", "machine", "threads", "rounds", "seed", "gemm_flop_per_second"),
-        *("questions", "crossover", "scaling"),
+        *("questions", "crossover", "scaling", "summary"),
     }
     assert {"ttr_np", "python", "packages", "platform", "processor", "cores", "load"} <= result["machine"].keys()
     assert {"1", str(result["threads"])} == result["gemm_flop_per_second"].keys()
@@ -264,6 +344,8 @@ def check_result(result: dict[str, Any]) -> None:
         check_entry(entry)
     for entry in result["scaling"]:
         assert {"operator", "variant", "backend", "D", "rows", "growth"} <= entry.keys()
+    for claim in result["summary"]:
+        assert claim.keys() == {"about", "ours", "seconds", "what", "reached", "unit", "goal", "sure"}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -275,12 +357,13 @@ def test_a_run_prints_and_writes_json_and_a_figure(numpy_only, capsys, tmp_path)
     assert run.main(["linear_attention", "nlms", "decode", "lengths", *options, *files]) == 0
     result = json.loads((tmp_path / "r.json").read_text())
     check_result(result)
-    assert len(result["questions"]) == 3 + 2 + 2 and result["crossover"]["rows"] and len(result["scaling"]) == 11
+    assert len(result["questions"]) == 3 + 2 + 2 and result["crossover"]["rows"] and len(result["scaling"]) == 2
     assert not has_matplotlib() or (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
     assert "linear_attention, channel: B 1 H 2 T 16 D 4 float32" in out
     assert "skipped: numba: left out here" in out and "skipped: torch: torch is not installed" in out
-    assert "linear_attention is faster than softmax_attention from T = " in out and "growth from 4k" in out
+    assert "linear_attention is " in out and "growth from 4k" in out and "\nSummary" in out
+    assert result["command"][:4] == ["linear_attention", "nlms", "decode", "lengths"]
 
 
 def has_matplotlib() -> bool:
@@ -292,7 +375,11 @@ def has_matplotlib() -> bool:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["nosuch"], ["--lengths", "0"], ["--rounds", "0"], ["--threads", "0"], ["--widths", "x"]]
+    "arguments",
+    [
+        *(["nosuch"], ["--lengths", "0"], ["--rounds", "0"], ["--threads", "0"], ["--widths", "x"], ["--seed", "-1"]),
+        *(["--json", "nosuch/r.json"], ["--plot", "r.gif"], ["--budget", "nan"]),
+    ],
 )
 def test_a_wrong_option_is_refused_before_the_work(arguments, capsys):
     with pytest.raises(SystemExit) as refused:
@@ -348,6 +435,31 @@ def test_compare_says_what_does_not_run(capsys, monkeypatch):
     assert "needs more than the 0 s allowed" in capsys.readouterr().out
 
 
+def test_compare_takes_a_beginning_where_all_would_break_the_budget(capsys, monkeypatch):
+    compare = sys.modules["ttr_np.cli.compare"]
+
+    def slow(case: Case) -> np.ndarray:
+        sleep(1e-3 * case.arrays["q"].shape[-2])
+        return reference(case)
+
+    monkeypatch.setattr(compare, "reference", slow)
+    options = ["--operators", "delta_rule", "--budget", "0.4", "--json", "-"]
+    assert main([*COMPARE, "--shape", "1,1,4000,4", *options]) == 0
+    result = json.loads(capsys.readouterr().out)
+    (entry,) = result["operators"]
+    assert 0 < entry["T"] <= 40 and entry["results"]
+    out = compare.report(result)
+    assert f"delta_rule, T {entry['T']} numpy" in out and "on a beginning: delta_rule: the float64 solver" in out
+
+
+@pytest.mark.parametrize("d", [64, 256])
+def test_gates_are_soft_enough_for_least_squares_in_float32(d):
+    arrays = draw("recursive_least_squares", RNG, optional=("log_decay",), per_channel=False, t=6 * d, k=d)
+    one = Case("recursive_least_squares", "", measure.softened({n: x.astype(np.float32) for n, x in arrays.items()}))
+    assert all(x.dtype == np.float32 for x in one.arrays.values())
+    assert relative_error(ours(one, "numpy").call(), reference(one)) < 1e-4
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -357,6 +469,9 @@ def test_compare_says_what_does_not_run(capsys, monkeypatch):
         (["--operators", "delta_rul"], "unknown operator 'delta_rul'"),
         (["--backends", "cudnn"], "unknown backend 'cudnn'"),
         (["--rounds", "0"], "rounds must be an integer of at least 1"),
+        (["--budget", "-1"], "budget must be a number of seconds, got -1"),
+        (["--budget", "nan"], "budget must be a number of seconds, got nan"),
+        (["--threads", "0"], "threads must be an integer of at least 1"),
         (["--seed", "-1"], "seed must be an integer of at least 0"),
         (["--dtype", "int8"], "--dtype"),
         (["--json", "nosuch/x.json"], "cannot write nosuch/x.json"),

@@ -34,22 +34,28 @@ __all__ = [
     "Contender",
     "Skipped",
     "at_once",
+    "busy",
     "contest",
+    "first_line",
     "gated",
     "gemm_rate",
     "machine",
+    "on_host",
     "ours",
     "prefix",
     "products",
     "reference",
     "relative_error",
     "sample",
+    "seconds",
+    "softened",
     "spread",
     "using",
 ]
 
 TOLERANCE = {"float16": 3e-2, "float32": 1e-3, "float64": 1e-6}  # of the largest answer: wrong, not merely rounded
 LEAST = 2e-3  # seconds: a sample of shorter calls holds several
+SOFT = 16  # log gates of the tests over this at least
 QUIET = 2e-3  # seconds after which threads that spin for more work have gone to sleep
 GEMM = 1024  # size of the matrices whose product is the machine's rate
 PACKAGES = ("numpy", "scipy", "numba", "torch", "scikit-learn", "statsmodels", "padasip", "flash-linear-attention")
@@ -137,9 +143,15 @@ def seconds(contender: Contender, calls: int = 1) -> float:
 
 
 def spread(times: Sequence[float]) -> dict[str, float]:
-    """Median, 20th and 80th percentile, and how many samples they are of."""
-    low, middle, high = np.percentile(times, [20, 50, 80])
-    return {"median": float(middle), "p20": float(low), "p80": float(high), "samples": len(times)}
+    """Median, 20th and 80th percentile, the least (what a busy machine lets through), and of how many samples."""
+    least, low, middle, high = np.percentile(times, [0, 20, 50, 80])
+    return {
+        "median": float(middle),
+        "p20": float(low),
+        "p80": float(high),
+        "least": float(least),
+        "samples": len(times),
+    }
 
 
 def sample(
@@ -149,13 +161,13 @@ def sample(
 
     One that has used up its budget of seconds sits the later rounds out; each has one sample at least.
     """
-    calls = {c.name: max(1, int(LEAST / max(seconds(c), 1e-9))) for c in contenders}
-    times: dict[str, list[float]] = {c.name: [] for c in contenders}
+    warm = {c.name: seconds(c) for c in contenders}
+    calls = {name: max(1, int(LEAST / max(each, 1e-9))) for name, each in warm.items()}
+    times = {name: [each] if each > budget else [] for name, each in warm.items()}
     for _ in range(rounds):
         for i in rng.permutation(len(contenders)):
             contender = contenders[i]
-            used = sum(times[contender.name]) * calls[contender.name]
-            if used > budget:
+            if sum(times[contender.name]) * calls[contender.name] > budget:
                 continue
             sleep(QUIET)
             times[contender.name].append(seconds(contender, calls[contender.name]))
@@ -201,7 +213,7 @@ def contest(
     rounds: int,
     rng: np.random.Generator,
     budget: float = float("inf"),
-    yardstick: Contender | None = None,
+    yardsticks: Sequence[Contender] = (),
 ) -> dict[str, Any]:
     """All contenders against the exact answers: who was right is timed, who was not is told.
 
@@ -209,14 +221,17 @@ def contest(
     -------
     dict
         ``results``: ``contender, detail, error, first_call_seconds, seconds, peak_bytes`` each; ``skipped``:
-        ``contender, reason`` each, of those that do not run and of those that were refused; ``yardstick``: the
-        seconds of one more call in the same rounds, whose answer is not checked.
+        ``contender, reason`` each, of those that do not run and of those that were refused; ``yardsticks``: the
+        seconds of other calls in the same rounds, by name; they answer nothing.
     """
     right, trials, skipped = gated(contenders, exact, tolerance)
-    peaks = {c.name: peak_bytes(c) for c in right}
-    times = sample([*right, *filter(None, [yardstick])], rounds, rng, budget)
-    results = [trials[c.name] | {"seconds": spread(times[c.name]), "peak_bytes": peaks[c.name]} for c in right]
-    return {"results": results, "skipped": skipped, "yardstick": yardstick and spread(times[yardstick.name])}
+    quick = [c for c in right if trials[c.name]["first_call_seconds"] <= budget]
+    peaks = {c.name: peak_bytes(c) for c in quick}
+    for yardstick in yardsticks:
+        yardstick.call()  # compiled, as the others are by now
+    times = sample([*right, *yardsticks], rounds, rng, budget)
+    results = [trials[c.name] | {"seconds": spread(times[c.name]), "peak_bytes": peaks.get(c.name)} for c in right]
+    return {"results": results, "skipped": skipped, "yardsticks": {c.name: spread(times[c.name]) for c in yardsticks}}
 
 
 def resident(field: str) -> int:
@@ -274,10 +289,11 @@ def limited(threads: int) -> Iterator[None]:
         yield
 
 
-def gemm_rate(threads: int, dtype: Any = np.float32, rounds: int = 7) -> float:
+def gemm_rate(threads: int, dtype: Any = np.float32, rounds: int = 30) -> float:
     """FLOP per second of large matrix products, the best of several: what the machine can do."""
     with limited(threads):
-        return 2 * GEMM**3 / min(seconds(products(dtype), 4) for _ in range(rounds))
+        product = products(dtype)
+        return 2 * GEMM**3 / min(seconds(product) for _ in range(rounds))
 
 
 def products(dtype: Any = np.float32) -> Contender:
@@ -301,6 +317,24 @@ def processor() -> str:
             return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or "unknown"
+
+
+def softened(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same, with gates that keep a hundred tokens and more, as trained layers do.
+
+    They keep some times as many tokens as keys have directions: a least-squares memory that forgets faster has too few
+    pairs for one answer, and its error says nothing of a backend.
+    """
+    if "log_decay" not in arrays:
+        return arrays
+    d = arrays["k" if "k" in arrays else "x"].shape[-1]
+    return arrays | {"log_decay": arrays["log_decay"] / max(SOFT, d / 4)}
+
+
+def busy(machine: Mapping[str, Any]) -> str:
+    """A warning that others kept a core before the start; empty if they did not."""
+    load = machine["load"][0] if machine["load"] else 0.0
+    return f"BUSY: load {load:.1f} before the start; other work makes times too long, some of them by far" * (load > 1)
 
 
 def machine() -> dict[str, Any]:

@@ -265,21 +265,28 @@ def why_not(layer: Any, backends: Sequence[str], named: bool) -> str:
 
 
 def too_slow(layer: Any, text: Stream, backend: str | None, budget: float) -> str:
-    """Why a pass would break the budget, judged from ever longer beginnings of the text; empty if it would not.
+    """Why a pass would break the budget, judged from ever longer beginnings of the text; empty if it would not."""
+    if not breaks(budget, len(text.ids) - 1, lambda pairs: timed(layer, text, pairs + 1, backend)[1]):
+        return ""
+    return f"one pass needs more than the {budget:g} s allowed (--budget); name it with --layers"
+
+
+def breaks(budget: float, whole: int, clock: Callable[[int], float]) -> bool:
+    """Whether a pass of ``whole`` steps would break the budget; ``clock`` runs a beginning and returns its seconds.
 
     Two beginnings give the growth of the time with the length, and that the time of all: seconds (T / t)^growth. Less
     than a hundredth of the budget is not judged by: the time of so few tokens is mostly that of the call.
     """
-    whole, before = len(text.ids) - 1, None
-    for pairs in beginnings(whole):
-        seconds = timed(layer, text, pairs + 1, backend)[1]
+    before = None
+    for count in beginnings(whole):
+        seconds = clock(count)
         growth = 1.0 if before is None else float(np.clip(np.log(seconds / before) / np.log(STRIDE), 1.0, STEEPEST))
-        if seconds > budget / 100 and seconds * (whole / pairs) ** growth > budget:
-            seconds = min(seconds, timed(layer, text, pairs + 1, backend)[1])  # a busy machine stalls now and then
-        if seconds > budget / 100 and seconds * (whole / pairs) ** growth > budget:
-            return f"one pass needs more than the {budget:g} s allowed (--budget); name it with --layers"
+        if seconds > budget / 100 and seconds * (whole / count) ** growth > budget:
+            seconds = min(seconds, clock(count))  # a busy machine stalls now and then
+        if seconds > budget / 100 and seconds * (whole / count) ** growth > budget:
+            return True
         before = seconds
-    return ""
+    return False
 
 
 def beginnings(whole: int) -> list[int]:

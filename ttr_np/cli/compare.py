@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import textwrap
 from collections.abc import Sequence
+from contextlib import nullcontext
+from math import inf
 from time import perf_counter
 from typing import Any
 
@@ -18,16 +20,29 @@ import numpy as np
 import ttr_np
 
 from ..backends import available_backends, has_operator
-from ..measure import TOLERANCE, Case, Skipped, contest, machine, ours, prefix, reference
+from ..measure import (
+    TOLERANCE,
+    Case,
+    Skipped,
+    busy,
+    contest,
+    machine,
+    ours,
+    prefix,
+    reference,
+    softened,
+    using,
+)
 from ..notation import OPERATORS, draw
-from ..text_recall import BadInput, beginnings, chosen_backends
+from ..text_recall import BadInput, breaks, chosen_backends
 from . import Refusal
 from .recall import WIDTH, check_writable, plotter, progress_bar, split, write_json
-from .table import aligned
+from .table import aligned, digits
 
 __all__ = ["compare", "declare", "report", "run", "timing_cells"]
 
 HEADING = ("operator", "backend", "ms", "p20-p80", "error", "ns/token-head", "MB", "speed")
+SHARE = 10  # a call on the beginning of a sequence may take so little of the budget
 DECAYS = ("none", "step", "channel")
 
 
@@ -40,7 +55,14 @@ def declare(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=sorted(TOLERANCE), default="float32", help="of the inputs (default float32)")
     add("--decay", choices=DECAYS, default="step", help="gate where an operator takes one (default step)")
     add("--rounds", type=int, metavar="N", default=5, help="times each backend is asked (default 5)")
-    add("--budget", type=float, metavar="S", default=10.0, help="seconds the float64 solver may take (default 10)")
+    add(
+        "--budget",
+        type=float,
+        metavar="S",
+        default=10.0,
+        help="seconds the float64 solver, and each backend in all rounds, may take (default 10)",
+    )
+    add("--threads", type=int, metavar="N", help="of the backends on the CPU; default: all they have")
     add("--seed", type=int, default=0, help="of the inputs (default 0)")
     add("--json", metavar="FILE", nargs="?", const="-", help="write the result as JSON; - or nothing: print it alone")
     add("--plot", metavar="FILE", help="draw it (.png, .svg or .pdf)")
@@ -58,16 +80,19 @@ def run(arguments: argparse.Namespace) -> None:
     except BadInput as problem:
         raise Refusal(str(problem)) from None
     names, sizes = operators(split(arguments.operators)), shape(arguments.shape)
-    for name, least in (("rounds", 1), ("seed", 0)):
-        if getattr(arguments, name) < least:
+    for name, least in (("rounds", 1), ("threads", 1), ("seed", 0)):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < least:
             raise Refusal(f"{name} must be an integer of at least {least}, got {getattr(arguments, name)}")
-    result = compare(names, backends, sizes, arguments)
+    if not 0 <= arguments.budget < inf:
+        raise Refusal(f"budget must be a number of seconds, got {arguments.budget:g}")
+    with using(arguments.threads) if arguments.threads else nullcontext():
+        result = compare(names, backends, sizes, arguments)
     if arguments.json is not None:
         write_json(result, arguments.json)
     if arguments.json != "-":
         print(report(result))
     if arguments.plot is not None:
-        draw_into(rows(result), arguments.plot)
+        draw_into(rows(result), arguments.plot, headline(result))
 
 
 def operators(names: Sequence[str] | None) -> list[str]:
@@ -104,17 +129,23 @@ def drawn(operator: str, sizes: dict[str, int], arguments: argparse.Namespace) -
         **{"t": t, "k": d, "v": d, "d": d, "n": 16, "w": 4, "l": t.bit_length() + 1},
     )
     options = {"memory": ttr_np.Linear()} if operator == "test_time_training" else {}
-    return Case(operator, f"log_decay per {arguments.decay}" if gated else "", arrays, options)
+    return Case(operator, f"log_decay per {arguments.decay}" if gated else "", softened(arrays), options)
 
 
-def too_slow(case: Case, t: int, budget: float) -> str:
-    """Why the float64 solver would break the budget, judged from ever longer beginnings; empty if it would not."""
-    for count in beginnings(t):
+def affordable(case: Case, t: int, budget: float) -> int:
+    """``t``, or the longest beginning that the float64 solver can afford where it cannot afford all; 0 if none."""
+    ran: dict[int, float] = {}
+
+    def clock(count: int) -> float:
         start = perf_counter()
         reference(prefix(case, count))
-        if (perf_counter() - start) * t / count > budget:
-            return f"the float64 solver needs more than the {budget:g} s allowed (--budget)"
-    return ""
+        ran[count] = perf_counter() - start
+        return ran[count]
+
+    clock(1)  # what is imported at the first call is not counted
+    if not breaks(budget, t, clock):
+        return t
+    return max((count for count, seconds in ran.items() if seconds <= budget / SHARE), default=0)
 
 
 def compare(
@@ -132,6 +163,8 @@ def compare(
         "dtype": arguments.dtype,
         "seed": arguments.seed,
         "rounds": arguments.rounds,
+        "threads": arguments.threads,
+        "budget": arguments.budget,
         "backends": list(backends),
         "unavailable": {name: state for name, state in states.items() if state != "ok"},
         "operators": entries,
@@ -143,63 +176,90 @@ def measured(
 ) -> dict[str, Any]:
     """One operator on every backend."""
     case = drawn(name, sizes, arguments)
-    about = {"operator": name, "variant": case.variant}
+    about = {"operator": name, "variant": case.variant, "T": sizes["T"]}
     with np.errstate(all="ignore"):
         try:
-            reason = too_slow(case, sizes["T"], arguments.budget)
-            exact = None if reason else reference(case)
+            about["T"] = affordable(case, sizes["T"], arguments.budget)
+            case = prefix(case, about["T"])
+            exact = reference(case) if about["T"] else None
         except (ValueError, NotImplementedError, np.linalg.LinAlgError) as problem:
-            reason = str(problem)
-        if reason:
+            return about | {"results": [], "skipped": [{"contender": "reference", "reason": str(problem)}]}
+        if exact is None:
+            reason = f"the float64 solver needs more than the {arguments.budget:g} s allowed (--budget)"
             return about | {"results": [], "skipped": [{"contender": "reference", "reason": reason}]}
         contenders = [
             ours(case, backend) if has_operator(backend, name) else Skipped(backend, "has no such operator")
             for backend in backends
         ]
-        rng = np.random.default_rng(arguments.seed)
-        tolerance = TOLERANCE[arguments.dtype]
-        found = contest(contenders, exact, tolerance=tolerance, rounds=arguments.rounds, rng=rng)
+        found = contest(
+            contenders,
+            exact,
+            tolerance=TOLERANCE[arguments.dtype],
+            rounds=arguments.rounds,
+            rng=np.random.default_rng(arguments.seed),
+            budget=arguments.budget,
+        )
         return about | {key: found[key] for key in ("results", "skipped")}
 
 
 def timing_cells(entry: dict[str, Any], token_heads: int) -> list[str]:
     """Median, spread, error, time per token of one head, and peak memory of one result."""
     times, peak = entry["seconds"], entry["peak_bytes"]
-    ms = [f"{1e3 * times[name]:.4g}" for name in ("median", "p20", "p80")]
-    per_token = f"{1e9 * times['median'] / token_heads:.4g}"
-    memory = "-" if peak is None else f"{peak / 2**20:.4g}"
-    return [ms[0], f"{ms[1]}-{ms[2]}", f"{entry['error']:.1e}", per_token, memory]
+    ms = [digits(1e3 * times[name]) for name in ("median", "p20", "p80")]
+    per_token = digits(1e9 * times["median"] / token_heads)
+    memory = "-" if peak is None else f"{peak / 2**20:.1f}"
+    error = f"{entry['error']:.1e}" if entry["error"] else "0"
+    return [ms[0], f"{ms[1]}-{ms[2]}", error, per_token, memory]
 
 
 def report(result: dict[str, Any]) -> str:
     """The result for a reader: what was asked, the table, what did not run."""
     sizes = result["shape"]
-    head = f"B {sizes['B']} H {sizes['H']} T {sizes['T']} D {sizes['D']}, {result['dtype']}, {result['rounds']} rounds"
     lines = [cells for entry in result["operators"] for cells in cells_of(entry, sizes)]
     table = aligned([HEADING, *lines], right=range(2, len(HEADING)), whole=[0, 1], width=WIDTH)
     foot = [
         "error: largest difference from the NumPy solver in float64, over its largest answer",
         "MB: memory one call needs; speed: times as fast as the backend numpy",
+        *filter(None, [busy(result)]),
         *(f"not available: {name}: {reason}" for name, reason in result["unavailable"].items()),
+        *shortened(result),
         *not_run(result),
     ]
     wrapped = (part for line in foot for part in textwrap.wrap(line, WIDTH, subsequent_indent="  "))
-    return "\n".join([head, "", table, "", *wrapped])
+    return "\n".join([headline(result), "", table, "", *wrapped])
+
+
+def headline(result: dict[str, Any]) -> str:
+    """What was asked, and of which machine."""
+    sizes = " ".join(f"{name} {size}" for name, size in result["shape"].items())
+    return f"{sizes}, {result['dtype']}, {result['rounds']} rounds; {result['processor']}, {result['cores']} cores"
 
 
 def cells_of(entry: dict[str, Any], sizes: dict[str, int]) -> list[list[str]]:
     """Lines of one operator."""
-    tokens = sizes["B"] * sizes["H"] * sizes["T"]
+    tokens = sizes["B"] * sizes["H"] * entry["T"]
     plain = {found["contender"]: found["seconds"]["median"] for found in entry["results"]}.get("numpy")
     return [
         [
-            entry["operator"],
+            title(entry, sizes["T"]),
             found["contender"],
             *timing_cells(found, tokens),
-            f"{plain / found['seconds']['median']:.3g}" if plain else "-",
+            digits(plain / found["seconds"]["median"], 2) if plain else "-",
         ]
         for found in entry["results"]
     ]
+
+
+def title(entry: dict[str, Any], t: int) -> str:
+    """An operator, with its length where it is not that of all."""
+    return entry["operator"] if entry["T"] == t else f"{entry['operator']}, T {entry['T']}"
+
+
+def shortened(result: dict[str, Any]) -> list[str]:
+    """Why some operators saw the beginning only."""
+    short = [entry["operator"] for entry in result["operators"] if 0 < entry["T"] < result["shape"]["T"]]
+    why = f"the float64 solver would take more than the {result['budget']:g} s allowed for all (--budget)"
+    return [f"on a beginning: {', '.join(short)}: {why}"] if short else []
 
 
 def not_run(result: dict[str, Any]) -> list[str]:
@@ -213,4 +273,5 @@ def not_run(result: dict[str, Any]) -> list[str]:
 
 def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     """What is drawn: one row per operator and backend."""
-    return [found | {"group": entry["operator"]} for entry in result["operators"] for found in entry["results"]]
+    t = result["shape"]["T"]
+    return [found | {"group": title(entry, t)} for entry in result["operators"] for found in entry["results"]]

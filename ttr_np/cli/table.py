@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from math import floor, log10
 
-__all__ = ["aligned"]
+__all__ = ["aligned", "digits"]
 
 LEAST = 8  # a shortened column still says something
 
@@ -52,3 +53,9 @@ def line(row: Sequence[str], widths: Sequence[int], right: Collection[int]) -> s
 def shortened(cell: str, width: int) -> str:
     """A cell cut to a width, with a mark where it was cut."""
     return cell if len(cell) <= width else cell[: width - 1] + "…"
+
+
+def digits(x: float, count: int = 3) -> str:
+    """A number to so many digits, never with an exponent; digits before the point are never dropped."""
+    before = floor(log10(abs(x))) + 1 if x else 1
+    return f"{x:.{max(0, count - before)}f}"
