@@ -64,8 +64,7 @@ def bound(function: Callable[..., Any], naive: Naive, case: Case) -> Callable[[]
         arrays["q"] = arrays["q"] * arrays["q"].shape[-1] ** 0.5
 
     def call() -> Any:
-        with torch.inference_mode():
-            o = function(**arrays)
+        o = function(**arrays)
         return turn(o[0] if isinstance(o, tuple) else o)
 
     return call

@@ -33,6 +33,7 @@ from . import report
 from .lengths import LINEAR, crossover, scaling
 from .questions import OURS, QUESTIONS, Question, Setting
 from .summary import summary
+from .torch_peers import no_gradients
 
 __all__ = ["answered", "main", "measured"]
 
@@ -208,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
     for package in ("scipy.linalg", "torch"):  # one that is imported later would not be told its threads
         if find_spec(package) is not None:
             import_module(package)
-    with using(arguments.threads):
+    with using(arguments.threads), no_gradients():
         result = measured(arguments, setting)
     keep(result, arguments.json)
     if arguments.plot is not None:

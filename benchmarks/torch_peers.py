@@ -8,6 +8,7 @@ not faster). The fastest of these is the contender.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from importlib.util import find_spec
 from inspect import signature
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 from ttr_np.measure import Case, Contender, Skipped, at_once, first_line, on_host, relative_error, seconds
 from ttr_np.notation import ARRAYS
 
-__all__ = ["torch_peers"]
+__all__ = ["no_gradients", "torch_peers"]
 
 TRIES = 5
 COMPILED = 2  # chunk sizes of a form that are compiled
@@ -194,13 +195,20 @@ def fastest(call: Callable[[], Any], finish: Callable[[], None]) -> float:
 
 
 def answers(call: Callable[[], Any], shape: tuple[int, ...] | None) -> Callable[[], Any]:
-    """A call that records no gradients and answers in the shape of ours, without a state."""
-    import torch
+    """A call that answers in the shape of ours, without a state."""
 
     def answer() -> Any:
-        with torch.inference_mode():
-            o = call()
+        o = call()
         o = o[0] if isinstance(o, tuple) else o
         return o if shape is None else o.reshape(shape)
 
     return answer
+
+
+def no_gradients() -> AbstractContextManager[Any]:
+    """Torch records nothing: entered once, for at every call it would cost a small step a third of its time."""
+    if find_spec("torch") is None:
+        return nullcontext()
+    import torch
+
+    return torch.inference_mode()
