@@ -227,13 +227,11 @@ def empty_call(case: Case) -> Contender:
     return Contender("empty compiled call", lambda: nothing(a["q"], a["k"], a["v"], a.get("beta", a["v"]), S, o))
 
 
-def streams_of(case: Case) -> list[Contender | Skipped]:
+def streams_of(case: Case) -> list[Contender]:
     """Our way for one token per call, which asks once what a call asks every time.
 
     Its state moves on with every call: the first answer is the one that is checked.
     """
-    if not hasattr(ttr_np, "Stream"):
-        return [Skipped("stream", "this version of ttr_np has no Stream")]
     token = {
         name: np.ascontiguousarray(np.take(x, 0, axis=-len(axes_of(name, x, case.arrays))))
         for name, x in case.arrays.items()

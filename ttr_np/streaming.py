@@ -11,6 +11,7 @@ of its own, and a step copies the token in, does the work and copies the answer 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -38,11 +39,15 @@ class Loop(NamedTuple):
     """A step as work that is done over and over: it reads the token, moves the state and leaves its answer."""
 
     works: list[Callable[[], None]]
+    checks: list[Callable[[], bool]]
     state: Any
     answer: np.ndarray
 
-    def __call__(self) -> np.ndarray:
-        """One step."""
+    def __call__(self) -> np.ndarray | None:
+        """One step; None, and nothing done, if a gate is not what it usually is."""
+        for usual in self.checks:
+            if not usual():
+                return None
         for work in self.works:
             work()
         return self.answer
@@ -103,7 +108,6 @@ class Stream:
         self._tokens = {name: harmless(name, shape, self._compute) for name, shape in shapes.items()}
         axes = {name: time_axis(name, x, self._tokens) for name, x in self._tokens.items()}
         self._long = {name: np.expand_dims(x, axes[name]) for name, x in self._tokens.items()}
-        self._checks = [(x.reshape(-1), *USUAL[name]) for name, x in self._tokens.items() if name in USUAL]
         self._options, self._state = given | {"backend": backend}, initial_state
         o, _ = self._whole(self._long)  # refuses what is wrong before the first token, and compiles
         self._shape, self._output = o[..., 0, :].shape, self.dtype if o.dtype == self._compute else o.dtype
@@ -132,11 +136,13 @@ class Stream:
         held = call(self.operator, name, arrays, **options, initial_state=self._state, hold=True)
         if not all(np.shares_memory(x, held.arguments[key]) for key, x in self._long.items() if x.size):
             return None
-        with import_module(f"{BACKENDS[name]}._threads").keeping() as works:
+        threads = import_module(f"{BACKENDS[name]}._threads")
+        with threads.keeping() as works:
             o, after = held.core(**held.arguments, state=held.state)
         steps = [work.again() for work in works]
         steps += [copier(old, new) for old, new in zip(held.state, after, strict=True) if new is not old]
-        return Loop(steps, held.state, o[..., 0, :])
+        gates = [(x.reshape(-1), *USUAL[name]) for name, x in self._tokens.items() if name in USUAL]
+        return Loop(steps, [partial(threads.within, *gate) for gate in gates], held.state, o[..., 0, :])
 
     def __call__(self, *token: Any, out: np.ndarray | None = None, **named: Any) -> np.ndarray:
         """Memorise one token and answer its query.
@@ -163,8 +169,9 @@ class Stream:
             take(name, self._tokens[name], x)
         if out is not None:
             check_out(out, self._shape)
-        usual = self._loop is not None and all(within(*check) for check in self._checks)
-        answer = self._loop() if usual else self._slowly()
+        answer = None if self._loop is None else self._loop()
+        if answer is None:
+            answer = self._slowly()
         if out is None:
             return answer.astype(self._output)
         np.copyto(out, answer, casting="same_kind")
@@ -233,11 +240,6 @@ def check_out(out: Any, shape: tuple[int, ...]) -> None:
         raise ValueError(f"out has shape {np.shape(out)}; the answer has {shape}")
     if not out.flags.writeable:
         raise ValueError("out is read-only")
-
-
-def within(x: np.ndarray, low: float, high: float) -> bool:
-    """Whether all numbers lie in a range; NaN does not."""
-    return bool(x.size == 0 or (x.min() >= low and x.max() <= high))
 
 
 def copier(old: np.ndarray | None, new: np.ndarray | None) -> Callable[[], None]:

@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import get_num_threads
 
+from ._cache import compiled
 from ._panels import panels
 from ._sequences import Layout
 
-__all__ = ["Work", "keeping", "share"]
+__all__ = ["Work", "keeping", "share", "within"]
 
 PIECES = 4  # per thread: what one thread has not begun another can do
 WORTH = 2e5  # multiplications; less than this is done before a second thread has woken up
@@ -101,6 +102,15 @@ class Work(NamedTuple):
         _room, table = panels(*self.scratch)  # the name keeps the memory
         for first, last in pieces:
             self.kernel(table, *self.layout[:2], *self.arguments, first, last)
+
+
+@compiled
+def within(x, low, high):
+    """Whether all numbers lie in a range; NaN does not."""
+    for number in x:
+        if not low <= number <= high:
+            return False
+    return True
 
 
 @contextmanager
