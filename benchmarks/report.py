@@ -27,8 +27,8 @@ def heading(result: dict[str, Any]) -> str:
             *filter(None, [busy(machine)]),
             "",
             "error: largest difference from the NumPy solver in float64, over its largest answer",
-            "MB: memory one call needs; x ours: time over that of our fastest; first s: first call, with what it compiles",
-            "% GEMM: FLOP of the form in chunks of 64, whoever does fewer may pass 100, of matrix products in the same rounds",
+            "MB: memory one call needs; x ours: time over that of our fastest; first s: first call, and its compiling",
+            "% GEMM: of matrix products in the same rounds, at the FLOP of chunks of 64; who needs fewer may pass 100",
         ]
     )
 
