@@ -19,6 +19,22 @@ from ._cache import compiled
 from ._channels import BLOCK, channel_decays, channel_products, channel_shapes, channels_of, until_end
 from ._compile import apart, inner, spliced
 from ._gates import exp, step_decays, weigh
+from ._lanes import (
+    CHAINS,
+    NARROW,
+    TOKENS,
+    add_lanes,
+    collect,
+    collect_numbers,
+    forget_lanes,
+    give_answers,
+    give_state,
+    padded,
+    recall_lanes,
+    take_state,
+    width,
+    widths,
+)
 from ._panels import (
     Matrix,
     add_scaled,
@@ -88,6 +104,13 @@ def core(
     )  # fmt: skip
     memories, groups = layout.places.shape[1:]
     (t, d), w = q.shape[-2:], v.shape[-1]
+    if w <= NARROW and gates != PER_CHANNEL:
+        tokens, deep, lanes = max(1, TOKENS // max(groups, 1)), -(-d // CHAINS) * CHAINS, widths(S.dtype)
+        few = Sizes(t, d, w, min(tokens, max(t, 1)), 1, w, gates, erase_key is not None)
+        numbers = w * deep + few.chunk * ((2 + groups) * deep + (1 + groups) * w + 2)
+        jobs, cost, scratch = -(-memories // lanes), 3 * t * d * w * memories, (S.dtype, [(1, numbers * lanes)])
+        share(narrow, jobs, cost, scratch, layout, few, S.dtype.type(scale))
+        return o, DeltaRuleState(S)
     blocks = column_blocks(memories, w)
     width, chunk = -(-w // blocks), max(1, min(CHUNK, t))
     sizes = Sizes(t, d, w, chunk, blocks, width, gates, erase_key is not None)
@@ -163,6 +186,91 @@ def kernel(table, places, steps, sizes, scale_, first, last):
             for low in range(0, sizes.t, sizes.chunk):
                 run_chunk(places, steps, sizes, job, room, decays, low, min(low + sizes.chunk, sizes.t), scale_)
             store(state, 0, sizes.k, job.start, job.columns, room.S)
+
+
+class Lines(NamedTuple):
+    """Numbers of a few tokens of as many sequences as a vector holds, and the answers to them."""
+
+    S: Any  # v rows of k vectors
+    k: Any
+    erase: Any
+    v: Any
+    beta: Any
+    gates: Any
+    q: Any  # of each group of queries
+    told: Any
+
+
+@inner
+def lines_of(room, sizes, groups, like):
+    """Where they lie in scratch."""
+    lanes, tokens = width(like), sizes.chunk * width(like)
+    k = move(room, sizes.v * padded(sizes.k) * lanes)
+    erase = move(k, padded(sizes.k) * tokens)
+    v = move(erase, padded(sizes.k) * tokens)
+    beta = move(v, sizes.v * tokens)
+    gates = move(beta, tokens)
+    q = move(gates, tokens)
+    return Lines(room, k, erase, v, beta, gates, q, move(q, groups * padded(sizes.k) * tokens))
+
+
+@compiled
+def narrow(table, places, steps, sizes, scale_, first, last):
+    """Jobs first to last: the recurrence of as many memories of few outputs as a vector holds."""
+    lanes, groups, S = width(scale_), places.shape[2], panel(table, 0, scale_)
+    lines = lines_of(S.data, sizes, groups, scale_)
+    for job in range(first, last):
+        low = job * lanes
+        count = min(lanes, places.shape[1] - low)
+        fill(S.data, real(scale_, 0), S.step)
+        take_state(lines.S, places, STATE, low, count, sizes.k, sizes.v, scale_)
+        for start in range(0, sizes.t, sizes.chunk):
+            rows = min(sizes.chunk, sizes.t - start)
+            take_tokens(lines, places, steps, sizes, low, count, start, rows, scale_)
+            for i in range(rows):
+                learn_lanes(lines, sizes, groups, i, scale_)
+            for group in range(groups):
+                told = move(lines.told, group * sizes.chunk * sizes.v * lanes)
+                give_answers(told, places, O, low, count, group, start, rows, sizes.v, scale_, scale_)
+        give_state(lines.S, places, STATE, low, count, sizes.k, sizes.v, scale_)
+
+
+@inner
+def take_tokens(lines, places, steps, sizes, low, count, start, rows, like):
+    """Bring together what some tokens bring."""
+    apart()
+    deep = padded(sizes.k)
+    collect(lines.k, places, steps, K, low, count, 0, start, rows, sizes.k, deep, like)
+    collect(lines.v, places, steps, V, low, count, 0, start, rows, sizes.v, sizes.v, like)
+    collect_numbers(lines.beta, places, steps, BETA, low, count, start, rows, like)
+    if sizes.erases:
+        collect(lines.erase, places, steps, ERASE, low, count, 0, start, rows, sizes.k, deep, like)
+    if sizes.gates:
+        collect_numbers(lines.gates, places, steps, GATE, low, count, start, rows, like)
+    for group in range(places.shape[2]):
+        q = move(lines.q, group * sizes.chunk * deep * width(like))
+        collect(q, places, steps, Q, low, count, group, start, rows, sizes.k, deep, like)
+
+
+@inner
+def learn_lanes(lines, sizes, groups, i, like):
+    """Token i of all sequences: one gradient step, then the answers."""
+    apart()
+    lanes, deep, w = width(like), padded(sizes.k), sizes.v
+    k, told = move(lines.k, i * deep * lanes), move(lines.told, i * w * lanes)
+    erase = move(lines.erase, i * deep * lanes) if sizes.erases else k
+    v, beta = move(lines.v, i * w * lanes), move(lines.beta, i * lanes)
+    if sizes.gates:
+        forget_lanes(lines.S, move(lines.gates, i * lanes), w * deep, like)
+    recall_lanes(told, lines.S, erase, deep, w, like)
+    for j in range(w):
+        error = move(told, j * lanes)
+        for lane in range(lanes):
+            error[lane] = beta[lane] * (v[j * lanes + lane] - error[lane])
+        add_lanes(move(lines.S, j * deep * lanes), error, k, deep)
+    for group in range(groups):
+        tokens = group * sizes.chunk + i
+        recall_lanes(move(lines.told, tokens * w * lanes), lines.S, move(lines.q, tokens * deep * lanes), deep, w, like)
 
 
 @spliced
