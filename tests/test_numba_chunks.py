@@ -110,7 +110,7 @@ def test_substitution_solves_and_reads_only_below_the_diagonal(m):
     np.testing.assert_allclose(view, np.linalg.solve(np.eye(m) + L, x), rtol=1e-11, atol=1e-11)
 
 
-@numba.njit(fastmath=_compile.FAST)
+@numba.njit(**_compile.OPTIONS)
 def exponentials(x):
     return np.array([_gates.exp(number) for number in x])
 

@@ -20,7 +20,7 @@ from typing import Any
 import numba
 from numba import njit
 
-from ._compile import FAST
+from ._compile import OPTIONS
 
 __all__ = ["compiled", "kept"]
 
@@ -86,10 +86,9 @@ def kept(dispatcher: Any) -> Any:
 
 def compiled(function: Callable[..., Any]) -> Any:
     """Compile a kernel: when it is first called, without the interpreter lock, kept on disk."""
-    options = {"nogil": True, "fastmath": FAST}
     try:
-        return kept(njit(cache=True, **options)(function))
+        return kept(njit(cache=True, **OPTIONS)(function))
     except RuntimeError:  # Numba found no folder it may write to
         words = "no folder to keep compiled kernels in, so every process compiles anew: set NUMBA_CACHE_DIR"
         warnings.warn(words, RuntimeWarning, stacklevel=2)
-        return njit(**options)(function)
+        return njit(**OPTIONS)(function)

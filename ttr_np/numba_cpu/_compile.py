@@ -16,9 +16,10 @@ from numba.core.compiler_machinery import register_pass
 from numba.core.typed_passes import NativeLowering
 from numba.extending import intrinsic
 
-__all__ = ["FAST", "apart", "inner", "spliced"]
+__all__ = ["OPTIONS", "apart", "inner", "spliced"]
 
-FAST = {"contract", "reassoc"}  # never the finite-math flags: NaN and infinity have their meaning
+# Never the finite-math flags: NaN and infinity have their meaning. A division by zero is one of them, no exception.
+OPTIONS = {"nogil": True, "fastmath": {"contract", "reassoc"}, "error_model": "numpy"}
 
 
 class Part(JITCodeLibrary):
@@ -65,14 +66,14 @@ class PartCompiler(CompilerBase):
 
 def inner(function: Any) -> Any:
     """Compile a function for kernels to call: once per dtype, not once more for every constant among its arguments."""
-    options = {"nogil": True, "fastmath": FAST, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    options = OPTIONS | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
     compiled = njit(pipeline_class=PartCompiler, **options)(function)
     template = compiled.get_call_template
     compiled.get_call_template = lambda args, kws: template(tuple(types.unliteral(arg) for arg in args), kws)
     return compiled
 
 
-spliced = njit(inline="always")  # for what a kernel calls in one place
+spliced = njit(inline="always", error_model="numpy")  # for what a kernel calls in one place
 
 
 @intrinsic

@@ -29,20 +29,19 @@ __all__ = [
     "collect",
     "collect_numbers",
     "dot_lanes",
-    "fill_lanes",
     "forget_lanes",
     "give_answers",
     "give_state",
     "padded",
     "recall_lanes",
-    "reflect_lanes",
+    "learn_column",
     "scale_lanes",
     "take_state",
     "width",
     "widths",
 ]
 
-BYTES = 64  # of a vector
+BYTES = 32  # of a vector
 CHAINS = 4  # sums side by side, each of which must wait for itself
 TOKENS = 16  # whose numbers are brought together at a time
 NARROW = 4  # outputs of a memory up to which its recursion is faster than products of panels
@@ -101,26 +100,31 @@ class Vectors:
         return self.builder.call(self.fma, [x, y, z])
 
 
+def sum_of(vectors: Vectors, start: Any, x: Any, y: Any, n: Any) -> Any:
+    """start + x . y for n vectors each, n a multiple of CHAINS: one sum waits for no other."""
+    builder, word = vectors.builder, ir.IntType(64)
+    zero = ir.Constant(vectors.vector, [0.0] * vectors.vector.count)
+    totals = [cgutils.alloca_once_value(builder, start if not i else zero) for i in range(CHAINS)]
+    for i, total in enumerate(totals):  # once more, because the one before is done where the function begins
+        builder.store(start if not i else zero, total)
+    with cgutils.for_range(builder, builder.udiv(n, word(CHAINS)), intp=word) as loop:
+        for i, total in enumerate(totals):
+            at = builder.add(builder.mul(loop.index, word(CHAINS)), word(i))
+            builder.store(vectors.multiply_add(vectors.load(x, at), vectors.load(y, at), builder.load(total)), total)
+    sums = [builder.load(total) for total in totals]
+    while len(sums) > 1:
+        sums = [builder.fadd(one, other) for one, other in zip(sums[::2], sums[1::2], strict=True)]
+    return sums[0]
+
+
 @intrinsic
 def dot_lanes(typingctx: Any, into: Any, start: Any, x: Any, y: Any, n: Any) -> Any:
-    """into = start + x . y in every lane, for n vectors each, n a multiple of CHAINS: one sum waits for no other."""
+    """into = start + x . y in every lane, for n vectors each, n a multiple of CHAINS."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         into, start, x, y, n = args
-        word = ir.IntType(64)
-        vectors = Vectors(builder, signature.args[0].dtype)
-        zero = ir.Constant(vectors.vector, [0.0] * vectors.vector.count)
-        first = vectors.load(start, word(0))
-        totals = [cgutils.alloca_once_value(builder, first if not i else zero) for i in range(CHAINS)]
-        with cgutils.for_range(builder, builder.udiv(n, word(CHAINS)), intp=word) as loop:
-            for i, total in enumerate(totals):
-                at = builder.add(builder.mul(loop.index, word(CHAINS)), word(i))
-                product = vectors.multiply_add(vectors.load(x, at), vectors.load(y, at), builder.load(total))
-                builder.store(product, total)
-        sums = [builder.load(total) for total in totals]
-        while len(sums) > 1:
-            sums = [builder.fadd(one, other) for one, other in zip(sums[::2], sums[1::2], strict=True)]
-        vectors.store(sums[0], into, word(0))
+        vectors, zero = Vectors(builder, signature.args[0].dtype), ir.IntType(64)(0)
+        vectors.store(sum_of(vectors, vectors.load(start, zero), x, y, n), into, zero)
         return context.get_dummy_value()
 
     return types.void(into, into, into, into, types.intp), codegen
@@ -158,28 +162,34 @@ def scale_lanes(typingctx: Any, y: Any, factor: Any, n: Any) -> Any:
 
 
 @intrinsic
-def reflect_lanes(typingctx: Any, u: Any, b: Any, shrink: Any, grow: Any, n: Any) -> Any:
-    """u, b = u + shrink b, b + grow u in every lane, both from the old ones."""
+def learn_column(typingctx: Any, column: Any, D: Any, k: Any, gain: Any, before: Any, j: Any, deep: Any) -> Any:
+    """Column j of Bierman's update of U diag(D) U^T by keys k, in every lane.
+
+    ``gain``: U diag(D) U^T k up to this column, zeros behind; ``before``: 1 + k^T U diag(D) U^T k likewise; both are
+    carried on. ``deep``: j, up to a multiple of CHAINS.
+    """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        u, b, shrink, grow, n = args
-        vectors, zero = Vectors(builder, signature.args[0].dtype), ir.IntType(64)(0)
-        shrink, grow = vectors.load(shrink, zero), vectors.load(grow, zero)
-        with cgutils.for_range(builder, n, intp=ir.IntType(64)) as loop:
-            old_u, old_b = vectors.load(u, loop.index), vectors.load(b, loop.index)
-            vectors.store(vectors.multiply_add(shrink, old_b, old_u), u, loop.index)
-            vectors.store(vectors.multiply_add(grow, old_u, old_b), b, loop.index)
+        column, D, k, gain, before, j, deep = args
+        vectors, word = Vectors(builder, signature.args[0].dtype), ir.IntType(64)
+        f = sum_of(vectors, vectors.load(k, j), column, k, deep)
+        d, old = vectors.load(D, j), vectors.load(before, word(0))
+        grow = builder.fmul(d, f)
+        after = vectors.multiply_add(f, grow, old)
+        shrink = builder.fdiv(builder.fneg(f), old)
+        vectors.store(builder.fmul(d, builder.fdiv(old, after)), D, j)
+        with cgutils.for_range(builder, builder.udiv(deep, word(CHAINS)), intp=word) as loop:
+            places = [builder.add(builder.mul(loop.index, word(CHAINS)), word(i)) for i in range(CHAINS)]
+            old_u = [vectors.load(column, at) for at in places]
+            old_b = [vectors.load(gain, at) for at in places]
+            for at, u, b in zip(places, old_u, old_b, strict=True):
+                vectors.store(vectors.multiply_add(shrink, b, u), column, at)
+                vectors.store(vectors.multiply_add(grow, u, b), gain, at)
+        vectors.store(grow, gain, j)
+        vectors.store(after, before, word(0))
         return context.get_dummy_value()
 
-    return types.void(u, u, u, u, types.intp), codegen
-
-
-@inner
-def fill_lanes(y, x, n, like):
-    """n vectors of one number."""
-    apart()
-    for i in range(n * width(like)):
-        y[i] = x
+    return types.void(column, column, column, column, column, types.intp, types.intp), codegen
 
 
 @inner

@@ -23,6 +23,24 @@ from ..solvers.recursive_least_squares import FAINTEST, LARGEST, SLACK, check_ri
 from ._cache import compiled
 from ._compile import apart, inner
 from ._factors import BLOCK, Reflections, cholesky, eps, invert_lower, no_future, orthogonalise, reflect, square
+from ._lanes import (
+    CHAINS,
+    NARROW,
+    TOKENS,
+    add_lanes,
+    collect,
+    collect_numbers,
+    dot_lanes,
+    give_answers,
+    give_state,
+    learn_column,
+    padded,
+    recall_lanes,
+    scale_lanes,
+    take_state,
+    width,
+    widths,
+)
 from ._panels import (
     Matrix,
     add_scaled,
@@ -51,7 +69,9 @@ from ._threads import share
 __all__ = ["recursive_least_squares"]
 
 CHUNK = 32
+PANELS = 21  # of a thread; then the vectors of small memories
 FADED = 0.25  # what is left of P's inverse below which a segment ends: R is divided by its root, errors and all
+SMALL = 32  # keys up to which the recursion of few outputs is faster than products of panels
 FEW = 4  # tokens that do not fill a chunk's products
 Q, K, V, GATE, BETA, STATE, COVARIANCE, O = range(8)  # noqa: E741
 
@@ -85,8 +105,13 @@ def core(
     (t, d), w = q.shape[-2:], v.shape[-1]
     bad = np.zeros(memories, np.bool_)
     cost = memories * (t * d * (3 * d + 2 * w + groups * w) + d**3)
-    scratch = (S.dtype, shapes(min(CHUNK, t), d, w))
-    share(kernel, memories, cost, scratch, layout, (t, d, w), S.dtype.type(limit(S.dtype)), bad)
+    rooms, number = shapes(min(CHUNK, max(t, 1)), d, w), S.dtype.type(limit(S.dtype))
+    if w <= NARROW and d <= SMALL:
+        lanes, tokens = widths(S.dtype), min(max(1, TOKENS // max(groups, 1)), max(t, 1))
+        scratch = (S.dtype, [*rooms, (1, vectors(d, w, tokens, groups) * lanes)])
+        share(narrow, -(-memories // lanes), cost, scratch, layout, (t, d, w, tokens), number, bad)
+    else:
+        share(kernel, memories, cost, (S.dtype, rooms), layout, (t, d, w), number, bad)
     if bad.any():
         factor(original)  # says what is wrong with P
         raise ValueError("initial_state field P must be positive definite")
@@ -156,6 +181,230 @@ def kernel(table, places, steps, sizes, limit, bad, first, last):
         store(state, 0, d, 0, w, room.S)
         if moved:
             hand_out(P, room, d, limit)
+
+
+def vectors(d: int, w: int, tokens: int, groups: int) -> int:
+    """Numbers of one sequence in ``Lines``."""
+    deep = -(-d // CHAINS) * CHAINS
+    return (d + 4 + w) * deep + 8 + tokens * ((1 + groups) * deep + (1 + groups) * w + 2)
+
+
+class Lines(NamedTuple):
+    """As many memories as a vector holds, P = U diag(D) U^T each, and numbers of a few tokens."""
+
+    U: Any  # d columns of what is above the diagonal of a unit triangle
+    S: Any  # w rows of d vectors
+    D: Any
+    key: Any
+    gain: Any
+    numbers: Any  # see the names below
+    k: Any
+    v: Any
+    beta: Any
+    gates: Any
+    q: Any  # of each group of queries
+    told: Any
+
+
+# Vectors of Lines.numbers: bound of the mean eigenvalue of P, trace of P^-1, share of the past that is kept, |k|^2,
+# variance of an innovation, the innovation over it, and ones.
+SIZE, INFORMATION, KEEP, ENERGY, VARIANCE, ERROR, ONE = range(7)
+
+
+@inner
+def lines_of(room, d, w, tokens, groups, like):
+    """Where they lie in scratch."""
+    lanes, deep = width(like), padded(d)
+    S = move(room, d * deep * lanes)
+    D = move(S, w * deep * lanes)
+    k = move(D, (3 * deep + 8) * lanes)
+    v = move(k, tokens * deep * lanes)
+    beta = move(v, tokens * w * lanes)
+    q = move(beta, 2 * tokens * lanes)
+    return Lines(
+        room, S, D, move(D, deep * lanes), move(D, 2 * deep * lanes), move(D, 3 * deep * lanes), k, v, beta,
+        move(beta, tokens * lanes), q, move(q, groups * tokens * deep * lanes),
+    )  # fmt: skip
+
+
+@compiled
+def narrow(table, places, steps, sizes, limit, bad, first, last):
+    """Jobs first to last: the recursion of as many small memories as a vector holds, by Bierman's factors of P."""
+    t, d, w, tokens = sizes
+    room, lanes, deep, groups = panels_of(table, limit), width(limit), padded(d), places.shape[2]
+    whole = panel(table, PANELS, limit)
+    lines = lines_of(whole.data, d, w, tokens, groups, limit)
+    for job in range(first, last):
+        low = job * lanes
+        count = min(lanes, places.shape[1] - low)
+        fill(whole.data, real(limit, 0), whole.step)
+        fill(move(lines.numbers, ONE * lanes), real(limit, 1), lanes)
+        take_state(lines.S, places, STATE, low, count, d, w, limit)
+        for lane in range(count):
+            P = matrix(places[COVARIANCE, low + lane, 0], d, 1, limit)
+            bad[low + lane] = not begin(P, room, d, limit)
+            take_factors(lines, P, lane, room, d, limit)
+        moved = False
+        for since in range(0, t, tokens):
+            rows = min(tokens, t - since)
+            take_tokens(lines, places, steps, sizes, low, count, since, rows, limit)
+            for i in range(rows):
+                moved |= weigh_lanes(lines, places, i, d, w, room, limit)
+                learn_lanes(lines, i, d, w, limit)
+                for group in range(groups):
+                    at = group * tokens + i
+                    told, q = move(lines.told, at * w * lanes), move(lines.q, at * deep * lanes)
+                    recall_lanes(told, lines.S, q, deep, w, limit)
+            for group in range(groups):
+                told = move(lines.told, group * tokens * w * lanes)
+                give_answers(told, places, O, low, count, group, since, rows, w, real(limit, 1), limit)
+        give_state(lines.S, places, STATE, low, count, d, w, limit)
+        for lane in range(count if moved else 0):
+            if not bad[low + lane]:
+                root_of(lines, lane, room, d, limit)
+                row(room.information, 0)[0] = lines.numbers[INFORMATION * lanes + lane]
+                hand_out(matrix(places[COVARIANCE, low + lane, 0], d, 1, limit), room, d, limit)
+
+
+@inner
+def take_factors(lines, P, lane, room, d, like):
+    """U and D of one memory, from the last column to the first, and the mean eigenvalue that R has."""
+    apart()
+    lanes, deep = width(like), padded(d)
+    for j in range(d - 1, -1, -1):
+        for i in range(j, -1, -1):
+            total = row(P, j)[i]
+            for m in range(j + 1, d):
+                u = lines.U[(m * deep + i) * lanes + lane]
+                total -= lines.D[m * lanes + lane] * u * lines.U[(m * deep + j) * lanes + lane]
+            if i == j:
+                lines.D[j * lanes + lane] = total
+            else:
+                lines.U[(j * deep + i) * lanes + lane] = total / lines.D[j * lanes + lane]
+    lines.numbers[INFORMATION * lanes + lane] = row(room.information, 0)[0]
+    lines.numbers[SIZE * lanes + lane] = spread(room.R, d)
+
+
+@inner
+def root_of(lines, lane, room, d, like):
+    """R = U sqrt(D) of one memory."""
+    apart()
+    lanes, deep = width(like), padded(d)
+    for i in range(d):
+        line = row(room.R, i)
+        for j in range(d):
+            u = real(like, 1) if i == j else lines.U[(j * deep + i) * lanes + lane]
+            line[j] = u * math.sqrt(lines.D[j * lanes + lane]) if i <= j else real(like, 0)
+
+
+@inner
+def take_tokens(lines, places, steps, sizes, low, count, since, rows, like):
+    """Bring together what some tokens bring."""
+    apart()
+    t, d, w, tokens = sizes
+    deep = padded(d)
+    collect(lines.k, places, steps, K, low, count, 0, since, rows, d, deep, like)
+    collect(lines.v, places, steps, V, low, count, 0, since, rows, w, w, like)
+    if places[BETA, low, 0]:
+        collect_numbers(lines.beta, places, steps, BETA, low, count, since, rows, like)
+    if places[GATE, low, 0]:
+        collect_numbers(lines.gates, places, steps, GATE, low, count, since, rows, like)
+    for group in range(places.shape[2]):
+        q = move(lines.q, group * tokens * deep * width(like))
+        collect(q, places, steps, Q, low, count, group, since, rows, d, deep, like)
+
+
+@inner
+def weigh_lanes(lines, places, i, d, w, room, limit):
+    """Token i before it is learnt: its pair times the root of its weight, P decayed and capped; True if P moves.
+
+    Without decay P only shrinks, so its size is computed anew only where the last one, decayed, passes the cap.
+    """
+    apart()
+    lanes, deep, moved = width(limit), padded(d), False
+    k, v, gates = move(lines.k, i * deep * lanes), move(lines.v, i * w * lanes), move(lines.gates, i * lanes)
+    energy = move(lines.numbers, ENERGY * lanes)
+    if places[BETA, 0, 0]:
+        weigh_pairs(k, v, move(lines.beta, i * lanes), deep, w, limit)
+    for lane in range(lanes):
+        energy[lane] = real(limit, 0)
+    dot_lanes(energy, energy, k, k, deep)
+    for lane in range(lanes):
+        moved |= gates[lane] != 0 or energy[lane] != 0
+    decay_lanes(lines, gates, d, limit)
+    add_lanes(move(lines.numbers, INFORMATION * lanes), move(lines.numbers, ONE * lanes), energy, 1)
+    for lane in range(lanes):  # the cap is limit / energy, and never above LARGEST
+        size = 1.0 * lines.numbers[SIZE * lanes + lane]
+        if size * max(1.0 * energy[lane], limit / LARGEST) > SLACK * limit:
+            cap_lane(lines, lane, 1.0 * energy[lane], room, d, limit)
+    return moved
+
+
+@inner
+def decay_lanes(lines, gates, d, limit):
+    """P over the share of the past that is kept, its size and that of its inverse likewise."""
+    apart()
+    lanes, decays = width(limit), False
+    for lane in range(lanes):
+        decays |= gates[lane] != 0
+    if decays:
+        for lane in range(lanes):
+            gate = max(gates[lane], real(limit, FAINTEST))
+            lines.numbers[KEEP * lanes + lane], gates[lane] = math.exp(gate), math.exp(-gate)
+        scale_lanes(lines.D, gates, d)
+        scale_lanes(move(lines.numbers, SIZE * lanes), gates, 1)
+        scale_lanes(move(lines.numbers, INFORMATION * lanes), move(lines.numbers, KEEP * lanes), 1)
+
+
+@inner
+def weigh_pairs(k, v, beta, deep, w, like):
+    """Keys and values times the root of their weight; a pair of weight zero is not even looked at."""
+    apart()
+    lanes = width(like)
+    for lane in range(lanes):
+        root = math.sqrt(beta[lane])
+        for p in range(deep):
+            k[p * lanes + lane] = real(like, root * k[p * lanes + lane] if root != 0 else 0.0)
+        for j in range(w):
+            v[j * lanes + lane] = real(like, root * v[j * lanes + lane] if root != 0 else 0.0)
+
+
+@inner
+def cap_lane(lines, lane, energy, room, d, limit):
+    """Size of one P anew, and its eigenvalues cut if they are still too large for the next pair to be learnt."""
+    apart()
+    lanes = width(limit)
+    root_of(lines, lane, room, d, limit)
+    row(room.gates, 0)[0], row(room.energy, 0)[0] = real(limit, 0), real(limit, energy)
+    row(room.information, 0)[0] = lines.numbers[INFORMATION * lanes + lane]
+    size = forget(room, 0, d, limit)
+    if row(room.information, 0)[0] == math.inf and math.isfinite(size):
+        load_transposed(room.turned, room.R, 0, d, d)
+        multiply(room.product, room.R, room.turned, d, d, d, real(limit, 1), real(limit, 0), full)
+        take_factors(lines, room.product, lane, room, d, limit)
+    lines.numbers[SIZE * lanes + lane] = real(limit, size)
+
+
+@inner
+def learn_lanes(lines, i, d, w, like):
+    """One pair of all memories: Bierman's update of U and D, in which nothing is subtracted from a variance."""
+    apart()
+    lanes, deep = width(like), padded(d)
+    k, v, numbers, gain = move(lines.k, i * deep * lanes), move(lines.v, i * w * lanes), lines.numbers, lines.gain
+    variance = move(numbers, VARIANCE * lanes)
+    for lane in range(lanes):
+        variance[lane] = real(like, 1)
+    fill(gain, real(like, 0), deep * lanes)
+    for j in range(d):
+        learn_column(move(lines.U, j * deep * lanes), lines.D, k, gain, variance, j, padded(j))
+    for j in range(w):
+        mine, error = move(lines.S, j * deep * lanes), move(numbers, ERROR * lanes)
+        for lane in range(lanes):
+            error[lane] = real(like, 0)
+        dot_lanes(error, error, k, mine, deep)
+        for lane in range(lanes):
+            error[lane] = (v[j * lanes + lane] - error[lane]) / variance[lane]
+        add_lanes(mine, error, gain, deep)
 
 
 @inner
