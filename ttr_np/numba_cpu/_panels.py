@@ -28,7 +28,7 @@ from ._compile import apart, inner
 __all__ = [
     "ROWS", "Matrix", "add_scaled", "below", "clean_until", "copy", "dot", "fill", "full", "gather", "lanes",
     "load", "load_transposed", "lower", "matrix", "move", "multiply", "panel", "panels", "real", "row", "scale",
-    "scale_rows", "solve_unit_lower", "store", "times", "triangle",
+    "scale_rows", "solve_unit_lower", "store", "times", "transposed", "triangle",
 ]  # fmt: skip
 
 # One tile of a product is held in registers: ROWS x LINE bytes of sums, which hide the latency of multiply-add. Tiles
@@ -114,6 +114,12 @@ def row(x, i):
 def below(x, i):
     """The rows of a matrix from i on."""
     return Matrix(move(x.data, i * x.step), x.step, x.column)
+
+
+@inner
+def transposed(x):
+    """A panel's rows as columns."""
+    return Matrix(x.data, x.column, x.step)
 
 
 @inner
