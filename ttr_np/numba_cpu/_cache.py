@@ -24,14 +24,14 @@ from ._compile import OPTIONS
 
 __all__ = ["compiled", "kept"]
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]  # kernels also take numbers and functions from the solvers
 
 
 @cache
 def sources() -> str:
     """What tells one state of the files that kernels are made of from another."""
-    facts = [(path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(HERE.glob("*.py"))]
-    return repr((numba.__version__, facts))
+    contents = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(HERE.rglob("*.py"))))
+    return repr((numba.__version__, numba.config.OPT, numba.config.BOUNDSCHECK, contents.hexdigest()))
 
 
 def digest(*parts: str) -> str:

@@ -27,11 +27,10 @@ from ._panels import (
     panel,
     real,
     row,
-    scale,
     times,
 )
 
-__all__ = ["Channels", "channel_decays", "channel_products", "channel_shapes", "channels_of", "until_end"]
+__all__ = ["Channels", "carry_keys", "channel_decays", "channel_products", "channel_shapes", "channels_of", "meetings"]
 
 BLOCK = 16
 
@@ -46,6 +45,11 @@ class Channels(NamedTuple):
     start: Any  # (blocks + 1) x k: from the chunk's start to a block's start; the last one over the chunk
     rows: Any  # BLOCK x k: left factors at the start of their block
     way: Any  # 1 x k: a key on its way
+
+
+def meetings(c: int) -> int:
+    """Blocks of a chunk of c tokens at whose start earlier keys of the chunk are met, at least 1."""
+    return max(1, -(-c // BLOCK) - 1)
 
 
 def channel_shapes(c: int, k: int) -> list[tuple[int, int]]:
@@ -102,16 +106,31 @@ def at_least(y, least, n):
 
 
 @inner
-def until_end(into, room, keys, n, k, decays):
-    """Keys decayed to the end of their block, as the columns of a panel; ``room`` is a panel like the keys."""
+def carry_keys(met, carried, keys, n, k, decays):
+    """Carry the keys of a chunk from block to block, as all its queries will meet them.
+
+    Parameters
+    ----------
+    met : (meetings k, n)
+        Written: k rows for each block but the first, the keys before it, decayed to its start, as columns.
+    carried : (n, k)
+        Written: the keys decayed to the chunk's end, what is added to the state.
+    keys : (n, k)
+        A panel.
+    """
     apart()
-    for i in range(n):
-        times(row(room, i), row(keys, i), row(decays.until, i), k)
-    load_transposed(into, room, 0, n, k)
+    for first in range(0, n, BLOCK):
+        block = first // BLOCK
+        if first:
+            load_transposed(below(met, (block - 1) * k), carried, 0, first, k)
+        for j in range(first):
+            times(row(carried, j), row(carried, j), row(decays.block, block), k)
+        for j in range(first, min(first + BLOCK, n)):
+            times(row(carried, j), row(keys, j), row(decays.until, j), k)
 
 
 @inner
-def channel_products(scores, past, carried, x, keys, ended, n, k, decays, late, like):
+def channel_products(scores, past, met, x, keys, n, k, decays, late, like):
     """Decayed products x_i . k_j for j <= i (j < i if late), zeros above as far as products read.
 
     Parameters
@@ -120,12 +139,10 @@ def channel_products(scores, past, carried, x, keys, ended, n, k, decays, late, 
         Written.
     past : (n, k)
         Written: x decayed to the chunk's start, what meets the state.
-    carried : (k, n)
-        Written: the keys decayed to the chunk's end, what is added to the state.
+    met
+        The keys as of ``carry_keys``.
     x, keys : (n, k)
         Panels.
-    ended : (k, n)
-        The keys as of ``until_end``.
     late
         Whether x reads the state before its own step.
     """
@@ -138,11 +155,10 @@ def channel_products(scores, past, carried, x, keys, ended, n, k, decays, late, 
             else:
                 times(row(decays.rows, i - first), row(x, i), row(decays.since, i - late), k)
             times(row(past, i), row(decays.rows, i - first), row(decays.start, block), k)
-        multiply(below(scores, first), decays.rows, carried, m, first, k, real(like, 1), real(like, 0), full)
+        if first:
+            earlier = below(met, (block - 1) * k)
+            multiply(below(scores, first), decays.rows, earlier, m, first, k, real(like, 1), real(like, 0), full)
         multiply_block(scores, x, keys, first, first + m, n, k, decays, late, like)
-        for p in range(k):
-            scale(row(carried, p), row(decays.block, block)[p], first)
-            copy(move(row(carried, p), first), move(row(ended, p), first), m)
 
 
 @inner

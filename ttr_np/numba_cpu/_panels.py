@@ -13,7 +13,6 @@ time to compile. ``like`` is a number of the dtype that is computed in.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -28,7 +27,7 @@ from ._compile import apart, inner
 __all__ = [
     "ROWS", "Matrix", "add_scaled", "below", "clean_until", "copy", "dot", "fill", "full", "gather", "lanes",
     "load", "load_transposed", "lower", "matrix", "move", "multiply", "panel", "panels", "real", "row", "scale",
-    "scale_rows", "solve_unit_lower", "store", "times", "triangle",
+    "scale_rows", "solve_unit_lower", "store", "times", "transposed", "triangle",
 ]  # fmt: skip
 
 # One tile of a product is held in registers: ROWS x LINE bytes of sums, which hide the latency of multiply-add. Tiles
@@ -117,6 +116,12 @@ def below(x, i):
 
 
 @inner
+def transposed(x):
+    """A panel's rows as columns."""
+    return Matrix(x.data, x.column, x.step)
+
+
+@inner
 def copy(y, x, n):
     """y = x."""
     apart()
@@ -183,30 +188,37 @@ def dot(x, y, n, like):
     return total
 
 
-@inner
-def zero_if_finite(x, step, n, like):
-    """Zero, or NaN if a number is not finite."""
-    return zeros_of(x, n, like) if step == 1 else zeros_apart(x, step, n, like)
+@intrinsic
+def huge(typingctx: Any, like: Any) -> Any:
+    """A number whose square is finite, with room for sums of such squares."""
+    number = {32: 1e15, 64: 1e150}[like.bitwidth]
+    return like(like), lambda context, builder, signature, args: context.get_constant(like, number)
 
 
 @inner
-def zeros_of(x, n, like):
-    """Sum of zero times each number."""
+def count_bad(x, step, n, like):
+    """How many numbers are huge or not finite."""
+    return count_bad_of(x, n, like) if step == 1 else count_bad_apart(x, step, n, like)
+
+
+@inner
+def count_bad_of(x, n, like):
+    """As ``count_bad``, for numbers in a row."""
     apart()
-    zero = total = real(like, 0)
+    bad, most = np.int32(0), huge(like)
     for j in range(n):
-        total += x[j] * zero
-    return total
+        bad += np.int32(not abs(x[j]) <= most)
+    return bad
 
 
 @inner
-def zeros_apart(x, step, n, like):
-    """As ``zeros_of``, for numbers a step apart."""
+def count_bad_apart(x, step, n, like):
+    """As ``count_bad``, for numbers a step apart."""
     apart()
-    zero = total = real(like, 0)
+    bad, most = np.int32(0), huge(like)
     for j in range(n):
-        total += x[j * step] * zero
-    return total
+        bad += np.int32(not abs(x[j * step]) <= most)
+    return bad
 
 
 def spread_out(builder: Any, x: Any, vector: Any) -> Any:
@@ -376,23 +388,23 @@ def scale_rows(x, factors, n, columns):
 def clean_until(x, low, high, columns, gates, like):
     """The first of the rows low to high that holds a bad number, or ``high``: a product would spread it to other rows.
 
-    Bad is what is not finite; but minus infinity is a gate like any other.
+    Bad is what is not finite, or so large that a product may not be; but any gate below zero is a gate like others.
     """
     apart()
-    total = real(like, 0)
+    bad = np.int32(0)
     for i in range(low, high):
-        total += zero_if_finite(row(x, i), x.column, columns, like)
-    return high if total == 0 else first_bad(x, low, high, columns, gates)
+        bad += count_bad(row(x, i), x.column, columns, like)
+    return high if bad == 0 else first_bad(x, low, high, columns, gates, like)
 
 
 @inner
-def first_bad(x, low, high, columns, gates):
+def first_bad(x, low, high, columns, gates, like):
     """As ``clean_until``, number by number."""
     apart()
     for i in range(low, high):
         for j in range(columns):
             number = row(x, i)[j * x.column]
-            if math.isnan(number) or (math.isinf(number) and not (gates and number < 0)):
+            if not abs(number) <= huge(like) and not (gates and number < 0):
                 return i
     return high
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from threading import Lock
@@ -30,8 +30,17 @@ Scratch = tuple[np.dtype, Sequence[tuple[int, int]]]
 _kept: ContextVar[list[Work] | None] = ContextVar("ttr_np_kept", default=None)
 _pools: dict[int, ThreadPoolExecutor] = {}
 _lock = Lock()
+
+
+def forget_pools() -> None:
+    """A forked child has the pools' names but not their threads, and perhaps a lock that nobody will release."""
+    global _lock
+    _lock = Lock()
+    _pools.clear()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pools.clear)  # a child has the pools' names but not their threads
+    os.register_at_fork(after_in_child=forget_pools)
 
 
 def pool(threads: int) -> ThreadPoolExecutor:
@@ -40,6 +49,14 @@ def pool(threads: int) -> ThreadPoolExecutor:
         if threads not in _pools:
             _pools[threads] = ThreadPoolExecutor(threads - 1, thread_name_prefix="ttr_np")
         return _pools[threads]
+
+
+def start(function: Callable[..., None], *arguments: Any) -> Future[None] | None:
+    """Let a helper call a function; None where the interpreter is going down and starts no thread any more."""
+    try:
+        return pool(get_num_threads()).submit(function, *arguments)
+    except RuntimeError:
+        return None
 
 
 class Pieces:
@@ -74,7 +91,7 @@ class Work(NamedTuple):
         """Do all jobs, on Numba's number of threads."""
         threads = 1 if self.cost < WORTH else min(get_num_threads(), self.jobs)
         pieces = Pieces(self.jobs, min(self.jobs, PIECES * threads)) if threads > 1 else [(0, self.jobs)]
-        helpers = [pool(get_num_threads()).submit(self.do, pieces) for _ in range(threads - 1)]
+        helpers = [helper for _ in range(threads - 1) if (helper := start(self.do, pieces)) is not None]
         try:
             self.do(pieces)
         finally:

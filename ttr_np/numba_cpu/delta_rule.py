@@ -16,7 +16,7 @@ from ..calling import run
 from ..notation import DeltaRuleState
 from ..solvers._chunks import output_like
 from ._cache import compiled
-from ._channels import BLOCK, channel_decays, channel_products, channel_shapes, channels_of, until_end
+from ._channels import BLOCK, carry_keys, channel_decays, channel_products, channel_shapes, channels_of, meetings
 from ._compile import apart, inner, spliced
 from ._gates import exp, step_decays, weigh
 from ._lanes import (
@@ -56,6 +56,7 @@ from ._panels import (
     scale_rows,
     solve_unit_lower,
     store,
+    transposed,
     triangle,
 )
 from ._sequences import NO_GATES, PER_CHANNEL, PER_STEP, column_blocks, lay_out
@@ -149,8 +150,8 @@ class Room(NamedTuple):
     """Panels of one thread, for chunks of c tokens."""
 
     S: Any  # k x v
-    keys: Any  # k x c
-    carried: Any  # k x c: keys decayed to the chunk's end
+    keys: Any  # k x c, as often as they are met
+    carried: Any  # c x k: keys decayed to the chunk's end
     errors: Any  # c x v
     past: Any  # c x k: queries decayed to the chunk's start
     rows: Any  # c x k: keys
@@ -163,7 +164,7 @@ class Room(NamedTuple):
 
 def shapes(k: int, v: int, c: int, gates: int) -> list[tuple[int, int]]:
     """Shapes of the panels of ``Room`` and, behind them, of ``Channels``."""
-    room = [(k, v), (k, c), (k, c), (c, v), (c, k), (c, k), (c, k), (c, c), (c, v), (c, c), (1, c + 1)]
+    room = [(k, v), (k * meetings(c), c), (c, k), (c, v), (c, k), (c, k), (c, k), (c, c), (c, v), (c, c), (1, c + 1)]
     return room + channel_shapes(c, k if gates == PER_CHANNEL else 0)
 
 
@@ -350,7 +351,7 @@ def prepare(sizes, job, room, decays, low, n, like):
     if sizes.gates == PER_CHANNEL:
         channel_decays(job.gates, low, n, sizes.k, decays, like)
         load(room.rows, job.k, low, n, 0, sizes.k)
-        until_end(room.keys, room.past, room.rows, n, sizes.k, decays)
+        carry_keys(room.keys, room.carried, room.rows, n, sizes.k, decays)
     else:
         load_transposed(room.keys, job.k, low, n, sizes.k)
         if sizes.gates:
@@ -364,9 +365,7 @@ def products(sizes, job, x, room, decays, n, like):
     one, zero, past = real(like, 1), real(like, 0), x
     if sizes.gates == PER_CHANNEL:
         load(room.queries, x, 0, n, 0, sizes.k)
-        channel_products(
-            room.scores, room.past, room.carried, room.queries, room.rows, room.keys, n, sizes.k, decays, 0, like
-        )
+        channel_products(room.scores, room.past, room.keys, room.queries, room.rows, n, sizes.k, decays, 0, like)
         past = room.past
     else:
         multiply(room.scores, x, room.keys, n, n, sizes.k, one, zero, triangle)
@@ -403,7 +402,7 @@ def memorise(sizes, job, room, decays, n, like):
     apart()
     keys, keep = room.keys, real(like, 1)
     if sizes.gates == PER_CHANNEL:
-        keys = room.carried
+        keys = transposed(room.carried)
         scale_rows(room.S, row(decays.start, (n + BLOCK - 1) // BLOCK), sizes.k, job.columns)
     elif sizes.gates:
         keep = row(room.since, 0)[n]

@@ -16,7 +16,7 @@ from ..calling import run
 from ..notation import DplrState
 from ..solvers._chunks import output_like
 from ._cache import compiled
-from ._channels import BLOCK, channel_decays, channel_products, channel_shapes, channels_of, until_end
+from ._channels import BLOCK, carry_keys, channel_decays, channel_products, channel_shapes, channels_of, meetings
 from ._compile import apart, inner, spliced
 from ._gates import exp, step_decays, weigh
 from ._panels import (
@@ -39,6 +39,7 @@ from ._panels import (
     scale_rows,
     solve_unit_lower,
     store,
+    transposed,
     triangle,
 )
 from ._sequences import NO_GATES, PER_CHANNEL, PER_STEP, column_blocks, lay_out
@@ -122,8 +123,8 @@ class Job(NamedTuple):
 class Side(NamedTuple):
     """One kind of keys of a chunk: those of the pairs, or those that readings are written to."""
 
-    keys: Any  # k x c
-    carried: Any  # k x c: decayed to the chunk's end
+    keys: Any  # k x c, as often as they are met
+    carried: Any  # c x k: decayed to the chunk's end
     rows: Any  # c x k
 
 
@@ -144,7 +145,7 @@ class Room(NamedTuple):
 def shapes(k: int, v: int, c: int, gates: int) -> list[tuple[int, int]]:
     """Shapes of the panels of ``Room``, two ``Side`` and, behind them, of ``Channels``."""
     room = [(k, v), (c, v), (c, v), (c, k), (c, k), (c, c), (c, v), (c, c), (1, c + 1)]
-    return room + 2 * [(k, c), (k, c), (c, k)] + channel_shapes(c, k if gates == PER_CHANNEL else 0)
+    return room + 2 * [(k * meetings(c), c), (c, k), (c, k)] + channel_shapes(c, k if gates == PER_CHANNEL else 0)
 
 
 @compiled
@@ -227,8 +228,8 @@ def prepare(sizes, job, room, stored, written, decays, low, n, like):
         channel_decays(job.gates, low, n, sizes.k, decays, like)
         load(stored.rows, job.k, low, n, 0, sizes.k)
         load(written.rows, job.b, low, n, 0, sizes.k)
-        until_end(stored.keys, room.past, stored.rows, n, sizes.k, decays)
-        until_end(written.keys, room.past, written.rows, n, sizes.k, decays)
+        carry_keys(stored.keys, stored.carried, stored.rows, n, sizes.k, decays)
+        carry_keys(written.keys, written.carried, written.rows, n, sizes.k, decays)
     else:
         load_transposed(stored.keys, job.k, low, n, sizes.k)
         load_transposed(written.keys, job.b, low, n, sizes.k)
@@ -242,9 +243,7 @@ def products(sizes, x, side, room, decays, n, late, like):
     apart()
     if sizes.gates == PER_CHANNEL:
         load(room.left, x, 0, n, 0, sizes.k)
-        channel_products(
-            room.scores, room.past, side.carried, room.left, side.rows, side.keys, n, sizes.k, decays, late, like
-        )
+        channel_products(room.scores, room.past, side.keys, room.left, side.rows, n, sizes.k, decays, late, like)
     else:
         multiply(room.scores, x, side.keys, n, n, sizes.k, real(like, 1), real(like, 0), triangle)
         weigh(room.scores, room.pairs, n, sizes.gates, late, like)
@@ -291,7 +290,7 @@ def memorise(sizes, job, room, stored, written, decays, n, like):
     apart()
     pair_keys, read_keys, keep, one = stored.keys, written.keys, real(like, 1), real(like, 1)
     if sizes.gates == PER_CHANNEL:
-        pair_keys, read_keys = stored.carried, written.carried
+        pair_keys, read_keys = transposed(stored.carried), transposed(written.carried)
         scale_rows(room.S, row(decays.start, (n + BLOCK - 1) // BLOCK), sizes.k, job.columns)
     elif sizes.gates:
         keep = row(room.since, 0)[n]

@@ -17,7 +17,7 @@ from ..notation import LinearAttentionState
 from ..solvers._chunks import output_like
 from ..solvers.linear_attention import start
 from ._cache import compiled
-from ._channels import BLOCK, channel_decays, channel_products, channel_shapes, channels_of, until_end
+from ._channels import BLOCK, carry_keys, channel_decays, channel_products, channel_shapes, channels_of, meetings
 from ._compile import apart, inner, spliced
 from ._gates import exp, step_decays, weigh
 from ._panels import (
@@ -41,6 +41,7 @@ from ._panels import (
     scale_rows,
     store,
     times,
+    transposed,
     triangle,
 )
 from ._sequences import NO_GATES, PER_CHANNEL, PER_STEP, column_blocks, lay_out
@@ -137,8 +138,8 @@ class Room(NamedTuple):
 
     S: Any  # k x v
     z: Any  # 1 x k
-    keys: Any  # k x c
-    carried: Any  # k x c: keys decayed to the chunk's end
+    keys: Any  # k x c, as often as they are met
+    carried: Any  # c x k: keys decayed to the chunk's end
     values: Any  # c x v
     past: Any  # c x k: queries decayed to the chunk's start
     rows: Any  # c x k: keys
@@ -151,7 +152,8 @@ class Room(NamedTuple):
 
 def shapes(k: int, v: int, c: int, gates: int) -> list[tuple[int, int]]:
     """Shapes of the panels of ``Room`` and, behind them, of ``Channels``."""
-    room = [(k, v), (1, k), (k, c), (k, c), (c, v), (c, k), (c, k), (c, k), (c, c), (c, v), (c, c), (1, c + 1)]
+    room = [(k, v), (1, k), (k * meetings(c), c), (c, k), (c, v), (c, k), (c, k), (c, k)]
+    room += [(c, c), (c, v), (c, c), (1, c + 1)]
     return room + channel_shapes(c, k if gates == PER_CHANNEL else 0)
 
 
@@ -252,7 +254,7 @@ def prepare(sizes, job, room, decays, low, n, like):
     if sizes.gates == PER_CHANNEL:
         channel_decays(job.gates, low, n, sizes.k, decays, like)
         load(room.rows, job.k, low, n, 0, sizes.k)
-        until_end(room.keys, room.past, room.rows, n, sizes.k, decays)
+        carry_keys(room.keys, room.carried, room.rows, n, sizes.k, decays)
     else:
         load_transposed(room.keys, job.k, low, n, sizes.k)
         if sizes.gates:
@@ -268,7 +270,7 @@ def answer(sizes, job, reader, room, decays, low, n, scale):
     if sizes.gates == PER_CHANNEL:
         load(room.queries, q, 0, n, 0, k)
         channel_products(
-            room.scores, room.past, room.carried, room.queries, room.rows, room.keys, n, k, decays, sizes.late, scale
+            room.scores, room.past, room.keys, room.queries, room.rows, n, k, decays, sizes.late, scale
         )
         multiply(room.answers, room.past, room.S, n, columns, k, one, zero, full)
     else:
@@ -335,7 +337,7 @@ def memorise(sizes, job, room, decays, n, like):
     z, keep, k = row(room.z, 0), real(like, 1), sizes.k
     keys = room.keys
     if sizes.gates == PER_CHANNEL:
-        keys, keeps = room.carried, row(decays.start, (n + BLOCK - 1) // BLOCK)
+        keys, keeps = transposed(room.carried), row(decays.start, (n + BLOCK - 1) // BLOCK)
         scale_rows(room.S, keeps, k, job.columns)
         times(z, z, keeps, k)
     elif sizes.gates:
@@ -347,8 +349,18 @@ def memorise(sizes, job, room, decays, n, like):
         if sizes.gates != PER_STEP:
             fill(left, real(like, 1), n)
         for p in range(k):
-            z[p] += dot(row(keys, p), left, n, like)
+            z[p] += along(row(keys, p), keys.column, left, n, like)
     multiply(room.S, keys, room.values, k, job.columns, n, real(like, 1), keep, full)
+
+
+@inner
+def along(x, step, y, n, like):
+    """x . y for numbers of x that are a step apart."""
+    apart()
+    total = real(like, 0)
+    for j in range(n):
+        total += x[j * step] * y[j]
+    return total
 
 
 @inner
