@@ -155,7 +155,10 @@ def reason(backend: str) -> str:
         import_module(needed)
     except Exception as problem:  # a package built for another NumPy or driver fails in its own ways
         return f"{needed} does not import: {problem}"
-    return "ok" if backend == "numba" else import_module(BACKENDS[backend]).reason()
+    if backend == "numba":
+        off = import_module("numba").config.DISABLE_JIT
+        return "Numba's compiler is switched off (NUMBA_DISABLE_JIT)" if off else "ok"
+    return import_module(BACKENDS[backend]).reason()
 
 
 def available_backends() -> dict[str, str]:
@@ -224,6 +227,9 @@ def refused(backend: str, operator: str, options: Mapping[str, Any] | None) -> s
     """Why a backend's module cannot serve a call with these options: what its ``refusal`` says, if it has one."""
     if options is None:
         return None
+    for name, x in options.items():
+        if backend == "numba" and getattr(x, "dtype", None) in (np.longdouble, np.clongdouble):
+            return f"backend 'numba' computes in float32 and float64; {name} is {x.dtype}"
     module = import_module(f"{BACKENDS[backend]}.{operator}")
     return module.refusal(**options) if hasattr(module, "refusal") else None
 
@@ -326,7 +332,7 @@ def resolve_backend(operator: str, *arrays: Any, backend: Choice | None = None) 
 
 def call(operator: str, backend: Choice | None, arrays: Mapping[str, Any], **options: Any) -> Any:
     """Run an operator on the backend in force."""
-    name = resolve(operator, chosen(backend), home_of(arrays).device, options)
+    name = resolve(operator, chosen(backend), home_of(arrays).device, {**arrays, **options})
     if name not in ON_GPU:
         arrays, options = ({key: through_dlpack(x) for key, x in given.items()} for given in (arrays, options))
     return getattr(import_module(f"{BACKENDS[name]}.{operator}"), operator)(**arrays, **options)

@@ -20,7 +20,7 @@ import numpy as np
 from . import operators
 from .backends import BACKENDS, call, chosen, resolve
 from .calling import as_array
-from .notation import ARRAYS, OPERATORS
+from .notation import ARRAYS, GATES, OPERATORS
 
 __all__ = ["Stream"]
 
@@ -101,19 +101,23 @@ class Stream:
     ) -> None:
         if operator not in OPERATORS:
             raise ValueError(f"unknown operator {operator!r}; the operators are {', '.join(OPERATORS)}")
-        self.operator, self.dtype = operator, np.dtype(dtype)
-        signature = OPERATORS[operator]
-        self.names = [name for name in signature.arrays + signature.optional if has_time(name) and name in given]
-        shapes = {name: given.pop(name) for name in self.names}
+        self.operator, self.dtype = operator, checked_dtype(dtype)
+        self.names, shapes, fixed = declared(operator, given)
+        self._made_of = {"dtype": self.dtype, "backend": backend} | shapes | fixed
         self._tokens = {name: harmless(name, shape, self._compute) for name, shape in shapes.items()}
         axes = {name: time_axis(name, x, self._tokens) for name, x in self._tokens.items()}
         self._long = {name: np.expand_dims(x, axes[name]) for name, x in self._tokens.items()}
-        self._options, self._state = given | {"backend": backend}, initial_state
+        self._backend = resolve(operator, chosen(backend), "cpu", self._long | fixed)
+        self._options, self._state = fixed, initial_state
         o, _ = self._whole(self._long)  # refuses what is wrong before the first token, and compiles
         self._shape, self._output = o[..., 0, :].shape, self.dtype if o.dtype == self._compute else o.dtype
         self._loop = self._kept()
         none = {name: np.take(x, [], axis=axes[name]) for name, x in self._long.items()}
         self._state = self._whole(none)[1] if self._loop is None else self._loop.state
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are made anew around a copy of the state: arrays of another stream are not theirs."""
+        return again, (self.operator, self._made_of | {"initial_state": self.state})
 
     @property
     def _compute(self) -> np.dtype:
@@ -123,20 +127,21 @@ class Stream:
     def _whole(self, sequence: Mapping[str, np.ndarray]) -> tuple[np.ndarray, Any]:
         """The operator itself, on the token as a sequence of length one, or on none."""
         door = getattr(operators, self.operator)
-        return door(**sequence, **self._options, initial_state=self._state, output_final_state=True)
+        common = {"initial_state": self._state, "output_final_state": True, "backend": self._backend}
+        return door(**sequence, **self._options, **common)
 
     def _kept(self) -> Loop | None:
         """The work of a step, if the backend can keep it: that of a state of fixed size, all of it in place."""
-        options = dict(self._options)
-        name = resolve(self.operator, chosen(options.pop("backend")), "cpu", options)
         grows = any(axes.startswith("n") for axes in OPERATORS[self.operator].state.values())
-        if name != "numba" or grows:
+        if self._backend != "numba" or grows:
             return None
-        arrays = self._long | {key: options.pop(key) for key in list(options) if key in ARRAYS}
-        held = call(self.operator, name, arrays, **options, initial_state=self._state, hold=True)
+        fixed = {name: x for name, x in self._options.items() if name in ARRAYS}
+        options = {name: x for name, x in self._options.items() if name not in ARRAYS}
+        given = {"initial_state": self._state, "hold": True}
+        held = call(self.operator, self._backend, self._long | fixed, **options, **given)
         if not all(np.shares_memory(x, held.arguments[key]) for key, x in self._long.items() if x.size):
             return None
-        threads = import_module(f"{BACKENDS[name]}._threads")
+        threads = import_module(f"{BACKENDS[self._backend]}._threads")
         with threads.keeping() as works:
             o, after = held.core(**held.arguments, state=held.state)
         steps = [work.again() for work in works]
@@ -164,11 +169,12 @@ class Stream:
         ValueError, TypeError
             If a shape, a dtype or a number is wrong; the memory is then as it was.
         """
-        given = zip(self.names, token, strict=True) if len(token) == len(self.names) else self._named(token, named)
+        plain = len(token) == len(self.names) and not named
+        given = zip(self.names, token, strict=True) if plain else self._named(token, named)
         for name, x in given:
             take(name, self._tokens[name], x)
         if out is not None:
-            check_out(out, self._shape)
+            check_out(out, self._shape, self._output)
         answer = None if self._loop is None else self._loop()
         if answer is None:
             answer = self._slowly()
@@ -206,12 +212,52 @@ def has_time(name: str) -> bool:
     return ARRAYS[name].axes.startswith("t")
 
 
+def again(operator: str, made_of: Mapping[str, Any]) -> Stream:
+    """A stream like another."""
+    return Stream(operator, **made_of)
+
+
+def checked_dtype(dtype: Any) -> np.dtype:
+    """The dtype of a stream: floats of this machine, real or complex; integers become float64."""
+    dtype = np.dtype(dtype)
+    if dtype.kind in "iu":
+        return np.dtype(np.float64)
+    if dtype.kind not in "fc" and dtype.name != "bfloat16" or not dtype.isnative:
+        raise TypeError(f"dtype is {dtype}; a stream needs floats in the byte order of this machine")
+    return dtype
+
+
+def declared(operator: str, given: Mapping[str, Any]) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
+    """Names of a token's arrays in their order, the shape of each, and all other arguments.
+
+    Raises
+    ------
+    TypeError
+        If an array that the operator needs is missing, or for a keyword that makes no sense for one token.
+    """
+    for name in ("mask", "cu_seqlens", "output_final_state"):
+        if name in given:
+            raise TypeError(f"a stream takes no {name}: it is one sequence, every token of it memorised")
+    signature = OPERATORS[operator]
+    names = [name for name in signature.arrays + signature.optional if has_time(name) and given.get(name) is not None]
+    for name in signature.arrays:
+        if given.get(name) is None:
+            what = "the shape of one token" if has_time(name) else "the array itself"
+            raise TypeError(f"{name} is missing: a stream of {operator} needs {what}")
+    others = {name: x for name, x in given.items() if name not in names and not (name in ARRAYS and x is None)}
+    return names, {name: given[name] for name in names}, others
+
+
+def is_size(n: Any) -> bool:
+    """Whether something is the length of an axis."""
+    return isinstance(n, (int, np.integer)) and not isinstance(n, bool) and n >= 0
+
+
 def harmless(name: str, shape: Any, dtype: np.dtype) -> np.ndarray:
     """A token that every operator takes."""
-    sizes = (shape,) if isinstance(shape, (int, np.integer)) else shape
-    if not isinstance(sizes, (tuple, list)) or not all(isinstance(n, (int, np.integer)) and n >= 0 for n in sizes):
-        raise TypeError(f"{name} is {shape!r}; a stream needs the shape of one token, a tuple of sizes")
-    return np.full(tuple(sizes), 0.0 if name == "log_decay" else 1.0, np.finfo(dtype).dtype if name != "x" else dtype)
+    if not isinstance(shape, (tuple, list)) or not all(is_size(n) for n in shape):
+        raise TypeError(f"{name} is {shape!r}; a stream needs the shape of one token, a tuple of sizes: (), (64,) ...")
+    return np.full(tuple(shape), 0.0 if name == "log_decay" else 1.0, np.finfo(dtype).dtype if name != "x" else dtype)
 
 
 def time_axis(name: str, x: np.ndarray, tokens: Mapping[str, np.ndarray]) -> int:
@@ -225,19 +271,21 @@ def time_axis(name: str, x: np.ndarray, tokens: Mapping[str, np.ndarray]) -> int
 def take(name: str, into: np.ndarray, x: Any) -> None:
     """Copy one array of a token in."""
     if type(x) is not np.ndarray or x.dtype != into.dtype:
-        listed = not hasattr(x, "dtype")
+        was = getattr(x, "dtype", None)
         x = as_array(name, x)
-        if not np.can_cast(x.dtype, into.dtype, "same_kind" if listed else "safe"):
-            raise TypeError(f"{name} has dtype {x.dtype}; this stream was made for {into.dtype}")
+        if not np.can_cast(x.dtype, into.dtype, "same_kind" if was is None or name in GATES else "safe"):
+            raise TypeError(f"{name} has dtype {was}; this stream was made for {into.dtype}")
     if x.shape != into.shape:
         raise ValueError(f"{name} has shape {x.shape}; a token of this stream needs {into.shape}")
     into[...] = x
 
 
-def check_out(out: Any, shape: tuple[int, ...]) -> None:
+def check_out(out: Any, shape: tuple[int, ...], dtype: np.dtype) -> None:
     """An array that can take the answer."""
     if not isinstance(out, np.ndarray) or out.shape != shape:
         raise ValueError(f"out has shape {np.shape(out)}; the answer has {shape}")
+    if not np.can_cast(dtype, out.dtype, "same_kind"):
+        raise TypeError(f"out has dtype {out.dtype}; the answer has {dtype}")
     if not out.flags.writeable:
         raise ValueError("out is read-only")
 

@@ -73,7 +73,7 @@ def kernel_ridge(
         raise ValueError(f"ridge must be a finite number >= 0, got {ridge}")
     if np.ndim(bandwidth) or not 0 < bandwidth < np.inf:
         raise ValueError(f"bandwidth must be a positive finite number, got {bandwidth}")
-    options = {"kernel": kernel, "bandwidth": float(bandwidth), "ridge": float(ridge), "causal": causal}
+    options = {"kernel": kernel, "bandwidth": float(bandwidth), "ridge": float(ridge), "causal": bool(causal)}
     return run(core, "kernel_ridge", {"q": q, "k": k, "v": v}, options, start=empty_cache, **common)
 
 

@@ -66,7 +66,7 @@ def linear_attention(
 ) -> Any:
     """Linear attention; see ``ttr_np.linear_attention``."""
     arrays = {"q": q, "k": k, "v": v, "log_decay": log_decay, "bonus": bonus}
-    options = {"normalize": normalize, "scale": scale}
+    options = {"normalize": bool(normalize), "scale": scale}
     return run(core, "linear_attention", arrays, options, start=partial(start, normalize), **common)
 
 

@@ -59,7 +59,7 @@ def local_polynomial(
     if problem:
         raise NotImplementedError(problem)
     options = {"degree": degree, "kernel": kernel, "scale": scale, "bandwidth": bandwidth, "ridge": ridge}
-    options |= {"causal": causal, "window": window, "keep": bool(common.get("output_final_state"))}
+    options |= {"causal": bool(causal), "window": window, "keep": bool(common.get("output_final_state"))}
     arrays = {"q": q, "k": k, "v": v, "log_decay": log_decay}
     return run(core, "local_polynomial", arrays, options, start=empty_cache, **common)
 

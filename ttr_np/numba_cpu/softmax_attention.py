@@ -48,7 +48,7 @@ def softmax_attention(
 ) -> Any:
     """Softmax attention; see ``ttr_np.softmax_attention``."""
     check_options(q, log_decay, causal, window, sinks)
-    options = {"scale": scale, "causal": causal, "window": window, "sinks": sinks}
+    options = {"scale": scale, "causal": bool(causal), "window": window, "sinks": sinks}
     options["keep"] = bool(common.get("output_final_state"))
     arrays = {"q": q, "k": k, "v": v, "log_decay": log_decay}
     return run(core, "softmax_attention", arrays, options, start=empty_cache, **common)

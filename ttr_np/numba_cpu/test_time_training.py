@@ -91,8 +91,13 @@ def test_time_training(
 test_time_training.__test__ = False  # type: ignore[attr-defined]  # its name begins like that of a test
 
 
-def refusal(*, memory: Any, **options: Any) -> str | None:
+def refusal(*, memory: Any, k: Any = None, v: Any = None, **options: Any) -> str | None:
     """Why a call with these options cannot be compiled, or None."""
+    for name in ("scale", "offset"):
+        own = np.shape(getattr(memory, name, None))[:-1]
+        lead = np.broadcast_shapes(np.shape(k)[:-2], np.shape(v)[:-2]) if own and k is not None else own
+        if np.broadcast_shapes(own, lead) != lead:
+            return f"backend 'numba' has no memory whose {name} differs among queries: its leading axes are {own}"
     parts = {"memory": (memory, (Linear, MLP))}
     if type(memory) in (Linear, MLP):
         parts |= {"loss": (memory.loss, (Squared, Huber, PNorm)), "retention": (memory.retention, (L2Retention,))}
