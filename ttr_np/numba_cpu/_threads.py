@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numba import get_num_threads
@@ -20,6 +19,9 @@ from numba import get_num_threads
 from ._cache import compiled
 from ._panels import panels
 from ._sequences import Layout
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
 
 __all__ = ["Work", "keeping", "share", "within"]
 
@@ -45,6 +47,8 @@ if hasattr(os, "register_at_fork"):
 
 def pool(threads: int) -> ThreadPoolExecutor:
     """The helpers of the calling thread, kept for the next call."""
+    from concurrent.futures import ThreadPoolExecutor  # which cannot be imported while the interpreter goes down
+
     with _lock:
         if threads not in _pools:
             _pools[threads] = ThreadPoolExecutor(threads - 1, thread_name_prefix="ttr_np")
