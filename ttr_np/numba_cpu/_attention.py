@@ -1,4 +1,4 @@
-"""What kernels over cached pairs share: which pairs a query sees, and powers of two.
+"""What kernels over cached pairs share: which pairs a query sees, and their weights.
 
 Pairs are counted in slots: those that are memorised, oldest first, the cached ones in front. What a query sees of them
 is then two ranges, whatever masks, caches and windows there are: the first few (the sinks), and those from ``first`` to
@@ -15,54 +15,15 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
-from numpy.polynomial import Chebyshev, Polynomial
 
 from ..notation import CacheState
 from ..solvers._cache import join, positions
 from ._cache import compiled
-from ._panels import WIDE
+from ._powers import VECTOR, constant, exp2
 
-__all__ = ["LOG2E", "Pairs", "pairs_of", "weigh", "width"]
+__all__ = ["Pairs", "pairs_of", "weigh", "width"]
 
-VECTOR = 512 if WIDE else 256  # bits
-
-LOG2E = 1.0 / math.log(2.0)
 GROUP = 3  # vectors of queries weighed side by side: enough to hide the latency of a polynomial
-
-NEAR = Chebyshev.interpolate(np.exp2, 6, domain=[-0.5, 0.5]).convert(kind=Polynomial, domain=[-1, 1], window=[-1, 1])
-SERIES = {  # of 2^r for |r| <= 1/2, highest power first: 0.9 units in the last place
-    32: tuple(NEAR.coef[::-1]),
-    64: tuple(math.log(2.0) ** n / math.factorial(n) for n in range(13, -1, -1)),
-}
-
-
-def exp2(builder: Any, x: Any, bits: int) -> Any:
-    """Code of 2^x for a vector x <= 0 of floats; 0 below the smallest normal number.
-
-    x = n + r: adding a large number rounds to the integer n, in the last bits of the sum; 2^n is written into the
-    exponent of a number, and 2^r is a polynomial.
-    """
-    digits, largest = {32: (23, 127), 64: (52, 1023)}[bits]
-    integers = ir.VectorType(ir.IntType(bits), x.type.count)
-    multiply_add = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(x.type, [x.type] * 3), f"llvm.fmuladd.v{x.type.count}f{bits}"
-    )
-    shift = constant(x.type, 1.5 * 2.0**digits)
-    rounded = builder.fadd(x, shift)
-    r = builder.fsub(x, builder.fsub(rounded, shift))
-    series = constant(x.type, SERIES[bits][0])
-    for term in SERIES[bits][1:]:
-        series = builder.call(multiply_add, [series, r, constant(x.type, term)])
-    n = builder.add(builder.bitcast(rounded, integers), constant(integers, largest))
-    power = builder.bitcast(builder.shl(n, constant(integers, digits)), x.type)
-    faint = builder.fcmp_ordered("<", x, constant(x.type, 1.0 - largest))
-    return builder.select(faint, constant(x.type, 0.0), builder.fmul(series, power))
-
-
-def constant(vector: Any, value: float) -> Any:
-    """The same number everywhere in a vector."""
-    value = float(np.float32(value)) if isinstance(vector.element, ir.FloatType) else value
-    return ir.Constant(vector, [value] * vector.count)
 
 
 @intrinsic

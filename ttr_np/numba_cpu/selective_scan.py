@@ -11,14 +11,32 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from ..calling import run
 from ..notation import SelectiveScanState
 from ..solvers.selective_scan import output
 from ._cache import compiled
 from ._compile import apart, inner
-from ._gates import exp
-from ._panels import add_scaled, fill, gather, load_transposed, matrix, move, panel, real, row, times
+from ._panels import (
+    add_scaled,
+    copy,
+    fill,
+    gather,
+    load_transposed,
+    matrix,
+    move,
+    panel,
+    real,
+    row,
+    scale,
+    spread_out,
+    times,
+)
+from ._powers import LOG2E, VECTOR, constant, exp2
 from ._sequences import lay_out
 from ._threads import share
 
@@ -84,10 +102,14 @@ def kernel(table, places, steps, sizes, like, begin, stop):
         load_transposed(h, state, low, channels, n)
         A = matrix(places[RATES, memory, 0], steps[RATES, 0], steps[RATES, 1], like)
         load_transposed(rates, A, low, channels, n)
+        for j in range(n):
+            scale(row(rates, j), real(like, LOG2E), channels)
         for i in range(t):
             advance(h, rates, line, places, steps, memory, i, low, channels, n, like)
             for group in range(places.shape[2]):
-                answer(h, line, places, steps, memory, group, i, low, channels, n, like)
+                if group:
+                    see(h, line, places, steps, memory, group, i, channels, n, like)
+                answer(line, places, steps, memory, group, i, low, channels, like)
         for c in range(channels):
             for j in range(n):
                 row(state, low + c)[j] = row(h, j)[c]
@@ -110,27 +132,70 @@ def advance(h, rates, line, places, steps, memory, i, low, channels, n, like):
     gather(line.u, u, u_step, channels)
     gather(line.delta, delta, delta_step, channels)
     times(line.entered, line.delta, line.u, channels)
-    for j in range(n):
-        decay_and_enter(row(h, j), row(rates, j), line.delta, line.entered, b[j * b_step], channels)
+    c, c_step = at(places, steps, C, memory, 0, i, 0, like)
+    step_all(
+        h.data, rates.data, h.step, line.delta, line.entered, line.o, b, b_step, c, c_step, channels, n
+    )
+
+
+@intrinsic
+def step_all(
+    typingctx: Any, h: Any, rates: Any, step: Any, delta: Any, entered: Any, o: Any, b: Any, b_step: Any, c: Any,
+    c_step: Any, channels: Any, n: Any,
+) -> Any:  # fmt: skip
+    """h = 2^(delta rate) h + entered b and o = c . h, whole vectors of channels; rates are in powers of two."""
+    bits = h.dtype.bitwidth
+    vector = ir.VectorType(ir.FloatType() if bits == 32 else ir.DoubleType(), VECTOR // bits)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        h, rates, step, delta, entered, o, b, b_step, c, c_step, channels, n = args
+        word, width = ir.IntType(64), ir.IntType(64)(vector.count)
+        kind = ir.FunctionType(vector, [vector] * 3)
+        fma = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fmuladd.v{vector.count}f{bits}")
+
+        def place(base: Any, offset: Any) -> Any:
+            return builder.bitcast(builder.gep(base, [offset]), vector.as_pointer())
+
+        def everywhere(base: Any, offset: Any) -> Any:
+            return spread_out(builder, builder.load(builder.gep(base, [offset])), vector)
+
+        total = cgutils.alloca_once_value(builder, constant(vector, 0.0))
+        vectors = builder.udiv(builder.add(channels, builder.sub(width, word(1))), width)
+        with cgutils.for_range(builder, vectors, intp=word) as outer:
+            first = builder.mul(outer.index, width)
+            delta_v, entered_v = (builder.load(place(x, first), align=bits // 8) for x in (delta, entered))
+            builder.store(constant(vector, 0.0), total)
+            with cgutils.for_range(builder, n, intp=word) as loop:
+                at = builder.add(builder.mul(loop.index, step), first)
+                power = builder.fmul(delta_v, builder.load(place(rates, at), align=bits // 8))
+                new = builder.fmul(exp2(builder, power, bits), builder.load(place(h, at), align=bits // 8))
+                new = builder.call(fma, [entered_v, everywhere(b, builder.mul(loop.index, b_step)), new])
+                builder.store(new, place(h, at), align=bits // 8)
+                seen = everywhere(c, builder.mul(loop.index, c_step))
+                builder.store(builder.call(fma, [seen, new, builder.load(total)]), total)
+            builder.store(builder.load(total), place(o, first), align=bits // 8)
+        return context.get_dummy_value()
+
+    word = types.intp
+    return types.void(h, h, word, h, h, h, h, word, h, word, word, word), codegen
 
 
 @inner
-def decay_and_enter(h, rate, delta, entered, b, channels):
-    """h = exp(delta rate) h + entered b."""
-    apart()
-    for c in range(channels):
-        h[c] = exp(delta[c] * rate[c]) * h[c] + entered[c] * b
-
-
-@inner
-def answer(h, line, places, steps, memory, group, i, low, channels, n, like):
-    """What one reader sees of the memory at one step."""
+def see(h, line, places, steps, memory, group, i, channels, n, like):
+    """What another reader than the first sees of the memory at one step."""
     apart()
     reader, step = at(places, steps, C, memory, group, i, 0, like)
-    o = move(row(matrix(places[O, memory, group], steps[O, 0], 1, like), i), low)
-    fill(o, like, channels)
+    fill(line.o, like, channels)
     for j in range(n):
-        add_scaled(o, reader[j * step], row(h, j), channels)
+        add_scaled(line.o, reader[j * step], row(h, j), channels)
+
+
+@inner
+def answer(line, places, steps, memory, group, i, low, channels, like):
+    """What was seen, and the direct path."""
+    apart()
+    o = move(row(matrix(places[O, memory, group], steps[O, 0], 1, like), i), low)
+    copy(o, line.o, channels)
     if places[DIRECT, memory, group]:
         direct = row(matrix(places[DIRECT, memory, group], 0, 1, like), 0)
         gather(line.D, move(direct, low * steps[DIRECT, 0]), steps[DIRECT, 0], channels)

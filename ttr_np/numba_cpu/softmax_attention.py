@@ -19,10 +19,11 @@ from ..notation import CacheState
 from ..solvers._cache import append, check_options, empty_cache
 from ..solvers._chunks import NO_PAST, output_like
 from ..solvers.softmax_attention import scale_of
-from ._attention import LOG2E, pairs_of, weigh, width
+from ._attention import pairs_of, weigh, width
 from ._cache import compiled
 from ._compile import apart, inner
 from ._panels import LINE, ROWS, Matrix, below, full, load, matrix, move, multiply, panel, pointer, real, row
+from ._powers import LOG2E
 from ._sequences import lay_out
 from ._threads import share
 
