@@ -15,9 +15,9 @@ every_case = pytest.mark.parametrize("case", COMPILED, ids=str)
 SIZES = {"t": 70, "k": 16, "v": 17, "d": 130, "n": 8}
 
 
-def drawn(case, dtype=np.float32, count=7):
+def drawn(case, dtype=np.float32, count=7, **sizes):
     """Enough work for two threads, from keys that least squares can tell apart."""
-    return case.draw(lead=(count,), dtype=dtype, **SIZES)
+    return case.draw(lead=(count,), dtype=dtype, **SIZES | sizes)
 
 
 def answers(case, arrays):
@@ -45,6 +45,17 @@ def test_alone_and_in_a_batch(case, dtype, threads):
     arrays = drawn(case, dtype)
     batch = answers(case, arrays)
     for i in (0, 3, 6):
+        for whole, alone in zip(batch, answers(case, one(arrays, i)), strict=True):
+            np.testing.assert_array_equal(whole[i], alone)
+
+
+@pytest.mark.parametrize("case", [case for case in COMPILED if "v" in case.signature.arrays], ids=str)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("t", [1, 37])
+def test_alone_and_in_a_batch_of_many_small_memories(case, dtype, t):
+    arrays = drawn(case, dtype, 21, t=t, v=2, k=7)
+    batch = answers(case, arrays)
+    for i in (0, 9, 20):
         for whole, alone in zip(batch, answers(case, one(arrays, i)), strict=True):
             np.testing.assert_array_equal(whole[i], alone)
 

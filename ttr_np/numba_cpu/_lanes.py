@@ -1,15 +1,16 @@
 """Many small memories side by side: number i of every one of them in one vector register.
 
 A memory of a few dozen numbers per output is too small for products of panels. Here a vector holds the same number of
-LANES sequences, and the recursion of one sequence is that of all of them. A lane computes what it would compute alone:
-who its neighbours are, and whether there are any, changes no bit of it.
+several sequences, and the recursion of one sequence is that of all of them. A lane computes what it would compute
+alone: who its neighbours are, and whether there are any, changes no bit of it. Few sequences are taken one by one, a
+vector then holding CHAINS numbers of one: the same sums, side by side instead of one after the other.
 
-    lanes     n vectors in a row: number i of sequence l stands at i * width + l
+    lanes     n vectors in a row: number i of sequence l stands at i * lanes + l, with lanes = 1 or ``widths``
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
@@ -19,7 +20,7 @@ from numba.extending import intrinsic
 
 from ._compile import apart, inner
 from ._gates import exp
-from ._panels import matrix, move, real, row
+from ._panels import matrix, move, real, row, spread_out
 
 __all__ = [
     "CHAINS",
@@ -32,6 +33,8 @@ __all__ = [
     "forget_lanes",
     "give_answers",
     "give_state",
+    "group_of",
+    "jobs_of",
     "padded",
     "recall_lanes",
     "learn_column",
@@ -52,10 +55,30 @@ def widths(dtype: np.dtype) -> int:
     return BYTES // dtype.itemsize
 
 
-def vector_of(number: Any) -> tuple[Any, int]:
-    """The vector type of a dtype, and the bytes of one number."""
-    kind = ir.FloatType() if number.bitwidth == 32 else ir.DoubleType()
-    return ir.VectorType(kind, BYTES * 8 // number.bitwidth), number.bitwidth // 8
+def jobs_of(memories: int, dtype: np.dtype) -> int:
+    """Jobs of memories, see ``group_of``."""
+    lanes = widths(dtype)
+    rest = memories % lanes
+    return memories // lanes + (1 if rest > lanes // 2 else rest)
+
+
+class Group(NamedTuple):
+    """Sequences of a job: the first, how many, and the lanes that they fill."""
+
+    first: int
+    count: int
+    lanes: int
+
+
+@inner
+def group_of(job, memories, like):
+    """The sequences of a job: as many as a vector holds, and the last few one by one."""
+    lanes = width(like)
+    rest = memories % lanes
+    whole = memories // lanes + (rest > lanes // 2)
+    if job < whole:
+        return Group(job * lanes, min(lanes, memories - job * lanes), lanes)
+    return Group(whole * lanes + job - whole, 1, 1)
 
 
 @inner
@@ -77,8 +100,10 @@ def width(typingctx: Any, like: Any) -> Any:
 class Vectors:
     """Vectors in memory, for the functions below."""
 
-    def __init__(self, builder: Any, number: Any) -> None:
-        self.builder, (self.vector, self.align) = builder, vector_of(number)
+    def __init__(self, builder: Any, number: Any, count: int | None = None) -> None:
+        kind = ir.FloatType() if number.bitwidth == 32 else ir.DoubleType()
+        self.vector = ir.VectorType(kind, count or BYTES * 8 // number.bitwidth)
+        self.builder, self.align = builder, number.bitwidth // 8
         name = f"llvm.fmuladd.v{self.vector.count}f{number.bitwidth}"
         self.fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(self.vector, [self.vector] * 3), name)
 
@@ -104,9 +129,9 @@ def sum_of(vectors: Vectors, start: Any, x: Any, y: Any, n: Any) -> Any:
     """start + x . y for n vectors each, n a multiple of CHAINS: one sum waits for no other."""
     builder, word = vectors.builder, ir.IntType(64)
     zero = ir.Constant(vectors.vector, [0.0] * vectors.vector.count)
-    totals = [cgutils.alloca_once_value(builder, start if not i else zero) for i in range(CHAINS)]
-    for i, total in enumerate(totals):  # once more, because the one before is done where the function begins
-        builder.store(start if not i else zero, total)
+    totals = [cgutils.alloca_once(builder, vectors.vector) for _ in range(CHAINS)]
+    for i, total in enumerate(totals):
+        builder.store(zero if i else start, total)
     with cgutils.for_range(builder, builder.udiv(n, word(CHAINS)), intp=word) as loop:
         for i, total in enumerate(totals):
             at = builder.add(builder.mul(loop.index, word(CHAINS)), word(i))
@@ -117,37 +142,99 @@ def sum_of(vectors: Vectors, start: Any, x: Any, y: Any, n: Any) -> Any:
     return sums[0]
 
 
+def sum_alone(vectors: Vectors, start: Any, x: Any, y: Any, n: Any) -> Any:
+    """As ``sum_of`` for n numbers of one sequence: the chains are the numbers of a vector."""
+    builder, word = vectors.builder, ir.IntType(64)
+    first = builder.insert_element(ir.Constant(vectors.vector, [0.0] * CHAINS), start, ir.IntType(32)(0))
+    total = cgutils.alloca_once(builder, vectors.vector)
+    builder.store(first, total)
+    with cgutils.for_range(builder, builder.udiv(n, word(CHAINS)), intp=word) as loop:
+        product = vectors.multiply_add(vectors.load(x, loop.index), vectors.load(y, loop.index), builder.load(total))
+        builder.store(product, total)
+    sums = [builder.extract_element(builder.load(total), ir.IntType(32)(i)) for i in range(CHAINS)]
+    while len(sums) > 1:
+        sums = [builder.fadd(one, other) for one, other in zip(sums[::2], sums[1::2], strict=True)]
+    return sums[0]
+
+
 @intrinsic
-def dot_lanes(typingctx: Any, into: Any, start: Any, x: Any, y: Any, n: Any) -> Any:
-    """into = start + x . y in every lane, for n vectors each, n a multiple of CHAINS."""
+def dot_side(typingctx: Any, into: Any, x: Any, y: Any, n: Any) -> Any:
+    """into = x . y in every lane, for n vectors each, n a multiple of CHAINS."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        into, start, x, y, n = args
-        vectors, zero = Vectors(builder, signature.args[0].dtype), ir.IntType(64)(0)
-        vectors.store(sum_of(vectors, vectors.load(start, zero), x, y, n), into, zero)
+        into, x, y, n = args
+        vectors = Vectors(builder, signature.args[0].dtype)
+        start = ir.Constant(vectors.vector, [0.0] * vectors.vector.count)
+        vectors.store(sum_of(vectors, start, x, y, n), into, ir.IntType(64)(0))
         return context.get_dummy_value()
 
-    return types.void(into, into, into, into, types.intp), codegen
+    return types.void(into, into, into, types.intp), codegen
 
 
 @intrinsic
-def add_lanes(typingctx: Any, y: Any, factor: Any, x: Any, n: Any) -> Any:
+def dot_alone(typingctx: Any, start: Any, x: Any, y: Any, n: Any) -> Any:
+    """start + x . y for one sequence: the sums of ``dot_side``."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        start, x, y, n = args
+        return sum_alone(Vectors(builder, signature.args[0], CHAINS), start, x, y, n)
+
+    return start(start, x, x, types.intp), codegen
+
+
+@inner
+def dot_lanes(into, x, y, n, lanes, like):
+    """into = x . y of every sequence, n numbers each."""
+    if lanes == 1:
+        into[0] = dot_alone(real(like, 0), x, y, n)
+    else:
+        dot_side(into, x, y, n)
+
+
+@intrinsic
+def add_side(typingctx: Any, y: Any, factor: Any, x: Any, n: Any) -> Any:
     """y = y + factor x in every lane, for n vectors and one factor per lane."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         y, factor, x, n = args
         vectors = Vectors(builder, signature.args[0].dtype)
-        factor = vectors.load(factor, ir.IntType(64)(0))
-        with cgutils.for_range(builder, n, intp=ir.IntType(64)) as loop:
-            total = vectors.multiply_add(factor, vectors.load(x, loop.index), vectors.load(y, loop.index))
-            vectors.store(total, y, loop.index)
+        add_all(vectors, y, vectors.load(factor, ir.IntType(64)(0)), x, n)
         return context.get_dummy_value()
 
     return types.void(y, y, y, types.intp), codegen
 
 
 @intrinsic
-def scale_lanes(typingctx: Any, y: Any, factor: Any, n: Any) -> Any:
+def add_alone(typingctx: Any, y: Any, factor: Any, x: Any, n: Any) -> Any:
+    """y = y + factor x for n numbers of one sequence, n a multiple of CHAINS."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        y, factor, x, n = args
+        vectors = Vectors(builder, signature.args[1], CHAINS)
+        add_all(vectors, y, spread_out(builder, factor, vectors.vector), x, builder.udiv(n, ir.IntType(64)(CHAINS)))
+        return context.get_dummy_value()
+
+    return types.void(y, factor, y, types.intp), codegen
+
+
+def add_all(vectors: Vectors, y: Any, factor: Any, x: Any, n: Any) -> None:
+    """y = y + factor x for n vectors."""
+    with cgutils.for_range(vectors.builder, n, intp=ir.IntType(64)) as loop:
+        total = vectors.multiply_add(factor, vectors.load(x, loop.index), vectors.load(y, loop.index))
+        vectors.store(total, y, loop.index)
+
+
+@inner
+def add_lanes(y, factor, x, n, lanes):
+    """y = y + factor x of every sequence, n numbers each."""
+    if lanes == 1:
+        add_alone(y, factor[0], x, n)
+    else:
+        add_side(y, factor, x, n)
+
+
+@intrinsic
+def scale_side(typingctx: Any, y: Any, factor: Any, n: Any) -> Any:
     """y = factor y in every lane."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -161,13 +248,27 @@ def scale_lanes(typingctx: Any, y: Any, factor: Any, n: Any) -> Any:
     return types.void(y, y, types.intp), codegen
 
 
-@intrinsic
-def learn_column(typingctx: Any, column: Any, D: Any, k: Any, gain: Any, before: Any, j: Any, deep: Any) -> Any:
-    """Column j of Bierman's update of U diag(D) U^T by keys k, in every lane.
+@inner
+def scale_lanes(y, factor, n, lanes):
+    """y = factor y of every sequence, n numbers each."""
+    if lanes == 1:
+        for i in range(n):
+            y[i] *= factor[0]
+    else:
+        scale_side(y, factor, n)
 
-    ``gain``: U diag(D) U^T k up to this column, zeros behind; ``before``: 1 + k^T U diag(D) U^T k likewise; both are
-    carried on. ``deep``: j, up to a multiple of CHAINS.
-    """
+
+def learn_all(vectors: Vectors, column: Any, gain: Any, shrink: Any, grow: Any, n: Any) -> None:
+    """column, gain = column + shrink gain, gain + grow column, both from the old ones, for n vectors."""
+    with cgutils.for_range(vectors.builder, n, intp=ir.IntType(64)) as loop:
+        u, b = vectors.load(column, loop.index), vectors.load(gain, loop.index)
+        vectors.store(vectors.multiply_add(shrink, b, u), column, loop.index)
+        vectors.store(vectors.multiply_add(grow, u, b), gain, loop.index)
+
+
+@intrinsic
+def learn_side(typingctx: Any, column: Any, D: Any, k: Any, gain: Any, before: Any, j: Any, deep: Any) -> Any:
+    """As ``learn_column``, for a vector of sequences."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         column, D, k, gain, before, j, deep = args
@@ -178,13 +279,7 @@ def learn_column(typingctx: Any, column: Any, D: Any, k: Any, gain: Any, before:
         after = vectors.multiply_add(f, grow, old)
         shrink = builder.fdiv(builder.fneg(f), old)
         vectors.store(builder.fmul(d, builder.fdiv(old, after)), D, j)
-        with cgutils.for_range(builder, builder.udiv(deep, word(CHAINS)), intp=word) as loop:
-            places = [builder.add(builder.mul(loop.index, word(CHAINS)), word(i)) for i in range(CHAINS)]
-            old_u = [vectors.load(column, at) for at in places]
-            old_b = [vectors.load(gain, at) for at in places]
-            for at, u, b in zip(places, old_u, old_b, strict=True):
-                vectors.store(vectors.multiply_add(shrink, b, u), column, at)
-                vectors.store(vectors.multiply_add(grow, u, b), gain, at)
+        learn_all(vectors, column, gain, shrink, grow, deep)
         vectors.store(grow, gain, j)
         vectors.store(after, before, word(0))
         return context.get_dummy_value()
@@ -192,16 +287,59 @@ def learn_column(typingctx: Any, column: Any, D: Any, k: Any, gain: Any, before:
     return types.void(column, column, column, column, column, types.intp, types.intp), codegen
 
 
+def multiply_add_numbers(builder: Any, x: Any, y: Any, z: Any) -> Any:
+    """x y + z of numbers."""
+    name = f"llvm.fmuladd.f{32 if isinstance(x.type, ir.FloatType) else 64}"
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(x.type, [x.type] * 3), name)
+    return builder.call(function, [x, y, z])
+
+
+@intrinsic
+def learn_alone(typingctx: Any, column: Any, D: Any, k: Any, gain: Any, before: Any, j: Any, deep: Any) -> Any:
+    """As ``learn_column``, for one sequence."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        column, D, k, gain, before, j, deep = args
+        vectors, word = Vectors(builder, signature.args[0].dtype, CHAINS), ir.IntType(64)
+        f = sum_alone(vectors, builder.load(builder.gep(k, [j])), column, k, deep)
+        place, old = builder.gep(D, [j]), builder.load(before)
+        d = builder.load(place)
+        grow = builder.fmul(d, f)
+        after = multiply_add_numbers(builder, f, grow, old)
+        shrink = builder.fdiv(builder.fneg(f), old)
+        builder.store(builder.fmul(d, builder.fdiv(old, after)), place)
+        factors = [spread_out(builder, x, vectors.vector) for x in (shrink, grow)]
+        learn_all(vectors, column, gain, *factors, builder.udiv(deep, word(CHAINS)))
+        builder.store(grow, builder.gep(gain, [j]))
+        builder.store(after, before)
+        return context.get_dummy_value()
+
+    return types.void(column, column, column, column, column, types.intp, types.intp), codegen
+
+
 @inner
-def collect(into, places, steps, which, first, count, group, low, rows, n, deep, like):
+def learn_column(column, D, k, gain, before, j, deep, lanes):
+    """Column j of Bierman's update of U diag(D) U^T by keys k, of every sequence.
+
+    ``gain``: U diag(D) U^T k up to this column, zeros behind; ``before``: 1 + k^T U diag(D) U^T k likewise; both are
+    carried on. ``deep``: j, up to a multiple of CHAINS.
+    """
+    if lanes == 1:
+        learn_alone(column, D, k, gain, before, j, deep)
+    else:
+        learn_side(column, D, k, gain, before, j, deep)
+
+
+@inner
+def collect(into, places, steps, which, here, group, low, rows, n, deep, like):
     """Some rows of n numbers of an array of each sequence, each row as n of ``deep`` vectors.
 
     The other vectors, and lanes without a sequence, are left as they are.
     """
     apart()
-    lanes = width(like)
-    for lane in range(count):
-        x = matrix(places[which, first + lane, group], steps[which, 0], steps[which, 1], like)
+    lanes = here.lanes
+    for lane in range(here.count):
+        x = matrix(places[which, here.first + lane, group], steps[which, 0], steps[which, 1], like)
         for i in range(rows):
             source, target = row(x, low + i), move(into, i * deep * lanes + lane)
             for p in range(n):
@@ -209,65 +347,61 @@ def collect(into, places, steps, which, first, count, group, low, rows, n, deep,
 
 
 @inner
-def collect_numbers(into, places, steps, which, first, count, low, rows, like):
+def collect_numbers(into, places, steps, which, here, low, rows, like):
     """Some numbers of an array of one number per token of each sequence, a vector for each token."""
     apart()
-    for lane in range(count):
-        x = matrix(places[which, first + lane, 0], steps[which, 0], 1, like)
+    for lane in range(here.count):
+        x = matrix(places[which, here.first + lane, 0], steps[which, 0], 1, like)
         for i in range(rows):
-            into[i * width(like) + lane] = row(x, low + i)[0]
+            into[i * here.lanes + lane] = row(x, low + i)[0]
 
 
 @inner
-def forget_lanes(S, gates, n, like):
+def forget_lanes(S, gates, n, lanes):
     """Decay n vectors by e^gate, the gates of one step, one per lane; a full reset forgets even a NaN."""
     apart()
-    for lane in range(width(like)):
+    for lane in range(lanes):
         gates[lane] = exp(gates[lane])
         for i in range(n if gates[lane] == 0 else 0):
-            S[i * width(like) + lane] = gates[lane]
-    scale_lanes(S, gates, n)
+            S[i * lanes + lane] = gates[lane]
+    scale_lanes(S, gates, n, lanes)
 
 
 @inner
-def take_state(S, places, which, first, count, d, w, like):
+def take_state(S, places, which, here, d, w, like):
     """States (d, w) of the sequences into w rows of d vectors, see ``collect``."""
     apart()
-    for lane in range(count):
-        state = matrix(places[which, first + lane, 0], w, 1, like)
+    for lane in range(here.count):
+        state = matrix(places[which, here.first + lane, 0], w, 1, like)
         for p in range(d):
             for j in range(w):
-                S[(j * padded(d) + p) * width(like) + lane] = row(state, p)[j]
+                S[(j * padded(d) + p) * here.lanes + lane] = row(state, p)[j]
 
 
 @inner
-def give_state(S, places, which, first, count, d, w, like):
+def give_state(S, places, which, here, d, w, like):
     """The same back."""
     apart()
-    for lane in range(count):
-        state = matrix(places[which, first + lane, 0], w, 1, like)
+    for lane in range(here.count):
+        state = matrix(places[which, here.first + lane, 0], w, 1, like)
         for p in range(d):
             for j in range(w):
-                row(state, p)[j] = S[(j * padded(d) + p) * width(like) + lane]
+                row(state, p)[j] = S[(j * padded(d) + p) * here.lanes + lane]
 
 
 @inner
-def recall_lanes(into, S, q, deep, w, like):
-    """What the memories say to one query each: w vectors."""
-    lanes = width(like)
+def recall_lanes(into, S, q, deep, w, lanes, like):
+    """What the memories say to one query each: w numbers of every sequence."""
     for j in range(w):
-        told = move(into, j * lanes)
-        for lane in range(lanes):
-            told[lane] = real(like, 0)
-        dot_lanes(told, told, q, move(S, j * deep * lanes), deep)
+        dot_lanes(move(into, j * lanes), q, move(S, j * deep * lanes), deep, lanes, like)
 
 
 @inner
-def give_answers(told, places, which, first, count, group, low, rows, w, scale, like):
+def give_answers(told, places, which, here, group, low, rows, w, scale, like):
     """Write the answers of some tokens."""
     apart()
-    for lane in range(count):
-        o = matrix(places[which, first + lane, group], w, 1, like)
+    for lane in range(here.count):
+        o = matrix(places[which, here.first + lane, group], w, 1, like)
         for i in range(rows):
             for j in range(w):
-                row(o, low + i)[j] = scale * told[(i * w + j) * width(like) + lane]
+                row(o, low + i)[j] = scale * told[(i * w + j) * here.lanes + lane]

@@ -29,10 +29,11 @@ from ._lanes import (
     forget_lanes,
     give_answers,
     give_state,
+    group_of,
+    jobs_of,
     padded,
     recall_lanes,
     take_state,
-    width,
     widths,
 )
 from ._panels import (
@@ -109,7 +110,7 @@ def core(
         tokens, deep, lanes = max(1, TOKENS // max(groups, 1)), -(-d // CHAINS) * CHAINS, widths(S.dtype)
         few = Sizes(t, d, w, min(tokens, max(t, 1)), 1, w, gates, erase_key is not None)
         numbers = w * deep + few.chunk * ((2 + groups) * deep + (1 + groups) * w + 2)
-        jobs, cost, scratch = -(-memories // lanes), 3 * t * d * w * memories, (S.dtype, [(1, numbers * lanes)])
+        jobs, cost, scratch = jobs_of(memories, S.dtype), 3 * t * d * w * memories, (S.dtype, [(1, numbers * lanes)])
         share(narrow, jobs, cost, scratch, layout, few, S.dtype.type(scale))
         return o, DeltaRuleState(S)
     blocks = column_blocks(memories, w)
@@ -203,9 +204,9 @@ class Lines(NamedTuple):
 
 
 @inner
-def lines_of(room, sizes, groups, like):
+def lines_of(room, sizes, groups, lanes):
     """Where they lie in scratch."""
-    lanes, tokens = width(like), sizes.chunk * width(like)
+    tokens = sizes.chunk * lanes
     k = move(room, sizes.v * padded(sizes.k) * lanes)
     erase = move(k, padded(sizes.k) * tokens)
     v = move(erase, padded(sizes.k) * tokens)
@@ -218,60 +219,60 @@ def lines_of(room, sizes, groups, like):
 @compiled
 def narrow(table, places, steps, sizes, scale_, first, last):
     """Jobs first to last: the recurrence of as many memories of few outputs as a vector holds."""
-    lanes, groups, S = width(scale_), places.shape[2], panel(table, 0, scale_)
-    lines = lines_of(S.data, sizes, groups, scale_)
+    groups, room = places.shape[2], panel(table, 0, scale_)
     for job in range(first, last):
-        low = job * lanes
-        count = min(lanes, places.shape[1] - low)
-        fill(S.data, real(scale_, 0), S.step)
-        take_state(lines.S, places, STATE, low, count, sizes.k, sizes.v, scale_)
+        here = group_of(job, places.shape[1], scale_)
+        lines = lines_of(room.data, sizes, groups, here.lanes)
+        fill(room.data, real(scale_, 0), room.step)
+        take_state(lines.S, places, STATE, here, sizes.k, sizes.v, scale_)
         for start in range(0, sizes.t, sizes.chunk):
             rows = min(sizes.chunk, sizes.t - start)
-            take_tokens(lines, places, steps, sizes, low, count, start, rows, scale_)
+            take_tokens(lines, places, steps, sizes, here, start, rows, scale_)
             for i in range(rows):
-                learn_lanes(lines, sizes, groups, i, scale_)
+                learn_lanes(lines, sizes, groups, i, here.lanes, scale_)
             for group in range(groups):
-                told = move(lines.told, group * sizes.chunk * sizes.v * lanes)
-                give_answers(told, places, O, low, count, group, start, rows, sizes.v, scale_, scale_)
-        give_state(lines.S, places, STATE, low, count, sizes.k, sizes.v, scale_)
+                told = move(lines.told, group * sizes.chunk * sizes.v * here.lanes)
+                give_answers(told, places, O, here, group, start, rows, sizes.v, scale_, scale_)
+        give_state(lines.S, places, STATE, here, sizes.k, sizes.v, scale_)
 
 
 @inner
-def take_tokens(lines, places, steps, sizes, low, count, start, rows, like):
+def take_tokens(lines, places, steps, sizes, here, start, rows, like):
     """Bring together what some tokens bring."""
     apart()
     deep = padded(sizes.k)
-    collect(lines.k, places, steps, K, low, count, 0, start, rows, sizes.k, deep, like)
-    collect(lines.v, places, steps, V, low, count, 0, start, rows, sizes.v, sizes.v, like)
-    collect_numbers(lines.beta, places, steps, BETA, low, count, start, rows, like)
+    collect(lines.k, places, steps, K, here, 0, start, rows, sizes.k, deep, like)
+    collect(lines.v, places, steps, V, here, 0, start, rows, sizes.v, sizes.v, like)
+    collect_numbers(lines.beta, places, steps, BETA, here, start, rows, like)
     if sizes.erases:
-        collect(lines.erase, places, steps, ERASE, low, count, 0, start, rows, sizes.k, deep, like)
+        collect(lines.erase, places, steps, ERASE, here, 0, start, rows, sizes.k, deep, like)
     if sizes.gates:
-        collect_numbers(lines.gates, places, steps, GATE, low, count, start, rows, like)
+        collect_numbers(lines.gates, places, steps, GATE, here, start, rows, like)
     for group in range(places.shape[2]):
-        q = move(lines.q, group * sizes.chunk * deep * width(like))
-        collect(q, places, steps, Q, low, count, group, start, rows, sizes.k, deep, like)
+        q = move(lines.q, group * sizes.chunk * deep * here.lanes)
+        collect(q, places, steps, Q, here, group, start, rows, sizes.k, deep, like)
 
 
 @inner
-def learn_lanes(lines, sizes, groups, i, like):
+def learn_lanes(lines, sizes, groups, i, lanes, like):
     """Token i of all sequences: one gradient step, then the answers."""
     apart()
-    lanes, deep, w = width(like), padded(sizes.k), sizes.v
+    deep, w = padded(sizes.k), sizes.v
     k, told = move(lines.k, i * deep * lanes), move(lines.told, i * w * lanes)
     erase = move(lines.erase, i * deep * lanes) if sizes.erases else k
     v, beta = move(lines.v, i * w * lanes), move(lines.beta, i * lanes)
     if sizes.gates:
-        forget_lanes(lines.S, move(lines.gates, i * lanes), w * deep, like)
-    recall_lanes(told, lines.S, erase, deep, w, like)
+        forget_lanes(lines.S, move(lines.gates, i * lanes), w * deep, lanes)
+    recall_lanes(told, lines.S, erase, deep, w, lanes, like)
     for j in range(w):
         error = move(told, j * lanes)
         for lane in range(lanes):
             error[lane] = beta[lane] * (v[j * lanes + lane] - error[lane])
-        add_lanes(move(lines.S, j * deep * lanes), error, k, deep)
+        add_lanes(move(lines.S, j * deep * lanes), error, k, deep, lanes)
     for group in range(groups):
-        tokens = group * sizes.chunk + i
-        recall_lanes(move(lines.told, tokens * w * lanes), lines.S, move(lines.q, tokens * deep * lanes), deep, w, like)
+        at = group * sizes.chunk + i
+        q = move(lines.q, at * deep * lanes)
+        recall_lanes(move(lines.told, at * w * lanes), lines.S, q, deep, w, lanes, like)
 
 
 @spliced

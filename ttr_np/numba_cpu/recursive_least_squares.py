@@ -33,12 +33,13 @@ from ._lanes import (
     dot_lanes,
     give_answers,
     give_state,
+    group_of,
+    jobs_of,
     learn_column,
     padded,
     recall_lanes,
     scale_lanes,
     take_state,
-    width,
     widths,
 )
 from ._panels import (
@@ -109,7 +110,7 @@ def core(
     if w <= NARROW and d <= SMALL:
         lanes, tokens = widths(S.dtype), min(max(1, TOKENS // max(groups, 1)), max(t, 1))
         scratch = (S.dtype, [*rooms, (1, vectors(d, w, tokens, groups) * lanes)])
-        share(narrow, -(-memories // lanes), cost, scratch, layout, (t, d, w, tokens), number, bad)
+        share(narrow, jobs_of(memories, S.dtype), cost, scratch, layout, (t, d, w, tokens), number, bad)
     else:
         share(kernel, memories, cost, (S.dtype, rooms), layout, (t, d, w), number, bad)
     if bad.any():
@@ -207,14 +208,14 @@ class Lines(NamedTuple):
 
 
 # Vectors of Lines.numbers: bound of the mean eigenvalue of P, trace of P^-1, share of the past that is kept, |k|^2,
-# variance of an innovation, the innovation over it, and ones.
-SIZE, INFORMATION, KEEP, ENERGY, VARIANCE, ERROR, ONE = range(7)
+# variance of an innovation, the innovation over it.
+SIZE, INFORMATION, KEEP, ENERGY, VARIANCE, ERROR = range(6)
 
 
 @inner
-def lines_of(room, d, w, tokens, groups, like):
+def lines_of(room, d, w, tokens, groups, lanes):
     """Where they lie in scratch."""
-    lanes, deep = width(like), padded(d)
+    deep = padded(d)
     S = move(room, d * deep * lanes)
     D = move(S, w * deep * lanes)
     k = move(D, (3 * deep + 8) * lanes)
@@ -231,65 +232,77 @@ def lines_of(room, d, w, tokens, groups, like):
 def narrow(table, places, steps, sizes, limit, bad, first, last):
     """Jobs first to last: the recursion of as many small memories as a vector holds, by Bierman's factors of P."""
     t, d, w, tokens = sizes
-    room, lanes, deep, groups = panels_of(table, limit), width(limit), padded(d), places.shape[2]
+    room, deep, groups = panels_of(table, limit), padded(d), places.shape[2]
     whole = panel(table, PANELS, limit)
-    lines = lines_of(whole.data, d, w, tokens, groups, limit)
     for job in range(first, last):
-        low = job * lanes
-        count = min(lanes, places.shape[1] - low)
+        here = group_of(job, places.shape[1], limit)
+        lanes = here.lanes
+        lines = lines_of(whole.data, d, w, tokens, groups, lanes)
         fill(whole.data, real(limit, 0), whole.step)
-        fill(move(lines.numbers, ONE * lanes), real(limit, 1), lanes)
-        take_state(lines.S, places, STATE, low, count, d, w, limit)
-        for lane in range(count):
-            P = matrix(places[COVARIANCE, low + lane, 0], d, 1, limit)
-            bad[low + lane] = not begin(P, room, d, limit)
-            take_factors(lines, P, lane, room, d, limit)
+        take_state(lines.S, places, STATE, here, d, w, limit)
+        for lane in range(here.count):
+            P = matrix(places[COVARIANCE, here.first + lane, 0], d, 1, limit)
+            bad[here.first + lane] = not begin(P, room, d, limit)
+            take_factors(lines, P, lane, room, d, lanes, limit)
         moved = False
         for since in range(0, t, tokens):
             rows = min(tokens, t - since)
-            take_tokens(lines, places, steps, sizes, low, count, since, rows, limit)
+            take_tokens(lines, places, steps, sizes, here, since, rows, limit)
             for i in range(rows):
-                moved |= weigh_lanes(lines, places, i, d, w, room, limit)
-                learn_lanes(lines, i, d, w, limit)
+                moved |= weigh_lanes(lines, places, i, d, w, room, lanes, limit)
+                learn_lanes(lines, i, d, w, lanes, limit)
                 for group in range(groups):
                     at = group * tokens + i
                     told, q = move(lines.told, at * w * lanes), move(lines.q, at * deep * lanes)
-                    recall_lanes(told, lines.S, q, deep, w, limit)
+                    recall_lanes(told, lines.S, q, deep, w, lanes, limit)
             for group in range(groups):
                 told = move(lines.told, group * tokens * w * lanes)
-                give_answers(told, places, O, low, count, group, since, rows, w, real(limit, 1), limit)
-        give_state(lines.S, places, STATE, low, count, d, w, limit)
-        for lane in range(count if moved else 0):
-            if not bad[low + lane]:
-                root_of(lines, lane, room, d, limit)
+                give_answers(told, places, O, here, group, since, rows, w, real(limit, 1), limit)
+        give_state(lines.S, places, STATE, here, d, w, limit)
+        for lane in range(here.count if moved else 0):
+            if not bad[here.first + lane]:
+                root_of(lines, lane, room, d, lanes, limit)
                 row(room.information, 0)[0] = lines.numbers[INFORMATION * lanes + lane]
-                hand_out(matrix(places[COVARIANCE, low + lane, 0], d, 1, limit), room, d, limit)
+                hand_out(matrix(places[COVARIANCE, here.first + lane, 0], d, 1, limit), room, d, limit)
 
 
 @inner
-def take_factors(lines, P, lane, room, d, like):
-    """U and D of one memory, from the last column to the first, and the mean eigenvalue that R has."""
+def take_factors(lines, P, lane, room, d, lanes, like):
+    """U and D of one memory, and the mean eigenvalue that R has.
+
+    They are computed in panels, the same for one lane as for several, because their sums must be.
+    """
     apart()
-    lanes, deep = width(like), padded(d)
-    for j in range(d - 1, -1, -1):
-        for i in range(j, -1, -1):
-            total = row(P, j)[i]
-            for m in range(j + 1, d):
-                u = lines.U[(m * deep + i) * lanes + lane]
-                total -= lines.D[m * lanes + lane] * u * lines.U[(m * deep + j) * lanes + lane]
-            if i == j:
-                lines.D[j * lanes + lane] = total
-            else:
-                lines.U[(j * deep + i) * lanes + lane] = total / lines.D[j * lanes + lane]
+    deep, U, D = padded(d), room.turned, row(room.along, 0)
+    upper_factors(P, U, D, d)
+    for j in range(d):
+        lines.D[j * lanes + lane] = D[j]
+        for i in range(j):
+            lines.U[(j * deep + i) * lanes + lane] = row(U, j)[i]
     lines.numbers[INFORMATION * lanes + lane] = row(room.information, 0)[0]
     lines.numbers[SIZE * lanes + lane] = spread(room.R, d)
 
 
 @inner
-def root_of(lines, lane, room, d, like):
+def upper_factors(P, U, D, d):
+    """P = U diag(D) U^T from the last column to the first; column j of U is row j here."""
+    apart()
+    for j in range(d - 1, -1, -1):
+        for i in range(j, -1, -1):
+            total = row(P, j)[i]
+            for m in range(j + 1, d):
+                total -= D[m] * row(U, m)[i] * row(U, m)[j]
+            if i == j:
+                D[j] = total
+            else:
+                row(U, j)[i] = total / D[j]
+
+
+@inner
+def root_of(lines, lane, room, d, lanes, like):
     """R = U sqrt(D) of one memory."""
     apart()
-    lanes, deep = width(like), padded(d)
+    deep = padded(d)
     for i in range(d):
         line = row(room.R, i)
         for j in range(d):
@@ -298,69 +311,67 @@ def root_of(lines, lane, room, d, like):
 
 
 @inner
-def take_tokens(lines, places, steps, sizes, low, count, since, rows, like):
+def take_tokens(lines, places, steps, sizes, here, since, rows, like):
     """Bring together what some tokens bring."""
     apart()
     t, d, w, tokens = sizes
     deep = padded(d)
-    collect(lines.k, places, steps, K, low, count, 0, since, rows, d, deep, like)
-    collect(lines.v, places, steps, V, low, count, 0, since, rows, w, w, like)
-    if places[BETA, low, 0]:
-        collect_numbers(lines.beta, places, steps, BETA, low, count, since, rows, like)
-    if places[GATE, low, 0]:
-        collect_numbers(lines.gates, places, steps, GATE, low, count, since, rows, like)
+    collect(lines.k, places, steps, K, here, 0, since, rows, d, deep, like)
+    collect(lines.v, places, steps, V, here, 0, since, rows, w, w, like)
+    if places[BETA, here.first, 0]:
+        collect_numbers(lines.beta, places, steps, BETA, here, since, rows, like)
+    if places[GATE, here.first, 0]:
+        collect_numbers(lines.gates, places, steps, GATE, here, since, rows, like)
     for group in range(places.shape[2]):
-        q = move(lines.q, group * tokens * deep * width(like))
-        collect(q, places, steps, Q, low, count, group, since, rows, d, deep, like)
+        q = move(lines.q, group * tokens * deep * here.lanes)
+        collect(q, places, steps, Q, here, group, since, rows, d, deep, like)
 
 
 @inner
-def weigh_lanes(lines, places, i, d, w, room, limit):
+def weigh_lanes(lines, places, i, d, w, room, lanes, limit):
     """Token i before it is learnt: its pair times the root of its weight, P decayed and capped; True if P moves.
 
     Without decay P only shrinks, so its size is computed anew only where the last one, decayed, passes the cap.
     """
     apart()
-    lanes, deep, moved = width(limit), padded(d), False
+    deep, moved = padded(d), False
     k, v, gates = move(lines.k, i * deep * lanes), move(lines.v, i * w * lanes), move(lines.gates, i * lanes)
     energy = move(lines.numbers, ENERGY * lanes)
     if places[BETA, 0, 0]:
-        weigh_pairs(k, v, move(lines.beta, i * lanes), deep, w, limit)
-    for lane in range(lanes):
-        energy[lane] = real(limit, 0)
-    dot_lanes(energy, energy, k, k, deep)
+        weigh_pairs(k, v, move(lines.beta, i * lanes), deep, w, lanes, limit)
+    dot_lanes(energy, k, k, deep, lanes, limit)
     for lane in range(lanes):
         moved |= gates[lane] != 0 or energy[lane] != 0
-    decay_lanes(lines, gates, d, limit)
-    add_lanes(move(lines.numbers, INFORMATION * lanes), move(lines.numbers, ONE * lanes), energy, 1)
+    decay_lanes(lines, gates, d, lanes, limit)
+    for lane in range(lanes):
+        lines.numbers[INFORMATION * lanes + lane] += energy[lane]
     for lane in range(lanes):  # the cap is limit / energy, and never above LARGEST
         size = 1.0 * lines.numbers[SIZE * lanes + lane]
         if size * max(1.0 * energy[lane], limit / LARGEST) > SLACK * limit:
-            cap_lane(lines, lane, 1.0 * energy[lane], room, d, limit)
+            cap_lane(lines, lane, 1.0 * energy[lane], room, d, lanes, limit)
     return moved
 
 
 @inner
-def decay_lanes(lines, gates, d, limit):
+def decay_lanes(lines, gates, d, lanes, limit):
     """P over the share of the past that is kept, its size and that of its inverse likewise."""
     apart()
-    lanes, decays = width(limit), False
+    decays = False
     for lane in range(lanes):
         decays |= gates[lane] != 0
     if decays:
         for lane in range(lanes):
             gate = max(gates[lane], real(limit, FAINTEST))
             lines.numbers[KEEP * lanes + lane], gates[lane] = math.exp(gate), math.exp(-gate)
-        scale_lanes(lines.D, gates, d)
-        scale_lanes(move(lines.numbers, SIZE * lanes), gates, 1)
-        scale_lanes(move(lines.numbers, INFORMATION * lanes), move(lines.numbers, KEEP * lanes), 1)
+        scale_lanes(lines.D, gates, d, lanes)
+        scale_lanes(move(lines.numbers, SIZE * lanes), gates, 1, lanes)
+        scale_lanes(move(lines.numbers, INFORMATION * lanes), move(lines.numbers, KEEP * lanes), 1, lanes)
 
 
 @inner
-def weigh_pairs(k, v, beta, deep, w, like):
+def weigh_pairs(k, v, beta, deep, w, lanes, like):
     """Keys and values times the root of their weight; a pair of weight zero is not even looked at."""
     apart()
-    lanes = width(like)
     for lane in range(lanes):
         root = math.sqrt(beta[lane])
         for p in range(deep):
@@ -370,41 +381,38 @@ def weigh_pairs(k, v, beta, deep, w, like):
 
 
 @inner
-def cap_lane(lines, lane, energy, room, d, limit):
+def cap_lane(lines, lane, energy, room, d, lanes, limit):
     """Size of one P anew, and its eigenvalues cut if they are still too large for the next pair to be learnt."""
     apart()
-    lanes = width(limit)
-    root_of(lines, lane, room, d, limit)
+    root_of(lines, lane, room, d, lanes, limit)
     row(room.gates, 0)[0], row(room.energy, 0)[0] = real(limit, 0), real(limit, energy)
     row(room.information, 0)[0] = lines.numbers[INFORMATION * lanes + lane]
     size = forget(room, 0, d, limit)
     if row(room.information, 0)[0] == math.inf and math.isfinite(size):
         load_transposed(room.turned, room.R, 0, d, d)
         multiply(room.product, room.R, room.turned, d, d, d, real(limit, 1), real(limit, 0), full)
-        take_factors(lines, room.product, lane, room, d, limit)
+        take_factors(lines, room.product, lane, room, d, lanes, limit)
     lines.numbers[SIZE * lanes + lane] = real(limit, size)
 
 
 @inner
-def learn_lanes(lines, i, d, w, like):
+def learn_lanes(lines, i, d, w, lanes, like):
     """One pair of all memories: Bierman's update of U and D, in which nothing is subtracted from a variance."""
     apart()
-    lanes, deep = width(like), padded(d)
+    deep = padded(d)
     k, v, numbers, gain = move(lines.k, i * deep * lanes), move(lines.v, i * w * lanes), lines.numbers, lines.gain
     variance = move(numbers, VARIANCE * lanes)
     for lane in range(lanes):
         variance[lane] = real(like, 1)
     fill(gain, real(like, 0), deep * lanes)
     for j in range(d):
-        learn_column(move(lines.U, j * deep * lanes), lines.D, k, gain, variance, j, padded(j))
+        learn_column(move(lines.U, j * deep * lanes), lines.D, k, gain, variance, j, padded(j), lanes)
     for j in range(w):
         mine, error = move(lines.S, j * deep * lanes), move(numbers, ERROR * lanes)
-        for lane in range(lanes):
-            error[lane] = real(like, 0)
-        dot_lanes(error, error, k, mine, deep)
+        dot_lanes(error, k, mine, deep, lanes, like)
         for lane in range(lanes):
             error[lane] = (v[j * lanes + lane] - error[lane]) / variance[lane]
-        add_lanes(mine, error, gain, deep)
+        add_lanes(mine, error, gain, deep, lanes)
 
 
 @inner
