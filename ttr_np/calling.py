@@ -144,7 +144,9 @@ def check_boundaries(cu_seqlens: Any, t: int) -> np.ndarray:
     return bounds.astype(np.int64)
 
 
-def prepare(operator: str, arrays: Mapping[str, Any], mask: Any) -> tuple[dict[str, np.ndarray], dict[str, int], Any]:
+def prepare(
+    operator: str, arrays: Mapping[str, Any], mask: Any, halves: bool = False
+) -> tuple[dict[str, np.ndarray], dict[str, int], Any]:
     """Named arrays in one dtype, checked, masked tokens neutral; sizes of the axes; dtype of the output."""
     given = {name: as_array(name, x) for name, x in arrays.items() if x is not None}
     refuse_complex(operator, given)
@@ -154,7 +156,8 @@ def prepare(operator: str, arrays: Mapping[str, Any], mask: Any) -> tuple[dict[s
     mask = given.pop("mask", None)
     output, compute = dtypes_of(given)
     for name, x in given.items():
-        x = x.astype(compute if x.dtype.kind == "c" else np.finfo(compute).dtype, copy=False)
+        data = output if halves and output.name in HALF and name not in GATES else np.finfo(compute).dtype
+        x = x.astype(compute if x.dtype.kind == "c" else data, copy=False)
         axes = axes_of(name, x, given)
         if x.ndim == 0:
             x = np.broadcast_to(x, (1,) * spare_axes(name, given) + tuple(sizes[axis] for axis in axes))
@@ -270,6 +273,7 @@ def run(
     options: Mapping[str, Any] | None = None,
     *,
     start: Callable[..., Any] = zeros,
+    halves: bool = False,
     initial_state: Any = None,
     output_final_state: bool = False,
     cu_seqlens: Any = None,
@@ -288,6 +292,8 @@ def run(
         The caller's arrays, and his other choices.
     start
         ``start(operator, lead, sizes, dtype)`` gives the state of an empty memory.
+    halves
+        Whether the core takes data of 16 bits as they are; gates and states are wider all the same.
     initial_state, output_final_state, cu_seqlens, mask
         The common keywords of all operators.
 
@@ -295,7 +301,7 @@ def run(
     -------
     o, or (o, state) with ``output_final_state``.
     """
-    given, sizes, output = prepare(operator, arrays, mask)
+    given, sizes, output = prepare(operator, arrays, mask, halves)
     compute = np.result_type(np.float32, output)
     empty = start(operator, memory_lead(operator, given, mask), sizes, compute)
     every = {name: given.get(name) for name in OPERATORS[operator].arrays + OPERATORS[operator].optional}
