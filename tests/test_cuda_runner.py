@@ -2,10 +2,9 @@
 
 import math
 
+import cudaemu
 import numpy as np
 import pytest
-
-import cudaemu
 from cudaemu import (
     ArithmeticFault,
     BarrierFault,
@@ -37,7 +36,7 @@ FAULTS = {
     ),
     "a barrier for half of the block": ("if (t < 32) __syncthreads();\ny[t] = 1;", BarrierFault, {}),
     "a return before the barrier": ("if (t > 50) return;\n__syncthreads();\ny[t] = 1;", BarrierFault, {}),
-    "a shuffle in a branch": ("y[t] = t & 1 ? __shfl_xor_sync(0xffffffffu, x[t], 2) : 0;", (BarrierFault, WarpFault), {}),
+    "a shuffle in a branch": (f"if (t & 1) {SHUFFLE}\ny[t] = 1;", (BarrierFault, WarpFault), {}),
     "a mask without the caller": ("y[t] = __shfl_xor_sync(0xffffu, x[t], 1);", WarpFault, {}),
     "a lane that does not exist": ("y[t] = __shfl_xor_sync(0xffffffffu, x[t], 16);", WarpFault, {"threads": 16}),
     "a lane that takes no part": ("if (t < 16) y[t] = __shfl_xor_sync(0xffffu, x[t], 16);", WarpFault, {}),
@@ -52,7 +51,7 @@ FAULTS = {
     "an output read before it is written": ("y[t] += x[t];", UnsetFault, {"unset": (0,)}),
     "two threads write one number": ("y[t / 2] = 1;", RaceFault, {}),
     "two blocks write one number": ("y[t] = 1;", RaceFault, {"blocks": 2}),
-    "a block reads what another wrote": ("if (blockIdx.x) y[t] = 1;\nelse x[0] == y[t];\ny[63] += 0;", RaceFault, {"blocks": 2}),
+    "a block reads what another wrote": ("if (t == blockIdx.x) y[t] = y[1 - t];", RaceFault, {"blocks": 2}),
     "a product of 32 bits": ("const int at = n * 1000000;\ny[t] = at;", ArithmeticFault, {"n": 5000}),
     "a division by zero": ("y[t] = 5 / (n - 64);", ArithmeticFault, {}),
     "a misaligned vector": (
@@ -85,9 +84,9 @@ def test_a_fault_is_caught(name):
 
 
 def test_a_fault_says_where():
-    with pytest.raises(BoundsFault, match=r"read outside global memory, byte 256 at line 4 \[block \(0, 0, 0\), thread"):
+    with pytest.raises(BoundsFault, match=r"read outside global memory, byte 256 at line 4 \[block \(0, 0, 0\), "):
         launch("y[t] = 1;\ny[t] = x[t + 1];")
-    with pytest.raises(BarrierFault, match=r"divergent barrier: 32 at a barrier \(line 4\), 32 at a barrier \(line 6\)"):
+    with pytest.raises(BarrierFault, match=r"divergent barrier: 32 at a barrier \(line 4\), 32 at .*\(line 6\)"):
         launch(FAULTS["two barriers in two branches"][0])
 
 
@@ -151,10 +150,9 @@ by_numba = needed(cudaemu.numba_cuda())
 
 
 def numba_launch(function, blocks=1, threads=64, **options):
-    from numba import float32, void
-
     from cudaemu.machines import ptx_of
     from cudaemu.ptx import flatten
+    from numba import float32, void
 
     y, x = np.zeros(64, np.float32), np.arange(64, dtype=np.float32)
     run = cudaemu.ptx(ptx_of(function, void(float32[::1], float32[::1])))

@@ -11,9 +11,9 @@ shared memory begins as NaN. With it every load and store is looked at: bounds, 
 between threads and between blocks, misalignment, and (C++ only) overflow of integers and indices outside arrays.
 
 It knows what our kernels use: barriers, XOR shuffles, static and dynamic shared memory. It has no atomics, no barrier
-of a warp, no asynchronous copies and no tensor cores yet, and it is neither a clock nor a model of weak memory. exp, sin
-and cos are those of the C library. In PTX all static shared arrays lie in one piece, so that an overrun from one into
-the next is not seen. It needs Linux on x86-64 and g++, and runs one launch at a time in a process.
+of a warp, no asynchronous copies and no tensor cores yet, and it is neither a clock nor a model of weak memory. exp,
+sin and cos are those of the C library. In PTX all static shared arrays lie in one piece, so that an overrun from one
+into the next is not seen. It needs Linux on x86-64 and g++, and runs one launch at a time in a process.
 """
 
 import os

@@ -15,6 +15,7 @@ import numpy as np
 PAGE = 4096
 ORDERS = {"forward": 0, "reverse": 1, "random": 2}
 GLOBAL = 2
+LARGE = 64 << 20  # bytes: beyond it an array is neither copied nor followed byte by byte, as in runtime.cpp
 
 
 class Fault(RuntimeError):
@@ -76,15 +77,11 @@ class Region(ctypes.Structure):
     ]
 
 
-class Virtual(np.ndarray):
-    """An array whose memory exists where it is touched."""
-
-
 def virtual(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """Zeros of any size: a kernel that is run at the far end of them shows whether its offsets are wide enough."""
     bytes_ = int(np.prod(np.array(shape, object))) * np.dtype(dtype).itemsize
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
-    return np.frombuffer(mmap.mmap(-1, bytes_, flags=flags), dtype).reshape(shape).view(Virtual)
+    return np.frombuffer(mmap.mmap(-1, bytes_, flags=flags), dtype).reshape(shape)
 
 
 def root_of(x: np.ndarray) -> np.ndarray:
@@ -102,10 +99,10 @@ class Arena:
 
     def address(self, x: np.ndarray) -> int:
         """Where the copy of an array begins."""
-        if isinstance(root_of(x), Virtual) or isinstance(x, Virtual):
-            return x.ctypes.data
         root = root_of(x)
         low, high = np.lib.array_utils.byte_bounds(root)
+        if high - low > LARGE:
+            return x.ctypes.data
         if id(root) not in self.copies:
             room = np.full(high - low + 2 * PAGE + 256, 0xA5, np.uint8)
             start = (room.ctypes.data + PAGE + 255) // 256 * 256 + low % 256  # aligned as the original

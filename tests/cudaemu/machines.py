@@ -58,7 +58,9 @@ class Cupy(OnCpu):
 
     def run(self, text: str, name: str, blocks: int, threads: int, arguments: list[Any]) -> None:
         """Launch."""
-        self.start(built(text, name, self.options["check"]), name, blocks, threads, arguments)
+        self.start(self.build(text, name, self.options["check"]), name, blocks, threads, arguments)
+
+    build = staticmethod(cache(source))
 
 
 class NumbaCuda(OnCpu):
@@ -66,10 +68,10 @@ class NumbaCuda(OnCpu):
 
     def run(self, function: Any, signature: Any, blocks: int, threads: int, arguments: list[Any]) -> None:
         """Launch."""
-        self.start(translated(ptx_of(function, signature)), function.__name__, blocks, threads, flatten(arguments))
+        kernel = self.build(ptx_of(function, signature))
+        self.start(kernel, function.__name__, blocks, threads, flatten(arguments))
 
-
-built, translated = cache(source), cache(ptx)
+    build = staticmethod(cache(ptx))
 
 
 @cache
