@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import struct
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -103,8 +102,3 @@ def attributes(cubin: bytes, section: Section) -> Iterator[tuple[int, int, int]]
                 yield (key, *struct.unpack_from("<II", cubin, at + 4))
             at += size
         at += 4
-
-
-def compiles_without_headers(text: str) -> bool:
-    """Whether a text includes nothing: headers take seconds, and may not be there."""
-    return re.search(r"^\s*#\s*include", text, flags=re.MULTILINE) is None
