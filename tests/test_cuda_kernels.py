@@ -1,6 +1,7 @@
 """The kernels of both GPU backends, executed on the CPU: the sentences of all operators, and those about kernels."""
 
 import re
+import sys
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -301,3 +302,73 @@ def test_the_simulator_is_no_gpu(monkeypatch):
 
     monkeypatch.setattr(config, "ENABLE_CUDASIM", True)
     assert "simulator" in import_module("cuda_kernels.numba_cuda").reason()
+
+
+# ---- what CuPy's arrays go through -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cupy(monkeypatch):
+    """A machine with a GPU, as far as the backend ``cupy`` can tell."""
+    from cudaemu import cupy as stand_in
+
+    from cuda_kernels.cupy_raw import _launch
+    from ttr_np import backends
+
+    monkeypatch.setitem(sys.modules, "cupy", stand_in)
+    known = backends.reason
+    monkeypatch.setattr(backends, "reason", lambda name: "ok" if name == "cupy" else known(name))
+    monkeypatch.setattr(_launch, "machine", _launch.Gpu())
+    _launch.compiled.cache_clear()
+    yield stand_in
+    _launch.compiled.cache_clear()
+
+
+on_cupy = pytest.mark.parametrize("case", [c for c in CASES if c.backend == "cupy"], ids=str)
+
+
+@on_cupy
+def test_numpy_arrays_make_the_round_trip(case, cupy):
+    for name in ("heads last", "stride 0", "reversed"):
+        arrays = {key: sentences.LAYOUTS[name](x) for key, x in case.draw(t=7).items()}
+        o, state = case(arrays, state=True)
+        wanted, end = case._replace(backend="numpy")(arrays, state=True)
+        assert isinstance(o, np.ndarray)
+        sentences.close(o, wanted)
+        sentences.same_state(case, state, end)
+
+
+@on_cupy
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_arrays_on_the_device_stay_there(case, cupy, dtype):
+    arrays = case.draw(t=9, dtype=dtype)
+    there = {name: cupy.ndarray(x) for name, x in arrays.items()}
+    mask = np.arange(9) % 3 > 0
+    with on_cpu("cupy"):
+        wanted, end = case(arrays, state=True, mask=mask, cu_seqlens=[0, 4, 9])
+        again, last = case(arrays, state=True, initial_state=type(end)(*(x if x is None else x[:, 0] for x in end)))
+    auto = case._replace(backend="auto")
+    o, state = auto(there, state=True, mask=cupy.ndarray(mask), cu_seqlens=cupy.ndarray(np.array([0, 4, 9])))
+    begin = type(state)(*(x if x is None else x[:, 0] for x in state))
+    o2, state2 = auto(there, state=True, initial_state=begin)
+    for found, expected in ((o, wanted), (o2, again), *zip(state, end, strict=True), *zip(state2, last, strict=True)):
+        assert (found is None) == (expected is None)
+        if found is not None:
+            assert isinstance(found, cupy.ndarray)
+            sentences.same_bits(found.get(), expected)
+
+
+def test_a_table_is_sent_once(cupy):
+    from cuda_kernels.cupy_raw import _launch
+
+    arrays = draw("delta_rule", np.random.default_rng(0), lead=(2,))
+    for _ in range(3):
+        ttr_np.delta_rule(**arrays, backend="cupy")
+    assert len(_launch.machine.tables) == 1
+
+
+def test_bad_numbers_on_the_device_are_named(cupy):
+    arrays = draw("delta_rule", np.random.default_rng(0), optional=("log_decay",), per_channel=False)
+    arrays["log_decay"][2] = 0.5
+    with pytest.raises(ValueError, match=r"log_decay must be <= 0 everywhere; it is 0.5 at \(2,\)"):
+        ttr_np.delta_rule(**{name: cupy.ndarray(x) for name, x in arrays.items()}, backend="cupy")

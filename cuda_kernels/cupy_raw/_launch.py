@@ -112,7 +112,8 @@ class Gpu:
 
     def run(self, source: str, name: str, blocks: int, threads: int, arguments: list[Any]) -> None:
         """Launch; a null pointer is the number 0."""
-        compiled(source, name)((blocks,), (threads,), [np.uintp(0) if x is None else x for x in arguments])
+        given = tuple(np.uintp(0) if x is None else x for x in arguments)
+        compiled(source, name)((blocks,), (threads,), given)
 
 
 @cache

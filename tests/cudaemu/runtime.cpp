@@ -525,6 +525,12 @@ HOOKS(2)
 HOOKS(4)
 HOOKS(8)
 HOOKS(16)
+void __tsan_read_range(char* at, long bytes) {
+    for (long i = 0; i < bytes; i++) check_access(at + i, 1, false, 0, __builtin_return_address(0));
+}
+void __tsan_write_range(char* at, long bytes) {
+    for (long i = 0; i < bytes; i++) check_access(at + i, 1, true, 0, __builtin_return_address(0));
+}
 void __tsan_init() {}
 WRONG(add_overflow, "integer overflow in a sum")
 WRONG(sub_overflow, "integer overflow in a difference")
