@@ -1,11 +1,11 @@
 // Short causal convolution, token by token:  o_t = act(bias + sum_{s<W} weight_{W-1-s} x_{t-s}).
 //
 // A thread owns one channel of one sequence: its taps and its last W inputs stay in registers. A masked token answers,
-// but does not enter the window.
+// but does not enter the window. One block may fill a multiprocessor: registers come before the number of threads.
 
 enum { X, WEIGHT, BIAS, MASK, WINDOW, O };
 
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(128, 1)
 short_convolution(const data* x, const data* weight, const real* bias, const bool* mask, real* window, data* o,
                   const long long* table, int axes, int tokens, int columns, int groups, int blocks, int silu) {
     const int memory = blockIdx.x / blocks;
