@@ -21,7 +21,8 @@ from ttr_np.notation import OPERATORS, draw
 pytestmark = [needed(cudaemu.missing()), pytest.mark.filterwarnings("ignore:overflow encountered")]
 
 GPU = [backend for backend in PACKAGES if backend == "cupy" or not cudaemu.numba_cuda()]
-OPTIONS = {"linear_attention": [{}, {"normalize": True}], "short_convolution": [{"activation": "silu"}]}
+OPTIONS = {"linear_attention": [{"scale": 0.3}, {"normalize": True}], "short_convolution": [{"activation": "silu"}]}
+OPTIONS |= {name: [{"scale": 0.3}] for name in ("delta_rule", "dplr")}
 
 
 def cases() -> list[Case]:
@@ -115,9 +116,34 @@ def test_a_full_reset_costs_the_gates_after_it_nothing(case, gate):
             sentences.test_a_full_reset_costs_the_gates_after_it_nothing(case, gate)
 
 
-# ---- kernels and solvers ---------------------------------------------------------------------------------------------
+@every_case
+def test_a_full_reset_forgets_even_a_bad_number(case, machine):
+    arrays = case.draw(t=9)
+    if "log_decay" not in arrays or case.operator not in sentences.FORGETS:
+        return
+    name = "x" if "x" in arrays else "v"
+    arrays |= {name: arrays[name].copy(), "log_decay": arrays["log_decay"].copy()}
+    arrays[name][:, 2] = np.nan
+    arrays["log_decay"][:, 5] = -np.inf
+    late = 1 if "bonus" in arrays else 0  # the bonus reads the state before its decay
+    o, state = case(arrays, state=True)
+    fresh = case(sentences.cut(case, arrays, slice(5, 9)))
+    sentences.close(o[:, 5 + late :], fresh[:, late:])
+    assert np.all(np.isnan(o[:, 2 + late : 5])) and all(np.all(np.isfinite(x)) for x in sentences.fields(state))
 
-HURTING = {"k": (1, 3, 40, 59, 111, 130), "n": (1, 3, 16, 40), "w": (1, 2, 4, 7)}
+
+@pytest.mark.parametrize("name", sentences.HALVES)
+def test_halves_are_rounded_to_nearest_with_ties_to_even(name):
+    rng, dtype = np.random.default_rng(0), sentences.half(name)
+    x, weight = rng.standard_normal((64, 128)).astype(dtype), rng.standard_normal((1, 128)).astype(dtype)
+    with on_cpu("cupy", check=False):
+        o = ttr_np.short_convolution(x, weight, backend="cupy")
+    sentences.same_bits(o, (x.astype(np.float32) * weight.astype(np.float32)).astype(dtype))  # one product, exact
+
+
+# ---- kernels and solvers ------------------------------------------------------------------------------------------
+
+HURTING = {"k": (1, 3, 40, 59, 111, 130), "n": (1, 3, 16, 41), "w": (1, 2, 4, 7)}
 FEW = {"k": (40, 130), "n": (16,), "w": (1,)}  # where a kernel takes a second to build
 
 
