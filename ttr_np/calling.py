@@ -63,9 +63,19 @@ def check_number(name: str, x: Any, kind: str) -> None:
         raise ValueError(f"{name} must be a finite number, got {x}")
 
 
+def on_device(x: Any) -> bool:
+    """Whether an array lives on a GPU in a library that speaks NumPy's protocols (CuPy): it is used where it is."""
+    return hasattr(x, "__cuda_array_interface__") and hasattr(x, "__array_function__")
+
+
 def as_numpy(x: Any) -> np.ndarray:
     """Any array or list as a NumPy array."""
-    return np.asarray(through_dlpack(x))
+    return x.get() if on_device(x) else np.asarray(through_dlpack(x))
+
+
+def at_home(x: Any) -> Any:
+    """An array on a GPU as it is, anything else as a NumPy array."""
+    return x if on_device(x) else as_numpy(x)
 
 
 def through_dlpack(x: Any) -> Any:
@@ -83,7 +93,7 @@ def as_array(name: str, x: Any) -> np.ndarray:
     """
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array: pass its data, and mask=~{name}.mask for the tokens to leave out")
-    if not isinstance(x, np.ndarray):
+    if not isinstance(x, np.ndarray) and not on_device(x):
         x = np.from_dlpack(x) if hasattr(x, "__dlpack__") and not np.isscalar(x) else np.asarray(x)
     if x.dtype.kind in "iu":
         return x.astype(np.float64)
@@ -125,7 +135,7 @@ def check_gates(arrays: Mapping[str, np.ndarray]) -> None:
 
 def check_mask(mask: Any) -> np.ndarray:
     """A mask is boolean: True where the token is memorised."""
-    mask = as_numpy(mask)
+    mask = at_home(mask)
     if mask.dtype != np.bool_:
         raise TypeError(f"mask has dtype {mask.dtype}; it needs bool, True where the token is memorised")
     return mask
@@ -144,7 +154,9 @@ def check_boundaries(cu_seqlens: Any, t: int) -> np.ndarray:
     return bounds.astype(np.int64)
 
 
-def prepare(operator: str, arrays: Mapping[str, Any], mask: Any) -> tuple[dict[str, np.ndarray], dict[str, int], Any]:
+def prepare(
+    operator: str, arrays: Mapping[str, Any], mask: Any, halves: bool = False
+) -> tuple[dict[str, np.ndarray], dict[str, int], Any]:
     """Named arrays in one dtype, checked, masked tokens neutral; sizes of the axes; dtype of the output."""
     given = {name: as_array(name, x) for name, x in arrays.items() if x is not None}
     refuse_complex(operator, given)
@@ -154,7 +166,8 @@ def prepare(operator: str, arrays: Mapping[str, Any], mask: Any) -> tuple[dict[s
     mask = given.pop("mask", None)
     output, compute = dtypes_of(given)
     for name, x in given.items():
-        x = x.astype(compute if x.dtype.kind == "c" else np.finfo(compute).dtype, copy=False)
+        data = output if halves and output.name in HALF and name not in GATES else np.finfo(compute).dtype
+        x = x.astype(compute if x.dtype.kind == "c" else data, copy=False)
         axes = axes_of(name, x, given)
         if x.ndim == 0:
             x = np.broadcast_to(x, (1,) * spare_axes(name, given) + tuple(sizes[axis] for axis in axes))
@@ -191,7 +204,7 @@ def memory_lead(operator: str, arrays: Mapping[str, np.ndarray], mask: Any) -> t
     """Leading shape of the state: that of the arrays that are memorised, not of those that only read."""
     writing = {name: x for name, x in arrays.items() if name not in OPERATORS[operator].reads}
     if mask is not None:
-        writing["mask"] = as_numpy(mask)
+        writing["mask"] = at_home(mask)
     return broadcast_leading(
         {name: x.shape[: x.ndim - len(axes_of(name, x, arrays))] for name, x in writing.items()}
     )
@@ -203,6 +216,14 @@ def zeros(operator: str, lead: tuple[int, ...], sizes: Mapping[str, int], dtype:
     return STATES[operator](
         **{name: np.zeros(lead + tuple(sizes[axis] for axis in axes.split()), dtype) for name, axes in fields}
     )
+
+
+def beside(arrays: Mapping[str, Any], state: Any) -> Any:
+    """A state where the arrays are."""
+    device = next(filter(on_device, arrays.values()), None)
+    if device is None:
+        return state
+    return type(state)(*(None if field is None else np.asarray(field, like=device) for field in state))
 
 
 def adopt(operator: str, given: Any, start: Any) -> Any:
@@ -244,7 +265,7 @@ def adopt_field(operator: str, name: str, x: Any, empty: np.ndarray) -> np.ndarr
     ValueError
         If its shape does not fit.
     """
-    x = as_numpy(x)
+    x = at_home(x)
     if x.dtype.kind == "c" and empty.dtype.kind != "c":
         raise TypeError(f"initial_state field {name} is complex ({x.dtype}), this memory holds {empty.dtype}")
     axes = OPERATORS[operator].state[name].split()
@@ -260,7 +281,7 @@ def adopt_field(operator: str, name: str, x: Any, empty: np.ndarray) -> np.ndarr
         raise ValueError(
             f"initial_state field {name} has shape {x.shape}, which does not broadcast to {empty.shape}"
         ) from None
-    return np.array(np.broadcast_to(x, lead + inner), dtype=empty.dtype, order="C")
+    return np.broadcast_to(x, lead + inner).astype(empty.dtype, order="C", copy=True)
 
 
 class Held(NamedTuple):
@@ -278,6 +299,7 @@ def run(
     options: Mapping[str, Any] | None = None,
     *,
     start: Callable[..., Any] = zeros,
+    halves: bool = False,
     initial_state: Any = None,
     output_final_state: bool = False,
     cu_seqlens: Any = None,
@@ -297,6 +319,8 @@ def run(
         The caller's arrays, and his other choices.
     start
         ``start(operator, lead, sizes, dtype)`` gives the state of an empty memory.
+    halves
+        Whether the core takes data of 16 bits as they are; gates and states are wider all the same.
     initial_state, output_final_state, cu_seqlens, mask
         The common keywords of all operators.
     hold
@@ -306,9 +330,9 @@ def run(
     -------
     o, or (o, state) with ``output_final_state``; or with ``hold`` the call that is left to be made.
     """
-    given, sizes, output = prepare(operator, arrays, mask)
+    given, sizes, output = prepare(operator, arrays, mask, halves)
     compute = np.result_type(np.float32, output)
-    empty = start(operator, memory_lead(operator, given, mask), sizes, compute)
+    empty = beside(given, start(operator, memory_lead(operator, given, mask), sizes, compute))
     every = {name: given.get(name) for name in OPERATORS[operator].arrays + OPERATORS[operator].optional}
     if OPERATORS[operator].sees_mask:
         every["mask"] = given.get("mask")
@@ -356,7 +380,7 @@ def select(operator: str, state: Any, i: int, n: int) -> Any:
     fields = []
     state = state if isinstance(state, tuple) else (state,)
     for field, (name, axes) in zip(state, OPERATORS[operator].state.items(), strict=False):
-        x = None if field is None else as_numpy(field)
+        x = None if field is None else at_home(field)
         axis = -1 - len(axes.split())
         if x is not None and (np.ndim(x) < -axis or np.shape(x)[axis] != n):
             raise ValueError(

@@ -1,0 +1,181 @@
+"""From the text of a kernel to a launch: constants filled in, arguments cast to what the text declares.
+
+``machine`` is where kernels run. Tests put the CPU in its place; the operators do not know.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ttr_np import calling
+
+from .. import _calls
+from .._sequences import Sequences
+
+__all__ = ["Kernel", "empty", "even", "launch", "machine", "run"]
+
+FOLDER = Path(__file__).parent
+HEADERS = ("numbers.cuh", "sequences.cuh")
+NUMBERS = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float", "float64": "double"}
+DTYPES = {"int": "int32", "long long": "int64", "bool": "bool"} | {ours: name for name, ours in NUMBERS.items()}
+
+
+class Parameter(NamedTuple):
+    """One parameter of a kernel: its type without ``const``, and whether it points to numbers of that type."""
+
+    name: str
+    type: str
+    pointer: bool
+
+
+class Kernel:
+    """The kernel of one ``.cu`` file of this folder, named like it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @cache  # noqa: B019 - kernels live as long as the module
+    def text(self) -> str:
+        """What the file says."""
+        return (FOLDER / f"{self.name}.cu").read_text()
+
+    @cache  # noqa: B019
+    def parameters(self) -> tuple[Parameter, ...]:
+        """What it declares."""
+        listed = re.search(rf"\n{self.name}\((.*?)\)", self.text(), flags=re.DOTALL)[1]
+        found = re.findall(r"(?:const )?([\w ]+?)(\*?) (\w+)(?:,\s*|$)", listed)
+        return tuple(Parameter(name, kind, bool(star)) for kind, star, name in found)
+
+    def source(self, types: Mapping[str, str], constants: Mapping[str, int]) -> str:
+        """The text for NVRTC: types and constants, what all kernels share, then the file."""
+        lines = [f"typedef {kind} {name};" for name, kind in types.items() if kind not in ("float16", "bfloat16")]
+        lines += [f"#define {name} {value}" for name, value in constants.items()]
+        halves = [f"typedef {kind} {name};" for name, kind in types.items() if kind in ("float16", "bfloat16")]
+        numbers, sequences = ((FOLDER / header).read_text() for header in HEADERS)
+        return "\n".join([*lines, numbers, *halves, sequences, f'#line 1 "{self.name}.cu"', self.text()])
+
+    def typed(self, arguments: Mapping[str, Any], types: Mapping[str, str]) -> list[Any]:
+        """Arguments in their order, each of the type that its parameter declares.
+
+        Raises
+        ------
+        TypeError
+            If an array holds numbers of another type: a pointer cannot be cast.
+        """
+        return [self.cast(parameter, arguments[parameter.name], types) for parameter in self.parameters()]
+
+    def cast(self, parameter: Parameter, x: Any, types: Mapping[str, str]) -> Any:
+        """One argument."""
+        dtype = DTYPES[types.get(parameter.type, parameter.type)]
+        if not parameter.pointer:
+            return np.dtype(dtype).type(x)
+        if x is not None and x.dtype.name != dtype:
+            raise TypeError(f"{self.name}: {parameter.name} points to {dtype}, the array holds {x.dtype}")
+        return x
+
+
+class Gpu:
+    """The current device of CuPy, on its current stream."""
+
+    def __init__(self) -> None:
+        self.tables: dict[tuple[int, tuple[int, ...], bytes], Any] = {}
+
+    def empty(self, shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
+        """A new array in the container of another."""
+        return np.empty_like(like, shape=shape, dtype=dtype)
+
+    def own(self, x: Any) -> Any:
+        """An array on the device; what is broadcast goes there once."""
+        import cupy
+
+        return x if isinstance(x, cupy.ndarray) else cupy.broadcast_to(cupy.asarray(_calls.thin(x)), x.shape)
+
+    def back(self, x: Any, into: Any) -> None:
+        """Copy to the array of NumPy that it came from."""
+        if isinstance(into, np.ndarray):
+            into[...] = x.get()
+
+    def table(self, x: np.ndarray) -> Any:
+        """A table, sent at its first use."""
+        import cupy
+
+        key = (cupy.cuda.Device().id, x.shape, x.tobytes())
+        if key not in self.tables:
+            self.tables[key] = cupy.asarray(x)
+        return self.tables[key]
+
+    def run(self, source: str, name: str, blocks: int, threads: int, arguments: list[Any]) -> None:
+        """Launch; a null pointer is the number 0."""
+        given = tuple(np.uintp(0) if x is None else x for x in arguments)
+        compiled(source, name)((blocks,), (threads,), given)
+
+
+@cache
+def compiled(source: str, name: str) -> Any:
+    """A kernel of CuPy, which keeps its machine code on disk."""
+    import cupy
+
+    return cupy.RawModule(code=source, options=("-std=c++17",)).get_function(name)
+
+
+machine: Any = Gpu()
+
+
+def run(core: Callable[..., Any], *arguments: Any, **common: Any) -> Any:
+    """Call an operator's core with everything a caller may ask of any operator; halves stay halves."""
+    return calling.run(core, *arguments, halves=True, **common)
+
+
+def empty(sequences: Sequences, own: tuple[int, ...], dtype: Any, like: Any) -> Any:
+    """An array for answers in the container of another."""
+    return _calls.empty(machine, sequences, own, dtype, like)
+
+
+def even(*arrays: Any) -> int:
+    """1 where the numbers of every row are neighbours."""
+    return int(all(x.strides[-1] == x.itemsize or x.shape[-1] == 1 for x in arrays))
+
+
+def launch(
+    kernel: Kernel,
+    sequences: Sequences,
+    arrays: _calls.Arrays,
+    written: tuple[str, ...],
+    types: Mapping[str, Any],
+    constants: Mapping[str, int],
+    **scalars: Any,
+) -> None:
+    """Run a kernel over all sequences.
+
+    Parameters
+    ----------
+    kernel, sequences
+        What, and over what.
+    arrays
+        By name of the kernel's parameters, in the order of the table.
+    written
+        Names of those that the kernel writes.
+    types
+        What the text calls ``data``, ``real`` and so on: a dtype each.
+    constants
+        Sizes that are fixed when it is compiled.
+    **scalars
+        ``tokens``, ``columns``, and what else the kernel declares.
+    """
+    if not scalars["tokens"] * sequences.memories * sequences.groups:
+        return
+    names = {name: NUMBERS[np.dtype(dtype).name] for name, dtype in types.items()}
+    blocks, threads = _calls.grid(scalars["columns"], constants.get("PARTS", 1))
+    views = {name: None if x is None else sequences.view(x, own) for name, (x, own) in arrays.items()}
+    sizes = {"axes": len(sequences.shape), "groups": sequences.groups, "blocks": blocks}
+    with _calls.there_and_back(machine, views, written) as here:
+        owned = zip(here.values(), (own for _, own in arrays.values()), strict=True)
+        table = machine.table(sequences.table(*owned))
+        arguments = kernel.typed(here | {"table": table} | sizes | scalars, names)
+        machine.run(kernel.source(names, constants), kernel.name, sequences.memories * blocks, threads, arguments)

@@ -1,0 +1,56 @@
+"""Linear attention on the GPU, token by token: one launch of ``linear_attention.cu``."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from ttr_np.notation import LinearAttentionState
+from ttr_np.solvers.linear_attention import start
+
+from .._calls import split
+from .._sequences import BOTH, COLUMN, ROW, Sequences
+from ._launch import Kernel, empty, even, launch, run
+
+__all__ = ["linear_attention"]
+
+KERNEL = Kernel("linear_attention")
+
+
+def linear_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    log_decay: Any = None,
+    bonus: Any = None,
+    normalize: bool = False,
+    scale: float = 1.0,
+    **common: Any,
+) -> Any:
+    """Linear attention; see ``ttr_np.linear_attention``."""
+    arrays = {"q": q, "k": k, "v": v, "log_decay": log_decay, "bonus": bonus}
+    options = {"normalize": normalize, "scale": scale}
+    return run(core, "linear_attention", arrays, options, start=partial(start, normalize), **common)
+
+
+def core(
+    q: Any, k: Any, v: Any, log_decay: Any, bonus: Any, *, normalize: bool, scale: float, state: LinearAttentionState
+) -> tuple[Any, LinearAttentionState]:
+    """One launch."""
+    (S, z), (tokens, rows), columns = state, q.shape[-2:], v.shape[-1]
+    sequences = Sequences(S.shape[:-2], np.broadcast_shapes(q.shape[:-2], S.shape[:-2]))
+    o = empty(sequences, (tokens, columns), q.dtype, q)
+    z_next = None if z is None else z.copy()
+    gate = ROW if log_decay is None or log_decay.ndim < q.ndim else BOTH
+    arrays = {"q": (q, BOTH), "k": (k, BOTH), "v": (v, BOTH), "log_decay": (log_decay, gate), "bonus": (bonus, COLUMN)}
+    arrays |= {"S": (S, BOTH), "z": (z, COLUMN), "z_next": (z_next, COLUMN), "o": (o, BOTH)}
+    per_thread, parts = split("k", rows, fields=1 + normalize)
+    constants = {"K": rows, "ROWS": per_thread, "PARTS": parts, "NORMALIZE": int(normalize), "EVEN": even(q)}
+    types = {"data": q.dtype, "real": S.dtype}
+    launch(
+        KERNEL, sequences, arrays, ("S", "z_next", "o"), types, constants, tokens=tokens, columns=columns, scale=scale
+    )
+    return o, LinearAttentionState(S, z_next)

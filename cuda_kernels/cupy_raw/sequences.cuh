@@ -1,0 +1,46 @@
+// Where a sequence lies: see _sequences.py for the table.
+
+#ifndef EVEN
+#define EVEN 0
+#endif
+
+template <class T>
+struct Row {
+    T* begin;
+    long long column;
+
+    __device__ __forceinline__ T& operator[](int j) const { return begin[j * column]; }
+};
+
+template <class T>
+struct Rows {
+    T* begin;
+    long long group, row, column;  // strides, in numbers
+
+    __device__ __forceinline__ T& at(int i, int j) const { return begin[i * row + j * column]; }
+    // One row; its numbers are neighbours if EVEN, and then their addresses need no registers.
+    __device__ __forceinline__ Row<T> line(int i) const { return {begin + i * row, EVEN ? 1 : column}; }
+    __device__ __forceinline__ Rows of(int g) const { return {begin + g * group, group, row, column}; }
+};
+
+// The rows of array number `array` that belong to a memory.
+template <class T>
+__device__ __forceinline__ Rows<T> rows(T* array_begin, const long long* table, int axes, int array, unsigned memory) {
+    const long long* strides = table + (1 + array) * (axes + 3);
+    long long at = 0;
+    #pragma unroll 1
+    for (int axis = axes - 1; axis >= 0; axis--) {
+        const unsigned size = unsigned(table[axis]);  // 32 bits: a grid has no more blocks, and division is slow
+        at += memory % size * strides[axis];
+        memory /= size;
+    }
+    return {array_begin + at, strides[axes], strides[axes + 1], strides[axes + 2]};
+}
+
+#ifdef PARTS
+// PARTS neighbouring lanes share a column: each holds some of its rows, and a sum over all rows is theirs together.
+__device__ __forceinline__ real over_parts(real x) {
+    for (int distance = 1; distance < PARTS; distance *= 2) x += __shfl_xor_sync(0xffffffffu, x, distance);
+    return x;
+}
+#endif

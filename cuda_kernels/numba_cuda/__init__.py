@@ -1,0 +1,19 @@
+"""Backend ``numba-cuda``: the readable GPU form, Python functions compiled by numba-cuda (never Numba's own target)."""
+
+from __future__ import annotations
+
+__all__ = ["reason"]
+
+
+def reason() -> str:
+    """``ok``, or why numba-cuda cannot run kernels here; it is installed."""
+    from numba import config, cuda
+
+    if config.ENABLE_CUDASIM:
+        return "Numba's simulator is switched on (NUMBA_ENABLE_CUDASIM), which is no GPU"
+    if "numba_cuda" not in (cuda.__file__ or ""):
+        return f"numba.cuda is Numba's own target ({cuda.__file__}), not numba-cuda"
+    if not cuda.is_available():
+        words = str(cuda.cuda_error() or "no GPU").split("\n")
+        return "no driver: " + " ".join(word.strip() for word in words if word.strip(" :"))
+    return "ok"

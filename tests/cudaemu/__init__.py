@@ -1,0 +1,67 @@
+"""CUDA kernels executed on the CPU, so that every kernel of this project runs in tests without a GPU.
+
+Two routes lead to the same runtime: ``source`` compiles the C++ text of a kernel with g++, ``ptx`` translates the PTX
+that Numba made of a Python function. A thread of a block is a fiber; blocks run one after another.
+
+    add = source(text, "add")                       # or ptx(text)
+    add(grid, threads, (x, y, np.int32(n)), check=True)
+
+Without ``check`` it sees deadlock, barriers and shuffles in divergent code, wild addresses and endless loops, and
+shared memory begins as NaN. With it every load and store is looked at: bounds, memory that was never written, races
+between threads and between blocks, misalignment, and (C++ only) overflow of integers and indices outside arrays.
+
+It knows what our kernels use: barriers, XOR shuffles, static and dynamic shared memory. It has no atomics, no barrier
+of a warp, no asynchronous copies and no tensor cores yet, and it is neither a clock nor a model of weak memory. exp,
+sin and cos are those of the C library. In PTX all static shared arrays lie in one piece, so that an overrun from one
+into the next is not seen. It needs Linux on x86-64 and g++, and runs one launch at a time in a process.
+"""
+
+import os
+from importlib.util import find_spec
+
+import pytest
+
+from .build import missing
+from .launch import (
+    ArithmeticFault,
+    BarrierFault,
+    BoundsFault,
+    Fault,
+    LaunchFault,
+    RaceFault,
+    TimeFault,
+    UnsetFault,
+    WarpFault,
+    virtual,
+)
+from .ptx import ptx
+from .source import source
+
+
+def needed(reason: str) -> pytest.MarkDecorator:
+    """Skip tests where something is missing; in continuous integration let them fail instead."""
+    return pytest.mark.skipif(bool(reason) and not os.environ.get("CI"), reason=reason)
+
+
+def numba_cuda() -> str:
+    """Why Numba cannot make PTX here; empty where it can."""
+    return "" if find_spec("numba_cuda") else "numba-cuda is not installed"
+
+
+__all__ = [
+    "ArithmeticFault",
+    "BarrierFault",
+    "BoundsFault",
+    "Fault",
+    "LaunchFault",
+    "RaceFault",
+    "TimeFault",
+    "UnsetFault",
+    "WarpFault",
+    "missing",
+    "needed",
+    "numba_cuda",
+    "ptx",
+    "source",
+    "virtual",
+]

@@ -1,0 +1,98 @@
+"""The CPU in place of a GPU: what the backends' launchers ask of a machine, with every launch on the runner."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+
+from .launch import Kernel, root_of
+from .ptx import flatten, ptx
+from .source import source
+
+PACKAGES = {"cupy": "cuda_kernels.cupy_raw", "numba-cuda": "cuda_kernels.numba_cuda"}
+
+
+class OnCpu:
+    """A machine whose memory is that of NumPy. ``options`` are those of a launch; ``launches`` lists what ran."""
+
+    def __init__(self, **options: Any) -> None:
+        self.options = {"check": True} | options
+        self.launches: list[str] = []
+        self.fresh: list[np.ndarray] = []
+
+    def own(self, x: Any) -> Any:
+        """The array itself: its strides are the kernel's concern."""
+        return x
+
+    table = own
+
+    def empty(self, shape: tuple[int, ...], dtype: Any, like: Any) -> np.ndarray:
+        """A new array of NaN, which the kernel must not read before it has written."""
+        x = np.empty(shape, dtype)
+        x.reshape(-1).view(np.uint8)[...] = 0xFF
+        self.fresh.append(x)
+        return x
+
+    def back(self, x: Any, into: Any) -> None:
+        """It is the same memory."""
+        assert x is into
+
+    def start(self, kernel: Kernel, name: str, blocks: int, threads: int, arguments: list[Any]) -> None:
+        """Launch."""
+        new = {id(root_of(x)) for x in self.fresh}
+        unset = [i for i, x in enumerate(arguments) if isinstance(x, np.ndarray) and id(root_of(x)) in new]
+        self.fresh.clear()
+        self.launches.append(name)
+        kernel(blocks, threads, arguments, unset=unset, **self.options)
+
+
+class Cupy(OnCpu):
+    """For the texts of ``cupy_raw``."""
+
+    def run(self, text: str, name: str, blocks: int, threads: int, arguments: list[Any]) -> None:
+        """Launch."""
+        self.start(self.build(text, name, self.options["check"]), name, blocks, threads, arguments)
+
+    build = staticmethod(cache(source))
+
+
+class NumbaCuda(OnCpu):
+    """For the functions of ``numba_cuda``."""
+
+    def run(self, function: Any, signature: Any, blocks: int, threads: int, arguments: list[Any]) -> None:
+        """Launch."""
+        kernel = self.build(ptx_of(function, signature))
+        self.start(kernel, function.__name__, blocks, threads, flatten(arguments))
+
+    build = staticmethod(cache(ptx))
+
+
+@cache
+def ptx_of(function: Any, signature: Any, capability: tuple[int, int] = (9, 0)) -> str:
+    """What Numba makes of a function; it asks no driver when it is told the device."""
+    from numba import cuda
+    from numba.cuda import dispatcher
+
+    device = SimpleNamespace(compute_capability=capability)
+    with patch.object(dispatcher, "get_current_device", lambda: device):
+        return cuda.compile_ptx(function, signature, cc=capability, lineinfo=True)[0]
+
+
+@contextmanager
+def on_cpu(backend: str, **options: Any) -> Iterator[OnCpu]:
+    """Let a GPU backend launch its kernels here."""
+    from ttr_np import backends
+
+    known = backends.reason
+    launcher = import_module(f"{PACKAGES[backend]}._launch")
+    machine = {"cupy": Cupy, "numba-cuda": NumbaCuda}[backend](**options)
+    with patch.object(backends, "reason", lambda name: "ok" if name == backend else known(name)):
+        with patch.object(launcher, "machine", machine):
+            yield machine

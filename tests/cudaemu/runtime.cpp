@@ -1,0 +1,543 @@
+// The runtime: threads of a block as fibers, a scheduler that sees deadlock and divergence, and (in check mode) a look
+// at every load and store. g++ calls the hooks at the end because of -fsanitize=thread and undefined; its own libraries
+// behind these options are not linked.
+#include "runtime.h"
+
+#include <dlfcn.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+#include <xmmintrin.h>
+
+#include <algorithm>
+#include <numeric>
+#include <random>
+#include <vector>
+
+using namespace runner;
+
+namespace {
+
+constexpr size_t STACK = 256 * 1024;  // bytes of one thread, the lowest page of them guarded
+constexpr size_t PAGE = 4096;
+constexpr uint32_t SEVERAL = UINT32_MAX;  // threads, or blocks
+
+enum State { READY, AT_BARRIER, IN_EXCHANGE, DONE };
+
+struct Thread {
+    void* stack;
+    uint3 index;
+    int number, warp, lane;
+    State state;
+    int line;  // where it waits
+    uint64_t value;  // what it gives to an exchange, then what it gets
+    int source;
+    unsigned mask;
+};
+
+struct Warp {
+    unsigned alive, arrived;  // one bit per lane
+};
+
+struct Access {  // the last one of its kind to a byte
+    uint32_t block, thread, interval;  // block 0: none yet; interval: how many barriers came before
+};
+
+struct Cell {  // what is known of one byte
+    Access write, read;
+    bool set;
+};
+
+struct Shadow {
+    Region region;
+    Cell* cells;  // none where the memory is too large to follow
+};
+
+struct Machine {
+    std::vector<Thread> threads;
+    std::vector<Warp> warps;
+    std::vector<Shadow> memory;
+    std::vector<int> order;
+    std::mt19937_64 chance;
+    Options options;
+    Call call;
+    void** arguments;
+    char* stacks = nullptr;
+    size_t stack_count = 0;
+    char* shared = nullptr;
+    size_t shared_size = 0;
+    Thread* current = nullptr;
+    void* scheduler = nullptr;  // stack pointer
+    int live, exited;
+    uint32_t block, interval;
+    int code;
+    char* message;
+    int length;
+    sigjmp_buf escape;
+} machine;
+
+}  // namespace
+
+extern "C" {
+__attribute__((visibility("hidden"))) Builtins runner::builtins;
+
+// Saves one stack pointer and goes on at another.
+__attribute__((visibility("hidden"))) void switch_stack(void** save, void* to);
+}
+asm(R"(
+.text
+.globl switch_stack
+.hidden switch_stack
+.type switch_stack,@function
+switch_stack:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp,(%rdi)
+    movq %rsi,%rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+)");
+
+// ---- faults -------------------------------------------------------------------------------------------------------
+
+static int say(int at, const char* format, ...) {
+    va_list words;
+    va_start(words, format);
+    const int written = vsnprintf(machine.message + at, size_t(std::max(machine.length - at, 0)), format, words);
+    va_end(words);
+    return std::min(at + written, machine.length - 1);
+}
+
+static int say_where(int at, int line) {
+    if (line) at = say(at, " at line %d", line);
+    at = say(at, " [block (%u, %u, %u)", builtins.block.x, builtins.block.y, builtins.block.z);
+    if (!machine.current) return say(at, "]");
+    return say(at, ", thread (%u, %u, %u)]", builtins.thread.x, builtins.thread.y, builtins.thread.z);
+}
+
+void runner::fault(int kind, int line, const char* words) {
+    machine.code = kind;
+    say_where(say(0, "%s", words), line);
+    siglongjmp(machine.escape, 1);
+}
+
+// How many threads wait at which line.
+static void fault_of_waiting(const char* words) {
+    machine.code = BARRIER;
+    int at = say(0, "%s:", words);
+    std::vector<std::pair<State, int>> seen;
+    for (const Thread& one : machine.threads) {
+        const std::pair<State, int> place(one.state, one.state == DONE ? 0 : one.line);
+        if (std::count(seen.begin(), seen.end(), place)) continue;
+        seen.push_back(place);
+        const long many = std::count_if(machine.threads.begin(), machine.threads.end(), [&](const Thread& other) {
+            return other.state == place.first && (other.state == DONE || other.line == place.second);
+        });
+        const char* doing = place.first == DONE ? "exited" : place.first == AT_BARRIER ? "at a barrier" : "in a shuffle";
+        at = say(at, "%s %ld %s", seen.size() > 1 ? "," : "", many, doing);
+        if (place.first != DONE) at = say(at, " (line %d)", place.second);
+    }
+    say_where(at, 0);
+    siglongjmp(machine.escape, 1);
+}
+
+static void on_signal(int number) {
+    machine.code = number == SIGVTALRM ? TIME : number == SIGFPE ? ARITHMETIC : BOUNDS;
+    const char* words = number == SIGVTALRM ? "time limit: an endless loop?"
+                        : number == SIGFPE  ? "integer division by zero"
+                                            : "wild memory access or stack overflow";
+    say_where(say(0, "%s", words), 0);
+    siglongjmp(machine.escape, 1);
+}
+
+// ---- threads ------------------------------------------------------------------------------------------------------
+
+static void leave(State state, int line) {
+    machine.current->state = state;
+    machine.current->line = line;
+    switch_stack(&machine.current->stack, machine.scheduler);
+}
+
+static void finish_exchange(Warp& warp, Thread* lanes, unsigned mask);
+
+static void life_of_a_thread() {
+    machine.call(machine.arguments);
+    Thread& self = *machine.current;
+    machine.live--, machine.exited++;
+    Warp& warp = machine.warps[size_t(self.warp)];
+    warp.alive &= ~(1u << self.lane);
+    Thread* lanes = &machine.threads[size_t(self.warp) * 32];
+    for (int i = 0; i < 32; i++)
+        if ((warp.arrived >> i & 1) && (lanes[i].mask >> self.lane & 1))
+            fault(WARP, lanes[i].line, "a lane has exited that others wait for in a shuffle");
+    leave(DONE, 0);
+}
+
+static void prepare(Thread& thread) {
+    thread.state = READY;
+    char* top = machine.stacks + size_t(thread.number + 1) * STACK;
+    top -= thread.number % 61 * 320;  // equal places in all stacks would share one set of the cache
+    void** at = reinterpret_cast<void**>(top);
+    *--at = nullptr;
+    *--at = reinterpret_cast<void*>(&life_of_a_thread);
+    thread.stack = at - 6;  // six registers that switch_stack takes back
+}
+
+static void resume(Thread& thread) {
+    machine.current = &thread;
+    builtins.thread = thread.index;
+    switch_stack(&machine.scheduler, thread.stack);
+    machine.current = nullptr;
+}
+
+void runner::block_barrier(int line) { leave(AT_BARRIER, line); }
+
+char* runner::dynamic_shared() { return machine.shared; }
+
+uint64_t runner::exchange(uint64_t value, int source, unsigned mask, int line) {
+    Thread& self = *machine.current;
+    Warp& warp = machine.warps[size_t(self.warp)];
+    if (!(mask >> self.lane & 1)) fault(WARP, line, "a thread shuffles with a mask that does not name it");
+    self.value = value, self.source = source, self.mask = mask, self.line = line;
+    warp.arrived |= 1u << self.lane;
+    self.state = IN_EXCHANGE;
+    finish_exchange(warp, &machine.threads[size_t(self.warp) * 32], mask);
+    if (self.state == IN_EXCHANGE) leave(IN_EXCHANGE, line);
+    return self.value;
+}
+
+// The last lane to arrive hands every value over.
+static void finish_exchange(Warp& warp, Thread* lanes, unsigned mask) {
+    if (mask & ~warp.alive) fault(WARP, machine.current->line, "a shuffle names lanes that do not exist or have exited");
+    if ((warp.arrived & mask) != mask) return;
+    const int line = machine.current->line;
+    uint64_t values[32];
+    for (int i = 0; i < 32; i++) {
+        if (!(mask >> i & 1)) continue;
+        if (lanes[i].mask != mask) fault(WARP, line, "lanes of one warp shuffle with different masks");
+        if (lanes[i].line != line) fault(WARP, line, "lanes of one warp meet in different shuffles");
+        if (!(mask >> (lanes[i].source & 31) & 1)) fault(WARP, line, "a shuffle reads a lane that takes no part");
+        values[i] = lanes[lanes[i].source & 31].value;
+    }
+    for (int i = 0; i < 32; i++)
+        if (mask >> i & 1) lanes[i].value = values[i], lanes[i].state = READY;
+    warp.arrived &= ~mask;
+}
+
+// ---- the scheduler ------------------------------------------------------------------------------------------------
+
+static void forget(Shadow& shadow) {
+    if (!shadow.cells) return;
+    const size_t bytes = size_t(shadow.region.end - shadow.region.begin);
+    std::fill(shadow.cells, shadow.cells + bytes, Cell{});
+}
+
+static void begin_block(uint64_t number, const unsigned* grid) {
+    machine.block = uint32_t(number - machine.options.first_block + 1);
+    machine.interval++;
+    builtins.block = {unsigned(number % grid[0]), unsigned(number / grid[0] % grid[1]),
+                      unsigned(number / (uint64_t(grid[0]) * grid[1]))};
+    for (Shadow& shadow : machine.memory) {
+        if (shadow.region.kind != SHARED) continue;
+        memset(reinterpret_cast<void*>(shadow.region.begin), 0xFF, shadow.region.end - shadow.region.begin);
+        forget(shadow);
+    }
+    machine.live = int(machine.threads.size()), machine.exited = 0;
+    for (size_t i = 0; i < machine.warps.size(); i++) {
+        const size_t lanes = std::min<size_t>(machine.threads.size() - i * 32, 32);
+        machine.warps[i] = {lanes < 32 ? (1u << lanes) - 1 : UINT32_MAX, 0};
+    }
+    for (Thread& thread : machine.threads) prepare(thread);
+}
+
+// Every thread as far as it gets without the others.
+static void run_ready_threads() {
+    for (bool any = true; any;) {
+        any = false;
+        if (machine.options.order == RANDOM) std::shuffle(machine.order.begin(), machine.order.end(), machine.chance);
+        for (const int i : machine.order) {
+            if (machine.threads[size_t(i)].state != READY) continue;
+            resume(machine.threads[size_t(i)]);
+            any = true;
+        }
+    }
+}
+
+static void open_barrier() {
+    int line = 0;
+    for (const Thread& thread : machine.threads) {
+        if (thread.state == IN_EXCHANGE) fault_of_waiting("deadlock");
+        if (thread.state != AT_BARRIER) continue;
+        if (line && thread.line != line) fault_of_waiting("divergent barrier");
+        line = thread.line;
+    }
+    if (machine.exited) fault_of_waiting("divergent barrier");
+    machine.interval++;
+    for (Thread& thread : machine.threads) thread.state = READY;
+}
+
+static void run_block() {
+    while (run_ready_threads(), machine.live) open_barrier();
+}
+
+static void run_blocks(const unsigned* grid) {
+    const uint64_t all = uint64_t(grid[0]) * grid[1] * grid[2];
+    const uint64_t first = machine.options.first_block;
+    const uint64_t last = std::min(machine.options.last_block ? machine.options.last_block : all, all);
+    for (uint64_t i = first; i < last; i++) {
+        begin_block(machine.options.order == REVERSE ? last - 1 - (i - first) : i, grid);
+        run_block();
+    }
+}
+
+static bool refused(const unsigned* grid, const unsigned* block) {
+    const uint64_t threads = uint64_t(block[0]) * block[1] * block[2];
+    const bool empty = !threads || !grid[0] || !grid[1] || !grid[2];
+    const bool large = threads > 1024 || block[2] > 64 || grid[0] > INT32_MAX || grid[1] > 65535 || grid[2] > 65535;
+    if (!empty && !large) return false;
+    machine.code = LAUNCH;
+    say(0, "invalid launch: grid (%u, %u, %u), block (%u, %u, %u)", grid[0], grid[1], grid[2], block[0], block[1],
+        block[2]);
+    return true;
+}
+
+static void make_threads(const unsigned* block) {
+    const size_t count = size_t(block[0]) * block[1] * block[2];
+    if (machine.stack_count < count) {
+        if (machine.stacks) munmap(machine.stacks, machine.stack_count * STACK);
+        const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+        machine.stacks = static_cast<char*>(mmap(nullptr, count * STACK, PROT_READ | PROT_WRITE, flags, -1, 0));
+        machine.stack_count = count;
+        for (size_t i = 0; i < count; i++) mprotect(machine.stacks + i * STACK, PAGE, PROT_NONE);
+    }
+    machine.threads.assign(count, Thread());
+    machine.warps.assign((count + 31) / 32, Warp());
+    machine.order.resize(count);
+    std::iota(machine.order.begin(), machine.order.end(), 0);
+    if (machine.options.order == REVERSE) std::reverse(machine.order.begin(), machine.order.end());
+    for (size_t i = 0; i < count; i++) {
+        Thread& thread = machine.threads[i];
+        thread.number = int(i), thread.warp = int(i / 32), thread.lane = int(i % 32);
+        thread.index = {unsigned(i % block[0]), unsigned(i / block[0] % block[1]), unsigned(i / block[0] / block[1])};
+    }
+}
+
+static void add_memory(Region region) {
+    constexpr uint64_t too_large = 64 << 20;
+    const uint64_t bytes = region.end - region.begin;
+    Cell* cells = nullptr;
+    if (machine.options.check && region.kind != CONSTANT && bytes && bytes < too_large) {
+        const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+        cells = static_cast<Cell*>(mmap(nullptr, bytes * sizeof(Cell), PROT_READ | PROT_WRITE, flags, -1, 0));
+        if (region.kind == GLOBAL && !region.unset)
+            for (uint64_t i = 0; i < bytes; i++) cells[i].set = true;
+    }
+    machine.memory.push_back({region, cells});
+}
+
+static Region region_of(const char* begin, const char* end, Kind kind) {
+    return {uint64_t(begin), uint64_t(end), kind, kind == CONSTANT, 0, 0};
+}
+
+static void make_memory(const Region* regions, int count) {
+    const size_t bytes = machine.options.dynamic_shared;
+    if (machine.shared_size < bytes) {
+        free(machine.shared);
+        machine.shared_size = (bytes + 1023) / 1024 * 1024;
+        machine.shared = static_cast<char*>(aligned_alloc(1024, machine.shared_size));
+    }
+    add_memory(region_of(machine.shared, machine.shared + bytes, SHARED));
+    add_memory(region_of(__start_runner_shared, __stop_runner_shared, SHARED));
+    add_memory(region_of(__start_runner_constant, __stop_runner_constant, CONSTANT));
+    for (int i = 0; i < count; i++) add_memory(regions[i]);
+}
+
+static void forget_memory() {
+    for (Shadow& shadow : machine.memory)
+        if (shadow.cells) munmap(shadow.cells, (shadow.region.end - shadow.region.begin) * sizeof(Cell));
+    machine.memory.clear();
+}
+
+// Signals that end a launch instead of the process, and an alarm, for as long as this lives.
+struct Guard {
+    static constexpr int numbers[4] = {SIGSEGV, SIGBUS, SIGFPE, SIGVTALRM};
+    struct sigaction before[4];
+    stack_t stack_before;
+    timer_t timer;
+
+    explicit Guard(int seconds) {
+        static char stack[65536];
+        stack_t own = {};
+        own.ss_sp = stack, own.ss_size = sizeof stack;
+        sigaltstack(&own, &stack_before);
+        struct sigaction action = {};
+        action.sa_handler = on_signal, action.sa_flags = SA_ONSTACK | SA_NODEFER;
+        for (int i = 0; i < 4; i++) sigaction(numbers[i], &action, &before[i]);
+        sigevent event = {};
+        event.sigev_notify = SIGEV_THREAD_ID, event.sigev_signo = SIGVTALRM;
+        event._sigev_un._tid = int(syscall(SYS_gettid));
+        timer_create(CLOCK_MONOTONIC, &event, &timer);
+        itimerspec time = {};
+        time.it_value.tv_sec = seconds;
+        timer_settime(timer, 0, &time, nullptr);
+    }
+    ~Guard() {
+        timer_delete(timer);
+        for (int i = 0; i < 4; i++) sigaction(numbers[i], &before[i], nullptr);
+        sigaltstack(&stack_before, nullptr);
+    }
+};
+
+int runner::run_grid(Call call, void** arguments, const unsigned* grid, const unsigned* block, const Options* options,
+                     const Region* regions, int count, char* message, int length) {
+    machine.call = call, machine.arguments = arguments, machine.options = *options;
+    machine.message = message, machine.length = length, machine.code = 0, machine.current = nullptr;
+    if (refused(grid, block)) return machine.code;
+    builtins.block_size = {block[0], block[1], block[2]};
+    builtins.grid_size = {grid[0], grid[1], grid[2]};
+    machine.chance.seed(options->seed);
+    make_threads(block);
+    make_memory(regions, count);
+    const unsigned rounding = _mm_getcsr();
+    {
+        Guard guard(options->seconds);
+        if (options->flush) _mm_setcsr(rounding | 0x8040);
+        if (!sigsetjmp(machine.escape, 1)) run_blocks(grid);
+    }
+    _mm_setcsr(rounding);
+    machine.current = nullptr;
+    forget_memory();
+    return machine.code;
+}
+
+// ---- check mode: every load and store -----------------------------------------------------------------------------
+
+static const char* name_of(int kind) {
+    return kind == SHARED ? "shared memory" : kind == GLOBAL ? "global memory" : "a table of constants";
+}
+
+static void fault_of_access(int kind, int line, const void* from, const char* words, const char* what, long offset) {
+    machine.code = kind;
+    int at = say(0, "%s %s, byte %ld", words, what, offset);
+    Dl_info library;
+    if (!line && from && dladdr(from, &library))  // launch.py asks the debugging information for the line
+        at = say(at, " {at %#lx}", static_cast<const char*>(from) - static_cast<char*>(library.dli_fbase) - 1);
+    say_where(at, line);
+    siglongjmp(machine.escape, 1);
+}
+
+static Shadow* shadow_of(uint64_t at) {
+    for (Shadow& shadow : machine.memory)
+        if (at >= shadow.region.begin && at < shadow.region.end) return &shadow;
+    return nullptr;
+}
+
+static void fault_of_bounds(uint64_t at, bool writes, int line, const void* from) {
+    long best = INT64_MAX, offset = 0;
+    const Shadow* nearest = nullptr;
+    for (const Shadow& shadow : machine.memory) {
+        const bool before = at < shadow.region.begin;
+        const long distance = long(before ? shadow.region.begin - at : at - shadow.region.end);
+        if (shadow.region.begin == shadow.region.end || distance >= best) continue;
+        best = distance, nearest = &shadow, offset = long(at - shadow.region.begin);
+    }
+    const char* words = writes ? "write outside" : "read outside";
+    fault_of_access(BOUNDS, line, from, words, nearest ? name_of(nearest->region.kind) : "all memory", offset);
+}
+
+// Whether an earlier access of another thread may come after this one as well.
+static bool unordered(const Access& before) {
+    if (!before.block || before.block != machine.block) return before.block;
+    return before.thread != uint32_t(machine.current->number) && before.interval == machine.interval;
+}
+
+static void remember_read(Access& read) {
+    const uint32_t self = uint32_t(machine.current->number);
+    if (read.block && read.block != machine.block)
+        read.block = read.thread = SEVERAL;
+    else if (read.block && read.interval == machine.interval && read.thread != self)
+        read.thread = SEVERAL;
+    else
+        read = {machine.block, self, machine.interval};
+}
+
+static void check_byte(Cell& cell, bool writes, int kind, long offset, int line, const void* from) {
+    if (!writes && !cell.set) fault_of_access(UNSET, line, from, "read of unset", name_of(kind), offset);
+    if (unordered(cell.write))
+        fault_of_access(RACE, line, from, writes ? "write-write race in" : "read-write race in", name_of(kind), offset);
+    if (writes && unordered(cell.read)) fault_of_access(RACE, line, from, "write-read race in", name_of(kind), offset);
+    if (writes)
+        cell = {{machine.block, uint32_t(machine.current->number), machine.interval}, {}, true};
+    else
+        remember_read(cell.read);
+}
+
+static bool private_to_thread(uint64_t at) {
+    const uint64_t stacks = uint64_t(machine.stacks), own = uint64_t(&builtins);
+    return (at >= stacks && at < stacks + machine.stack_count * STACK) || (at >= own && at < own + sizeof builtins);
+}
+
+static void check_access(const void* address, int bytes, bool writes, int line, const void* from) {
+    const uint64_t at = uint64_t(address);
+    if (!machine.options.check || !machine.current || private_to_thread(at)) return;
+    Shadow* shadow = shadow_of(at);
+    if (!shadow || at + uint64_t(bytes) > shadow->region.end) fault_of_bounds(at, writes, line, from);
+    const Region& region = shadow->region;
+    const long offset = long(at - region.begin);
+    const char* what = name_of(region.kind);
+    if (at % uint64_t(bytes)) fault_of_access(ARITHMETIC, line, from, "misaligned access to", what, offset);
+    if (writes && region.read_only) fault_of_access(BOUNDS, line, from, "write to read-only", what, offset);
+    if (!shadow->cells) return;
+    for (int i = 0; i < bytes; i++) check_byte(shadow->cells[offset + i], writes, region.kind, offset + i, line, from);
+}
+
+void runner::note_read(const void* at, int bytes, int line) { check_access(at, bytes, false, line, nullptr); }
+void runner::note_write(const void* at, int bytes, int line) { check_access(at, bytes, true, line, nullptr); }
+
+#define HOOKS(bytes)                                                                                                   \
+    void __tsan_read##bytes(void* at) { check_access(at, bytes, false, 0, __builtin_return_address(0)); }            \
+    void __tsan_write##bytes(void* at) { check_access(at, bytes, true, 0, __builtin_return_address(0)); }
+#define WRONG(name, words) \
+    void __ubsan_handle_##name(Place* place, ...) { fault(ARITHMETIC, int(place->line), words); }
+
+extern "C" {
+struct Place {
+    const char* file;
+    unsigned line, column;
+};
+HOOKS(1)
+HOOKS(2)
+HOOKS(4)
+HOOKS(8)
+HOOKS(16)
+void __tsan_read_range(char* at, long bytes) {
+    for (long i = 0; i < bytes; i++) check_access(at + i, 1, false, 0, __builtin_return_address(0));
+}
+void __tsan_write_range(char* at, long bytes) {
+    for (long i = 0; i < bytes; i++) check_access(at + i, 1, true, 0, __builtin_return_address(0));
+}
+void __tsan_init() {}
+WRONG(add_overflow, "integer overflow in a sum")
+WRONG(sub_overflow, "integer overflow in a difference")
+WRONG(mul_overflow, "integer overflow in a product")
+WRONG(negate_overflow, "integer overflow in a negation")
+WRONG(divrem_overflow, "integer division by zero")
+WRONG(shift_out_of_bounds, "shift by too many bits")
+WRONG(out_of_bounds, "index outside its array")
+WRONG(type_mismatch_v1, "misaligned or null pointer")
+}

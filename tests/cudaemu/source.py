@@ -1,0 +1,28 @@
+"""The first route: the text of a CUDA C++ kernel through g++."""
+
+from __future__ import annotations
+
+from . import build
+from .launch import Kernel
+
+FAST = ("-O2", "-fwrapv", "-ffp-contract=fast")
+CHECK = ("-O1", "-gdwarf-4", "-ffp-contract=fast", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0")
+CHECK += ("-fsanitize=signed-integer-overflow,bounds,shift,integer-divide-by-zero,alignment",)
+
+
+def source(text: str, name: str, check: bool = True, flush: bool = True) -> Kernel:
+    """Build one ``extern "C"`` kernel of a text.
+
+    Parameters
+    ----------
+    text
+        CUDA C++ as NVRTC takes it.
+    name
+        Of the kernel.
+    check
+        Whether launches may look at every load and store.
+    flush
+        Whether denormal numbers are zeros, as CuPy asks of NVRTC.
+    """
+    unit = f'#include "kernel.h"\n#line 1 "kernel.cu"\n{text}\nRUNNER_EXPORT({name})\n'
+    return Kernel(build.library(unit, CHECK if check else FAST), flush=flush)

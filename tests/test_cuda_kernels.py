@@ -1,0 +1,400 @@
+"""The kernels of both GPU backends, executed on the CPU: the sentences of all operators, and those about kernels."""
+
+import re
+import sys
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+
+import cudaemu
+import numpy as np
+import pytest
+import test_operators as sentences
+from cudaemu import needed
+from cudaemu.machines import PACKAGES, on_cpu
+from test_operators import Case
+
+import ttr_np
+from ttr_np.backends import has_operator
+from ttr_np.notation import OPERATORS, draw
+
+pytestmark = [needed(cudaemu.missing()), pytest.mark.filterwarnings("ignore:overflow encountered")]
+
+GPU = [backend for backend in PACKAGES if backend == "cupy" or not cudaemu.numba_cuda()]
+OPTIONS = {"linear_attention": [{"scale": 0.3}, {"normalize": True}], "short_convolution": [{"activation": "silu"}]}
+OPTIONS |= {name: [{"scale": 0.3}] for name in ("delta_rule", "dplr")}
+
+
+def cases() -> list[Case]:
+    """All operators that the GPU backends have: each option, with no optional array and with all of them."""
+    found = []
+    for backend in GPU:
+        for operator in filter(partial(has_operator, backend), OPERATORS):
+            every = OPERATORS[operator].optional
+            for options in OPTIONS.get(operator, [{}]):
+                for optional in {(): 0, every: 0}:
+                    per_channel = "log_decay" in optional and operator in sentences.GATE_PER_CHANNEL
+                    found.append(Case(operator, backend, optional, per_channel, options))
+    return found
+
+
+CASES = cases()
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+of_operators = pytest.mark.parametrize("backend, operator", sorted({(c.backend, c.operator) for c in CASES}))
+
+
+@pytest.fixture
+def machine(request):
+    """The backend of the case launches here, every load and store looked at."""
+    case = request.node.callspec.params.get("case")
+    with on_cpu(case.backend if case else request.node.callspec.params["backend"]) as here:
+        yield here
+
+
+def fast(case):
+    """The same machine without a look at every access."""
+    return on_cpu(case.backend, check=False)
+
+
+def test_both_backends_have_the_recurrent_scans():
+    wanted = set("linear_attention delta_rule dplr diagonal_scan selective_scan short_convolution".split())
+    for backend in PACKAGES:
+        assert {operator for operator in OPERATORS if has_operator(backend, operator)} >= wanted
+
+
+# ---- what holds for every operator on every backend ------------------------------------------------------------------
+
+SENTENCES = [
+    partial(sentences.test_any_cut_of_the_sequence_changes_nothing, t=9),
+    partial(sentences.test_a_bad_number_reaches_neither_the_past_nor_other_sequences, bad=np.nan),
+    partial(sentences.test_a_bad_number_reaches_neither_the_past_nor_other_sequences, bad=np.inf),
+    sentences.test_a_masked_token_is_as_if_removed,
+    partial(sentences.test_what_stands_under_the_mask_is_never_read, hidden=np.nan),
+    sentences.test_a_masked_query_is_still_answered,
+    partial(sentences.test_packed_sequences_are_separate_calls, started=True),
+    sentences.test_no_packed_sequence_at_all,
+    sentences.test_groups_of_queries_share_a_memory,
+    sentences.test_leading_axes_broadcast,
+    *(partial(sentences.test_the_layout_of_memory_does_not_matter, layout=name) for name in sentences.LAYOUTS),
+    sentences.test_nothing_of_the_caller_is_written_to,
+    sentences.test_no_time_at_all_leaves_the_state,
+    sentences.test_dtype_in_is_dtype_out,
+    *(partial(sentences.test_halves_are_computed_in_float32, name=name) for name in sentences.HALVES),
+    partial(sentences.test_gates_are_never_rounded_to_the_data, name="bfloat16"),
+    sentences.test_integers_are_numbers,
+    sentences.test_lists_and_numbers_are_arrays,
+]
+
+
+def title(sentence):
+    if isinstance(sentence, partial):
+        return "-".join([sentence.func.__name__[5:], *map(str, sentence.keywords.values())])
+    return sentence.__name__[5:]
+
+
+@every_case
+@pytest.mark.parametrize("sentence", SENTENCES, ids=title)
+def test_the_operators_keep_their_word(case, sentence):
+    with fast(case):
+        sentence(case)
+
+
+@every_case
+def test_the_future_changes_no_bit_of_the_past(case, machine):
+    arrays, other = case.draw(t=30), case.draw(seed=1, t=30)
+    changed = sentences.join(
+        case, sentences.cut(case, arrays, slice(0, 11)), sentences.cut(case, other, slice(11, 30))
+    )
+    sentences.same_bits(case(changed)[..., :11, :], case(arrays)[..., :11, :])
+
+
+@every_case
+@pytest.mark.parametrize("gate", [-np.inf, -1e30, -1e4])
+def test_a_full_reset_costs_the_gates_after_it_nothing(case, gate):
+    if "log_decay" in case.draw(t=1):
+        with fast(case):
+            sentences.test_a_full_reset_costs_the_gates_after_it_nothing(case, gate)
+
+
+@every_case
+def test_a_full_reset_forgets_even_a_bad_number(case, machine):
+    arrays = case.draw(t=9)
+    if "log_decay" not in arrays or case.operator not in sentences.FORGETS:
+        return
+    name = "x" if "x" in arrays else "v"
+    arrays |= {name: arrays[name].copy(), "log_decay": arrays["log_decay"].copy()}
+    arrays[name][:, 2] = np.nan
+    arrays["log_decay"][:, 5] = -np.inf
+    late = 1 if "bonus" in arrays else 0  # the bonus reads the state before its decay
+    o, state = case(arrays, state=True)
+    fresh = case(sentences.cut(case, arrays, slice(5, 9)))
+    sentences.close(o[:, 5 + late :], fresh[:, late:])
+    assert np.all(np.isnan(o[:, 2 + late : 5])) and all(np.all(np.isfinite(x)) for x in sentences.fields(state))
+
+
+@pytest.mark.parametrize("name", sentences.HALVES)
+def test_halves_are_rounded_to_nearest_with_ties_to_even(name):
+    rng, dtype = np.random.default_rng(0), sentences.half(name)
+    x, weight = rng.standard_normal((64, 128)).astype(dtype), rng.standard_normal((1, 128)).astype(dtype)
+    with on_cpu("cupy", check=False):
+        o = ttr_np.short_convolution(x, weight, backend="cupy")
+    sentences.same_bits(o, (x.astype(np.float32) * weight.astype(np.float32)).astype(dtype))  # one product, exact
+
+
+# ---- kernels and solvers ------------------------------------------------------------------------------------------
+
+HURTING = {"k": (1, 3, 40, 59, 111, 130), "n": (1, 3, 16, 41), "w": (1, 2, 4, 7)}
+FEW = {"k": (40, 130), "n": (16,), "w": (1,)}  # where a kernel takes a second to build
+
+
+def sizes_of(case):
+    """What its kernel is compiled for, at the sizes that hurt; values and channels beyond one block and one warp."""
+    axis = {"selective_scan": "n", "short_convolution": "w", "diagonal_scan": "d"}.get(case.operator, "k")
+    if axis == "d":
+        return [{"d": 1}, {"d": 130}]
+    hurting = HURTING if case.backend == "cupy" else FEW
+    others = zip((1, 33, 5) * 2, (1, 130) * 3, strict=True)
+    return [{axis: size, "v": v, "d": d} for size, (v, d) in zip(hurting[axis], others, strict=False)]
+
+
+def solved(case, arrays, dtype, **common):
+    """The solver in another precision."""
+    wide = {name: x.astype(dtype) for name, x in arrays.items()}
+    return case._replace(backend="numpy")(wide, state=True, **common)
+
+
+def error(actual, exact):
+    return max(np.max(np.abs(x - y), initial=0) for x, y in zip(actual, exact, strict=True) if x is not None)
+
+
+@every_case
+@pytest.mark.parametrize("t", [1, 2, 17])
+def test_single_precision_is_as_good_as_the_solver(case, machine, t):
+    for sizes in sizes_of(case):
+        arrays = case.draw(lead=(2,), t=t, dtype=np.float32, **sizes)
+        begin = solved(case, case.draw(seed=7, lead=(2,), t=3, **sizes), np.float32)[1]
+        exact, end = solved(case, arrays, np.float64, initial_state=begin)
+        plain, plain_end = solved(case, arrays, np.float32, initial_state=begin)
+        o, after = case(arrays, state=True, initial_state=begin)
+        floor = 4 * np.finfo(np.float32).eps
+        for actual, wanted, others in (((o,), (exact,), (plain,)), (after, end, plain_end)):
+            scale = max(np.max(np.abs(x), initial=0) for x in wanted if x is not None)
+            assert error(actual, wanted) <= max(2 * error(others, wanted), floor * scale), sizes
+        assert len(machine.launches) > 0
+
+
+@every_case
+def test_double_precision_is_that_of_the_solver(case, machine):
+    arrays = case.draw(t=17, v=33)
+    o, after = case(arrays, state=True)
+    exact, end = solved(case, arrays, np.float64)
+    sentences.close(o, exact)
+    sentences.same_state(case, after, end)
+
+
+@every_case
+def test_one_sequence_has_the_same_bits_alone_and_among_64(case):
+    arrays = case.draw(t=9, lead=(64,), dtype=np.float32)
+    with fast(case):
+        among = case(arrays)
+        for i in (0, 63):
+            alone = {n: x if sentences.time_axis(case, n, x) is None else x[i] for n, x in arrays.items()}
+            sentences.same_bits(case(alone), among[i])
+
+
+@every_case
+def test_the_order_of_threads_changes_no_bit(case):
+    arrays = case.draw(t=9, k=40, n=40, v=70, d=70, dtype=np.float32)
+    found = []
+    for options in ({}, {"order": "reverse"}, {"order": "random", "seed": 1}, {"order": "random", "seed": 2}):
+        with on_cpu(case.backend, **options):
+            found.append(case(arrays, state=True))
+    for o, state in found[1:]:
+        sentences.same_bits(o, found[0][0])
+        sentences.same_state(case, state, found[0][1], sentences.same_bits)
+
+
+@every_case
+def test_nothing_is_launched_for_nothing(case, machine):
+    case(case.draw(t=0))
+    case(case.draw(t=3, lead=(0,)))
+    assert machine.launches == []
+    case(case.draw(t=3))
+    assert len(machine.launches) == 1
+
+
+# ---- barriers --------------------------------------------------------------------------------------------------------
+
+BARRIERS = {"cupy": r"__syncthreads\(\);", "numba-cuda": r"bar\.sync\s+0;"}
+
+
+@of_operators
+def test_each_barrier_is_needed(backend, operator, machine, monkeypatch):
+    arrays = draw(operator, np.random.default_rng(0), t=5, k=40, v=70, dtype=np.float32)
+    run = partial(getattr(ttr_np, operator), **arrays, backend=backend)
+    built = machine.build
+    texts = []
+    monkeypatch.setattr(machine, "build", lambda text, *rest: (texts.append(text), built(text, *rest))[1])
+    run()
+    places = list(re.finditer(BARRIERS[backend], texts[0]))
+    assert bool(places) == (operator in sentences.GATE_PER_CHANNEL)
+    for place in places:
+        without = texts[0][: place.start()] + texts[0][place.end() :]
+        monkeypatch.setattr(machine, "build", lambda text, *rest, without=without: built(without, *rest))
+        with pytest.raises((cudaemu.RaceFault, cudaemu.UnsetFault)):
+            run()
+
+
+# ---- offsets of more than 32 bits ------------------------------------------------------------------------------------
+
+
+@of_operators
+def test_many_sequences(backend, operator):
+    last = 65_600
+    arrays = draw(operator, np.random.default_rng(0), lead=(last,), t=2, k=1, v=1, d=1, n=1, w=2, dtype=np.float32)
+    with on_cpu(backend, check=False, blocks=(last - 3, last)):
+        o = getattr(ttr_np, operator)(**arrays, backend=backend)
+    tail = {n: x[-3:] if x.ndim and len(x) == last else x for n, x in arrays.items()}
+    np.testing.assert_allclose(o[-3:], getattr(ttr_np, operator)(**tail, backend="numpy"), rtol=1e-6, atol=1e-7)
+
+
+FAR = 2**31 + 8  # numbers
+
+
+def far_apart(x, axis):
+    """The same array with a stride of more than 2^31 numbers along one axis."""
+    moved = np.moveaxis(x, axis, 0)
+    room = cudaemu.virtual((len(moved), FAR), x.dtype)
+    view = room[:, : moved[0].size].reshape(moved.shape)
+    view[...] = moved
+    return np.moveaxis(view, 0, axis)
+
+
+@of_operators
+@pytest.mark.parametrize("axis", ["memory", "time"])
+def test_strides_of_more_than_32_bits(backend, operator, axis, machine):
+    case = Case(operator, backend, (), False, {})
+    arrays = case.draw(t=3, lead=(2,), dtype=np.float32)
+    wanted = case(arrays)
+    for name, x in arrays.items():
+        place = sentences.time_axis(case, name, x)
+        if place is not None:
+            found = case(arrays | {name: far_apart(x, x.ndim + place if axis == "time" else 0)})
+            sentences.same_bits(found, wanted)
+
+
+# ---- from arrays to arguments ----------------------------------------------------------------------------------------
+
+
+def test_a_state_column_beyond_what_lanes_hold_is_refused():
+    arrays = draw("delta_rule", np.random.default_rng(0), t=2, k=513)
+    for backend in GPU:
+        with on_cpu(backend), pytest.raises(ValueError, match="axis 'k' is 513; the GPU backends hold up to 512"):
+            ttr_np.delta_rule(**arrays, backend=backend)
+
+
+def test_arguments_are_cast_to_what_the_text_declares():
+    kernel = import_module("cuda_kernels.cupy_raw.delta_rule").KERNEL
+    types = {"data": "bfloat16", "real": "float"}
+    assert [p.name for p in kernel.parameters()][:3] == ["q", "k", "v"]
+    given = {p.name: None if p.pointer else 3 for p in kernel.parameters()}
+    cast = dict(zip(given, kernel.typed(given, types), strict=True))
+    assert cast["q"] is None and cast["scale"].dtype == np.float32 and cast["tokens"].dtype == np.int32
+    with pytest.raises(TypeError, match="delta_rule: beta points to float32, the array holds float64"):
+        kernel.typed(given | {"beta": np.zeros(3)}, types)
+    with pytest.raises(OverflowError):
+        kernel.typed(given | {"tokens": 2**31}, types)
+
+
+def test_texts_need_no_header():
+    texts = sorted(Path(import_module("cuda_kernels.cupy_raw").__file__).parent.glob("*.cu*"))
+    assert len(texts) >= 8
+    for path in texts:
+        assert not re.search(r"^\s*#\s*include", path.read_text(), re.MULTILINE), path.name
+
+
+@pytest.mark.parametrize("backend", GPU)
+def test_without_a_driver_the_reason_is_told(backend):
+    if ttr_np.available_backends()[backend] == "ok":
+        pytest.skip("there is a GPU")
+    words = f"backend '{backend}' is not available: .*(driver|installed|GPU)"
+    with pytest.raises(ttr_np.BackendUnavailable, match=words):
+        ttr_np.delta_rule([[1.0]], [[1.0]], [[1.0]], [1.0], backend=backend)
+
+
+@needed(cudaemu.numba_cuda())
+def test_the_simulator_is_no_gpu(monkeypatch):
+    from numba import config
+
+    monkeypatch.setattr(config, "ENABLE_CUDASIM", True)
+    assert "simulator" in import_module("cuda_kernels.numba_cuda").reason()
+
+
+# ---- what CuPy's arrays go through -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cupy(monkeypatch):
+    """A machine with a GPU, as far as the backend ``cupy`` can tell."""
+    from cudaemu import cupy as stand_in
+
+    from cuda_kernels.cupy_raw import _launch
+    from ttr_np import backends
+
+    monkeypatch.setitem(sys.modules, "cupy", stand_in)
+    known = backends.reason
+    monkeypatch.setattr(backends, "reason", lambda name: "ok" if name == "cupy" else known(name))
+    monkeypatch.setattr(_launch, "machine", _launch.Gpu())
+    _launch.compiled.cache_clear()
+    yield stand_in
+    _launch.compiled.cache_clear()
+
+
+on_cupy = pytest.mark.parametrize("case", [c for c in CASES if c.backend == "cupy"], ids=str)
+
+
+@on_cupy
+def test_numpy_arrays_make_the_round_trip(case, cupy):
+    for name in ("heads last", "stride 0", "reversed"):
+        arrays = {key: sentences.LAYOUTS[name](x) for key, x in case.draw(t=7).items()}
+        o, state = case(arrays, state=True)
+        wanted, end = case._replace(backend="numpy")(arrays, state=True)
+        assert isinstance(o, np.ndarray)
+        sentences.close(o, wanted)
+        sentences.same_state(case, state, end)
+
+
+@on_cupy
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_arrays_on_the_device_stay_there(case, cupy, dtype):
+    arrays = case.draw(t=9, dtype=dtype)
+    there = {name: cupy.ndarray(x) for name, x in arrays.items()}
+    mask = np.arange(9) % 3 > 0
+    with on_cpu("cupy"):
+        wanted, end = case(arrays, state=True, mask=mask, cu_seqlens=[0, 4, 9])
+        again, last = case(arrays, state=True, initial_state=type(end)(*(x if x is None else x[:, 0] for x in end)))
+    auto = case._replace(backend="auto")
+    o, state = auto(there, state=True, mask=cupy.ndarray(mask), cu_seqlens=cupy.ndarray(np.array([0, 4, 9])))
+    begin = type(state)(*(x if x is None else x[:, 0] for x in state))
+    o2, state2 = auto(there, state=True, initial_state=begin)
+    for found, expected in ((o, wanted), (o2, again), *zip(state, end, strict=True), *zip(state2, last, strict=True)):
+        assert (found is None) == (expected is None)
+        if found is not None:
+            assert isinstance(found, cupy.ndarray)
+            sentences.same_bits(found.get(), expected)
+
+
+def test_a_table_is_sent_once(cupy):
+    from cuda_kernels.cupy_raw import _launch
+
+    arrays = draw("delta_rule", np.random.default_rng(0), lead=(2,))
+    for _ in range(3):
+        ttr_np.delta_rule(**arrays, backend="cupy")
+    assert len(_launch.machine.tables) == 1
+
+
+def test_bad_numbers_on_the_device_are_named(cupy):
+    arrays = draw("delta_rule", np.random.default_rng(0), optional=("log_decay",), per_channel=False)
+    arrays["log_decay"][2] = 0.5
+    with pytest.raises(ValueError, match=r"log_decay must be <= 0 everywhere; it is 0.5 at \(2,\)"):
+        ttr_np.delta_rule(**{name: cupy.ndarray(x) for name, x in arrays.items()}, backend="cupy")

@@ -1,0 +1,110 @@
+"""Every CUDA text compiles for every architecture, within its registers and without spilling; needs no GPU."""
+
+import cudaemu
+import numpy as np
+import pytest
+from cudaemu import needed, nvrtc
+from cudaemu.machines import on_cpu
+
+import ttr_np
+from ttr_np.backends import has_operator
+from ttr_np.notation import OPERATORS, draw
+
+pytestmark = needed(nvrtc.missing())
+
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
+TEXTS = [operator for operator in OPERATORS if has_operator("cupy", operator)]
+SIZES = {"k": 128, "v": 128, "d": 128, "n": 16, "w": 4}  # what layers have
+
+# Registers of a thread, per architecture: with 128 threads in a block, 128 registers leave room for 4 blocks. The
+# newest compiler loads all rows of a column ahead on sm_100, which has nothing else to do with them.
+BUDGET = {
+    "linear_attention": {"float": (96, 104, 192), "double": (128, 128, 255)},
+    "delta_rule": {"float": (104, 104, 192), "double": (128, 128, 255)},
+    "dplr": {"float": (104, 128, 192), "double": (128, 128, 255)},
+    "selective_scan": {"float": (96, 104, 128), "double": (168, 168, 168)},
+    "diagonal_scan": {"float": (64, 64, 64), "double": (64, 64, 72)},
+    "short_convolution": {"float": (56, 56, 64), "double": (80, 80, 72)},
+}
+# sin and cos of double precision keep the digits of a large angle on the stack; nothing else does.
+STACK = {("diagonal_scan", "double"): 40}
+
+
+def text_of(operator, dtype, **options):
+    """What a call would compile: the CPU takes the launch and does nothing."""
+    texts = []
+    arrays = draw(operator, np.random.default_rng(0), optional=OPERATORS[operator].optional, t=2, dtype=dtype, **SIZES)
+    with on_cpu("cupy") as machine:
+        machine.run = lambda text, *rest: texts.append(text)
+        getattr(ttr_np, operator)(**arrays, **options, backend="cupy")
+    return texts[0]
+
+
+def formats():
+    """Of data; the state is never narrower than float."""
+    half = pytest.importorskip("ml_dtypes").bfloat16
+    return {"bfloat16": half, "float16": np.float16, "float": np.float32, "double": np.float64}
+
+
+def test_every_text_has_a_budget():
+    assert set(BUDGET) == set(TEXTS)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("data", ["bfloat16", "float", "double"])
+@pytest.mark.parametrize("operator", TEXTS)
+def test_a_text_compiles_within_its_budget(operator, data, architecture):
+    real = "double" if data == "double" else "float"
+    found = nvrtc.needs(nvrtc.machine_code(text_of(operator, formats()[data]), architecture))
+    assert found.registers <= BUDGET[operator][real][ARCHITECTURES.index(architecture)]
+    assert found.stack <= STACK.get((operator, real), 0)
+    assert found.shared <= 48 * 1024
+
+
+@pytest.mark.parametrize("operator", TEXTS)
+def test_float16_and_the_normaliser_compile(operator):
+    options = {"normalize": True} if operator == "linear_attention" else {}
+    found = nvrtc.needs(nvrtc.machine_code(text_of(operator, np.float16, **options), "sm_90a"))
+    assert found.stack == 0
+
+
+def test_the_largest_state_fits():
+    arrays = draw("dplr", np.random.default_rng(0), optional=("log_decay",), t=2, k=512, v=1)
+    texts = []
+    with on_cpu("cupy") as machine:
+        machine.run = lambda text, *rest: texts.append(text)
+        ttr_np.dplr(**arrays, backend="cupy")
+    found = nvrtc.needs(nvrtc.machine_code(texts[0], "sm_80"))
+    assert found.shared == 4 * 2 * 512 * 8 and found.stack == 0
+
+
+def test_what_does_not_fit_in_registers_is_seen():
+    text = """extern "C" __global__ void kernel(float* x, const int* at) {
+        float many[200];
+        for (int i = 0; i < 200; i++) many[i] = x[i * at[i]];
+        for (int i = 0; i < 200; i++) x[i] = many[at[i]];
+    }"""
+    assert nvrtc.needs(nvrtc.machine_code(text, "sm_90a")).stack >= 800
+
+
+def test_a_text_that_does_not_compile_says_where():
+    with pytest.raises(RuntimeError, match=r"kernel.cu\(1\): error"):
+        nvrtc.machine_code('extern "C" __global__ void kernel() { x = 1; }', "sm_90a")
+
+
+@needed(cudaemu.numba_cuda())
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
+def test_functions_of_numba_compile_with_their_state_in_registers(capability):
+    from cudaemu import machines
+
+    for operator in TEXTS:
+        arrays = draw(operator, np.random.default_rng(0), t=2, dtype=np.float32, **SIZES)
+        with on_cpu("numba-cuda") as machine:
+            texts = []
+            machine.run = lambda function, signature, *rest, texts=texts: texts.append(
+                machines.ptx_of(function, signature, capability)
+            )
+            getattr(ttr_np, operator)(**arrays, backend="numba-cuda")
+        assert f".target sm_{capability[0]}{capability[1]}" in texts[0]
+        if operator != "diagonal_scan":  # the digits of a large angle, as above
+            assert ".local" not in texts[0], operator

@@ -1,0 +1,231 @@
+"""The runner of CUDA kernels catches what it is for, says where, and is silent about kernels that are right."""
+
+import math
+
+import cudaemu
+import numpy as np
+import pytest
+from cudaemu import (
+    ArithmeticFault,
+    BarrierFault,
+    BoundsFault,
+    LaunchFault,
+    RaceFault,
+    TimeFault,
+    UnsetFault,
+    WarpFault,
+    needed,
+)
+
+pytestmark = needed(cudaemu.missing())
+
+SWAP = "__shared__ float s[64];\ns[t] = x[t];\n__syncthreads();\ny[t] = s[63 - t];"
+LOOP = (
+    "__shared__ float s[64];\nfloat total = 0;\nfor (int i = 0; i < 3; i++) {\n"
+    "s[t] = x[t];\n__syncthreads();\ntotal += s[63 - t];\n__syncthreads();\n}\ny[t] = total;"
+)
+SHUFFLE = "y[t] = __shfl_xor_sync(0xffffffffu, x[t], 1);"
+
+# name: (body of a kernel with t its thread, the faults it may end with, how it is launched otherwise)
+FAULTS = {
+    "no barrier": (SWAP.replace("__syncthreads();", ""), (RaceFault, UnsetFault), {}),
+    "no barrier before the next round": (LOOP.replace("__syncthreads();\n}", "}"), RaceFault, {}),
+    "a shuffle is no barrier": (SWAP.replace("__syncthreads();", SHUFFLE), (RaceFault, UnsetFault), {}),
+    "two barriers in two branches": (
+        "if (t < 32) {\n__syncthreads();\n} else {\n__syncthreads();\n}\ny[t] = 1;", BarrierFault, {},
+    ),
+    "a barrier for half of the block": ("if (t < 32) __syncthreads();\ny[t] = 1;", BarrierFault, {}),
+    "a return before the barrier": ("if (t > 50) return;\n__syncthreads();\ny[t] = 1;", BarrierFault, {}),
+    "a shuffle in a branch": (f"if (t & 1) {SHUFFLE}\ny[t] = 1;", (BarrierFault, WarpFault), {}),
+    "a mask without the caller": ("y[t] = __shfl_xor_sync(0xffffu, x[t], 1);", WarpFault, {}),
+    "a lane that does not exist": ("y[t] = __shfl_xor_sync(0xffffffffu, x[t], 16);", WarpFault, {"threads": 16}),
+    "a lane that takes no part": ("if (t < 16) y[t] = __shfl_xor_sync(0xffffu, x[t], 16);", WarpFault, {}),
+    "a read behind the end": ("y[t] = x[t + 1];", BoundsFault, {}),
+    "a read before the beginning": ("y[t] = x[t - 1];", BoundsFault, {}),
+    "a read whose value is not used": ("const float late = x[t + 1];\ny[t] = t < 63 ? late : 0;", BoundsFault, {}),
+    "a write behind the end": ("y[t + 1] = 1;", BoundsFault, {}),
+    "a write to what is only read": ("const_cast<float*>(x)[t] = 1;", BoundsFault, {}),
+    "an index outside a shared array": ("__shared__ float s[8][8];\ns[0][t] = 1;\ny[t] = 1;", ArithmeticFault, {}),
+    "an index outside a local array": ("float s[4];\ns[t] = 1;\ny[t] = s[t];", ArithmeticFault, {}),
+    "shared memory that was not written": (SWAP.replace("s[t]", "if (t) s[t]"), UnsetFault, {}),
+    "an output read before it is written": ("y[t] += x[t];", UnsetFault, {"unset": (0,)}),
+    "two threads write one number": ("y[t / 2] = 1;", RaceFault, {}),
+    "two blocks write one number": ("y[t] = 1;", RaceFault, {"blocks": 2}),
+    "a block reads what another wrote": ("if (t == blockIdx.x) y[t] = y[1 - t];", RaceFault, {"blocks": 2}),
+    "a product of 32 bits": ("const int at = n * 1000000;\ny[t] = at;", ArithmeticFault, {"n": 5000}),
+    "a division by zero": ("y[t] = 5 / (n - 64);", ArithmeticFault, {}),
+    "a misaligned vector": (
+        "struct alignas(16) four { float x, y, z, w; };\ny[t] = ((const four*)(x + 1))->x;", ArithmeticFault, {},
+    ),
+    "an endless loop": ("volatile int more = 1;\nwhile (more) {\n}\ny[t] = 1;", TimeFault, {"seconds": 1}),
+    "a stack that overflows": ("volatile float s[100000];\ns[n] = 1;\ns[0] = 1;\ny[t] = s[n];", BoundsFault, {}),
+    "no block": ("y[t] = 1;", LaunchFault, {"blocks": 0}),
+    "too many threads": ("y[t] = 1;", LaunchFault, {"threads": 1025}),
+}  # fmt: skip
+
+
+def kernel(body, check=True):
+    text = 'extern "C" __global__ void kernel(float* y, const float* x, int n) {\nconst int t = threadIdx.x;\n'
+    return cudaemu.source(f"{text}{body}\n}}\n", "kernel", check=check)
+
+
+def launch(body, check=True, blocks=1, threads=64, n=64, **options):
+    y, x = np.zeros(64, np.float32), np.arange(64, dtype=np.float32)
+    x.flags.writeable = False
+    kernel(body, check)(blocks, threads, (y, x, np.int32(n)), check=check, **options)
+    return y
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_caught(name):
+    body, fault, options = FAULTS[name]
+    with pytest.raises(fault):
+        launch(body, **options)
+
+
+def test_a_fault_says_where():
+    with pytest.raises(BoundsFault, match=r"read outside global memory, byte 256 at line 4 \[block \(0, 0, 0\), "):
+        launch("y[t] = 1;\ny[t] = x[t + 1];")
+    with pytest.raises(BarrierFault, match=r"divergent barrier: 32 at a barrier \(line 4\), 32 at .*\(line 6\)"):
+        launch(FAULTS["two barriers in two branches"][0])
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("order", ["forward", "reverse", "random"])
+def test_kernels_that_are_right_pass_in_every_order(check, order):
+    x = np.arange(64, dtype=np.float32)
+    np.testing.assert_array_equal(launch(SWAP, check, order=order), x[::-1])
+    np.testing.assert_array_equal(launch(LOOP, check, order=order), 3 * x[::-1])
+    np.testing.assert_array_equal(launch(SHUFFLE, check, order=order), x.astype(int) ^ 1)
+
+
+def test_without_checks_the_order_of_threads_shows_a_missing_barrier():
+    body = SWAP.replace("__syncthreads();", "")
+    forward, reverse = (launch(body, False, order=order) for order in ("forward", "reverse"))
+    assert np.isnan(forward).any() and np.isnan(reverse).any() and not np.array_equal(forward, reverse, equal_nan=True)
+
+
+def test_a_fault_does_not_harm_the_next_launch():
+    with pytest.raises(RaceFault):
+        launch(FAULTS["two threads write one number"][0])
+    np.testing.assert_array_equal(launch(SWAP), np.arange(64)[::-1])
+
+
+@pytest.mark.parametrize("flush", [True, False])
+def test_denormal_numbers_are_zero_where_the_compiler_is_told_so(flush):
+    text = 'extern "C" __global__ void kernel(float* y, const float* x) { y[0] = x[0] * 0.5f; }'
+    y, x = np.ones(1, np.float32), np.array([1.2e-38], np.float32)
+    cudaemu.source(text, "kernel", flush=flush)(1, 1, (y, x))
+    assert (y[0] == 0) == flush
+
+
+@pytest.mark.parametrize("type_", ["int", "long long"])
+def test_offsets_of_32_bits_are_caught_in_arrays_that_do_not_exist(type_):
+    text = f"""extern "C" __global__ void kernel(float* y) {{
+        const {type_} at = ({type_})blockIdx.x * 64 + threadIdx.x;
+        y[at] = 1;
+    }}"""
+    y = cudaemu.virtual((40_000_000, 64), np.float32)  # 10 GB, of which a page is touched
+    run = cudaemu.source(text, "kernel")
+    last = (len(y) - 1, len(y))
+    if type_ == "int":
+        with pytest.raises(ArithmeticFault, match="integer overflow in a product"):
+            run(len(y), 64, (y,), blocks=last)
+    else:
+        run(len(y), 64, (y,), blocks=last)
+        assert y[-1].all() and not y[-2].any()
+
+
+# ---- the route of Numba: the same sentences about PTX ----------------------------------------------------------------
+
+
+@pytest.fixture
+def cuda():
+    from numba import cuda
+
+    return cuda
+
+
+by_numba = needed(cudaemu.numba_cuda())
+
+
+def numba_launch(function, blocks=1, threads=64, **options):
+    from cudaemu.machines import ptx_of
+    from cudaemu.ptx import flatten
+    from numba import float32, void
+
+    y, x = np.zeros(64, np.float32), np.arange(64, dtype=np.float32)
+    run = cudaemu.ptx(ptx_of(function, void(float32[::1], float32[::1])))
+    run(blocks, threads, flatten((y, x)), **options)
+    return y
+
+
+@by_numba
+def test_a_kernel_of_numba_runs(cuda):
+    from numba import float32
+
+    def swap(y, x):
+        s = cuda.shared.array(64, float32)
+        t = cuda.threadIdx.x
+        s[t] = x[t]
+        cuda.syncthreads()
+        y[t] = s[63 - t] + cuda.shfl_xor_sync(0xFFFFFFFF, x[t], 1)
+
+    x = np.arange(64)
+    for order in ("forward", "reverse", "random"):
+        np.testing.assert_array_equal(numba_launch(swap, order=order), x[::-1] + (x ^ 1))
+
+
+@by_numba
+def test_faults_of_kernels_of_numba_are_caught_with_their_line(cuda):
+    from numba import float32
+
+    def no_barrier(y, x):
+        s = cuda.shared.array(64, float32)
+        s[cuda.threadIdx.x] = x[cuda.threadIdx.x]
+        y[cuda.threadIdx.x] = s[63 - cuda.threadIdx.x]
+
+    def too_far(y, x):
+        y[cuda.grid(1)] = x[cuda.grid(1)]
+
+    def colliding(y, x):
+        y[cuda.threadIdx.x // 2] = x[cuda.threadIdx.x]
+
+    def divergent(y, x):
+        if cuda.threadIdx.x < 40:
+            cuda.syncthreads()
+        y[cuda.threadIdx.x] = x[cuda.threadIdx.x]
+
+    line = no_barrier.__code__.co_firstlineno
+    with pytest.raises((RaceFault, UnsetFault), match=f"at line {line + 3} "):
+        numba_launch(no_barrier)
+    with pytest.raises(BoundsFault, match="read outside global memory"):
+        numba_launch(too_far, blocks=2)
+    with pytest.raises(RaceFault, match="write-write race in global memory"):
+        numba_launch(colliding)
+    with pytest.raises(RaceFault, match="between|race"):
+        numba_launch(colliding, blocks=2)
+    with pytest.raises(BarrierFault, match="divergent barrier"):
+        numba_launch(divergent)
+
+
+@by_numba
+def test_the_functions_of_numba_are_those_of_the_c_library(cuda):
+    def functions(y, x):
+        i = cuda.threadIdx.x
+        a = x[i] - 20
+        y[i] = math.exp(a) + math.cos(a) * math.sin(100000 * a) + math.sqrt(x[i]) + abs(a) + min(a, 3) + a // 3
+
+    x = np.arange(64, dtype=np.float64)
+    a = x - 20
+    wanted = np.exp(a) + np.cos(a) * np.sin(100000 * a) + np.sqrt(x) + abs(a) + np.minimum(a, 3) + a // 3
+    np.testing.assert_allclose(numba_launch(functions), wanted, rtol=3e-7, atol=2e-6)
+
+
+@by_numba
+def test_what_the_translation_does_not_know_is_refused_by_name(cuda):
+    def atomic(y, x):
+        cuda.atomic.add(y, 0, x[cuda.threadIdx.x])
+
+    with pytest.raises(NotImplementedError, match="no PTX instruction (atom|red)"):
+        numba_launch(atomic)
