@@ -142,7 +142,7 @@ def series(count: int, t: int, k: int, seed: int) -> tuple[np.ndarray, np.ndarra
 
 def filters(setting: Setting) -> Iterator[tuple[str, dict[str, int], np.ndarray, np.ndarray]]:
     """One long series, and 256 shorter ones side by side."""
-    for count, t in ((1, min(setting.lengths[0], 2048)), (256, min(setting.lengths[0], 256))):
+    for count, t in ((1, max(setting.lengths)), (256, min(setting.lengths[0], 256))):
         x, d = series(count, t, 16, setting.seed)
         yield f"{count} series", {"B": count, "H": 1, "T": t, "D": 16}, x, d
 

@@ -291,8 +291,13 @@ def test_a_summary_compares_our_best_with_each_peers_best():
 
 
 def test_every_goal_is_of_a_question_and_a_contender_that_exist():
-    for operator, peer in summary.GOALS:
-        assert peer in torch_peers.FORMS[operator] and operator in questions.QUESTIONS
+    setting = questions.Setting(lengths=(16,), widths=(8,), heads=1, compiled=False)
+    for (operator, variant), goals in summary.GOALS.items():
+        name = "nlms" if "NLMS" in variant else operator
+        every = questions.QUESTIONS[name](setting)
+        asked = [question for question in every if variant in (question.case.variant, summary.EVERY)]
+        names = {"of GEMM", *torch_peers.FORMS.get(operator, ()), *(c.name for q in asked for c in q.contenders)}
+        assert asked and {*goals} <= names
 
 
 def test_a_reason_is_told_once_and_once_for_all_it_holds_for():
