@@ -37,6 +37,7 @@ NAIVE: dict[str, Naive] = {
         "generalized_delta_rule.dplr", "dplr_chunkwise", {"a": "alpha", "b": "beta", "log_decay": "gk"}, True
     ),
     "mesa scalar": Naive("mesa_net", "naive_mesa_net_CG", {"log_decay": "g"}),
+    "mesa scalar, cg": Naive("mesa_net", "naive_mesa_net_CG", {"log_decay": "g"}),
 }
 
 

@@ -95,6 +95,7 @@ def over_shapes(
     extra: tuple[str, ...] = (),
     options: dict[str, Any] | None = None,
     peer_options: dict[str, Any] | None = None,
+    label: str = "",
 ) -> Callable[[Setting], Iterator[Question]]:
     """The questions of an operator that takes queries, keys and values: every variant at every shape."""
 
@@ -103,7 +104,7 @@ def over_shapes(
             t, d = shape["T"], shape["D"]
             for variant in variants:
                 arrays = arrays_of(operator, setting, variant, extra, t=t, k=d, v=d, d=d)
-                case = Case(operator, variant, arrays, options or {})
+                case = Case(operator, variant + label, arrays, options or {})
                 peers = [*torch_peers(case, operator, setting.compiled, **(peer_options or {})), *fla_peers(case)]
                 yield asked(case, shape, peers, flop(t, d) if flop else None)
 
@@ -118,6 +119,13 @@ def softmax_attention(setting: Setting) -> Iterator[Question]:
         for variant, causal, pairs in (("causal", True, t / 2), ("full", False, t)):
             case = Case("softmax_attention", variant, arrays, {"causal": causal})
             yield asked(case, shape, torch_peers(case, case.operator, setting.compiled, causal=causal), 4 * pairs * d)
+
+
+def mesa(setting: Setting) -> Iterator[Question]:
+    """A factor for every token, then conjugate gradients to the default tolerance; peers take thirty steps for both."""
+    for solver, label in (("exact", ""), ("cg", ", cg")):
+        options = {"ridge": 1.0, "solver": solver}
+        yield from over_shapes("mesa", None, ("scalar",), ("beta",), options, {"ridge": 1.0}, label)(setting)
 
 
 def channels(setting: Setting, t: int, d: int) -> dict[str, np.ndarray]:
@@ -258,7 +266,7 @@ QUESTIONS: dict[str, Callable[[Setting], Iterator[Question]]] = {
     "delta_rule": over_shapes("delta_rule", lambda t, d: 6 * d * d + 10 * C * d + C * C, tuple(VARIANTS)),
     "dplr": over_shapes("dplr", lambda t, d: 8 * d * d + 16 * C * d, ("channel",)),
     "softmax_attention": softmax_attention,
-    "mesa": over_shapes("mesa", None, ("scalar",), ("beta",), {"ridge": 1.0}, {"ridge": 1.0}),
+    "mesa": mesa,
     "recursive_least_squares": recursive_least_squares,
     "nlms": nlms,
     "affine_projection": affine_projection,

@@ -1,6 +1,7 @@
 """The compiled least-squares memories: recursive least squares, mesa and kernel ridge against their solvers."""
 
 import warnings
+from functools import partial
 from importlib import import_module
 
 import numpy as np
@@ -59,6 +60,9 @@ def solver(case, arrays, form="recurrent", **options):
         return getattr(module, operator)(**arrays, **own | options)
     finally:
         module.chunked = form
+
+
+CHUNKED = partial(solver, form="chunked")
 
 
 def cut(arrays, low, high):
@@ -189,6 +193,100 @@ def test_nothing_memorised_leaves_the_state_bit_for_bit():
     _, state = kernel("rls", x, output_final_state=True)
     _, same = kernel("rls", x, initial_state=state, mask=np.zeros((2, 3, 40), bool), output_final_state=True)
     assert all(np.array_equal(a, b) for a, b in zip(state, same, strict=True))
+
+
+def growing(size, factor, count=16, t=96):
+    """Keys and values, the keys larger by a factor from token 32 on."""
+    rng = np.random.default_rng(size)
+    k, v = rng.standard_normal((count, t, size)), rng.standard_normal((count, t, 3))
+    k[:, 32:] *= factor
+    return {"q": k, "k": k, "v": v}
+
+
+def per_sequence(o, exact):
+    """Largest error of every sequence over its largest answer, their geometric mean."""
+    found = np.abs(o - exact).max(axis=(-1, -2)) / np.maximum(1, np.abs(exact).max(axis=(-1, -2)))
+    return np.exp(np.mean(np.log(found + 1e-300)))
+
+
+@pytest.mark.parametrize("factor", [1, 1000])
+@pytest.mark.parametrize("size", [1, 4, 16, 64])
+@pytest.mark.parametrize("ridge", [1.0, 1e-2, 1e-3, 1e-4, 1e-6])
+def test_mesa_survives_chunks_that_say_more_than_all_before(ridge, size, factor):
+    """The common factor of a chunk cancels there; each token must be as good as with a factor of its own."""
+    single = {name: x.astype(np.float32) for name, x in growing(size, factor, 4 if size == 64 else 16).items()}
+    exact = solver("mesa", {name: x.astype(float) for name, x in single.items()}, ridge=ridge)
+    ours, theirs = (per_sequence(f("mesa", single, ridge=ridge), exact) for f in (kernel, CHUNKED))
+    assert ours < 2 * theirs
+
+
+@pytest.mark.parametrize("factor", [1, 1000])
+@pytest.mark.parametrize("size", [1, 4, 16])
+def test_mesa_in_double_precision_is_near_the_condition(size, factor):
+    x = growing(size, factor)
+    exact = solver("mesa", x, ridge=1e-9)
+    assert per_sequence(kernel("mesa", x, ridge=1e-9), exact) < 1e-11
+
+
+def test_mesa_recalls_what_a_small_ridge_lets_it():
+    k = np.random.default_rng(0).standard_normal((31, 4))
+    for dtype, ridge, bound in ((np.float32, 1e-6, 1e-5), (np.float64, 1e-12, 1e-11)):
+        x = {"q": k.astype(dtype), "k": k.astype(dtype), "v": k[:, :1].astype(dtype)}
+        assert np.abs(kernel("mesa", x, ridge=ridge) - x["v"])[4:].max() < bound
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_tokens_solved_alone_know_neither_future_nor_company_nor_cuts(dtype):
+    """Chunks in which some tokens keep the common solution and others do not; a later key may overflow."""
+    x = {name: a.astype(dtype) for name, a in growing(6, 1000, count=5).items()}
+    x["k"] = x["k"] * np.where(np.arange(96) == 50, dtype(3e4), dtype(1))[:, None]
+    whole = kernel("mesa", x, ridge=1e-4)
+    for i in range(5):
+        assert np.array_equal(whole[i], kernel("mesa", {name: a[i] for name, a in x.items()}, ridge=1e-4))
+    for cutoff in (1, 31, 33, 45, 51, 70):
+        later = {name: a.copy() for name, a in x.items()}
+        later["k"][:, cutoff:] = np.sqrt(np.finfo(dtype).max) / 1e3
+        with np.errstate(all="ignore"):
+            assert np.array_equal(kernel("mesa", later, ridge=1e-4)[:, :cutoff], whole[:, :cutoff])
+    x = {name: a.astype(dtype) for name, a in growing(6, 30, count=2).items()}
+    whole, state, pieces = kernel("mesa", x, ridge=1e-2), None, []
+    for t in range(96):
+        piece, state = kernel("mesa", cut(x, t, t + 1), ridge=1e-2, initial_state=state, output_final_state=True)
+        pieces.append(piece)
+    assert error(np.concatenate(pieces, axis=-2), whole) < (1e-3 if dtype == np.float32 else 1e-11)
+
+
+def test_a_ridge_lost_in_rounding_still_says_which_solution():
+    """Fewer pairs than channels: the answer is the limit of small ridges, each channel weighed by its own."""
+    x = growing(6, 1, count=3, t=4)
+    ridge = np.array([1e-20, 4e-20, 1e-20, 2e-20, 1e-20, 9e-20])
+    assert error(kernel("mesa", x, ridge=ridge), solver("mesa", x, ridge=ridge)) < 1e-11
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "words"),
+    [
+        ("log_decay", np.nan, "log_decay must be <= 0 or -inf .*; it is nan at"),
+        ("beta", np.nan, "beta must be finite and >= 0 .*; it is nan at"),
+        ("beta", np.inf, "beta must be finite and >= 0 .*; it is inf at"),
+        ("beta", -1.0, "beta must be finite and >= 0 .*; it is -1.0 at"),
+    ],
+)
+def test_mesa_refuses_the_weights_that_the_solver_refuses(name, number, words):
+    x = inputs("mesa decaying", t=5)
+    x[name][1, 0, 2] = number
+    for f in (kernel, CHUNKED):
+        with pytest.raises(ValueError, match=words + r" \(1, 0, 2\)"):
+            f("mesa decaying", x)
+        f("mesa decaying", x, mask=np.arange(5) != 2)
+
+
+@pytest.mark.parametrize("lead", [(5,), (7, 2, 3), (6, 1, 1), (2, 2)])
+def test_a_ridge_that_fits_no_sequence_is_named(lead):
+    x = inputs("mesa", t=5)
+    for f in (kernel, CHUNKED):
+        with pytest.raises(ValueError, match="ridge has leading axes"):
+            f("mesa", x, ridge=np.ones(lead + x["k"].shape[-1:]))
 
 
 def test_a_limit_on_the_steps_is_reported():

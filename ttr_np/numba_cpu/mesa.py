@@ -3,7 +3,8 @@
     o_t = G_t^T x_t,    x_t = (H_t + diag(ridge))^-1 q_t
 
 - ``exact`` without decay: one Cholesky factor per chunk, completed key by key by the reflections of ``_factors``,
-  X = Q P - tril(Q W^T) W. With decay every token has a factor of its own; a ridge of zero takes its eigenvectors.
+  X = Q P - tril(Q W^T) W, refined once; a token whose residual is then above rounding is solved alone, and with decay
+  every token is: with a Cholesky factor of its own, or eigenvectors where its ridge is lost in rounding or zero.
 - ``cg`` with a tolerance: the same P and W precondition every token of the chunk, their ridge divided by a decay from
   the middle of the chunk: one step without decay, three to six where gates are mild. The decay is foretold from
   the gates before the chunk and its first one, and a token that has lost more than half of the chunk's start goes
@@ -22,15 +23,25 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+from numba import types
 
-from ..calling import as_array, run
+from ..calling import run
 from ..notation import MesaState
 from ..solvers._chunks import output_like
-from ..solvers.mesa import check_options
-from ..solvers.recursive_least_squares import check_per_step, refuse
+from ..solvers.mesa import check_leading, check_options, check_weights
 from ._cache import compiled
 from ._compile import apart, inner
-from ._factors import BLOCK, Reflections, cholesky, eps, invert_lower, no_future, orthogonalise, reflect
+from ._factors import (
+    BLOCK,
+    Reflections,
+    cholesky,
+    eps,
+    invert_lower,
+    no_future,
+    orthogonalise,
+    reflect,
+    square,
+)
 from ._gates import step_decays, weigh
 from ._panels import (
     Matrix,
@@ -53,6 +64,7 @@ from ._panels import (
     scale,
     scale_rows,
     store,
+    times,
     triangle,
 )
 from ._sequences import lay_out
@@ -82,11 +94,8 @@ def mesa(
     **common: Any,
 ) -> Any:
     """Mesa layer; see ``ttr_np.mesa``."""
-    check_per_step(q, log_decay)
+    check_weights(q, log_decay, beta, common.get("mask"))
     check_options(k, ridge, solver, iterations, tolerance)
-    if beta is not None:
-        beta = as_array("beta", beta)
-        refuse("beta", ~(beta < 0), beta, common.get("mask"), "must be >= 0 (the weight of a pair)")
     arrays = {"q": q, "k": k, "v": v, "log_decay": log_decay, "beta": beta}
     options = {"ridge": np.asarray(ridge), "solver": solver, "iterations": iterations, "tolerance": tolerance}
     return run(core, "mesa", arrays, options, **common)
@@ -108,6 +117,7 @@ def core(
     """Lay out the sequences and share them among threads."""
     G, H = state
     o, (t, d), w = output_like(q, v, G), q.shape[-2:], v.shape[-1]
+    check_leading(ridge, o.shape[:-2])
     ridge = np.broadcast_to(np.asarray(ridge, G.dtype), ridge.shape[:-1] + (d,))
     if np.broadcast_shapes(ridge.shape[:-1], H.shape[:-2]) != H.shape[:-2]:
         raise NotImplementedError("backend 'numba' has no 'mesa' whose ridge differs among queries of one memory")
@@ -158,7 +168,7 @@ class Scratch(NamedTuple):
     H: Matrix  # k x k
     A: Matrix  # k x k: H + ridge, then its factor
     X: Matrix  # k x k: inverse of the factor
-    R: Matrix  # k x k: X^T
+    R: Matrix  # k x k: X^T; or H of one token
     P: Matrix  # k x k
     keys: Matrix  # c x k: weighted
     across: Matrix  # k x c: the same
@@ -176,14 +186,15 @@ class Scratch(NamedTuple):
     z: Matrix  # c x k: preconditioned residuals
     Ap: Matrix  # c x k
     ridge: Matrix  # 1 x k
-    along: Matrix  # 1 x k
+    along: Matrix  # 4 x k: what is known along eigenvectors, see the names below
     since: Matrix  # 1 x c + 1: what is left at i - 1 of the chunk's start
     tokens: Matrix  # 8 x c: numbers of each token, see the names below
     gates: Matrix  # 1 x c + 1: of the chunk, then the mean foretold
     reflections: Reflections
 
 
-ERROR, START, SLOPE, LARGEST, MOST, RHO, LEFT = range(7)  # rows of ``tokens``
+ERROR, START, SLOPE, LARGEST, MOST, RHO, LEFT, ALONE = range(8)  # rows of ``tokens``
+VALUES, SCALE, KNOWN, FOUND = range(4)  # rows of ``along``
 
 
 def shapes(c: int, d: int, w: int) -> list[tuple[int, int]]:
@@ -191,7 +202,7 @@ def shapes(c: int, d: int, w: int) -> list[tuple[int, int]]:
     square, tokens = (d, d), (c, d)
     memory = [(d, w), square, square, (d, max(d, BLOCK)), square, square]
     chunk = [tokens, (d, c), (c, w), (c, c), (c, c), (c, w), tokens, (d, c), (d, c)]
-    rows = [(1, d), (1, d), (1, c + 1), (7, c), (1, c + 1)]
+    rows = [(1, d), (4, d), (1, c + 1), (8, c), (1, c + 1)]
     return memory + chunk + [tokens] * 6 + rows + [(c, c), (c, c), (d, c), (c, c), (max(c, BLOCK), c)]
 
 
@@ -315,14 +326,12 @@ def prepare(sizes, n, room, low, gated, like):
     for i in range(1, n):
         total += gates[i]
     if method == EXACT:
-        ready = not gated and not singular and factorise(n, n, one_of(like), d, room, like)
-        return n if ready else 0
+        return 0 if gated or singular else factorise(n, one_of(like), d, room, like)
     together = 0
     if method == CG and like > 0 and not singular and mean >= MILD:
         while together < n and row(room.since, 0)[together + 1] >= HALF:
             together += 1
-        if not factorise(together, n, real(like, math.exp(mean * CHUNK / 2)), d, room, like):
-            together = 0
+        together = factorise(together, real(like, math.exp(mean * CHUNK / 2)), d, room, like)
     gates[CHUNK] = total / n
     return together
 
@@ -334,20 +343,34 @@ def one_of(like):
 
 
 @inner
-def factorise(n, c, reference, d, room, like):
-    """P = (H + ridge / reference)^-1 and the whitened keys of n tokens; False if H holds a bad number or n is 0."""
+def factorise(n, reference, d, room, like):
+    """P = (H + ridge / reference)^-1 and the whitened keys of n tokens; how many tokens they serve.
+
+    None if H holds a bad number; none from the first on whose key says more than can be told from what came before.
+    """
     apart()
     one, zero = real(like, 1), real(like, 0)
     if n == 0 or not invert(room.H, one / reference, d, room, like):
-        return False
+        return 0
+    multiply(room.vectors, room.keys, room.R, n, d, d, one, zero, full)
+    n = comparable_until(room.vectors, n, d, like)
     left = row(room.tokens, LEFT)
     copy(left, move(row(room.since, 0), 1), n)
-    multiply(room.vectors, room.keys, room.R, n, d, d, one, zero, full)
     reflect(room.vectors, left, n, d, room.reflections, like)
     multiply(room.read, room.R, room.reflections.across, d, n, d, one, zero, full)
     multiply(room.whitened, room.read, room.reflections.T, d, n, n, one, zero, full)
     load_transposed(room.W, room.whitened, 0, d, n)
-    return True
+    return n
+
+
+@inner
+def comparable_until(vectors, n, d, like):
+    """The first row so long that an infinity might come of it, which products would spread to earlier tokens, or n."""
+    apart()
+    for i in range(n):
+        if not square(row(vectors, i), d) * eps(like) * eps(like) < 1:
+            return i
+    return n
 
 
 @inner
@@ -410,41 +433,109 @@ def solve(q, sizes, n, room, together, worst, memory, like):
     apart()
     t, d, w, method, iterations, singular = sizes
     load(room.r, q, 0, n, 0, d)
-    if method == EXACT and together:
-        precondition(room.x, room.r, n, together, d, room, like)
-    elif method == EXACT:
-        solve_each(sizes, n, room, like)
-    else:
+    if method != EXACT:
         iterate(sizes, n, room, together, worst, memory, like)
+        return
+    fill(row(room.tokens, ALONE), real(like, 1), n)
+    until = solve_together(n, together, d, room, like) if together else n
+    solve_each(until, d, singular, room, like)
 
 
 @inner
-def solve_each(sizes, n, room, like):
-    """The solution of every token by itself."""
+def solve_together(n, together, d, room, like):
+    """Solutions from the common factor, refined once; until which token some have to be solved alone.
+
+    The difference in ``precondition`` cancels where the chunk says much more than what came before it.
+    """
     apart()
-    t, d, w, method, iterations, singular = sizes
-    load(room.P, room.H, 0, d, 0, d)
+    precondition(room.x, room.r, n, together, d, room, like)
+    remain(n, d, room, like)
+    precondition(room.p, room.z, n, together, d, room, like)
+    for i in range(n):
+        add_scaled(row(room.x, i), real(like, 1), row(room.p, i), d)
+    remain(n, d, room, like)
+    diagonal, until = row(room.along, VALUES), 0
+    for p in range(d):
+        diagonal[p] = row(room.H, p)[p] + row(room.ridge, 0)[p]
+    for i in range(n):
+        k = row(room.keys, i)
+        for p in range(d):
+            diagonal[p] += k[p] * k[p]
+        solved = is_solved(row(room.x, i), row(room.z, i), row(room.r, i), diagonal, d, like)
+        row(room.tokens, ALONE)[i] = real(like, not solved)
+        until = until if solved else i + 1
+    return until
+
+
+@inner
+def remain(n, d, room, like):
+    """What is left to solve, z = r - (H_t + ridge) x, each token with its own matrix."""
+    apart()
+    apply(room.Ap, room.x, n, d, room, like)
+    for i in range(n):
+        copy(row(room.z, i), row(room.r, i), d)
+        add_scaled(row(room.z, i), -real(like, 1), row(room.Ap, i), d)
+
+
+@inner
+def is_solved(x, z, q, diagonal, d, like):
+    """Whether a residual z is rounding, and the matrix not singular to it.
+
+    In the units in which the matrix has a unit diagonal, and a norm of sqrt(d) at least. The inverse P is formed here,
+    which costs digits that the solver's root of it keeps: what counts as rounding is a quarter of what counts there.
+    """
+    apart()
+    size = rest = asked = 0.0
+    for p in range(d):
+        root = math.sqrt(types.float64(diagonal[p]))
+        size, rest, asked = max(size, abs(x[p] * root)), max(rest, abs(z[p] / root)), max(asked, abs(q[p] / root))
+        if not abs(x[p]) + abs(z[p]) < math.inf:
+            return False
+    return rest <= 2 * eps(like) * math.sqrt(d) * size and d * d * eps(like) * size <= asked
+
+
+@inner
+def solve_each(n, d, singular, room, like):
+    """The solutions by themselves of those of the first n tokens that are marked for it."""
+    apart()
+    load(room.R, room.H, 0, d, 0, d)
     for i in range(n):
         k, decay = row(room.keys, i), row(room.pairs, i)[i - 1] if i else row(room.since, 0)[1]
         for p in range(d):
-            scale(row(room.P, p), decay, d)
-            add_scaled(row(room.P, p), k[p], k, d)
-        if clean_until(room.P, 0, d, d, False, like) < d:
+            scale(row(room.R, p), decay, d)
+            add_scaled(row(room.R, p), k[p], k, d)
+        if row(room.tokens, ALONE)[i] == 0:
+            continue
+        if clean_until(room.R, 0, d, d, False, like) < d:
             fill(row(room.x, i), real(like, math.nan), d)
         elif singular:
+            fill(row(room.along, SCALE), real(like, 1), d)
             solve_least(row(room.r, i), row(room.x, i), d, room, like)
-        else:
+        elif is_safe(d, room, like):
             solve_one(row(room.r, i), row(room.x, i), d, room, like)
+        else:
+            solve_unsafe(row(room.r, i), row(room.x, i), d, room, like)
+
+
+@inner
+def is_safe(d, room, like):
+    """Whether no eigenvalue can be lost in rounding: with a unit diagonal, none is below the share of the ridge."""
+    apart()
+    for p in range(d):
+        ridge = row(room.ridge, 0)[p]
+        if not ridge >= d * d * eps(like) * (row(room.R, p)[p] + ridge):
+            return False
+    return True
 
 
 @inner
 def solve_one(q, x, d, room, like):
-    """x = (P + ridge)^-1 q by Cholesky."""
+    """x = (R + ridge)^-1 q by Cholesky."""
     apart()
     lift, largest = real(like, 0), real(like, 0)
     while True:
         for i in range(d):
-            copy(row(room.A, i), row(room.P, i), i + 1)
+            copy(row(room.A, i), row(room.R, i), i + 1)
             row(room.A, i)[i] += row(room.ridge, 0)[i] + lift
             largest = max(largest, row(room.A, i)[i])
         if cholesky(room.A, room.X, d, like) or not largest < math.inf:
@@ -458,24 +549,64 @@ def solve_one(q, x, d, room, like):
 
 
 @inner
-def solve_least(q, x, d, room, like):
-    """The solution of minimum norm: rotated until they are orthogonal, the rows of P + ridge are eigenvectors.
+def solve_unsafe(q, x, d, room, like):
+    """The solution where the matrix may be singular to rounding, and then the limit of small ridges.
 
-    Their lengths are the eigenvalues; those below d eps times the largest count as zero.
+    That limit is of minimum norm, each channel weighed by its ridge.
     """
     apart()
-    values, largest = row(room.along, 0), real(like, 0)
+    ridge, units, largest = row(room.ridge, 0), row(room.along, SCALE), real(like, 0)
+    for p in range(d):
+        units[p] = real(like, 1) / math.sqrt(row(room.R, p)[p] + ridge[p])
+        largest = max(largest, ridge[p])
+    if not solve_least(q, x, d, room, like):
+        for p in range(d):
+            units[p] = math.sqrt(largest / ridge[p])
+        solve_least(q, x, d, room, like)
+
+
+@inner
+def solve_least(q, x, d, room, like):
+    """The solution of minimum norm in units of ``SCALE``, refined once; False if an eigenvalue counted as zero.
+
+    Rotated until they are orthogonal, the rows of R + ridge are eigenvectors, their lengths the eigenvalues; those
+    below d eps times the largest count as zero.
+    """
+    apart()
+    values, units, known = row(room.along, VALUES), row(room.along, SCALE), row(room.along, KNOWN)
+    ridge, largest, regular = row(room.ridge, 0), real(like, 0), True
     for i in range(d):
-        copy(row(room.A, i), row(room.P, i), d)
-        row(room.A, i)[i] += row(room.ridge, 0)[i]
+        copy(row(room.A, i), row(room.R, i), d)
+        row(room.A, i)[i] += ridge[i]
+        times(row(room.A, i), row(room.A, i), units, d)
+        scale(row(room.A, i), units[i], d)
     orthogonalise(room.A, d, d, values, like)
     for i in range(d):
         largest = max(largest, values[i])
-    fill(x, real(like, 0), d)
     for i in range(d):
         if values[i] > d * eps(like) * largest:
             scale(row(room.A, i), real(like, 1) / values[i], d)
-            add_scaled(x, dot(row(room.A, i), q, d, like) / values[i], row(room.A, i), d)
+        else:
+            values[i], regular = real(like, 0), False
+    fill(x, real(like, 0), d)
+    for _ in range(2):
+        for i in range(d):
+            known[i] = units[i] * (q[i] - dot(row(room.R, i), x, d, like) - ridge[i] * x[i])
+        along_eigenvectors(known, x, d, room, like)
+    return regular
+
+
+@inner
+def along_eigenvectors(known, x, d, room, like):
+    """x += what a pseudoinverse makes of some known numbers, in units of ``SCALE``."""
+    apart()
+    values, units, found = row(room.along, VALUES), row(room.along, SCALE), row(room.along, FOUND)
+    fill(found, real(like, 0), d)
+    for i in range(d):
+        if values[i] > 0:
+            add_scaled(found, dot(row(room.A, i), known, d, like) / values[i], row(room.A, i), d)
+    times(found, found, units, d)
+    add_scaled(x, real(like, 1), found, d)
 
 
 @inner

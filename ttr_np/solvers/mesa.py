@@ -100,6 +100,13 @@ def check_options(k: Any, ridge: Any, solver: str, iterations: Any, tolerance: A
         raise ValueError(f"tolerance must be >= 0, got {tolerance}")
 
 
+def check_leading(ridge: np.ndarray, lead: tuple[int, ...]) -> None:
+    """A ValueError unless the leading axes of a ridge broadcast to those of the sequences."""
+    own = ridge.shape[:-1]
+    if len(own) > len(lead) or any(n not in (1, m) for n, m in zip(own[::-1], lead[::-1], strict=False)):
+        raise ValueError(f"ridge has leading axes {own}, which do not broadcast to {lead}, those of the sequences")
+
+
 def recurrent(
     q: np.ndarray,
     k: np.ndarray,
@@ -148,13 +155,15 @@ def chunked(
 ) -> tuple[np.ndarray, MesaState]:
     """Chunks of c tokens: a common factorisation, k passes of linear attention, or a solve per token (see above)."""
     ridge = np.asarray(ridge, state.G.dtype)
+    o = output_like(q, v, state.G)
+    check_leading(ridge, o.shape[:-2])
     options = {"ridge": ridge, "solver": solver, "iterations": iterations, "tolerance": tolerance}
     return in_chunks(
         partial(chunk, **options),
         partial(recurrent, **options),
         {"q": q, "k": k, "v": v, "log_decay": log_decay, "beta": beta},
         {"q": -2, "k": -2, "v": -2, "log_decay": -1, "beta": -1},
-        output_like(q, v, state.G),
+        o,
         state,
         64,
     )
