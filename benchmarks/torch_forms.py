@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._higher_order_ops.associative_scan import associative_scan
 
 CG_STEPS = 30
+DONE = 1e-16  # square of a residual
 PRODUCT = 32  # up to so many chunks the states are one product
 
 
@@ -215,15 +216,20 @@ def mesa(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, *, ri
 
 
 def conjugate_gradients(product, known: Tensor, steps: int = CG_STEPS) -> Tensor:
-    """Solutions of product(x) = known, all tokens in step."""
+    """Solutions of product(x) = known, all tokens in step.
+
+    A token that is done waits for the others: run on, its residual would fall to denormal numbers, on which a CPU takes
+    ten times as long.
+    """
     x, r, p = torch.zeros_like(known), known, known
     square = (r * r).sum(-1, keepdim=True)
     for _ in range(steps):
         image = product(p)
-        length = square / (p * image).sum(-1, keepdim=True).clamp_min(1e-30)
+        alive = square > DONE
+        length = torch.where(alive, square / (p * image).sum(-1, keepdim=True).clamp_min(1e-30), 0.0)
         x, r = torch.addcmul(x, length, p), torch.addcmul(r, length, image, value=-1)
         before, square = square, (r * r).sum(-1, keepdim=True)
-        p = torch.addcmul(r, square / before.clamp_min(1e-30), p)
+        p = torch.addcmul(r, torch.where(alive, square / before.clamp_min(1e-30), 0.0), p)
     return x
 
 
