@@ -306,3 +306,25 @@ def test_show_config_says_what_a_bug_report_needs(capsys):
         assert word in words
     for name in backends.BACKENDS:
         assert f"  {name}: " in words
+
+
+@pytest.mark.parametrize(
+    ("operator", "given"),
+    [
+        ("mesa", {"ridge": np.ones((3, 2))}),
+        ("mesa", {"ridge": np.ones((1, 2))}),
+        ("test_time_training", {"memory": ttr_np.Linear(layer_norm=True, scale=np.ones((3, 1)))}),
+        ("linear_attention", {"dtype": np.longdouble}),
+    ],
+)
+def test_auto_takes_the_solver_where_the_kernel_cannot_serve_the_call(operator, given):
+    given = dict(given)
+    dtype = given.pop("dtype", np.float64)
+    arrays = draw(operator, np.random.default_rng(0), t=4, k=2, v=1, dtype=dtype)
+    arrays["q"] = np.stack([arrays["q"]] * 3)
+    door = getattr(ttr_np, operator)
+    np.testing.assert_array_equal(door(**arrays, **given), door(**arrays, **given, backend="numpy"))
+    with pytest.raises(NotImplementedError, match="backend 'numba'"):
+        door(**arrays, **given, backend="numba")
+    with pytest.warns(RuntimeWarning, match="runs on 'numpy'"):
+        door(**arrays, **given, backend=("numba", "numpy"))

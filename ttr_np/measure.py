@@ -56,7 +56,7 @@ __all__ = [
 TOLERANCE = {"float16": 3e-2, "float32": 1e-3, "float64": 1e-6}  # of the largest answer: wrong, not merely rounded
 LEAST = 2e-3  # seconds: a sample of shorter calls holds several
 SOFT = 16  # log gates of the tests over this at least
-QUIET = 2e-3  # seconds after which threads that spin for more work have gone to sleep
+QUIET = 0.12  # seconds after which threads that spin for more work have gone to sleep: OpenBLAS gives up after 0.1
 GEMM = 1024  # size of the matrices whose product is the machine's rate
 PACKAGES = ("numpy", "scipy", "numba", "torch", "scikit-learn", "statsmodels", "padasip", "flash-linear-attention")
 

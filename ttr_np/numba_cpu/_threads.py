@@ -6,7 +6,9 @@ callers at once is safe, nothing is compiled twice for it, and a job does not kn
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -30,6 +32,7 @@ WORTH = 2e5  # multiplications; less than this is done before a second thread ha
 
 Scratch = tuple[np.dtype, Sequence[tuple[int, int]]]
 _kept: ContextVar[list[Work] | None] = ContextVar("ttr_np_kept", default=None)
+_get_core = getattr(ctypes.CDLL(None), "sched_getcpu", None) if sys.platform == "linux" else None
 _pools: dict[int, ThreadPoolExecutor] = {}
 _lock = Lock()
 
@@ -58,9 +61,28 @@ def pool(threads: int) -> ThreadPoolExecutor:
 def start(function: Callable[..., None], *arguments: Any) -> Future[None] | None:
     """Let a helper call a function; None where the interpreter is going down and starts no thread any more."""
     try:
-        return pool(get_num_threads()).submit(function, *arguments)
+        return pool(get_num_threads()).submit(elsewhere, current_core(), function, *arguments)
     except RuntimeError:
         return None
+
+
+def elsewhere(core: int, function: Callable[..., None], *arguments: Any) -> None:
+    """Call a function, not on the core of the thread that waits for it.
+
+    Where threads of a BLAS spin for more work, no core looks idle: a helper wakes up on its caller's and shares it for
+    milliseconds. A spinning thread gives way.
+    """
+    if core >= 0 and current_core() == core:
+        allowed = os.sched_getaffinity(0)
+        if len(allowed) > 1:
+            os.sched_setaffinity(0, allowed - {core})
+            os.sched_setaffinity(0, allowed)
+    function(*arguments)
+
+
+def current_core() -> int:
+    """The core of this thread; -1 where the system does not say."""
+    return -1 if _get_core is None else _get_core()
 
 
 class Pieces:

@@ -101,6 +101,19 @@ def mesa(
     return run(core, "mesa", arrays, options, **common)
 
 
+def refusal(*, ridge: Any = 1.0, k: Any = None, v: Any = None, **options: Any) -> str | None:
+    """Why a call with these arguments cannot be compiled, or None."""
+    own = np.shape(ridge)[:-1]
+    if not own or k is None:
+        return None
+    try:
+        lead = np.broadcast_shapes(np.shape(k)[:-2], np.shape(v)[:-2])
+        fits = np.broadcast_shapes(own, lead) == lead
+    except ValueError:
+        return None  # the operator says what does not fit
+    return None if fits else "backend 'numba' has no 'mesa' whose ridge differs among queries of one memory"
+
+
 def core(
     q: np.ndarray,
     k: np.ndarray,
