@@ -7,6 +7,7 @@ from importlib import import_module
 import numpy as np
 import pytest
 
+import ttr_np
 from ttr_np.notation import draw
 from ttr_np.solvers import recursive_least_squares as rls
 
@@ -304,3 +305,18 @@ def test_what_cannot_be_compiled_or_solved_is_said():
     x["k"][1] = x["k"][0]
     with pytest.raises(np.linalg.LinAlgError):
         kernel("linear", x, ridge=0.0)
+
+
+def recursive_least_squares(**given):
+    return ttr_np.recursive_least_squares(**given, backend="numba")
+
+
+@pytest.mark.parametrize("width", [2, 9])
+def test_a_covariance_may_be_large_and_is_no_bad_number(width):
+    """P starts at 1 / ridge, beyond what a product of two data may be."""
+    k = np.random.default_rng(0).standard_normal((30, 3)).astype(np.float32)
+    v = k @ np.ones((3, width), np.float32)
+    o, state = recursive_least_squares(q=k, k=k, v=v, ridge=1e-16, output_final_state=True)
+    assert np.abs(o - v)[5:].max() < 1e-4
+    again, _ = recursive_least_squares(q=k, k=k, v=v, initial_state=state, output_final_state=True)
+    assert np.abs(again - v).max() < 1e-4

@@ -25,8 +25,8 @@ from numba.extending import intrinsic
 from ._compile import apart, inner
 
 __all__ = [
-    "ROWS", "Matrix", "add_scaled", "below", "clean_until", "copy", "dot", "fill", "full", "gather", "lanes",
-    "load", "load_transposed", "lower", "matrix", "move", "multiply", "panel", "panels", "real", "row", "scale",
+    "ROWS", "Matrix", "add_scaled", "below", "clean_until", "clean_within", "copy", "dot", "fill", "finite", "full",
+    "gather", "lanes", "load", "load_transposed", "lower", "matrix", "most", "move", "multiply", "panel", "panels", "real", "row", "scale",
     "scale_rows", "solve_unit_lower", "store", "times", "transposed", "triangle",
 ]  # fmt: skip
 
@@ -195,29 +195,36 @@ def huge(typingctx: Any, like: Any) -> Any:
     return like(like), lambda context, builder, signature, args: context.get_constant(like, number)
 
 
-@inner
-def count_bad(x, step, n, like):
-    """How many numbers are huge or not finite."""
-    return count_bad_of(x, n, like) if step == 1 else count_bad_apart(x, step, n, like)
+@intrinsic
+def most(typingctx: Any, like: Any) -> Any:
+    """The largest finite number."""
+    number = float(np.finfo({32: np.float32, 64: np.float64}[like.bitwidth]).max)
+    return like(like), lambda context, builder, signature, args: context.get_constant(like, number)
 
 
 @inner
-def count_bad_of(x, n, like):
+def count_bad(x, step, n, bound):
+    """How many numbers are beyond a bound or none."""
+    return count_bad_of(x, n, bound) if step == 1 else count_bad_apart(x, step, n, bound)
+
+
+@inner
+def count_bad_of(x, n, bound):
     """As ``count_bad``, for numbers in a row."""
     apart()
-    bad, most = np.int32(0), huge(like)
+    bad = np.int32(0)
     for j in range(n):
-        bad += np.int32(not abs(x[j]) <= most)
+        bad += np.int32(not abs(x[j]) <= bound)
     return bad
 
 
 @inner
-def count_bad_apart(x, step, n, like):
+def count_bad_apart(x, step, n, bound):
     """As ``count_bad``, for numbers a step apart."""
     apart()
-    bad, most = np.int32(0), huge(like)
+    bad = np.int32(0)
     for j in range(n):
-        bad += np.int32(not abs(x[j * step]) <= most)
+        bad += np.int32(not abs(x[j * step]) <= bound)
     return bad
 
 
@@ -390,21 +397,33 @@ def clean_until(x, low, high, columns, gates, like):
 
     Bad is what is not finite, or so large that a product may not be; but any gate below zero is a gate like others.
     """
-    apart()
-    bad = np.int32(0)
-    for i in range(low, high):
-        bad += count_bad(row(x, i), x.column, columns, like)
-    return high if bad == 0 else first_bad(x, low, high, columns, gates, like)
+    return clean_within(x, low, high, columns, gates, huge(like))
 
 
 @inner
-def first_bad(x, low, high, columns, gates, like):
+def clean_within(x, low, high, columns, gates, bound):
+    """The same with a bound of one's own."""
+    apart()
+    bad = np.int32(0)
+    for i in range(low, high):
+        bad += count_bad(row(x, i), x.column, columns, bound)
+    return high if bad == 0 else first_bad(x, low, high, columns, gates, bound)
+
+
+@inner
+def finite(x, rows, columns, like):
+    """Whether all numbers of a matrix are finite, however large."""
+    return clean_within(x, 0, rows, columns, False, most(like)) == rows
+
+
+@inner
+def first_bad(x, low, high, columns, gates, bound):
     """As ``clean_until``, number by number."""
     apart()
     for i in range(low, high):
         for j in range(columns):
             number = row(x, i)[j * x.column]
-            if not abs(number) <= huge(like) and not (gates and number < 0):
+            if not abs(number) <= bound and not (gates and number < 0):
                 return i
     return high
 

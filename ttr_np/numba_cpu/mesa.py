@@ -47,15 +47,17 @@ from ._panels import (
     Matrix,
     add_scaled,
     below,
-    clean_until,
+    clean_within,
     copy,
     dot,
     fill,
+    finite,
     full,
     load,
     load_transposed,
     lower,
     matrix,
+    most,
     move,
     multiply,
     panel,
@@ -277,11 +279,12 @@ def load_pairs(places, steps, sizes, memory, low, n, room, like):
                 fill(row(room.values, i), zero, w)
             scale(row(room.keys, i), math.sqrt(weight), d)
             scale(row(room.values, i), math.sqrt(weight), w)
-    clean = min(clean_until(room.keys, 0, n, d, False, like), clean_until(room.values, 0, n, w, False, like))
-    clean = min(clean, clean_until(matrix_of(line, like), 0, n, 1, True, like))
+    clean = clean_within(room.keys, 0, n, d, False, most(like))
+    clean = min(clean, clean_within(room.values, 0, n, w, False, most(like)))
+    clean = min(clean, clean_within(matrix_of(line, like), 0, n, 1, True, most(like)))
     for group in range(places.shape[2]):
         q = matrix(places[Q, memory, group], steps[Q, 0], steps[Q, 1], like)
-        clean = min(clean, clean_until(below(q, low), 0, n, d, False, like))
+        clean = min(clean, clean_within(below(q, low), 0, n, d, False, most(like)))
     return clean
 
 
@@ -393,7 +396,7 @@ def invert(H, factor, d, room, like):
     A matrix whose small eigenvalues have drowned in rounding is lifted by as much as that rounding.
     """
     apart()
-    if clean_until(H, 0, d, d, False, like) < d:
+    if not finite(H, d, d, like):
         return False
     lift, largest = real(like, 0), real(like, 0)
     while True:
@@ -519,7 +522,7 @@ def solve_each(n, d, singular, room, like):
             add_scaled(row(room.R, p), k[p], k, d)
         if row(room.tokens, ALONE)[i] == 0:
             continue
-        if clean_until(room.R, 0, d, d, False, like) < d:
+        if not finite(room.R, d, d, like):
             fill(row(room.x, i), real(like, math.nan), d)
         elif singular:
             fill(row(room.along, SCALE), real(like, 1), d)

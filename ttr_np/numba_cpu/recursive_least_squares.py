@@ -49,6 +49,7 @@ from ._panels import (
     clean_until,
     dot,
     fill,
+    finite,
     full,
     load,
     load_transposed,
@@ -420,7 +421,7 @@ def begin(P, room, d, like):
     """R = the Cholesky factor of P; False if P is not symmetric and positive definite. A NaN makes a memory of NaN."""
     apart()
     R, largest, gap = room.R, real(like, 0), real(like, 0)
-    bad = clean_until(P, 0, d, d, False, like) < d
+    bad = not finite(P, d, d, like)
     for i in range(d):
         fill(row(R, i), real(like, 0), d)
         for j in range(i + 1):
