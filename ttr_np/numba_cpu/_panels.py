@@ -26,8 +26,8 @@ from ._compile import apart, inner
 
 __all__ = [
     "ROWS", "Matrix", "add_scaled", "below", "clean_until", "clean_within", "copy", "dot", "fill", "finite", "full",
-    "gather", "lanes", "load", "load_transposed", "lower", "matrix", "most", "move", "multiply", "panel", "panels", "real", "row", "scale",
-    "scale_rows", "solve_unit_lower", "store", "times", "transposed", "triangle",
+    "gather", "lanes", "load", "load_transposed", "lower", "matrix", "most", "move", "multiply", "panel", "panels",
+    "real", "row", "scale", "scale_rows", "solve_unit_lower", "store", "times", "transposed", "triangle",
 ]  # fmt: skip
 
 # One tile of a product is held in registers: ROWS x LINE bytes of sums, which hide the latency of multiply-add. Tiles
