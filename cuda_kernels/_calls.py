@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from ._sequences import Sequences
 
-__all__ = ["Arrays", "Grid", "Machine", "empty", "grid", "split", "there_and_back", "thin"]
+__all__ = [
+    "Arrays",
+    "Grid",
+    "Launch",
+    "Machine",
+    "begin",
+    "empty",
+    "grid",
+    "keeping",
+    "split",
+    "there_and_back",
+    "thin",
+]
 
 THREADS = 128  # of a block
 ROWS = 32  # numbers of a state column that one thread holds in registers; the others are those of neighbouring lanes
 LONGEST = 512  # state column: what lanes of one warp hold, and what fits in shared memory
+
+ANSWERS = frozenset({"o", "o_imag", "z_next"})  # arrays that kernels write and never read
 
 Arrays = Mapping[str, tuple[Any, tuple[int, ...]]]  # by name: an array or None, and which of row and column it has
 
@@ -28,8 +43,20 @@ class Machine(Protocol):
     def own(self, x: Any) -> Any:
         """An array on this machine: the same memory if it is here already."""
 
+    def room(self, x: Any) -> Any:
+        """An array on this machine for what comes back to x: its memory if it is here, else new."""
+
     def back(self, x: Any, into: Any) -> None:
         """Copy an array of this machine to where ``own`` took it from, unless it is the same memory."""
+
+    def hold(self, x: Any) -> Any:
+        """An array that a stream keeps on this machine, in a container that slices; a copy of x."""
+
+    def address(self, x: Any) -> int | None:
+        """Where an argument's memory begins; None if it is no array or empty."""
+
+    def like(self, held: Any, x: Any) -> Any:
+        """An argument in another's place: the memory of x, seen as the other is seen."""
 
 
 class Grid(NamedTuple):
@@ -37,6 +64,46 @@ class Grid(NamedTuple):
 
     blocks: int  # of columns, per memory
     threads: int
+
+
+class Launch(NamedTuple):
+    """A launch whose arguments are packed; it is made as often as one likes, on the same memory or on other."""
+
+    machine: Machine
+    what: tuple[Any, ...]  # kernel, blocks and threads, as the machine takes them
+    arguments: list[Any]
+
+    def __call__(self, others: Mapping[int, Any] | None = None) -> None:
+        """Launch, with other arrays in the places of some arguments."""
+        arguments = list(self.arguments)
+        for place, x in (others or {}).items():
+            arguments[place] = self.machine.like(arguments[place], x)
+        self.machine.run(*self.what, arguments)
+
+    def places(self, x: Any) -> list[int]:
+        """Arguments that begin where an array begins."""
+        wanted = self.machine.address(x)
+        return [i for i, y in enumerate(self.arguments) if wanted is not None and self.machine.address(y) == wanted]
+
+
+_kept: ContextVar[list[Launch] | None] = ContextVar("ttr_np_launches", default=None)
+
+
+@contextmanager
+def keeping() -> Iterator[list[Launch]]:
+    """Inside, launches are not made but kept, to be made over and over again."""
+    kept: list[Launch] = []
+    token = _kept.set(kept)
+    try:
+        yield kept
+    finally:
+        _kept.reset(token)
+
+
+def begin(launch: Launch) -> None:
+    """Make a launch, or keep it."""
+    kept = _kept.get()
+    launch() if kept is None else kept.append(launch)
 
 
 def empty(machine: Machine, sequences: Sequences, own: tuple[int, ...], dtype: Any, like: Any) -> Any:
@@ -74,7 +141,8 @@ def thin(x: np.ndarray) -> np.ndarray:
 @contextmanager
 def there_and_back(machine: Machine, views: Mapping[str, Any], written: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     """Arrays on the machine for the time of a launch; those named as written are brought back after it."""
-    here = {name: None if x is None else machine.own(x) for name, x in views.items()}
+    way: dict[bool, Callable[[Any], Any]] = {False: machine.own, True: machine.room}
+    here = {name: None if x is None else way[name in ANSWERS](x) for name, x in views.items()}
     yield here
     for name in written:
         if views[name] is not None:

@@ -1,6 +1,7 @@
 """Every test starts from the same choice of backend: none."""
 
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy is imported: test processes run side by side
 
@@ -14,3 +15,20 @@ def no_choice_of_backend(monkeypatch):
     monkeypatch.delenv("TTR_BACKEND", raising=False)
     yield
     ttr_np.set_backend(None)
+
+
+@pytest.fixture
+def cupy(monkeypatch):
+    """A machine with a GPU, as far as the backend ``cupy`` can tell."""
+    from cudaemu import cupy as stand_in
+
+    from cuda_kernels.cupy_raw import _launch
+    from ttr_np import backends
+
+    monkeypatch.setitem(sys.modules, "cupy", stand_in)
+    known = backends.reason
+    monkeypatch.setattr(backends, "reason", lambda name: "ok" if name == "cupy" else known(name))
+    monkeypatch.setattr(_launch, "machine", _launch.Gpu())
+    _launch.compiled.cache_clear()
+    yield stand_in
+    _launch.compiled.cache_clear()

@@ -1,7 +1,6 @@
 """The kernels of both GPU backends, executed on the CPU: the sentences of all operators, and those about kernels."""
 
 import re
-import sys
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -331,23 +330,6 @@ def test_the_simulator_is_no_gpu(monkeypatch):
 
 
 # ---- what CuPy's arrays go through -----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def cupy(monkeypatch):
-    """A machine with a GPU, as far as the backend ``cupy`` can tell."""
-    from cudaemu import cupy as stand_in
-
-    from cuda_kernels.cupy_raw import _launch
-    from ttr_np import backends
-
-    monkeypatch.setitem(sys.modules, "cupy", stand_in)
-    known = backends.reason
-    monkeypatch.setattr(backends, "reason", lambda name: "ok" if name == "cupy" else known(name))
-    monkeypatch.setattr(_launch, "machine", _launch.Gpu())
-    _launch.compiled.cache_clear()
-    yield stand_in
-    _launch.compiled.cache_clear()
 
 
 on_cupy = pytest.mark.parametrize("case", [c for c in CASES if c.backend == "cupy"], ids=str)

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import operators
-from .backends import BACKENDS, call, chosen, resolve
-from .calling import as_array
+from .backends import BACKENDS, ON_GPU, call, chosen, home_of, resolve
+from .calling import as_array, as_numpy, on_device
+from .launching import Launches, send
 from .notation import ARRAYS, GATES, OPERATORS
 
 __all__ = ["Stream"]
@@ -36,7 +37,7 @@ USUAL = {
 
 
 class Loop(NamedTuple):
-    """A step as work that is done over and over: it reads the token, moves the state and leaves its answer."""
+    """A step on the CPU as work that is done over and over: it reads the token, moves the state, leaves its answer."""
 
     works: list[Callable[[], None]]
     checks: list[Callable[[], bool]]
@@ -64,6 +65,9 @@ class Stream:
         Of tokens and answers. Sums and states are never kept below float32.
     initial_state : state, optional
         Where the memory starts, as for the operator. Never modified.
+    state : state, optional
+        Instead of ``initial_state``, the memory itself: arrays of yours, of its full shape and dtype, which every step
+        moves in place.
     backend : str or tuple of str, optional
         See ``ttr_np.backends``; resolved here, once.
     **given
@@ -83,6 +87,11 @@ class Stream:
     ``window`` bounds it. They and the backend ``numpy`` take the operator's own way at each step, which costs some
     hundred microseconds more. A stream belongs to one thread at a time.
 
+    With a GPU backend, token, state and answer stay on the GPU (in CuPy's arrays, which ``numba-cuda`` needs too), and
+    a step is one launch. CuPy's arrays of the stream's dtype in C order are read where they are, and ``out`` is written
+    where it is: such a step asks for no memory and waits for nothing, and after one that was not recorded a CUDA graph
+    can record it. Gates that come on the GPU are not looked at; NumPy's arrays are, and get a NumPy answer.
+
     Examples
     --------
     >>> import numpy as np, ttr_np
@@ -97,23 +106,41 @@ class Stream:
     """
 
     def __init__(
-        self, operator: str, *, dtype: Any = np.float64, initial_state: Any = None, backend: Any = None, **given: Any
+        self,
+        operator: str,
+        *,
+        dtype: Any = np.float64,
+        initial_state: Any = None,
+        state: Any = None,
+        backend: Any = None,
+        **given: Any,
     ) -> None:
         if operator not in OPERATORS:
             raise ValueError(f"unknown operator {operator!r}; the operators are {', '.join(OPERATORS)}")
         self.operator, self.dtype = operator, checked_dtype(dtype)
         self.names, shapes, fixed = declared(operator, given)
         self._made_of = {"dtype": self.dtype, "backend": backend} | shapes | fixed
-        self._tokens = {name: harmless(name, shape, self._compute) for name, shape in shapes.items()}
-        axes = {name: time_axis(name, x, self._tokens) for name, x in self._tokens.items()}
+        begin = self._own = None if state is None else fields_of(state)
+        begin = initial_state if begin is None else begin
+        tokens = {name: harmless(name, shape, self._compute) for name, shape in shapes.items()}
+        axes = {name: time_axis(name, x, tokens) for name, x in tokens.items()}
+        long = {name: np.expand_dims(x, axes[name]) for name, x in tokens.items()}
+        self._backend = resolve(operator, chosen(backend), device_of(fixed, begin), long | fixed)
+        hold = self._holder()
+        self._tokens = {name: hold(x.astype(self._format(name), copy=False)) for name, x in tokens.items()}
         self._long = {name: np.expand_dims(x, axes[name]) for name, x in self._tokens.items()}
-        self._backend = resolve(operator, chosen(backend), "cpu", self._long | fixed)
-        self._options, self._state = fixed, initial_state
+        self._options = {name: hold(x) if name in ARRAYS and np.ndim(x) else x for name, x in fixed.items()}
+        self._state = held_state(begin, hold)
         o, _ = self._whole(self._long)  # refuses what is wrong before the first token, and compiles
         self._shape, self._output = o[..., 0, :].shape, self.dtype if o.dtype == self._compute else o.dtype
         self._loop = self._kept()
-        none = {name: np.take(x, [], axis=axes[name]) for name, x in self._long.items()}
-        self._state = self._whole(none)[1] if self._loop is None else self._loop.state
+        if self._loop is not None:
+            self._state = self._loop.state
+        elif state is not None:
+            raise NotImplementedError(f"backend {self._backend!r} moves no state of {operator} in place")
+        else:
+            none = {name: np.take(x, [], axis=axes[name]) for name, x in self._long.items()}
+            self._state = self._whole(none)[1]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles are made anew around a copy of the state: arrays of another stream are not theirs."""
@@ -124,16 +151,32 @@ class Stream:
         """The dtype of sums."""
         return self.dtype if self.dtype.kind == "c" else np.result_type(np.float32, self.dtype)
 
+    @property
+    def _grows(self) -> bool:
+        """Whether the memory is the past itself."""
+        return any(axes.startswith("n") for axes in OPERATORS[self.operator].state.values())
+
+    def _format(self, name: str) -> np.dtype:
+        """The dtype in which an array of a token is held: halves only where kernels read them."""
+        halves = self._backend == "cupy" and not self._grows and name not in GATES
+        return self.dtype if halves else harmless(name, (), self._compute).dtype
+
+    def _holder(self) -> Callable[[Any], Any]:
+        """What copies an array to where the stream keeps its own."""
+        if self._backend not in ON_GPU or self._grows:
+            return lambda x: x
+        machine = import_module(f"{BACKENDS[self._backend]}._launch").machine
+        return lambda x: machine.hold(x if on_device(x) else np.asarray(x))
+
     def _whole(self, sequence: Mapping[str, np.ndarray]) -> tuple[np.ndarray, Any]:
         """The operator itself, on the token as a sequence of length one, or on none."""
         door = getattr(operators, self.operator)
         common = {"initial_state": self._state, "output_final_state": True, "backend": self._backend}
         return door(**sequence, **self._options, **common)
 
-    def _kept(self) -> Loop | None:
+    def _kept(self) -> Loop | Launches | None:
         """The work of a step, if the backend can keep it: that of a state of fixed size, all of it in place."""
-        grows = any(axes.startswith("n") for axes in OPERATORS[self.operator].state.values())
-        if self._backend != "numba" or grows:
+        if self._backend == "numpy" or self._grows:
             return None
         fixed = {name: x for name, x in self._options.items() if name in ARRAYS}
         options = {name: x for name, x in self._options.items() if name not in ARRAYS}
@@ -141,13 +184,18 @@ class Stream:
         held = call(self.operator, self._backend, self._long | fixed, **options, **given)
         if not all(np.shares_memory(x, held.arguments[key]) for key, x in self._long.items() if x.size):
             return None
+        state = held.state if self._own is None else whole_state(self._own, held.state)
+        if self._backend in ON_GPU:
+            with import_module(f"{BACKENDS[self._backend]}._launch").keeping() as launches:
+                o, after = held.core(**held.arguments, state=state)
+            return Launches(launches, self._tokens, o[..., 0, :], state, after)
         threads = import_module(f"{BACKENDS[self._backend]}._threads")
         with threads.keeping() as works:
-            o, after = held.core(**held.arguments, state=held.state)
+            o, after = held.core(**held.arguments, state=state)
         steps = [work.again() for work in works]
-        steps += [copier(old, new) for old, new in zip(held.state, after, strict=True) if new is not old]
+        steps += [copier(old, new) for old, new in zip(state, after, strict=True) if new is not old]
         gates = [(x.reshape(-1), *USUAL[name]) for name, x in self._tokens.items() if name in USUAL]
-        return Loop(steps, [partial(threads.within, *gate) for gate in gates], held.state, o[..., 0, :])
+        return Loop(steps, [partial(threads.within, *gate) for gate in gates], state, o[..., 0, :])
 
     def __call__(self, *token: Any, out: np.ndarray | None = None, **named: Any) -> np.ndarray:
         """Memorise one token and answer its query.
@@ -171,13 +219,33 @@ class Stream:
         """
         plain = len(token) == len(self.names) and not named
         given = zip(self.names, token, strict=True) if plain else self._named(token, named)
-        for name, x in given:
-            take(name, self._tokens[name], x)
         if out is not None:
             check_out(out, self._shape, self._output)
+        if isinstance(self._loop, Launches):
+            return self._launched(dict(given), out)
+        for name, x in given:
+            take(name, self._tokens[name], x)
         answer = None if self._loop is None else self._loop()
-        if answer is None:
+        return self._given(self._slowly() if answer is None else answer, out)
+
+    def _launched(self, token: Mapping[str, Any], out: Any) -> Any:
+        """A step on the GPU: arrays of the token that cannot be read where they are, are copied."""
+        there = {name: x for name, x in token.items() if self._loop.serves(name, x)}
+        for name in token.keys() - there.keys():
+            take(name, self._tokens[name], token[name])
+        if all(usual(name, x) for name, x in token.items() if name in USUAL and not on_device(x)):
+            answer = self._loop(there, out)
+        else:
+            for name, x in there.items():
+                take(name, self._tokens[name], x)
             answer = self._slowly()
+        if answer is out:
+            return out
+        answer = answer if any(map(on_device, token.values())) or on_device(out) else as_numpy(answer)
+        return self._given(answer, out)
+
+    def _given(self, answer: Any, out: Any) -> Any:
+        """The answer as the caller wants it."""
         if out is None:
             return answer.astype(self._output)
         np.copyto(out, answer, casting="same_kind")
@@ -204,7 +272,7 @@ class Stream:
     @property
     def state(self) -> Any:
         """A copy of the memory, as the operator would return it."""
-        return type(self._state)(*(None if x is None else np.array(x) for x in self._state))
+        return type(self._state)(*(None if x is None else x.copy() for x in self._state))
 
 
 def has_time(name: str) -> bool:
@@ -248,6 +316,43 @@ def declared(operator: str, given: Mapping[str, Any]) -> tuple[list[str], dict[s
     return names, {name: given[name] for name in names}, others
 
 
+def fields_of(state: Any) -> tuple[Any, ...]:
+    """The arrays of a state: of one field, the bare array will do."""
+    return tuple(state) if isinstance(state, tuple) else (state,)
+
+
+def device_of(fixed: Mapping[str, Any], state: Any) -> str:
+    """Where the arrays are with which a stream begins."""
+    fields = {} if state is None else {f"state {i}": x for i, x in enumerate(fields_of(state))}
+    return home_of({name: x for name, x in fixed.items() if name in ARRAYS} | fields).device
+
+
+def held_state(state: Any, hold: Callable[[Any], Any]) -> Any:
+    """A state where the stream keeps its arrays."""
+    return None if state is None else tuple(None if x is None else hold(x) for x in fields_of(state))
+
+
+def whole_state(own: tuple[Any, ...], wanted: Any) -> Any:
+    """The caller's arrays as the memory.
+
+    Raises
+    ------
+    ValueError
+        If one is not of the shape and dtype needed, or is read-only.
+    """
+    own += (None,) * (len(wanted) - len(own))
+    for name, x, held in zip(wanted._fields, own, wanted, strict=True):
+        if held is None:
+            continue
+        if type(x) is not type(held) or (x.shape, x.dtype) != (held.shape, held.dtype):
+            has = f"{getattr(x, 'dtype', type(x).__name__)} of shape {np.shape(x)}"
+            needs = f"to be moved in place it must be {held.dtype} of {held.shape}"
+            raise ValueError(f"state field {name} is {has}; {needs}")
+        if isinstance(x, np.ndarray) and not x.flags.writeable:
+            raise ValueError(f"state field {name} is read-only")
+    return type(wanted)(*own)
+
+
 def is_size(n: Any) -> bool:
     """Whether something is the length of an axis."""
     return isinstance(n, (int, np.integer)) and not isinstance(n, bool) and n >= 0
@@ -277,16 +382,23 @@ def take(name: str, into: np.ndarray, x: Any) -> None:
             raise TypeError(f"{name} has dtype {was}; this stream was made for {into.dtype}")
     if x.shape != into.shape:
         raise ValueError(f"{name} has shape {x.shape}; a token of this stream needs {into.shape}")
-    into[...] = x
+    send(x, into)
+
+
+def usual(name: str, x: Any) -> bool:
+    """Whether gates on the host are what they usually are."""
+    low, high = USUAL[name]
+    x = np.asarray(x, np.float64)
+    return bool(np.all((x >= low) & (x <= high)))
 
 
 def check_out(out: Any, shape: tuple[int, ...], dtype: np.dtype) -> None:
     """An array that can take the answer."""
-    if not isinstance(out, np.ndarray) or out.shape != shape:
+    if not (isinstance(out, np.ndarray) or on_device(out)) or out.shape != shape:
         raise ValueError(f"out has shape {np.shape(out)}; the answer has {shape}")
     if not np.can_cast(dtype, out.dtype, "same_kind"):
         raise TypeError(f"out has dtype {out.dtype}; the answer has {dtype}")
-    if not out.flags.writeable:
+    if isinstance(out, np.ndarray) and not out.flags.writeable:
         raise ValueError("out is read-only")
 
 

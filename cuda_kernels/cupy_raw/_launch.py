@@ -16,9 +16,10 @@ import numpy as np
 from ttr_np import calling
 
 from .. import _calls
+from .._calls import keeping
 from .._sequences import Sequences
 
-__all__ = ["Kernel", "empty", "even", "launch", "machine", "run"]
+__all__ = ["Kernel", "empty", "even", "keeping", "launch", "machine", "run"]
 
 FOLDER = Path(__file__).parent
 HEADERS = ("numbers.cuh", "sequences.cuh")
@@ -96,10 +97,30 @@ class Gpu:
 
         return x if isinstance(x, cupy.ndarray) else cupy.broadcast_to(cupy.asarray(_calls.thin(x)), x.shape)
 
+    def room(self, x: Any) -> Any:
+        """An array on the device for what comes back to x."""
+        import cupy
+
+        return x if isinstance(x, cupy.ndarray) else cupy.empty(x.shape, x.dtype)
+
     def back(self, x: Any, into: Any) -> None:
         """Copy to the array of NumPy that it came from."""
         if isinstance(into, np.ndarray):
             into[...] = x.get()
+
+    def hold(self, x: Any) -> Any:
+        """A copy that a stream keeps on the device."""
+        import cupy
+
+        return cupy.array(x)
+
+    def address(self, x: Any) -> int | None:
+        """Where an array of CuPy begins."""
+        return x.data.ptr if hasattr(x, "__cuda_array_interface__") and x.size else None
+
+    def like(self, held: Any, x: Any) -> Any:
+        """A pointer says no more than where the memory begins."""
+        return x
 
     def table(self, x: np.ndarray) -> Any:
         """A table, sent at its first use."""
@@ -178,4 +199,5 @@ def launch(
         owned = zip(here.values(), (own for _, own in arrays.values()), strict=True)
         table = machine.table(sequences.table(*owned))
         arguments = kernel.typed(here | {"table": table} | sizes | scalars, names)
-        machine.run(kernel.source(names, constants), kernel.name, sequences.memories * blocks, threads, arguments)
+        what = (kernel.source(names, constants), kernel.name, sequences.memories * blocks, threads)
+        _calls.begin(_calls.Launch(machine, what, arguments))

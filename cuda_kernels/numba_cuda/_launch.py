@@ -7,6 +7,7 @@ tests put the CPU in its place.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import cache
 from math import prod
@@ -19,13 +20,20 @@ from numba import cuda, from_dtype, types
 from ttr_np import calling
 
 from .. import _calls
+from .._calls import keeping
 from .._sequences import Sequences
 
-__all__ = ["cuda", "empty", "launch", "machine", "per_channel", "run"]
+__all__ = ["cuda", "empty", "keeping", "launch", "machine", "per_channel", "run"]
 
 
 class Gpu:
-    """The current device of numba-cuda."""
+    """The current device of numba-cuda, on the current stream of CuPy where that is in use."""
+
+    def stream(self) -> Any:
+        """Where kernels and copies go: what records a graph, or orders work on CuPy's arrays, orders these."""
+        cupy = sys.modules.get("cupy")
+        pointer = 0 if cupy is None else cupy.cuda.get_current_stream().ptr
+        return cuda.external_stream(pointer) if pointer else cuda.default_stream()
 
     def empty(self, shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
         """A new array in the container of another."""
@@ -34,20 +42,45 @@ class Gpu:
     def own(self, x: Any) -> Any:
         """An array on the device; what is broadcast goes there once."""
         if not isinstance(x, np.ndarray):
-            return cuda.as_cuda_array(x)
+            return cuda.as_cuda_array(x, sync=False)  # what fills it is on the same stream
         thin = np.ascontiguousarray(_calls.thin(x))
-        there = cuda.to_device(thin)
+        there = cuda.to_device(thin, stream=self.stream())
         strides = tuple(0 if n != m else s for n, m, s in zip(x.shape, thin.shape, thin.strides, strict=True))
-        return cuda.cudadrv.devicearray.DeviceNDArray(x.shape, strides, x.dtype, gpu_data=there.gpu_data)
+        return self.seen(there, x.shape, strides)
+
+    def room(self, x: Any) -> Any:
+        """An array on the device for what comes back to x."""
+        if not isinstance(x, np.ndarray):
+            return cuda.as_cuda_array(x, sync=False)
+        return cuda.device_array(x.shape, x.dtype, stream=self.stream())
 
     def back(self, x: Any, into: Any) -> None:
         """Copy to the array of NumPy that it came from."""
         if isinstance(into, np.ndarray):
-            into[...] = x.copy_to_host()
+            into[...] = x.copy_to_host(stream=self.stream())
+            self.stream().synchronize()
+
+    def hold(self, x: Any) -> Any:
+        """A copy that a stream keeps on the device: Numba's own arrays cannot be sliced along every axis."""
+        import cupy
+
+        return cupy.array(x)
+
+    def address(self, x: Any) -> int | None:
+        """Where an array on the device begins."""
+        return x.__cuda_array_interface__["data"][0] if hasattr(x, "__cuda_array_interface__") and x.size else None
+
+    def like(self, held: Any, x: Any) -> Any:
+        """The memory of x in the shape and strides of another."""
+        return self.seen(cuda.as_cuda_array(x, sync=False), held.shape, held.strides)
+
+    def seen(self, x: Any, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
+        """The memory of x in other shape and strides."""
+        return cuda.cudadrv.devicearray.DeviceNDArray(shape, strides, x.dtype, gpu_data=x.gpu_data)
 
     def run(self, function: Any, signature: Any, blocks: int, threads: int, arguments: list[Any]) -> None:
-        """Launch on the default stream."""
-        compiled(function, signature)[blocks, threads](*arguments)
+        """Launch."""
+        compiled(function, signature)[blocks, threads, self.stream()](*arguments)
 
 
 @cache
@@ -105,7 +138,8 @@ def launch(
     array_types = [types.Array(from_dtype(x.dtype), x.ndim, "A") for x in views.values()]
     signature = types.void(*array_types, *(from_dtype(x.dtype) for x in numbers))
     with _calls.there_and_back(machine, views, written) as here:
-        machine.run(function, signature, sequences.memories * blocks, threads, [*here.values(), *numbers])
+        what = (function, signature, sequences.memories * blocks, threads)
+        _calls.begin(_calls.Launch(machine, what, [*here.values(), *numbers]))
 
 
 def per_channel(log_decay: Any, q: Any) -> Any:

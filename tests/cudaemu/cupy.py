@@ -31,6 +31,7 @@ def outer(x: Any) -> Any:
 class ndarray(NDArrayOperatorsMixin):  # noqa: N801 - CuPy's name
     """An array on the device."""
 
+    __module__ = "cupy"
     __cuda_array_interface__ = {"version": 3}
     METHODS = ("reshape", "transpose", "swapaxes", "astype", "copy", "any")
 
@@ -38,7 +39,10 @@ class ndarray(NDArrayOperatorsMixin):  # noqa: N801 - CuPy's name
         self.held = np.asarray(held)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "data":
+            return SimpleNamespace(ptr=self.held.ctypes.data)
         if name in self.METHODS:
+            counted["arrays"] += name in ("astype", "copy")
             return lambda *args, **options: outer(getattr(self.held, name)(*args, **options))
         if name in ("shape", "strides", "dtype", "ndim", "size", "itemsize", "flags", "real", "imag"):
             return outer(getattr(self.held, name))
@@ -48,33 +52,45 @@ class ndarray(NDArrayOperatorsMixin):  # noqa: N801 - CuPy's name
         raise TypeError("Implicit conversion to a NumPy array is not allowed")
 
     def __array_function__(self, function: Any, types: Any, args: Any, options: Any) -> Any:
+        counted["arrays"] += function in (np.empty_like, np.where, np.concatenate, np.stack)
         return outer(function(*inner(args), **{name: inner(x) for name, x in options.items()}))
 
     def __array_ufunc__(self, function: Any, method: str, *args: Any, **options: Any) -> Any:
         assert not any(isinstance(x, np.ndarray) and x.ndim for x in args), "CuPy and NumPy do not mix"
+        counted["arrays"] += 1
         return outer(getattr(function, method)(*inner(args), **options))
 
     def __getitem__(self, place: Any) -> Any:
         return outer(self.held[inner(place)])
 
     def __setitem__(self, place: Any, value: Any) -> None:
+        assert not isinstance(value, np.ndarray), "CuPy and NumPy do not mix"
         self.held[place] = inner(value)
 
     def __len__(self) -> int:
         return len(self.held)
 
     def __bool__(self) -> bool:
+        counted["waits"] += 1
         return bool(self.held)
 
     def __str__(self) -> str:
         return str(self.held)
 
     def __int__(self) -> int:
+        counted["waits"] += 1
         return int(self.held)
 
     def get(self) -> np.ndarray:
         """A copy on the host."""
+        counted["waits"] += 1
         return self.held.copy()
+
+    def set(self, x: np.ndarray) -> None:
+        """Copy from the host."""
+        assert x.dtype == self.dtype and x.shape == self.shape and x.flags.c_contiguous
+        counted["waits"] += 1
+        self.held[...] = x
 
 
 class RawModule:
@@ -96,9 +112,20 @@ class RawModule:
         return launch
 
 
-def asarray(x: Any) -> ndarray:
-    """A copy on the device, as from the host."""
-    return ndarray(np.array(x, order="K"))
+def array(x: Any) -> ndarray:
+    """A copy on the device."""
+    counted["arrays"] += 1
+    counted["sent"] += x.nbytes if isinstance(x, np.ndarray) else 0
+    return ndarray(np.array(inner(x), order="K"))
+
+
+asarray = array
+
+
+def empty(shape: tuple[int, ...], dtype: Any) -> ndarray:
+    """New memory that holds no numbers."""
+    counted["arrays"] += 1
+    return ndarray(np.full(shape, np.nan, dtype))
 
 
 def broadcast_to(x: ndarray, shape: tuple[int, ...]) -> ndarray:
@@ -107,4 +134,16 @@ def broadcast_to(x: ndarray, shape: tuple[int, ...]) -> ndarray:
     return ndarray(view if view.shape != x.shape else x.held)
 
 
-cuda = SimpleNamespace(Device=lambda: SimpleNamespace(id=0))
+class Stream:
+    """A queue of work; ``recording`` says whether it records a graph."""
+
+    ptr, recording = 0, False
+
+    def is_capturing(self) -> bool:
+        """Whether nothing may be waited for."""
+        return self.recording
+
+
+counted = {"waits": 0, "arrays": 0, "sent": 0}  # what no CUDA graph records: waiting, new memory, bytes from the host
+current = Stream()
+cuda = SimpleNamespace(Device=lambda: SimpleNamespace(id=0), get_current_stream=lambda: current)

@@ -31,7 +31,7 @@ class OnCpu:
         """The array itself: its strides are the kernel's concern."""
         return x
 
-    table = own
+    table = room = own
 
     def empty(self, shape: tuple[int, ...], dtype: Any, like: Any) -> np.ndarray:
         """A new array of NaN, which the kernel must not read before it has written."""
@@ -43,6 +43,18 @@ class OnCpu:
     def back(self, x: Any, into: Any) -> None:
         """It is the same memory."""
         assert x is into
+
+    def hold(self, x: Any) -> Any:
+        """A copy that a stream keeps."""
+        return np.array(x)
+
+    def address(self, x: Any) -> int | None:
+        """Where an array begins."""
+        return x.ctypes.data if isinstance(x, np.ndarray) and x.size else None
+
+    def like(self, held: Any, x: Any) -> Any:
+        """The memory of x in the shape and strides of another."""
+        return np.lib.stride_tricks.as_strided(x, held.shape, held.strides)
 
     def start(self, kernel: Kernel, name: str, blocks: int, threads: int, arguments: list[Any]) -> None:
         """Launch."""
