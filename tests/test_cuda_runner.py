@@ -149,12 +149,12 @@ def cuda():
 by_numba = needed(cudaemu.numba_cuda())
 
 
-def numba_launch(function, blocks=1, threads=64, **options):
+def numba_launch(function, blocks=1, threads=64, x=None, **options):
     from cudaemu.machines import ptx_of
     from cudaemu.ptx import flatten
     from numba import float32, void
 
-    y, x = np.zeros(64, np.float32), np.arange(64, dtype=np.float32)
+    y, x = np.zeros(64, np.float32), np.arange(64, dtype=np.float32) if x is None else x
     run = cudaemu.ptx(ptx_of(function, void(float32[::1], float32[::1])))
     run(blocks, threads, flatten((y, x)), **options)
     return y
@@ -229,3 +229,13 @@ def test_what_the_translation_does_not_know_is_refused_by_name(cuda):
 
     with pytest.raises(NotImplementedError, match="no PTX instruction (atom|red)"):
         numba_launch(atomic)
+
+
+@by_numba
+def test_exponentials_of_numba_end_at_zero_and_at_infinity(cuda):
+    def exponentials(y, x):
+        y[cuda.threadIdx.x] = math.exp(x[cuda.threadIdx.x])
+
+    x = np.array([-np.inf, -1e30, -1e3, -104, -90, -1, 0, 1, 80, 100, np.inf, np.nan] + [0] * 52, np.float32)
+    with np.errstate(over="ignore", under="ignore"):
+        np.testing.assert_allclose(numba_launch(exponentials, x=x), np.exp(x), rtol=1e-6)

@@ -272,6 +272,8 @@ class Translation:
             x = f"({TYPES[from_]}){rounding}({x})"
         if from_[0] == "f" and to[0] != "f":
             x = f"whole<{TYPES[to]}>({x})"
+        if "sat" in name:
+            x = f"saturated({x})"
         return f"set({plain(operands[0])}, ({TYPES[to]})({x}));"
 
     def do_setp(self, name: list[str], operands: list[str]) -> str:
