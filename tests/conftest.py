@@ -20,7 +20,11 @@ def no_choice_of_backend(monkeypatch):
 @pytest.fixture
 def cupy(monkeypatch):
     """A machine with a GPU, as far as the backend ``cupy`` can tell."""
+    import cudaemu
     from cudaemu import cupy as stand_in
+
+    if cudaemu.ON_GPU:
+        pytest.skip("CuPy itself is here")
 
     from cuda_kernels.cupy_raw import _launch
     from ttr_np import backends

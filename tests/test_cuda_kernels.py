@@ -224,9 +224,12 @@ def test_nothing_is_launched_for_nothing(case, machine):
 
 # ---- barriers --------------------------------------------------------------------------------------------------------
 
+by_the_runner = pytest.mark.skipif(cudaemu.ON_GPU, reason="a GPU does not tell what it was not asked")
+
 BARRIERS = {"cupy": r"__syncthreads\(\);", "numba-cuda": r"bar\.sync\s+0;"}
 
 
+@by_the_runner
 @of_operators
 def test_each_barrier_is_needed(backend, operator, machine, monkeypatch):
     arrays = draw(operator, np.random.default_rng(0), t=5, k=40, v=70, dtype=np.float32)

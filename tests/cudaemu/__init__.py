@@ -21,7 +21,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from .build import missing
+from .build import ON_GPU, missing
 from .launch import (
     ArithmeticFault,
     BarrierFault,
@@ -49,6 +49,7 @@ def numba_cuda() -> str:
 
 
 __all__ = [
+    "ON_GPU",
     "ArithmeticFault",
     "BarrierFault",
     "BoundsFault",

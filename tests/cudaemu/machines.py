@@ -12,6 +12,7 @@ from unittest.mock import patch
 
 import numpy as np
 
+from .build import ON_GPU
 from .launch import Kernel, root_of
 from .ptx import flatten, ptx
 from .source import source
@@ -86,6 +87,22 @@ class NumbaCuda(OnCpu):
     build = staticmethod(cache(ptx))
 
 
+class OnGpu:
+    """The GPU itself; ``launches`` lists what ran."""
+
+    def __init__(self, machine: Any) -> None:
+        self.machine = machine
+        self.launches: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.machine, name)
+
+    def run(self, kernel: Any, *rest: Any) -> None:
+        """Launch; a text is followed by its name, a function has one."""
+        self.launches.append(rest[0] if isinstance(kernel, str) else kernel.__name__)
+        self.machine.run(kernel, *rest)
+
+
 @cache
 def ptx_of(function: Any, signature: Any, capability: tuple[int, int] = (9, 0)) -> str:
     """What Numba makes of a function; it asks no driver when it is told the device."""
@@ -98,9 +115,15 @@ def ptx_of(function: Any, signature: Any, capability: tuple[int, int] = (9, 0)) 
 
 
 @contextmanager
-def on_cpu(backend: str, **options: Any) -> Iterator[OnCpu]:
-    """Let a GPU backend launch its kernels here."""
+def on_cpu(backend: str, **options: Any) -> Iterator[Any]:
+    """Let a GPU backend launch its kernels here; with ``TTR_TESTS_ON=gpu`` on its device, whatever the options."""
     from ttr_np import backends
+
+    if ON_GPU:
+        launcher = import_module(f"{PACKAGES[backend]}._launch")
+        with patch.object(launcher, "machine", OnGpu(launcher.machine)):
+            yield launcher.machine
+        return
 
     known = backends.reason
     launcher = import_module(f"{PACKAGES[backend]}._launch")

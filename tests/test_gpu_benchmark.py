@@ -1,0 +1,253 @@
+"""The one command for a GPU, as far as it can be tested without one: floors, shapes, time, tables, who is skipped."""
+
+import inspect
+import json
+import sys
+from importlib import import_module
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import ttr_np
+from ttr_np.measure import Contender, Skipped
+
+pytest.importorskip("benchmarks", reason="the benchmarks are not installed with the package")
+from benchmarks import floors, gpu  # noqa: E402
+from benchmarks.floors import KINDS, Rates, Shape, floor_seconds, rates_of  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:Triton is not supported")
+H200 = floors.MACHINES["H200"]
+# Microseconds worked out by hand from bytes and FLOP, at shapes where copies rule and where products would.
+BY_HAND = {
+    ("linear", (1, 2048, 16, 64)): 3.9,
+    ("linear", (1, 32768, 32, 128)): 250,
+    ("scalar gate", (8, 2048, 32, 64)): 62.9,
+    ("channel gate", (1, 32768, 32, 128)): 312,
+    ("delta", (1, 2048, 16, 128)): 7.9,
+    ("gated delta", (1, 32768, 32, 128)): 252,
+    ("KDA", (8, 8192, 32, 128)): 626,
+    ("gated delta", (1, 1, 32, 128)): 0.98,
+    ("KDA", (128, 1, 32, 128)): 125,
+}
+
+
+@pytest.mark.parametrize(("kind", "sizes"), BY_HAND)
+def test_floors_are_those_worked_out_by_hand(kind, sizes):
+    assert 1e6 * floor_seconds(kind, Shape(*sizes), H200) == pytest.approx(BY_HAND[kind, sizes], rel=0.01)
+
+
+def test_slow_products_make_the_floor():
+    shape = Shape(1, 2048, 16, 128)
+    assert floor_seconds("delta", shape, Rates(1e30, 1e12)) == (6 * 128**2 + 10 * 64 * 128 + 64**2) * 2048 * 16 / 1e12
+    with pytest.raises(ValueError, match="unknown kind 'mesa'; the kinds are linear"):
+        floor_seconds("mesa", shape, H200)
+
+
+def test_a_machine_that_is_not_listed_is_measured():
+    measured = Rates(1.0, 2.0)
+    assert rates_of("GPU 0: NVIDIA H200 (UUID)", measured) == H200 and rates_of("NVIDIA L4", measured) is measured
+
+
+def test_the_shapes_are_those_of_the_question():
+    sizes = {tuple(shape) for shape in gpu.SHAPES}
+    assert len(sizes) == len(gpu.SHAPES)
+    assert {(b, 1, 32, 128) for b in (1, 8, 32, 128)} <= sizes and (1, 32768, 32, 128) in sizes
+    assert [str(shape) for shape in gpu.shapes_of("1x2x3x4,8x1x2x64")] == ["1x2x3x4", "8x1x2x64"]
+    order = list(gpu.questions_of(gpu.SHAPES, KINDS))
+    assert len(order) == len(gpu.SHAPES) * len(KINDS) and {kind for kind, _ in order[: len(KINDS)]} == set(KINDS)
+
+
+# ---- without a GPU ---------------------------------------------------------------------------------------------------
+
+
+def test_without_a_gpu_it_says_why(capsys, tmp_path):
+    if ttr_np.available_backends()["cupy"] == "ok":
+        pytest.skip("there is a GPU")
+    assert gpu.main(["--json", str(tmp_path / "gpu.json")]) == 2
+    assert "no GPU to measure on: cupy: cupy " in capsys.readouterr().err
+    assert not (tmp_path / "gpu.json").exists()
+
+
+WRONG = [["--kinds", "mesa"], ["--seconds", "0"], ["--json", "/no/such/folder/x"], ["--shapes", "1x"]]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=" ".join)
+def test_wrong_options_are_refused(wrong):
+    with pytest.raises(SystemExit) as ended:
+        gpu.main(wrong)
+    assert ended.value.code == 2
+
+
+# ---- the times, on a clock of our own --------------------------------------------------------------------------------
+
+
+class Time:
+    """A clock that moves when somebody works."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def work(self, seconds, o):
+        def call():
+            self.now += seconds
+            if isinstance(o, Exception):
+                raise o
+            return o
+
+        return call
+
+    def seconds_of(self, call, calls):
+        start = self.now
+        for _ in range(calls):
+            call()
+        return (self.now - start) / calls
+
+
+EXACT = np.ones((1, 2, 4, 3))
+SHAPE = Shape(1, 1000, 2, 64)
+
+
+def asked(time, *contenders):
+    return SimpleNamespace(kind="delta", shape=SHAPE, contenders=contenders, exact=EXACT)
+
+
+def answered(time, *contenders, seconds=1000.0):
+    rng = np.random.default_rng(0)
+    beginning = lambda o, exact: o  # noqa: E731
+    return gpu.answered(asked(time, *contenders), H200, time.seconds_of, beginning, gpu.Clock(seconds, time), rng)
+
+
+def test_right_answers_are_timed_and_others_told():
+    time = Time()
+    entry = answered(
+        time,
+        Contender("good", time.work(0.002, EXACT), detail="how"),
+        Contender("wrong", time.work(0.001, EXACT * 1.1)),
+        Contender("nan", time.work(0.001, EXACT * np.nan)),
+        Contender("broken", time.work(0.001, OSError("no such kernel\nand more"))),
+        Skipped("absent", "is not installed"),
+    )
+    (found,) = entry["results"]
+    assert found["contender"] == "good" and found["seconds"]["median"] == pytest.approx(0.002)
+    assert found["over_floor"] == pytest.approx(0.002 / entry["floor_seconds"])
+    assert found["bytes_per_second"] == pytest.approx((8 * 64 + 8) * 2000 / 0.002)
+    reasons = {each["contender"]: each["reason"] for each in entry["skipped"]}
+    assert reasons["wrong"] == "wrong: error 1.0e-01, allowed 3e-02" and "inf" in reasons["nan"]
+    assert reasons["broken"] == "OSError: no such kernel" and reasons["absent"] == "is not installed"
+    told = set()
+    table = gpu.table_of(entry, told)
+    assert "delta: 1x1000x2x64; floor" in table and "good" in table and "skipped: broken" in table and "how" in table
+    assert "skipped: absent" not in gpu.table_of(entry, told)
+    json.dumps(entry, allow_nan=False)
+
+
+def test_rounds_end_with_the_time_and_everybody_has_as_many():
+    time = Time()
+    slow, quick = Contender("slow", time.work(3.0, EXACT)), Contender("quick", time.work(1e-4, EXACT))
+    entry = answered(time, slow, quick, seconds=13.0)
+    counts = {found["contender"]: found["seconds"]["samples"] for found in entry["results"]}
+    assert 1 <= counts["slow"] == counts["quick"] < 5 and time.now < 30
+    (found,) = answered(time, quick)["results"]
+    assert found["seconds"]["samples"] == gpu.ROUNDS
+
+
+def test_nobody_is_no_error():
+    assert "nobody" in gpu.table_of(answered(Time(), Skipped("cupy", "no driver")), set())
+
+
+@pytest.fixture
+def stage(monkeypatch, tmp_path):
+    """The command with everything on a GPU played by a clock."""
+    time = Time()
+
+    def question(kind, shape, seed):
+        time.now += 10.0
+        if kind == "KDA":
+            raise MemoryError("too large")
+        contenders = [Contender("cupy", time.work(1e-3, EXACT))]
+        return SimpleNamespace(kind=kind, shape=shape, contenders=contenders, exact=EXACT)
+
+    rates = lambda: Rates(1e12, 1e14)  # noqa: E731
+    begin = lambda o, exact: o  # noqa: E731
+    peers = SimpleNamespace(
+        question=question, measured_rates=rates, seconds_of=time.seconds_of, beginning=begin
+    )
+    monkeypatch.setitem(sys.modules, "benchmarks.gpu_peers", peers)
+    monkeypatch.setattr("benchmarks.gpu_peers", peers, raising=False)
+    path = tmp_path / "gpu.json"
+    arguments = gpu.chosen(["--json", str(path), "--shapes", "1x64x2x64,1x1x2x64"])
+    return time, arguments, path
+
+
+def test_questions_are_asked_while_there_is_time_and_written_one_by_one(stage, capsys, monkeypatch):
+    time, arguments, path = stage
+    result, kept = gpu.begun(arguments), []
+    known = gpu.keep
+    monkeypatch.setattr(gpu, "keep", lambda found, where: (known(found, where), kept.append(len(found["questions"]))))
+    gpu.timed(result, arguments, gpu.Clock(85.0, time))
+    written = json.loads(path.read_text())
+    assert kept == list(range(1, len(written["questions"]) + 1))
+    assert len(written["questions"]) + len(result["unasked"]) == 12 and 6 <= len(written["questions"]) < 12
+    (nobody,) = next(q for q in written["questions"] if q["kind"] == "KDA")["skipped"]
+    assert nobody["reason"] == "MemoryError: too large"
+    assert written["rates"]["bytes"] == 1e12 and "cupy" in capsys.readouterr().out
+
+
+# ---- the tests on the device -----------------------------------------------------------------------------------------
+
+
+def said(text, code=0):
+    return [sys.executable, "-c", f"import sys; print({text!r}); sys.exit({code})"]
+
+
+def test_what_the_tests_said_is_counted():
+    found = gpu.tested(30, said("..s.F [ 50%]\n..E   [100%]\nFAILED tests/x.py::y - why\n", 1))
+    assert [found[name] for name in ("passed", "failed", "errors", "skipped")] == [5, 1, 1, 1] and found["finished"]
+    assert found["failures"] == ["tests/x.py::y - why"] and "FAILED" in found["end"]
+    assert "5 passed, 1 failed, 1 errors, 1 skipped" in gpu.tests_line(found) and "why" in gpu.tests_line(found)
+    assert gpu.tests_line({"reason": "pytest is not installed"}).endswith("skipped: pytest is not installed")
+
+
+def test_tests_that_take_too_long_are_cut_off_and_what_they_said_is_kept():
+    endless = [sys.executable, "-uc", "print('...  [ 1%]', flush=True)\nwhile True: pass"]
+    found = gpu.tested(2, endless)
+    assert (found["passed"], found["finished"]) == (3, False) and "cut off" in gpu.tests_line(found)
+
+
+def test_a_process_that_does_not_end_is_ended():
+    assert gpu.ends(said("quick"), 30)
+    assert not gpu.ends([sys.executable, "-c", "while True: pass"], 1)
+
+
+# ---- the peers -------------------------------------------------------------------------------------------------------
+
+
+def test_every_kind_has_a_peer_that_takes_our_arrays():
+    pytest.importorskip("torch")
+    peers = import_module("benchmarks.gpu_peers")
+    assert tuple(peers.KINDS) == KINDS
+    for kind in peers.KINDS.values():
+        try:
+            module = import_module(f"fla.ops.{kind.module}")
+        except Exception as problem:  # without Triton it fails in its own ways
+            pytest.skip(f"flash-linear-attention does not import: {problem}")
+        for name in (kind.chunk, kind.token):
+            takes = inspect.signature(getattr(module, name)).parameters
+            wanted = {peers.name_of(kind, name, array) for array in kind.names} | {*kind.options, "scale"}
+            assert wanted <= takes.keys(), name
+
+
+def test_whoever_cannot_be_made_is_skipped_with_the_reason():
+    pytest.importorskip("torch")
+    peers = import_module("benchmarks.gpu_peers")
+    (skipped,) = peers.attempted("fla", peers.triton, peers.KINDS["KDA"]._replace(chunk="nothing"), SHAPE, {})
+    assert skipped.name == "fla" and ("nothing" in skipped.reason or "import" in skipped.reason)
+    (skipped,) = peers.attempted("torch", peers.naive, peers.KINDS["KDA"], SHAPE, {})
+    assert skipped.name == "torch" and "whole chunks" in skipped.reason
+    make = lambda *_: (Contender("x", lambda: 1), lambda call: lambda: call() + 1)  # noqa: E731
+    contender, graph = peers.attempted("x", make, None, None, {})
+    assert (contender.name, graph.name, contender.call(), graph.call(), graph.call()) == ("x", "x, graph", 1, 2, 2)
