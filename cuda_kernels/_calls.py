@@ -64,6 +64,7 @@ class Grid(NamedTuple):
 
     blocks: int  # of columns, per memory
     threads: int
+    shared: int = 0  # bytes of a block, beside those that its text declares
 
 
 class Launch(NamedTuple):
@@ -72,13 +73,14 @@ class Launch(NamedTuple):
     machine: Machine
     what: tuple[Any, ...]  # kernel, blocks and threads, as the machine takes them
     arguments: list[Any]
+    more: tuple[Any, ...] = ()  # what the machine takes after the arguments
 
     def __call__(self, others: Mapping[int, Any] | None = None) -> None:
         """Launch, with other arrays in the places of some arguments."""
         arguments = list(self.arguments)
         for place, x in (others or {}).items():
             arguments[place] = self.machine.like(arguments[place], x)
-        self.machine.run(*self.what, arguments)
+        self.machine.run(*self.what, arguments, *self.more)
 
     def places(self, x: Any) -> list[int]:
         """Arguments that begin where an array begins."""

@@ -226,6 +226,8 @@ def test_a_process_that_does_not_end_is_ended():
 # ---- the peers -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
 def test_every_kind_has_a_peer_that_takes_our_arrays():
     pytest.importorskip("torch")
     peers = import_module("benchmarks.gpu_peers")

@@ -131,7 +131,7 @@ def launch(
     """
     if not tokens * sequences.memories * sequences.groups:
         return
-    blocks, threads = _calls.grid(columns, parts)
+    blocks, threads, _ = _calls.grid(columns, parts)
     dtype = next(iter(arrays.values()))[0].dtype
     views = {name: paired(sequences, x, own, dtype, name in written) for name, (x, own) in arrays.items()}
     numbers = [*(np.int64(x) if isinstance(x, int) else x for x in scalars), np.int64(blocks)]

@@ -105,9 +105,10 @@ class RawModule:
     def get_function(self, name: str) -> Any:
         """A kernel: null pointers come as zeros."""
 
-        def launch(grid: tuple[int], threads: tuple[int], arguments: tuple[Any, ...]) -> None:
+        def launch(grid: tuple[int], threads: tuple[int], arguments: tuple[Any, ...], *, shared_mem: int) -> None:
+            assert shared_mem <= getattr(launch, "max_dynamic_shared_size_bytes", 48 * 1024)
             given = [None if isinstance(x, np.uintp) and x == 0 else inner(x) for x in arguments]
-            self.machine.run(self.code, name, *grid, *threads, given)
+            self.machine.run(self.code, name, *grid, *threads, given, shared_mem)
 
         return launch
 
@@ -146,4 +147,7 @@ class Stream:
 
 counted = {"waits": 0, "arrays": 0, "sent": 0}  # what no CUDA graph records: waiting, new memory, bytes from the host
 current = Stream()
-cuda = SimpleNamespace(Device=lambda: SimpleNamespace(id=0), get_current_stream=lambda: current)
+ATTRIBUTES = {"MultiProcessorCount": 4, "MaxSharedMemoryPerBlockOptin": 227 * 1024}
+cuda = SimpleNamespace(
+    Device=lambda number=0: SimpleNamespace(id=number, attributes=ATTRIBUTES), get_current_stream=lambda: current
+)
