@@ -1,4 +1,4 @@
-"""Delta rule on the GPU, token by token: one launch of ``delta_rule.cu``."""
+"""Delta rule on the GPU: token by token in one launch of ``delta_rule.cu``, or chunk by chunk."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from ttr_np.notation import DeltaRuleState
 
 from .._calls import split
 from .._sequences import BOTH, ROW, Sequences
+from . import _delta_rule_chunks as chunks
 from ._launch import Kernel, empty, even, launch, run
 
 __all__ = ["delta_rule"]
@@ -36,15 +37,19 @@ def delta_rule(
 def core(
     q: Any, k: Any, v: Any, beta: Any, log_decay: Any, erase_key: Any, *, scale: float, state: DeltaRuleState
 ) -> tuple[Any, DeltaRuleState]:
-    """One launch."""
+    """Long sequences in chunks, short ones and double precision in one launch of the recurrence."""
     (S,), (tokens, rows), columns = state, q.shape[-2:], v.shape[-1]
     sequences = Sequences(S.shape[:-2], np.broadcast_shapes(q.shape[:-2], S.shape[:-2]))
+    arrays = {"q": q, "k": k, "v": v, "beta": beta, "log_decay": log_decay, "erase_key": erase_key}
+    chosen = chunks.choice(q, v, log_decay, erase_key)
+    if chosen is not None:
+        return chunks.correct(chosen, sequences, arrays, state, scale)
     o = empty(sequences, (tokens, columns), q.dtype, q)
     gate = ROW if log_decay is None or log_decay.ndim < q.ndim else BOTH
-    arrays = {"q": (q, BOTH), "k": (k, BOTH), "v": (v, BOTH), "beta": (beta, ROW), "log_decay": (log_decay, gate)}
-    arrays |= {"erase_key": (erase_key, BOTH), "S": (S, BOTH), "o": (o, BOTH)}
+    owns = {"beta": ROW, "log_decay": gate}
+    given = {name: (x, owns.get(name, BOTH)) for name, x in (arrays | {"S": S, "o": o}).items()}
     per_thread, parts = split("k", rows)
     constants = {"K": rows, "ROWS": per_thread, "PARTS": parts, "EVEN": even(q)}
     types = {"data": q.dtype, "real": S.dtype}
-    launch(KERNEL, sequences, arrays, ("S", "o"), types, constants, tokens=tokens, columns=columns, scale=scale)
+    launch(KERNEL, sequences, given, ("S", "o"), types, constants, tokens=tokens, columns=columns, scale=scale)
     return o, DeltaRuleState(S)
