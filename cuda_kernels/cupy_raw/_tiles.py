@@ -14,7 +14,7 @@ LONGEST = 256  # state column that fits in the registers of a warp, 16 at a time
 WIDEST = 128  # value columns of one block, 16 per warp
 TERMS = {"bfloat16": 1, "float16": 2, "float32": 3}  # numbers of bfloat16 that hold one of these without a loss
 SUM_TERMS = {"bfloat16": 2, "float16": 2, "float32": 3}  # and what is computed from them, to 16 or 24 bits
-CHUNK = {"none": 64, "step": 64, "channel": 32}  # tokens, if they fit
+CHUNK = {True: 64, False: 32}  # tokens, if they fit; by whether products read the data where they arrive
 
 
 class Tiles(NamedTuple):
@@ -54,10 +54,8 @@ def tiles(dtype: Any, tokens: int, rows: int, columns: int, gate: str, shared: i
         return None
     keys = -(-rows // 16) * 16
     values = min(16 << (max(columns - 1, 1).bit_length() - 4 if columns > 16 else 0), WIDEST)
-    chunk = CHUNK[gate]
-    if keys > 128:
-        chunk, values = min(chunk, 32), min(values, 64)
     direct = name == "bfloat16" and gate != "channel"
+    chunk = CHUNK[direct] if keys <= 128 else 16  # a state of more rows leaves few registers for answers
     key_terms = SUM_TERMS[name] if gate == "channel" else TERMS[name]
     while True:
         found = Tiles(chunk, keys, values, direct, TERMS[name], key_terms, SUM_TERMS[name], 0)

@@ -248,6 +248,15 @@ struct Memory {
         for (int n = 0; n < KEYS / 8; n++)
             each(part[n], [&](int column, int key, float& x) { use(8 * n + key, column, x); });
     }
+    // The same where numbers are in global memory: not all at once, or their addresses would need all registers.
+    template <class Use>
+    __device__ __forceinline__ void each_stored(Use use) {
+        #pragma unroll
+        for (int n = 0; n < KEYS / 8; n++) {
+            each(part[n], [&](int column, int key, float& x) { use(8 * n + key, column, x); });
+            if (n % 4 == 3) __syncwarp();
+        }
+    }
     __device__ __forceinline__ void decay(const float* total) {
         if (GATE == NO_GATE) return;
         each_number([&](int key, int, float& x) { x = kept(total[GATE == STEP ? 0 : key], x); });
@@ -373,21 +382,26 @@ linear_attention_chunks(const data* q, const data* k, const data* v, const real*
     const auto of_keys = [&](real* x, int p) { return x + (size_t(which) * stored + p) * KEYS; };
 
     const auto begin_piece = [&]() {
-        const auto state = rows(S, table, axes, STATE, which);
-        memory.each_number([&](int row, int column, float& x) {
-            x = !STATES && row < K && warp_column + column < columns ? state.at(row, warp_column + column) : 0;
-        });
-        for (int p = 0; p < piece && !STATES; p++) {
-            int i = 0;
-            if (GATE) memory.decay(of_keys(piece_decays, p));
-            memory.each_number([&](int, int, float& x) { x += sum_of(p, i++); });
-        }
+        const real* state = rows(S, table, axes, STATE, which).begin;
         const auto weights = rows(z, table, axes, Z, which);
+        memory.each_stored([&](int row, int column, float& x) {
+            x = !STATES && row < K && warp_column + column < columns ? state[row * columns + warp_column + column] : 0;
+        });
         for (int row = threadIdx.x; row < KEYS; row += THREADS) {
-            float weight = NORMALIZE && !STATES && row < K ? weights.at(0, row) : 0;
-            for (int p = 0; p < piece && NORMALIZE && !STATES; p++)
-                weight = kept(GATE ? of_keys(piece_decays, p)[GATE == STEP ? 0 : row] : 1, weight) + of_keys(z_sums, p)[row];
-            room.z[row] = weight, room.product[row] = 1;
+            room.z[row] = NORMALIZE && !STATES && row < K ? weights.at(0, row) : 0;
+            room.product[row] = 1;
+        }
+        #pragma unroll 1
+        for (int p = 0; p < piece && !STATES; p++) {
+            for (int row = threadIdx.x; row < KEYS; row += THREADS) {
+                room.total[row] = GATE ? of_keys(piece_decays, p)[row] : 1;
+                if (NORMALIZE) room.z[row] = kept(room.total[row], room.z[row]) + of_keys(z_sums, p)[row];
+            }
+            __syncthreads();  // the decay of the piece is there
+            int i = 0;
+            memory.decay(room.total);
+            memory.each_stored([&](int, int, float& x) { x += sum_of(p, i++); });
+            __syncthreads();  // and nobody looks at it any more
         }
     };
     const auto bring = [&](int stage, int t, int count, int gates) {
@@ -527,14 +541,14 @@ linear_attention_chunks(const data* q, const data* k, const data* v, const real*
         count = one_by_one ? 1 : next;
     }
 
-    const auto state_next = rows(S_next, table, axes, STATE_NEXT, which);
+    real* state_next = rows(S_next, table, axes, STATE_NEXT, which).begin;
     const auto weights_next = rows(z_next, table, axes, Z_NEXT, which);
     if (STATES) {
         int i = 0;
-        memory.each_number([&](int, int, float& x) { sum_of(piece, i++) = x; });
+        memory.each_stored([&](int, int, float& x) { sum_of(piece, i++) = x; });
     } else if (end == tokens && group == 0) {
-        memory.each_number([&](int row, int column, float& x) {
-            if (row < K && warp_column + column < columns) state_next.at(row, warp_column + column) = x;
+        memory.each_stored([&](int row, int column, float& x) {
+            if (row < K && warp_column + column < columns) state_next[row * columns + warp_column + column] = x;
         });
     }
     for (int row = threadIdx.x; row < KEYS && column_block == 0 && group == 0; row += THREADS) {
