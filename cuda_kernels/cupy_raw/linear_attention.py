@@ -1,4 +1,4 @@
-"""Linear attention on the GPU, token by token: one launch of ``linear_attention.cu``."""
+"""Linear attention on the GPU: token by token in one launch of ``linear_attention.cu``, or chunk by chunk."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ttr_np.solvers.linear_attention import start
 
 from .._calls import split
 from .._sequences import BOTH, COLUMN, ROW, Sequences
+from . import _linear_attention_chunks as chunks
 from ._launch import Kernel, empty, even, launch, run
 
 __all__ = ["linear_attention"]
@@ -39,9 +40,13 @@ def linear_attention(
 def core(
     q: Any, k: Any, v: Any, log_decay: Any, bonus: Any, *, normalize: bool, scale: float, state: LinearAttentionState
 ) -> tuple[Any, LinearAttentionState]:
-    """One launch."""
+    """Long sequences in chunks, short ones and double precision in one launch of the recurrence."""
     (S, z), (tokens, rows), columns = state, q.shape[-2:], v.shape[-1]
     sequences = Sequences(S.shape[:-2], np.broadcast_shapes(q.shape[:-2], S.shape[:-2]))
+    arrays = {"q": q, "k": k, "v": v, "log_decay": log_decay, "bonus": bonus}
+    chosen = chunks.plan(q, v, log_decay, sequences)
+    if chosen is not None:
+        return chunks.attend(chosen, sequences, arrays, state, normalize, scale)
     o = empty(sequences, (tokens, columns), q.dtype, q)
     z_next = None if z is None else z.copy()
     gate = ROW if log_decay is None or log_decay.ndim < q.ndim else BOTH

@@ -131,15 +131,18 @@ __device__ __forceinline__ void multiply_once<float16>(Sum& sum, const unsigned 
     mma_f16(sum.x, a, b);
 }
 
-// sum += left right, small terms first.
+// sum += left right, small terms first. Tensor cores cut what they add instead of rounding it, and over many products that
+// is an error of one sign; so they begin at zero, and the sum of all is rounded (Ootomo and Yokota 2022, arXiv:2203.03341).
 template <class T, int M, int N>
 __device__ __forceinline__ void multiply(Sum& sum, const Left<T, M>& left, const Right<T, N>& right) {
     constexpr int last = (M > N ? M : N) - 1;
+    Sum part = {};
     #pragma unroll
     for (int order = last; order >= 0; order--)
         #pragma unroll
         for (int i = 0; i <= order; i++)
-            if (i < M && order - i < N) multiply_once<T>(sum, left.x[i], right.x[order - i]);
+            if (i < M && order - i < N) multiply_once<T>(part, left.x[i], right.x[order - i]);
+    for (int i = 0; i < 4; i++) sum.x[i] += part.x[i];
 }
 
 // A Sum of 16 x 16, as two of 16 x 8, as the left matrix of the next product.
@@ -291,6 +294,74 @@ __device__ __forceinline__ void load_right_transposed(Right<bfloat16, TERMS> (&r
     make_right(right, [&](int i, int j, int, bool) { return change(i, j, tile.at(row + j, column + i)); });
 }
 
+// A matrix of floats in shared memory as its terms, one tile each.
+template <int TERMS, int R, int C>
+struct Split {
+    Tile<bfloat16, R, C> term[TERMS];
+
+    __device__ __forceinline__ float at(int i, int j) const {
+        float x = 0;
+        #pragma unroll
+        for (int n = TERMS - 1; n >= 0; n--) x += widened(term[n].at(i, j));
+        return x;
+    }
+    __device__ __forceinline__ void set(int i, int j, float x) const {
+        #pragma unroll
+        for (int n = 0; n < TERMS; n++) {
+            bfloat16& at = term[n].at(i, j);
+            put(at, x);
+            x -= widened(at);
+        }
+    }
+};
+template <int TERMS, int R, int C>
+__device__ __forceinline__ Split<TERMS, R, C> split_of(unsigned char*& at) {
+    Split<TERMS, R, C> split;
+    for (int n = 0; n < TERMS; n++) split.term[n] = tile_of<Tile<bfloat16, R, C>>(at);
+    return split;
+}
+// The four loads of it.
+template <int TERMS, int R, int C>
+__device__ __forceinline__ void load_left(Left<bfloat16, TERMS>& left, const Split<TERMS, R, C>& split, int row,
+                                          int column) {
+    #pragma unroll
+    for (int n = 0; n < TERMS; n++) {
+        Left<bfloat16, 1> one;
+        load_left(one, split.term[n], row, column);
+        for (int i = 0; i < 4; i++) left.x[n][i] = one.x[0][i];
+    }
+}
+template <int TERMS, int R, int C>
+__device__ __forceinline__ void load_left_transposed(Left<bfloat16, TERMS>& left, const Split<TERMS, R, C>& split,
+                                                     int row, int column) {
+    #pragma unroll
+    for (int n = 0; n < TERMS; n++) {
+        Left<bfloat16, 1> one;
+        load_left_transposed(one, split.term[n], row, column);
+        for (int i = 0; i < 4; i++) left.x[n][i] = one.x[0][i];
+    }
+}
+template <int TERMS, int R, int C>
+__device__ __forceinline__ void load_right(Right<bfloat16, TERMS> (&right)[2], const Split<TERMS, R, C>& split, int row,
+                                           int column) {
+    #pragma unroll
+    for (int n = 0; n < TERMS; n++) {
+        Right<bfloat16, 1> one[2];
+        load_right(one, split.term[n], row, column);
+        for (int i = 0; i < 4; i++) right[i / 2].x[n][i % 2] = one[i / 2].x[0][i % 2];
+    }
+}
+template <int TERMS, int R, int C>
+__device__ __forceinline__ void load_right_transposed(Right<bfloat16, TERMS> (&right)[2],
+                                                      const Split<TERMS, R, C>& split, int row, int column) {
+    #pragma unroll
+    for (int n = 0; n < TERMS; n++) {
+        Right<bfloat16, 1> one[2];
+        load_right_transposed(one, split.term[n], row, column);
+        for (int i = 0; i < 4; i++) right[i / 2].x[n][i % 2] = one[i / 2].x[0][i % 2];
+    }
+}
+
 // For each number of a Sum: use(i, j, x), where x may be changed.
 template <class Use>
 __device__ __forceinline__ void each(Sum& sum, Use use) {
@@ -319,6 +390,7 @@ __device__ __forceinline__ void fetch(Tile<T, R, C> tile, const Rows<const T>& f
                                       int rows, int columns, bool vectors) {
     constexpr int wide = 16 / int(sizeof(T)), pieces = C / wide;
     if (vectors) {
+        #pragma unroll 1
         for (int i = threadIdx.x; i < R * pieces; i += blockDim.x) {
             const int row = i / pieces, column = i % pieces * wide;
             const int bytes = row < rows ? max(min(columns - column, wide), 0) * int(sizeof(T)) : 0;
@@ -326,6 +398,7 @@ __device__ __forceinline__ void fetch(Tile<T, R, C> tile, const Rows<const T>& f
             copy_later(&tile.at(row, column), at, bytes);
         }
     } else {
+        #pragma unroll 4
         for (int i = threadIdx.x; i < R * C; i += blockDim.x) {
             const int row = i / C, column = i % C;
             const bool there = row < rows && column < columns;

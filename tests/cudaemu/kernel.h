@@ -21,6 +21,7 @@ using std::min;
 
 static inline void __syncthreads(int line = __builtin_LINE()) { runner::block_barrier(line); }
 
+static inline int __syncthreads_or(int any, int line = __builtin_LINE()) { return runner::block_vote(any, line); }
 static inline void __syncwarp(unsigned mask = 0xffffffffu, int line = __builtin_LINE()) {
     runner::warp_barrier(mask, line);
 }

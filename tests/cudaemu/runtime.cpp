@@ -86,6 +86,7 @@ struct Machine {
     Thread* current = nullptr;
     void* scheduler = nullptr;  // stack pointer
     int live, exited;
+    bool votes, vote;  // of the next barrier, of the last one
     uint32_t block, interval;
     int code;
     char* message;
@@ -217,6 +218,13 @@ static void resume(Thread& thread) {
 }
 
 void runner::block_barrier(int line) { leave(AT_BARRIER, line); }
+
+// A barrier that tells every thread whether any of them said so.
+int runner::block_vote(int any, int line) {
+    machine.votes |= any != 0;
+    leave(AT_BARRIER, line);
+    return machine.vote;
+}
 
 char* runner::dynamic_shared() { return machine.shared; }
 
@@ -378,7 +386,7 @@ static void begin_block(uint64_t number, const unsigned* grid) {
         memset(reinterpret_cast<void*>(shadow.region.begin), 0xFF, shadow.region.end - shadow.region.begin);
         forget(shadow);
     }
-    machine.live = int(machine.threads.size()), machine.exited = 0;
+    machine.live = int(machine.threads.size()), machine.exited = 0, machine.votes = false;
     for (size_t i = 0; i < machine.warps.size(); i++) {
         const size_t lanes = std::min<size_t>(machine.threads.size() - i * 32, 32);
         machine.warps[i] = {lanes < 32 ? (1u << lanes) - 1 : UINT32_MAX, 0, 0};
@@ -409,6 +417,7 @@ static void open_barrier() {
     }
     if (machine.exited) fault_of_waiting("divergent barrier");
     machine.interval++;
+    machine.vote = machine.votes, machine.votes = false;
     for (Thread& thread : machine.threads) thread.state = READY;
 }
 

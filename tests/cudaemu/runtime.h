@@ -46,6 +46,7 @@ using Together = void (*)(const void* const* given, void* const* taken, int line
 extern "C" {
 extern Builtins builtins;
 void block_barrier(int line);
+int block_vote(int any, int line);
 void together(Together work, const void* given, void* taken, unsigned mask, int line);
 uint64_t exchange(uint64_t value, int source, unsigned mask, int line);
 void warp_barrier(unsigned mask, int line);

@@ -1,0 +1,91 @@
+"""How much of a sequence a block of threads takes at once: fixed per operator, head size and device, never tuned."""
+
+from __future__ import annotations
+
+from math import isqrt
+from typing import Any, NamedTuple
+
+import numpy as np
+
+__all__ = ["Tiles", "pieces", "tiles"]
+
+CHUNKED_FROM = 32  # tokens: below, one token after the other is faster
+LONGEST = 256  # state column that fits in the registers of a warp, 16 at a time
+WIDEST = 128  # value columns of one block, 16 per warp
+TERMS = {"bfloat16": 1, "float16": 2, "float32": 3}  # numbers of bfloat16 that hold one of these without a loss
+SUM_TERMS = {"bfloat16": 2, "float16": 2, "float32": 3}  # and what is computed from them, to 16 or 24 bits
+CHUNK = {True: 64, False: 32}  # tokens, if they fit; by whether products read the data where they arrive
+
+
+class Tiles(NamedTuple):
+    """What the text of a chunked kernel is compiled for."""
+
+    chunk: int  # tokens
+    keys: int  # rows of the state, rounded up to whole matrices
+    values: int  # columns of the state per block
+    direct: bool  # whether products read the data where they arrive
+    data_terms: int
+    key_terms: int
+    sum_terms: int
+    shared: int  # bytes
+
+    @property
+    def threads(self) -> int:
+        """Of a block: a warp has 16 columns."""
+        return 2 * self.values
+
+
+def tiles(dtype: Any, tokens: int, rows: int, columns: int, gate: str, shared: int) -> Tiles | None:
+    """The choice for one call; None where tokens are better taken one after the other.
+
+    Parameters
+    ----------
+    dtype
+        Of the data; float64 has no chunked form.
+    tokens, rows, columns
+        Sizes of the axes t, k and v.
+    gate
+        ``none``, ``step`` or ``channel``: which axes ``log_decay`` has.
+    shared
+        Bytes of shared memory that a block may have on this device.
+    """
+    name = np.dtype(dtype).name
+    if name not in TERMS or tokens < CHUNKED_FROM or not 0 < rows <= LONGEST or columns < 1:
+        return None
+    keys = -(-rows // 16) * 16
+    values = min(16 << (max(columns - 1, 1).bit_length() - 4 if columns > 16 else 0), WIDEST)
+    direct = name == "bfloat16" and gate != "channel"
+    chunk = CHUNK[direct] if keys <= 128 else 16  # a state of more rows leaves few registers for answers
+    key_terms = SUM_TERMS[name] if gate == "channel" else TERMS[name]
+    while True:
+        found = Tiles(chunk, keys, values, direct, TERMS[name], key_terms, SUM_TERMS[name], 0)
+        found = found._replace(shared=bytes_of(found, np.dtype(dtype).itemsize, gate))
+        if found.shared <= shared:
+            return found
+        if chunk > 16:
+            chunk //= 2
+        else:
+            values //= 2
+
+
+def bytes_of(sizes: Tiles, itemsize: int, gate: str) -> int:
+    """Shared memory of a block, as the text lays it out: rows of tiles are 8 numbers apart."""
+    chunk, keys, values = sizes.chunk, sizes.keys + 8, sizes.values + 8
+    arriving = chunk * (2 * keys + values) * itemsize + (gate == "step") * 4 * (chunk + 8)
+    arriving *= 1 + sizes.direct
+    split = 0 if sizes.direct else 2 * chunk * (2 * keys * sizes.key_terms + values * sizes.data_terms)
+    decays = (gate == "channel") * 4 * chunk * keys
+    scores = 2 * sizes.sum_terms * chunk * (chunk + 8)
+    numbers = 22 * chunk + 3 * sizes.keys + chunk // 16 * sizes.keys
+    return arriving + split + decays + scores + 4 * numbers
+
+
+def pieces(tokens: int, chunk: int, blocks: int, multiprocessors: int) -> tuple[int, int]:
+    """Number of pieces of a sequence and tokens in each, so that all multiprocessors work.
+
+    A piece begins with a walk over the pieces before it, so there are at most as many as each has chunks.
+    """
+    chunks = -(-tokens // chunk)
+    wanted = max(min(multiprocessors // max(blocks, 1), isqrt(chunks)), 1)
+    length = -(-chunks // wanted) * chunk
+    return -(-tokens // length), length

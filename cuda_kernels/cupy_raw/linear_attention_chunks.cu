@@ -1,0 +1,559 @@
+// Linear attention, chunk by chunk:  o = (tril(Q K^T) * decay) V + decay Q S,  S = decay S + (decay K)^T V.
+//
+// A block has one memory (or one group of queries on it), some value columns and one piece of the sequence; without
+// pieces that is all of it. Warp w owns 16 of the columns: its part of the state, transposed, stays in the registers of
+// its lanes as Sums of 16 columns x 8 keys, where it can be the right matrix of a product at once. Scores are made by all
+// warps, 16 x 16 at a time, and lie in shared memory. Whatever is computed is kept in SUM_TERMS bfloat16, never in one.
+//
+// Decays are powers of two of sums of gates that all have one sign, never of differences. Tokens come in blocks of 16:
+// from a key to a query lead the rest of the key's block, the blocks between, and the query's block up to itself. With one
+// gate per channel these are factors of the key and of the query; inside a block they are multiplied up pair by pair.
+//
+// Zero times NaN is NaN, so a product would carry a bad number into the past. A chunk whose answers are not finite is
+// taken again: first the tokens before the bad one, with zeros behind them, then one token after the other.
+//
+// STATES: the first of two launches, if the sequence is cut in pieces. It makes what each piece adds to the state, and
+// its decay; the second launch begins each piece with the sum over those before it.
+//
+// DIRECT: products read the data where they arrive, in two places in turn. Otherwise the data are split into terms, or
+// decayed, and the next ones arrive where they were.
+
+enum { Q, KEY, V, GATE_OF, BONUS_OF, STATE, STATE_NEXT, Z, Z_NEXT, O };
+
+enum { NO_GATE, STEP, CHANNEL };
+
+constexpr int BLOCKS = CHUNK / 16, WARPS = VALUES / 16, THREADS = 32 * WARPS;
+constexpr int STAGES = DIRECT ? 2 : 1;
+constexpr float LOG2E = 1.44269504f;
+
+typedef Split<DATA_TERMS, CHUNK, VALUES> Values;
+typedef Split<KEY_TERMS, CHUNK, KEYS> Keys;
+
+// The places where tiles arrive.
+template <class TileType>
+struct Arrivals {
+    TileType first;
+
+    __device__ __forceinline__ explicit Arrivals(unsigned char*& at, bool needed) : first{} {
+        if (needed) first = tile_of<TileType>(at);
+        if (needed && STAGES == 2) tile_of<TileType>(at);
+    }
+    __device__ __forceinline__ TileType operator[](int stage) const {
+        return {first.begin + stage * TileType::rows * TileType::stride};
+    }
+};
+
+// What a block keeps in shared memory.
+struct Room {
+    unsigned char* at = dynamic_shared();
+    Arrivals<Tile<data, CHUNK, KEYS>> q_in{at, !STATES}, k_in{at, true};
+    Arrivals<Tile<data, CHUNK, VALUES>> v_in{at, true};
+    Arrivals<Tile<float, 1, CHUNK>> gates{at, GATE == STEP};            // logs, one per token
+    Arrivals<Tile<float, CHUNK, KEYS>> decays{at, GATE == CHANNEL};     // logs, then factors
+    Keys q, k;
+    Values v;
+    Split<SUM_TERMS, CHUNK, CHUNK> scores;
+    float *since, *rest;            // STEP: sums of gates in log 2, from the block's start and to its end
+    float* within;                  // STEP: from token j to token i of one block, at 16 j + i % 16
+    float* whole;                   // of each block: a sum (STEP), or factors of the channels
+    float *from_start, *to_end;     // STEP: factors, from the chunk's start to a token and from it to the end
+    float *own, *weights;           // BONUS: score of a token with itself; NORMALIZE: sum of the scores of a query
+    float *z, *total, *product;     // of each key: weight in memory; decay of the chunk; STATES: decay of the piece
+
+    __device__ __forceinline__ Room() {
+        if (!DIRECT && !STATES) q = split_of<KEY_TERMS, CHUNK, KEYS>(at);
+        if (!DIRECT) k = split_of<KEY_TERMS, CHUNK, KEYS>(at);
+        if (!DIRECT) v = split_of<DATA_TERMS, CHUNK, VALUES>(at);
+        if (!STATES) scores = split_of<SUM_TERMS, CHUNK, CHUNK>(at);
+        float* number = reinterpret_cast<float*>(at);
+        const auto numbers = [&](int count) { return (number += count) - count; };
+        since = numbers(CHUNK), rest = numbers(CHUNK), from_start = numbers(CHUNK), to_end = numbers(CHUNK);
+        own = numbers(CHUNK), weights = numbers(CHUNK), within = numbers(16 * CHUNK);
+        z = numbers(KEYS), total = numbers(KEYS), product = numbers(KEYS), whole = numbers(BLOCKS * KEYS);
+    }
+};
+
+// Where the sequence of a block lies. In shared memory, because registers are for the state.
+struct Places {
+    Rows<const data> q, k, v;
+    Rows<const real> gate, gate_row;  // gate_row: all tokens are one row
+    Rows<data> o;
+    bool wide_q, wide_k, wide_v, wide_gate;  // rows can be copied in vectors
+};
+
+// Data as products read them: where they arrive, or from a copy in terms.
+template <bool DIRECTLY, class SplitType, class TileType>
+__device__ __forceinline__ SplitType source(const SplitType& split, const TileType& tile) {
+    if constexpr (DIRECTLY)
+        return {{tile}};
+    else
+        return split;
+}
+template <int TERMS_, class T, int R, int C>
+__device__ __forceinline__ void copy(const Split<TERMS_, R, C>& to, const Tile<T, R, C>& from) {
+    for (int i = threadIdx.x; i < R * C; i += THREADS) to.set(i / C, i % C, widened(from.at(i / C, i % C)));
+}
+
+__device__ __forceinline__ bool bad(float x) { return x - x != 0; }
+
+// ---- decays -----------------------------------------------------------------------------------------------------------
+
+// One gate per step: sums over blocks of 16 tokens, and the factors that lead through the whole chunk.
+__device__ __forceinline__ void sum_gates(const Room& room, const float* gates) {
+    for (int i = threadIdx.x; i < CHUNK; i += THREADS) {
+        const int block = i / 16 * 16;
+        float until = 0, before = 0, after = 0, behind = 0;
+        for (int s = block; s < i + !BONUS; s++) until += gates[s];  // the bonus reads the state before its decay
+        for (int s = i + 1; s < block + 16; s++) after += gates[s];
+        for (int s = 0; s < block; s++) before += gates[s];
+        for (int s = block + 16; s < CHUNK; s++) behind += gates[s];
+        room.since[i] = LOG2E * until, room.rest[i] = LOG2E * after;
+        room.from_start[i] = exp2f(LOG2E * (before + until)), room.to_end[i] = exp2f(LOG2E * (after + behind));
+        if (i == block) room.whole[i / 16] = LOG2E * (gates[i] + after);
+        if (i == 0) room.total[0] = exp2f(LOG2E * (gates[0] + after + behind));
+        float sum = 0;
+        for (int s = i + 1; s < block + 16; s++) {
+            if (!BONUS) sum += gates[s];
+            room.within[16 * i + s % 16] = LOG2E * sum;
+            if (BONUS) sum += gates[s];
+        }
+        room.within[16 * i + i % 16] = 0;
+    }
+}
+
+// What is left at a query of what was stored at a key before it.
+__device__ __forceinline__ float decay_between(const Room& room, int query, int key) {
+    if (GATE != STEP) return 1;
+    if (query / 16 == key / 16) return exp2f(room.within[16 * key + query % 16]);
+    float sum = room.since[query] + room.rest[key];
+    for (int block = key / 16 + 1; block < query / 16; block++) sum += room.whole[block];
+    return exp2f(sum);
+}
+
+// One gate per channel: queries since the start of their block, keys to the end of theirs.
+__device__ __forceinline__ void decay_in_blocks(const Room& room) {
+    const auto decays = room.decays[0];
+    for (int item = threadIdx.x; item < BLOCKS * KEYS; item += THREADS) {
+        const int channel = item % KEYS, first = item / KEYS * 16;
+        float since = 1, rest = 1;
+        for (int i = first; i < first + 16; i++) {
+            if (!BONUS) since *= decays.at(i, channel);
+            if (!STATES) room.q.set(i, channel, since * widened(room.q_in[0].at(i, channel)));
+            if (BONUS) since *= decays.at(i, channel);
+        }
+        for (int i = first + 15; i >= first; i--) {
+            room.k.set(i, channel, rest * widened(room.k_in[0].at(i, channel)));
+            rest *= decays.at(i, channel);
+        }
+        room.whole[item] = since;
+    }
+}
+
+// Then queries since the start of the chunk, keys to the end of it.
+__device__ __forceinline__ void decay_over_blocks(const Room& room) {
+    for (int channel = threadIdx.x; channel < KEYS; channel += THREADS) {
+        float before = 1, behind = 1;
+        for (int block = 0; block < BLOCKS; block++) {
+            for (int i = 16 * block; i < 16 * block + 16 && block && !STATES; i++)
+                room.q.set(i, channel, before * room.q.at(i, channel));
+            before *= room.whole[block * KEYS + channel];
+        }
+        for (int block = BLOCKS - 1; block >= 0; block--) {
+            for (int i = 16 * block; i < 16 * block + 16 && block + 1 < BLOCKS; i++)
+                room.k.set(i, channel, behind * room.k.at(i, channel));
+            behind *= room.whole[block * KEYS + channel];
+        }
+        room.total[channel] = before;
+    }
+}
+
+// Scores inside blocks of 16 with one gate per channel: eight lanes walk down a column, each with some of the channels.
+__device__ __forceinline__ void score_in_blocks(const Room& room) {
+    const auto decays = room.decays[0];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = lane % 8;
+    for (int task = warp; task < 4 * BLOCKS; task += WARPS) {
+        const int first = task / 4 * 16, j = task % 4 * 4 + lane / 8;
+        float score[16] = {};
+        #pragma unroll 1
+        for (int channel = part; channel < KEYS; channel += 8) {
+            const float key = widened(room.k_in[0].at(first + j, channel));
+            float left = 0;  // of the key, at token i
+            #pragma unroll
+            for (int i = 0; i < 16; i++) {
+                const float query = widened(room.q_in[0].at(first + i, channel));
+                if (BONUS && i > j) score[i] = fma(query, left, score[i]);
+                left = i > j ? left * decays.at(first + i, channel) : i == j ? key : 0;
+                if (!BONUS && i >= j) score[i] = fma(query, left, score[i]);
+            }
+        }
+        #pragma unroll
+        for (int i = 0; i < 16; i++) {
+            for (int distance = 1; distance < 8; distance *= 2)
+                score[i] += __shfl_xor_sync(0xffffffffu, score[i], distance);
+            if (i % 8 == part) room.scores.set(first + i, first + j, BONUS && i == j ? room.own[first + i] : score[i]);
+        }
+    }
+}
+
+// ---- scores -----------------------------------------------------------------------------------------------------------
+
+// All blocks on and below the diagonal; those on it only if they are not made above.
+__device__ __forceinline__ void score(const Room& room, const Keys& q, const Keys& k) {
+    constexpr int before = GATE == CHANNEL;
+    int task = threadIdx.x / 32;
+    for (int row = 0; row < BLOCKS; row++)
+        for (int column = 0; column <= row - before; column++) {
+            if (task--) continue;  // tasks go around
+            task = WARPS - 1;
+            Sum sum[2] = {};
+            #pragma unroll 2
+            for (int inner = 0; inner < KEYS; inner += 16) {
+                Left<bfloat16, KEY_TERMS> left;
+                Right<bfloat16, KEY_TERMS> right[2];
+                load_left(left, q, 16 * row, inner);
+                load_right_transposed(right, k, 16 * column, inner);
+                for (int n = 0; n < 2; n++) multiply(sum[n], left, right[n]);
+            }
+            for (int n = 0; n < 2; n++)
+                each(sum[n], [&](int i, int j, float& x) {
+                    const int query = 16 * row + i, key = 16 * column + 8 * n + j;
+                    const bool past = BONUS ? key < query : key <= query;
+                    const float own = BONUS && key == query ? room.own[query] : 0;
+                    room.scores.set(query, key, past ? x * decay_between(room, query, key) : own);
+                });
+        }
+}
+
+// Sums of `count` numbers for each token, by four lanes together: use(token, sum of number(token, 0 ...)).
+template <class Number, class Use>
+__device__ __forceinline__ void sum_rows(int count, Number number, Use use) {
+    for (int item = threadIdx.x; item < 4 * CHUNK; item += THREADS) {
+        const int i = item / 4, part = item % 4;
+        float sum = 0;
+        for (int n = part; n < count; n += 4) sum += number(i, n);
+        for (int distance = 1; distance < 4; distance *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+        if (part == 0) use(i, sum);
+    }
+}
+
+// ---- the state --------------------------------------------------------------------------------------------------------
+
+// What a warp keeps: 16 columns of the state, transposed, as KEYS / 8 Sums.
+struct Memory {
+    Sum part[KEYS / 8];
+
+    template <class Use>
+    __device__ __forceinline__ void each_number(Use use) {  // use(key, column of the warp, x)
+        #pragma unroll
+        for (int n = 0; n < KEYS / 8; n++)
+            each(part[n], [&](int column, int key, float& x) { use(8 * n + key, column, x); });
+    }
+    // The same where numbers are in global memory: not all at once, or their addresses would need all registers.
+    template <class Use>
+    __device__ __forceinline__ void each_stored(Use use) {
+        #pragma unroll
+        for (int n = 0; n < KEYS / 8; n++) {
+            each(part[n], [&](int column, int key, float& x) { use(8 * n + key, column, x); });
+            if (n % 4 == 3) __syncwarp();
+        }
+    }
+    __device__ __forceinline__ void decay(const float* total) {
+        if (GATE == NO_GATE) return;
+        each_number([&](int key, int, float& x) { x = kept(total[GATE == STEP ? 0 : key], x); });
+    }
+    __device__ __forceinline__ bool is_bad() {
+        bool any = false;
+        each_number([&](int, int, float& x) { any |= bad(x); });
+        return any;
+    }
+    // V^T K, added to it.
+    __device__ __forceinline__ void memorise(const Room& room, const Keys& k, const Values& v) {
+        constexpr int terms = GATE == STEP ? SUM_TERMS : DATA_TERMS;
+        const int column = threadIdx.x / 32 * 16;
+        #pragma unroll 1
+        for (int token = 0; token < CHUNK; token += 16) {
+            Left<bfloat16, DATA_TERMS> as_it_is;
+            Left<bfloat16, terms> left;
+            load_left_transposed(as_it_is, v, token, column);
+            make_left(left, [&](int, int j, int r, bool high) {
+                float x = 0;
+                for (int n = DATA_TERMS - 1; n >= 0; n--) x += half_of<bfloat16>(as_it_is.x[n][r], high);
+                return GATE == STEP ? x * room.to_end[token + j] : x;
+            });
+            #pragma unroll
+            for (int key = 0; key < KEYS; key += 16) {
+                Right<bfloat16, KEY_TERMS> right[2];
+                load_right(right, k, token, key);
+                for (int n = 0; n < 2; n++) multiply(part[key / 8 + n], left, right[n]);
+            }
+        }
+    }
+    // Q S, of all tokens of a chunk.
+    __device__ __forceinline__ void recall(Sum (&answers)[BLOCKS][2], const Keys& q) const {
+        #pragma unroll
+        for (int key = 0; key < KEYS; key += 16) {
+            Right<bfloat16, SUM_TERMS> right[2];
+            for (int n = 0; n < 2; n++) right_of(right[n], part[key / 8], part[key / 8 + 1], n);
+            #pragma unroll
+            for (int block = 0; block < BLOCKS; block++) {
+                Left<bfloat16, KEY_TERMS> left;
+                load_left(left, q, 16 * block, key);
+                for (int n = 0; n < 2; n++) multiply(answers[block][n], left, right[n]);
+            }
+        }
+    }
+};
+
+// Scores times values, added to the answers.
+__device__ __forceinline__ void weigh(Sum (&answers)[BLOCKS][2], const Room& room, const Values& v) {
+    const int column = threadIdx.x / 32 * 16;
+    #pragma unroll
+    for (int key = 0; key < BLOCKS; key++) {
+        Right<bfloat16, DATA_TERMS> right[2];
+        load_right(right, v, 16 * key, column);
+        #pragma unroll
+        for (int block = key; block < BLOCKS; block++) {
+            Left<bfloat16, SUM_TERMS> left;
+            load_left(left, room.scores, 16 * block, 16 * key);
+            for (int n = 0; n < 2; n++) multiply(answers[block][n], left, right[n]);
+        }
+    }
+}
+
+// ---- the walk ---------------------------------------------------------------------------------------------------------
+
+// What a product may read once this is done and the block has met: everything but scores between blocks of tokens.
+__device__ __forceinline__ void prepare(const Room& room, int stage, const real* bonus_of, long long bonus_step) {
+    if (GATE == STEP) sum_gates(room, room.gates[stage].begin);
+    if (BONUS && !STATES)
+        sum_rows(
+            K,
+            [&](int i, int n) {
+                return widened(room.q_in[stage].at(i, n)) * bonus_of[n * bonus_step] * widened(room.k_in[stage].at(i, n));
+            },
+            [&](int i, float sum) { room.own[i] = sum; });
+    if (!DIRECT) copy(room.v, room.v_in[0]);
+    if (!DIRECT && GATE != CHANNEL) {
+        if (!STATES) copy(room.q, room.q_in[0]);
+        copy(room.k, room.k_in[0]);
+    }
+    if (GATE != CHANNEL) return;
+    const auto decays = room.decays[0];
+    for (int i = threadIdx.x; i < CHUNK * KEYS; i += THREADS) {
+        float& x = decays.at(i / KEYS, i % KEYS);
+        x = exp2f(LOG2E * x);
+    }
+    __syncthreads();  // the decays and each token's own score are there
+    if (!STATES) score_in_blocks(room);
+    decay_in_blocks(room);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+linear_attention_chunks(const data* q, const data* k, const data* v, const real* log_decay, const real* bonus,
+                        const real* S, real* S_next, const real* z, real* z_next, data* o, real* sums,
+                        real* piece_decays, real* z_sums, const long long* table, int axes, int tokens, int columns,
+                        int groups, int pieces, int stored, int length, real scale) {
+    const Room room;
+    Memory memory;
+    const int column_blocks = (columns + VALUES - 1) / VALUES, number = blockIdx.x / pieces;
+    const int piece = blockIdx.x % pieces, column_block = number % column_blocks;
+    const int group = number / column_blocks % groups, which = number / column_blocks / groups;
+    const int first_column = column_block * VALUES, warp_column = first_column + int(threadIdx.x) / 32 * 16;
+    const int begin = piece * length, end = min(tokens, begin + length);
+
+    __shared__ Places places;
+    if (threadIdx.x == 0) {
+        const auto gate = rows(log_decay, table, axes, GATE_OF, which);
+        places.q = rows(q, table, axes, Q, which).of(group);
+        places.k = rows(k, table, axes, KEY, which);
+        places.v = rows(v, table, axes, V, which);
+        places.o = rows(o, table, axes, O, which).of(group);
+        places.gate = gate, places.gate_row = {gate.begin, 0, 0, gate.row};
+        places.wide_q = in_vectors(places.q), places.wide_k = in_vectors(places.k), places.wide_v = in_vectors(places.v);
+        places.wide_gate = in_vectors(GATE == STEP ? places.gate_row : places.gate);
+    }
+    __syncthreads();  // the places are known
+    const auto extra = rows(bonus, table, axes, BONUS_OF, which).of(group);
+
+    // What earlier pieces add to the state, and their decays.
+    const auto sum_of = [&](int p, int i) -> real& {
+        return sums[(((size_t(which) * column_blocks + column_block) * stored + p) * (KEYS / 2) + i) * THREADS + threadIdx.x];
+    };
+    const auto of_keys = [&](real* x, int p) { return x + (size_t(which) * stored + p) * KEYS; };
+
+    const auto begin_piece = [&]() {
+        const real* state = rows(S, table, axes, STATE, which).begin;
+        const auto weights = rows(z, table, axes, Z, which);
+        memory.each_stored([&](int row, int column, float& x) {
+            x = !STATES && row < K && warp_column + column < columns ? state[row * columns + warp_column + column] : 0;
+        });
+        for (int row = threadIdx.x; row < KEYS; row += THREADS) {
+            room.z[row] = NORMALIZE && !STATES && row < K ? weights.at(0, row) : 0;
+            room.product[row] = 1;
+        }
+        #pragma unroll 1
+        for (int p = 0; p < piece && !STATES; p++) {
+            for (int row = threadIdx.x; row < KEYS; row += THREADS) {
+                room.total[row] = GATE ? of_keys(piece_decays, p)[row] : 1;
+                if (NORMALIZE) room.z[row] = kept(room.total[row], room.z[row]) + of_keys(z_sums, p)[row];
+            }
+            __syncthreads();  // the decay of the piece is there
+            int i = 0;
+            memory.decay(room.total);
+            memory.each_stored([&](int, int, float& x) { x += sum_of(p, i++); });
+            __syncthreads();  // and nobody looks at it any more
+        }
+    };
+    const auto bring = [&](int stage, int t, int count, int gates) {
+        const Places& at = places;
+        if (!STATES) fetch(room.q_in[stage], at.q, t, 0, count, K, at.wide_q);
+        fetch(room.k_in[stage], at.k, t, 0, count, K, at.wide_k);
+        fetch(room.v_in[stage], at.v, t, first_column, count, columns - first_column, at.wide_v);
+        if (GATE == STEP) fetch(room.gates[stage], at.gate_row, 0, t, 1, gates, at.wide_gate && t % 4 == 0);
+        if (GATE == CHANNEL) fetch(room.decays[stage], at.gate, t, 0, gates, K, at.wide_gate);
+        close_copies();
+    };
+    // The decay of one token before all else: where it leaves nothing, not even a NaN is left.
+    const auto decay_now = [&](int t) {
+        for (int row = threadIdx.x; row < KEYS; row += THREADS) {
+            const float decay = row < K ? exp2f(LOG2E * places.gate.at(t, GATE == STEP ? 0 : row)) : 1;
+            room.z[row] = kept(decay, room.z[row]);
+            room.product[row] = kept(decay, room.product[row]);
+            room.total[row] = decay;
+        }
+        __syncthreads();  // the decay is there
+        memory.decay(room.total);
+    };
+
+    begin_piece();
+    int count = min(CHUNK, end - begin), stage = 0;
+    bool missing = true;  // the tokens have not been sent for
+    bool one_by_one = false, alone = false;  // a token is taken alone; alone: the whole piece is taken so
+    for (int t = begin; t < end;) {
+        const int chunk_end = min(end, begin + ((t - begin) / CHUNK + 1) * CHUNK);
+        const int next = min(CHUNK, end - chunk_end);
+        if (missing) {
+            const bool decayed = GATE && one_by_one && !BONUS;
+            if (decayed) decay_now(t);
+            bring(stage, t, count, decayed ? 0 : count);
+        }
+        const bool part = t + count < chunk_end || (t - begin) % CHUNK != 0 || one_by_one;
+        finish_copies<0>();
+        __syncthreads();  // this chunk is there, and nobody is left at the last one
+        if (DIRECT && next && !part) bring(1 - stage, chunk_end, next, next);
+        prepare(room, stage, extra.begin, extra.column);
+        const Keys keys = source<DIRECT>(room.k, room.k_in[stage]), queries = source<DIRECT>(room.q, room.q_in[stage]);
+        const Values values = source<DIRECT>(room.v, room.v_in[stage]);
+        if (!DIRECT || GATE || BONUS) __syncthreads();  // sums, terms and scores in blocks are there
+        if (!DIRECT && next && !part) bring(stage, chunk_end, next, next);
+
+        Sum answers[BLOCKS][2] = {};
+        if (!STATES) {
+            score(room, queries, keys);
+            __syncthreads();  // all scores are there
+        }
+        if (GATE == CHANNEL) {
+            decay_over_blocks(room);
+            __syncthreads();  // keys and queries lead to the borders of the chunk
+        }
+        if (!STATES) {
+            const auto since = [&](int i) { return GATE == STEP ? room.from_start[i] : 1; };
+            if (NORMALIZE) {
+                sum_rows(
+                    KEYS + CHUNK,
+                    [&](int i, int n) {
+                        if (n < KEYS) return since(i) * queries.at(i, n) * room.z[n];
+                        return n - KEYS <= i ? room.scores.at(i, n - KEYS) : 0;
+                    },
+                    [&](int i, float sum) { room.weights[i] = sum; });
+                __syncthreads();  // all weights are there
+            }
+            memory.recall(answers, queries);
+            #pragma unroll
+            for (int block = 0; block < BLOCKS; block++)
+                for (int n = 0; n < 2; n++)
+                    each(answers[block][n], [&](int i, int, float& x) { x *= since(16 * block + i); });
+            weigh(answers, room, values);
+            bool any = false;
+            #pragma unroll
+            for (int block = 0; block < BLOCKS; block++)
+                for (int n = 0; n < 2; n++)
+                    each(answers[block][n], [&](int i, int, float& x) {
+                        const int token = 16 * block + i;
+                        const float weight = NORMALIZE ? room.weights[token] : 1;
+                        x = !NORMALIZE ? scale * x : weight == 0 ? 0 : x / weight;
+                        any |= token < count && bad(x);
+                    });
+            const auto bad_answer = [&](int token) {
+                bool found = false;
+                #pragma unroll
+                for (int block = 0; block < BLOCKS; block++)
+                    for (int n = 0; n < 2; n++)
+                        each(answers[block][n], [&](int i, int, float& x) { found |= 16 * block + i == token && bad(x); });
+                return found;
+            };
+            const auto bad_value = [&](int token) {
+                return threadIdx.x < VALUES && bad(values.at(token, threadIdx.x));
+            };
+            if (__syncthreads_or(any) && !one_by_one) {
+                int good = 0;
+                while (good < count && !__syncthreads_or(bad_value(good))) good++;
+                if (good == count)  // no value is to blame
+                    for (good = 0; good < count && !__syncthreads_or(bad_answer(good));) good++;
+                finish_copies<0>();
+                __syncthreads();  // nobody looks at this chunk any more
+                missing = true, one_by_one = good == 0, count = max(good, 1);
+                continue;
+            }
+            const auto answer = places.o;
+            #pragma unroll
+            for (int block = 0; block < BLOCKS; block++)
+                for (int n = 0; n < 2; n++)
+                    each(answers[block][n], [&](int i, int j, float& x) {
+                        const int token = 16 * block + i, column = warp_column + 8 * n + j;
+                        if (token < count && column < columns) put(answer.at(t + token, column), x);
+                    });
+        }
+
+        const float* total = room.total;
+        memory.decay(total);
+        memory.memorise(room, keys, values);
+        for (int row = threadIdx.x; row < KEYS; row += THREADS) {
+            const float decay = GATE ? total[GATE == STEP ? 0 : row] : 1;
+            float sum = 0;
+            for (int i = 0; i < CHUNK && NORMALIZE; i++) sum += (GATE == STEP ? room.to_end[i] : 1) * keys.at(i, row);
+            room.z[row] = kept(decay, room.z[row]) + sum;
+            room.product[row] = kept(decay, room.product[row]);
+        }
+        t += count;
+        if (part) {
+            finish_copies<0>();
+            __syncthreads();  // nobody looks at this part any more
+        }
+        if (STATES && GATE && !alone && t == end && __syncthreads_or(memory.is_bad())) {
+            begin_piece();  // a gate may forget what is bad, if it is not multiplied by zero
+            alone = true, t = begin;
+        } else if (DIRECT && t == chunk_end) {
+            stage = 1 - stage;
+        }
+        missing = part || alone;
+        one_by_one = alone || t < chunk_end;
+        count = one_by_one ? 1 : next;
+    }
+
+    real* state_next = rows(S_next, table, axes, STATE_NEXT, which).begin;
+    const auto weights_next = rows(z_next, table, axes, Z_NEXT, which);
+    if (STATES) {
+        int i = 0;
+        memory.each_stored([&](int, int, float& x) { sum_of(piece, i++) = x; });
+    } else if (end == tokens && group == 0) {
+        memory.each_stored([&](int row, int column, float& x) {
+            if (row < K && warp_column + column < columns) state_next[row * columns + warp_column + column] = x;
+        });
+    }
+    for (int row = threadIdx.x; row < KEYS && column_block == 0 && group == 0; row += THREADS) {
+        if (STATES && GATE) of_keys(piece_decays, piece)[row] = room.product[row];
+        if (STATES && NORMALIZE) of_keys(z_sums, piece)[row] = room.z[row];
+        if (!STATES && NORMALIZE && end == tokens && row < K) weights_next.at(0, row) = room.z[row];
+    }
+}
