@@ -57,22 +57,24 @@ def tiles(dtype: Any, tokens: int, rows: int, columns: int, gate: str, erase: bo
     values = min(16 << max((columns - 1).bit_length() - 4, 0), WIDEST)
     longest = 64 if name == "bfloat16" and gate != "channel" and keys <= 128 and values == WIDEST else 32
     longest = min(longest, 2 * values)  # a thread inverts one column
-    for chunk, stages in ((longest, 2), (longest, 1), (16, 1)):
-        found = Tiles(chunk, keys, values, stages)
-        found = found._replace(shared=bytes_of(found, np.dtype(dtype).itemsize, gate, erase))
+    smaller = ((longest, 2, values), (longest, 1, values), (16, 1, values), (16, 1, min(values, 32)))
+    for chunk, stages, columns_of_a_block in smaller:
+        found = Tiles(chunk, keys, columns_of_a_block, stages)
+        found = found._replace(shared=bytes_of(found, name, gate, erase))
         if found.shared <= shared:
             return found
     return None
 
 
-def bytes_of(sizes: Tiles, itemsize: int, gate: str, erase: bool) -> int:
+def bytes_of(sizes: Tiles, name: str, gate: str, erase: bool) -> int:
     """Shared memory of a block, as the text lays it out: rows of tiles are 8 numbers apart."""
     chunk, keys, values = sizes.chunk, sizes.keys + 8, sizes.values + 8
-    arriving = sizes.stages * chunk * ((2 + erase) * keys + values) * itemsize
+    arriving = sizes.stages * chunk * ((2 + erase) * keys + values) * (4 if name == "float32" else 2)
+    split = 2 * SUM_TERMS[name] * sizes.values * (keys + chunk + 8)
     squares = (2 + (gate == "step")) * chunk * (chunk + 8) * 4
     channels = (gate == "channel") * 3 * chunk * keys * 4
     numbers = 4 * chunk + (chunk // 16 + 1) * sizes.keys + sizes.values // 16
-    return arriving + squares + channels + 4 * numbers
+    return arriving + split + squares + channels + 4 * numbers
 
 
 def gate_of(q: Any, log_decay: Any) -> str:

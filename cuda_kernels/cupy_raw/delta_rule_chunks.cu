@@ -2,9 +2,9 @@
 // S = S + K^T E, with every product decayed; P are the keys that erase.
 //
 // A block has one memory and some of its value columns, and walks over the sequence. Warp w owns 16 of the columns: its
-// part of the state, transposed, and the errors and answers of a chunk stay in the registers of its lanes, as Sums of
-// 16 columns x 8 keys or tokens. What all columns share lies in shared memory: the tokens, the scores, and the inverse.
-// What is computed is kept in SUM_TERMS bfloat16, the inverse in three, never in one.
+// part of the state, transposed, stays in the registers of its lanes as Sums of 16 columns x 8 keys, and is laid out in
+// shared memory for the products that read it, as are the errors of a chunk. What all columns share lies there too: the
+// tokens, the scores, and the inverse. What is computed is kept in SUM_TERMS bfloat16, the inverse in three, never in one.
 //
 // The inverse is made by block doubling: blocks of 16 by substitution, then twice as many at a time from two blocks on
 // the diagonal, -(lower inverse) (what is between) (upper inverse). No power of a matrix is ever formed.
@@ -29,6 +29,9 @@ typedef Tile<data, CHUNK, KEYS> Tokens;
 typedef Tile<data, CHUNK, VALUES> Values;
 typedef Tile<float, CHUNK, CHUNK> Square;
 typedef Tile<float, CHUNK, KEYS> Channels;
+typedef Split<SUM_TERMS, VALUES, KEYS> States;
+typedef Split<SUM_TERMS, VALUES, CHUNK> Errors;
+static_assert(GATE != CHANNEL || BLOCKS <= 2, "no block lies between two others");
 
 // The places where tiles arrive, in turn.
 template <class TileType>
@@ -49,6 +52,8 @@ struct Room {
     unsigned char* at = dynamic_shared();
     Arrivals<Tokens> q{at, true}, k{at, true}, p{at, ERASE};
     Arrivals<Values> v{at, true};  // then the answers
+    States state;                  // the memory before the chunk
+    Errors errors;                 // first what is to be learnt and is not recalled
     Square inverse, scores;        // inverse: first what is inverted
     Square between;                // STEP: decay from one token to another
     Channels steps, since, rest;   // CHANNEL: decays of a token; since its block began; from it to the end of its block
@@ -57,6 +62,7 @@ struct Room {
     float* verdicts;                            // of each warp
 
     __device__ __forceinline__ Room() {
+        state = split_of<SUM_TERMS, VALUES, KEYS>(at), errors = split_of<SUM_TERMS, VALUES, CHUNK>(at);
         inverse = tile_of<Square>(at), scores = tile_of<Square>(at);
         if (GATE == STEP) between = tile_of<Square>(at);
         if (GATE == CHANNEL) steps = tile_of<Channels>(at), since = tile_of<Channels>(at), rest = tile_of<Channels>(at);
@@ -108,9 +114,11 @@ __device__ __forceinline__ void tokens_on_the_left(Left<bfloat16, TERMS>& left, 
 
 // One gate per step: a thread walks from its token to the end of the chunk; one of them walks from the start.
 __device__ __forceinline__ void decay_by_steps(const Room& room) {
+    #pragma unroll 1
     for (int j = int(threadIdx.x) - 1; j < CHUNK; j += THREADS) {
         float sum = 0, left = 1;
         if (j >= 0) room.between.at(j, j) = 1;
+        #pragma unroll 1
         for (int i = j + 1; i < CHUNK; i++) {
             sum += room.gates[i];
             left = exp2f(sum);
@@ -122,6 +130,7 @@ __device__ __forceinline__ void decay_by_steps(const Room& room) {
 
 // One gate per channel: logs become decays of a token, of its block until it, and of its block after it.
 __device__ __forceinline__ void decay_by_channels(const Room& room) {
+    #pragma unroll 1
     for (int item = threadIdx.x; item < BLOCKS * KEYS; item += THREADS) {
         const int channel = item % KEYS, first = item / KEYS * 16;
         float since = 1, rest = 1;
@@ -140,26 +149,19 @@ __device__ __forceinline__ void decay_by_channels(const Room& room) {
     }
 }
 
-// Decays of all blocks from `first` to the one before `last`.
-__device__ __forceinline__ float decay_of_blocks(const Room& room, int first, int last, int channel) {
-    float left = 1;
-    for (int block = first; block < last; block++) left *= room.whole[block * KEYS + channel];
-    return left;
-}
-
 // What a product with the state takes of a token's channel: since the chunk began, and to its end.
 struct Since {
     const Room& room;
     __device__ __forceinline__ float operator()(int token, int channel) const {
         if (GATE != CHANNEL) return 1;
-        return room.since.at(token, channel) * decay_of_blocks(room, 0, token / 16, channel);
+        return room.since.at(token, channel) * (token < 16 ? 1 : room.whole[channel]);
     }
 };
 struct Rest {
     const Room& room;
     __device__ __forceinline__ float operator()(int token, int channel) const {
         if (GATE != CHANNEL) return 1;
-        return room.rest.at(token, channel) * decay_of_blocks(room, token / 16 + 1, BLOCKS, channel);
+        return room.rest.at(token, channel) * (token < CHUNK - 16 ? room.whole[KEYS + channel] : 1);
     }
 };
 
@@ -178,16 +180,16 @@ __device__ __forceinline__ void keep_score(const Room& room, bool erases, int qu
 __device__ __forceinline__ void score(const Room& room, const Tokens& q, const Tokens& k, bool erases, int count) {
     constexpr int before = GATE == CHANNEL;
     int task = threadIdx.x / 32;
+    #pragma unroll 1
     for (int row = 0; row < BLOCKS; row++)
+        #pragma unroll 1
         for (int column = 0; column <= row - before; column++) {
             if (task--) continue;  // tasks go around
             task = WARPS - 1;
             const auto since = [&](int token, int key) { return GATE == CHANNEL ? room.since.at(token, key) : 1; };
-            const auto rest = [&](int token, int key) {
-                return GATE == CHANNEL ? room.rest.at(token, key) * decay_of_blocks(room, column + 1, row, key) : 1;
-            };
+            const auto rest = [&](int token, int key) { return GATE == CHANNEL ? room.rest.at(token, key) : 1; };
             Sum sum[2] = {};
-            #pragma unroll 2
+            #pragma unroll 1
             for (int key = 0; key < KEYS; key += 16) {
                 Left<bfloat16, KEY_TERMS> left;
                 Right<bfloat16, KEY_TERMS> right[2];
@@ -206,6 +208,7 @@ __device__ __forceinline__ void score(const Room& room, const Tokens& q, const T
 __device__ __forceinline__ void score_in_blocks(const Room& room, const Tokens& q, const Tokens& k, bool erases,
                                                 int count) {
     const int lane = threadIdx.x % 32, part = lane % 8;
+    #pragma unroll 1
     for (int task = threadIdx.x / 32; task < 4 * BLOCKS; task += WARPS) {
         const int first = task / 4 * 16, j = task % 4 * 4 + lane / 8;
         float sums[16] = {};
@@ -247,64 +250,52 @@ __device__ __forceinline__ void invert_blocks(const Room& room) {
         if (mine) room.inverse.at(first + i, first + column) = x[i];
 }
 
-// One block of 16 x 16 of a product of blocks of the inverse, at (row, column); `inner` of them lie in between.
-__device__ __forceinline__ void product_of_blocks(Sum (&sum)[2], const Square& tile, int left_row, int left_column,
-                                                  int right_row, int right_column, int inner) {
-    sum[0] = sum[1] = Sum{};
-    #pragma unroll 1
-    for (int i = 0; i < 16 * inner; i += 16) {
-        Left<bfloat16, 3> left;
-        Right<bfloat16, 3> right[2];
-        load_left(left, tile, left_row, left_column + i, AsItIs());
-        load_right(right, tile, right_row + i, right_column, AsItIs());
-        for (int n = 0; n < 2; n++) multiply(sum[n], left, right[n]);
-    }
-}
-
 // From inverses of blocks to those of blocks twice as large; above the diagonal is room for what is in between.
 __device__ __forceinline__ void double_blocks(const Room& room) {
     const Square& tile = room.inverse;
-    const int warp = threadIdx.x / 32;
     #pragma unroll 1
-    for (int size = 1; size < BLOCKS; size *= 2) {
-        const int pieces = size * size, tasks = BLOCKS / (2 * size) * pieces;
+    for (int size = 1; size < BLOCKS; size *= 2)
         #pragma unroll 1
-        for (int half = 0; half < 2; half++) {
-            for (int task = warp; task < tasks; task += WARPS) {
+        for (int half = 0; half < 2; half++) {  // (what is between) (upper inverse), then -(lower inverse) (that)
+            const int pieces = size * size, tasks = BLOCKS / (2 * size) * pieces;
+            #pragma unroll 1
+            for (int task = threadIdx.x / 32; task < tasks; task += WARPS) {
                 const int upper = task / pieces * 32 * size, lower = upper + 16 * size;
-                const int row = task % pieces / size * 16, column = task % size * 16, skipped = column / 16;
-                Sum sum[2];
-                if (half)
-                    product_of_blocks(sum, tile, lower + row, lower, upper, lower + column, row / 16 + 1);
-                else
-                    product_of_blocks(sum, tile, lower + row, upper + column, upper + column, upper + column,
-                                      size - skipped);
+                const int row = task % pieces / size * 16, column = task % size * 16;
+                const int first = half ? 0 : column, last = half ? row : 16 * size - 16;  // all else is zero
+                Sum sum[2] = {};
+                #pragma unroll 1
+                for (int i = first; i <= last; i += 16) {
+                    Left<bfloat16, 3> left;
+                    Right<bfloat16, 3> right[2];
+                    load_left(left, tile, lower + row, (half ? lower : upper) + i, AsItIs());
+                    load_right(right, tile, upper + i, (half ? lower : upper) + column, AsItIs());
+                    for (int n = 0; n < 2; n++) multiply(sum[n], left, right[n]);
+                }
+                const int to_row = half ? lower : upper, to_column = half ? upper : lower;
                 for (int n = 0; n < 2; n++)
                     each(sum[n], [&](int i, int j, float& x) {
-                        if (half)
-                            tile.at(lower + row + i, upper + column + 8 * n + j) = -x;
-                        else
-                            tile.at(upper + row + i, lower + column + 8 * n + j) = x;
+                        tile.at(to_row + row + i, to_column + column + 8 * n + j) = half ? -x : x;
                     });
             }
             __syncthreads();  // the products are there, and what they were made of may be written over
         }
-    }
 }
 
-// ---- what a warp keeps ------------------------------------------------------------------------------------------------
+// ---- what a warp does with its columns --------------------------------------------------------------------------------
 
-// Numbers of 16 columns and all tokens of a chunk, transposed.
-struct Chunk {
-    Sum part[CHUNK / 8];
-
-    template <class Use>
-    __device__ __forceinline__ void each_number(Use use) {  // use(token, column of the warp, x)
-        #pragma unroll
-        for (int n = 0; n < CHUNK / 8; n++)
-            each(part[n], [&](int column, int token, float& x) { use(8 * n + token, column, x); });
+// Numbers of 16 x 8 into a split tile, two at a time.
+template <int TERMS, int R, int C>
+__device__ __forceinline__ void store_pairs(const Sum& sum, const Split<TERMS, R, C>& split, int row, int column) {
+    const int lane = threadIdx.x % 32, line = lane / 4, pair = lane % 4 * 2;
+    #pragma unroll
+    for (int half = 0; half < 2; half++) {
+        unsigned both[TERMS][1];
+        set_pair<bfloat16>(both, 0, sum.x[2 * half], sum.x[2 * half + 1]);
+        for (int n = 0; n < TERMS; n++)
+            *reinterpret_cast<unsigned*>(&split.term[n].at(row + line + 8 * half, column + pair)) = both[n][0];
     }
-};
+}
 
 // 16 columns of the state, transposed.
 struct Memory {
@@ -316,42 +307,38 @@ struct Memory {
         for (int n = 0; n < KEYS / 8; n++)
             each(part[n], [&](int column, int key, float& x) { use(8 * n + key, column, x); });
     }
-    // The same where numbers are in global memory: not all at once, or their addresses would need all registers.
+    // The same with the place of each number in global memory; four pointers walk over it.
     template <class Use>
-    __device__ __forceinline__ void each_stored(Use use) {
+    __device__ __forceinline__ void each_stored(const Rows<real>& state, int warp_column, int columns, Use use) {
+        real* at[4];
+        Sum places;
+        each(places, [&](int column, int key, float& x) {
+            at[&x - places.x] = warp_column + column < columns ? &state.at(key, warp_column + column) : nullptr;
+        });
         #pragma unroll
-        for (int n = 0; n < KEYS / 8; n++) {
-            each(part[n], [&](int column, int key, float& x) { use(8 * n + key, column, x); });
-            if (n % 4 == 3) __syncwarp();
-        }
+        for (int n = 0; n < KEYS / 8; n++)
+            each(part[n], [&](int, int key, float& x) {
+                real*& place = at[&x - part[n].x];
+                use(place && 8 * n + key < K ? place : nullptr, x);
+                if (place) place += 8 * state.row;
+            });
     }
     __device__ __forceinline__ void decay(const float* total) {
         if (GATE == NO_GATE) return;
         each_number([&](int key, int, float& x) { x = kept(total[GATE == STEP ? 0 : key], x); });
     }
-    // What the tokens of a chunk read.
-    __device__ __forceinline__ void recall(Chunk& read, const Room& room, const Tokens& tokens) const {
+    // Where products read it.
+    __device__ __forceinline__ void lay_out(const Room& room, int own) {
         #pragma unroll
-        for (int n = 0; n < CHUNK / 8; n++) read.part[n] = Sum{};
-        #pragma unroll
-        for (int key = 0; key < KEYS; key += 16) {
-            Left<bfloat16, SUM_TERMS> left;
-            left_of(left, part[key / 8], part[key / 8 + 1]);
-            #pragma unroll
-            for (int token = 0; token < CHUNK; token += 16) {
-                Right<bfloat16, KEY_TERMS> right[2];
-                tokens_as_columns<DIRECT>(right, tokens, token, key, Since{room});
-                for (int n = 0; n < 2; n++) multiply(read.part[token / 8 + n], left, right[n]);
-            }
-        }
-        if (GATE == STEP) read.each_number([&](int token, int, float& x) { x *= room.from_start[token]; });
+        for (int n = 0; n < KEYS / 8; n++) store_pairs(part[n], room.state, own, 8 * n);
+        __syncwarp();  // a warp reads what its own lanes wrote
     }
     // The pairs of a chunk, added.
-    __device__ __forceinline__ void memorise(const Room& room, const Tokens& k, const Chunk& errors) {
-        #pragma unroll
+    __device__ __forceinline__ void memorise(const Room& room, const Tokens& k, int own) {
+        #pragma unroll 1
         for (int token = 0; token < CHUNK; token += 16) {
             Left<bfloat16, SUM_TERMS> left;
-            left_of(left, errors.part[token / 8], errors.part[token / 8 + 1]);
+            load_left(left, room.errors, own, token);
             #pragma unroll
             for (int key = 0; key < KEYS; key += 16) {
                 Right<bfloat16, KEY_TERMS> right[2];
@@ -362,17 +349,91 @@ struct Memory {
     }
 };
 
-// x += y square^T of one block of 16 tokens, square lower triangular.
-__device__ __forceinline__ void weigh(Sum (&x)[2], const Chunk& y, const Square& square, int block) {
-    #pragma unroll
-    for (int from = 0; from < BLOCKS; from++) {
-        if (from > block) continue;
+// What 16 tokens read of the state, transposed: 16 columns x 16 tokens.
+__device__ __forceinline__ void recall(Sum (&read)[2], const Room& room, const Tokens& tokens, int token, int own) {
+    read[0] = read[1] = Sum{};
+    #pragma unroll 1
+    for (int key = 0; key < KEYS; key += 16) {
+        Left<bfloat16, SUM_TERMS> left;
+        Right<bfloat16, KEY_TERMS> right[2];
+        load_left(left, room.state, own, key);
+        tokens_as_columns<DIRECT>(right, tokens, token, key, Since{room});
+        for (int n = 0; n < 2; n++) multiply(read[n], left, right[n]);
+    }
+    if (GATE != STEP) return;
+    for (int n = 0; n < 2; n++)
+        each(read[n], [&](int, int j, float& x) { x *= room.from_start[token + 8 * n + j]; });
+}
+
+// sum += errors^T square^T for 16 tokens; the square is lower triangular.
+__device__ __forceinline__ void weigh(Sum (&sum)[2], const Room& room, const Square& square, int token, int own) {
+    #pragma unroll 1
+    for (int from = 0; from <= token; from += 16) {
         Left<bfloat16, SUM_TERMS> left;
         Right<bfloat16, SUM_TERMS> right[2];
-        left_of(left, y.part[2 * from], y.part[2 * from + 1]);
-        load_right_transposed(right, square, 16 * block, 16 * from, AsItIs());
-        for (int n = 0; n < 2; n++) multiply(x[n], left, right[n]);
+        load_left(left, room.errors, own, from);
+        load_right_transposed(right, square, token, from, AsItIs());
+        for (int n = 0; n < 2; n++) multiply(sum[n], left, right[n]);
     }
+}
+
+// Numbers of 16 tokens: use(token, column of the warp, x).
+template <class Use>
+__device__ __forceinline__ void each_of_tokens(Sum (&sum)[2], int token, Use use) {
+    for (int n = 0; n < 2; n++)
+        each(sum[n], [&](int column, int j, float& x) { use(token + 8 * n + j, column, x); });
+}
+
+// The errors of a chunk: what is not recalled of the values, then what the tokens before each have not corrected.
+__device__ __forceinline__ void correct(const Room& room, const Tokens& erasing, const Values& values, int own,
+                                        int count) {
+    Sum sum[2];
+    #pragma unroll 1
+    for (int token = 0; token < CHUNK; token += 16) {
+        recall(sum, room, erasing, token, own);
+        each_of_tokens(sum, token, [&](int i, int column, float& x) {
+            x = i < count ? room.beta[i] * (widened(values.at(i, own + column)) - x) : 0;
+        });
+        for (int n = 0; n < 2; n++) store_pairs(sum[n], room.errors, own, token + 8 * n);
+    }
+    #pragma unroll 1
+    for (int token = CHUNK - 16; token >= 0; token -= 16) {  // from the end: a block needs those before it
+        __syncwarp();  // what is read here was written by other lanes
+        sum[0] = sum[1] = Sum{};
+        weigh(sum, room, room.inverse, token, own);
+        __syncwarp();  // it has been read
+        each_of_tokens(sum, token, [&](int i, int, float& x) { x = i < count ? x : 0; });
+        for (int n = 0; n < 2; n++) store_pairs(sum[n], room.errors, own, token + 8 * n);
+    }
+    __syncwarp();  // the errors are there
+}
+
+// The answers of a chunk, in the place of its values; whether any of them is not finite.
+__device__ __forceinline__ bool answer(const Room& room, const Tokens& queries, const Values& values, int own, int count,
+                                       real scale) {
+    bool any_bad = false;
+    #pragma unroll 1
+    for (int token = 0; token < CHUNK; token += 16) {
+        Sum sum[2];
+        recall(sum, room, queries, token, own);
+        weigh(sum, room, room.scores, token, own);
+        each_of_tokens(sum, token, [&](int i, int column, float x) {
+            any_bad |= i < count && bad(x);
+            put(values.at(i, own + column), scale * x);
+        });
+    }
+    return any_bad;
+}
+
+// One gate per step: errors as they are at the end of the chunk.
+__device__ __forceinline__ void decay_errors(const Room& room, int own) {
+    __syncwarp();  // the errors have been read
+    #pragma unroll 1
+    for (int i = threadIdx.x % 32; i < 16 * CHUNK; i += 32) {
+        const int column = own + i / CHUNK, token = i % CHUNK;
+        room.errors.set(column, token, room.to_end[token] * room.errors.at(column, token));
+    }
+    __syncwarp();  // they are decayed
 }
 
 // Whether any thread of the block says so.
@@ -393,7 +454,6 @@ delta_rule_chunks(const data* q, const data* k, const data* v, const real* beta,
                   int groups, int blocks, real scale) {
     const Room room;
     Memory memory;
-    Chunk errors, answers;
     const int which = blockIdx.x / blocks, first_column = blockIdx.x % blocks * VALUES;
     const int own = threadIdx.x / 32 * 16, warp_column = first_column + own;
     const auto state = rows(S, table, axes, STATE, which);
@@ -407,9 +467,7 @@ delta_rule_chunks(const data* q, const data* k, const data* v, const real* beta,
         places.wide_q = in_vectors(places.q), places.wide_k = in_vectors(places.k), places.wide_v = in_vectors(places.v);
         places.wide_p = ERASE && in_vectors(places.p), places.wide_gate = GATE == CHANNEL && in_vectors(places.gate);
     }
-    memory.each_stored([&](int row, int column, float& x) {
-        x = row < K && warp_column + column < columns ? state.at(row, warp_column + column) : 0;
-    });
+    memory.each_stored(state, warp_column, columns, [](const real* at, float& x) { x = at ? *at : 0; });
     __syncthreads();  // the places are known
 
     const auto bring_queries = [&](int stage, int t, int count, int group) {
@@ -438,20 +496,20 @@ delta_rule_chunks(const data* q, const data* k, const data* v, const real* beta,
     while (t < tokens) {
         const int chunk_end = min(tokens, (t / CHUNK + 1) * CHUNK), next = min(CHUNK, tokens - chunk_end);
         const bool again = limit > 0 || alone;
-        if (!here) {
-            __syncthreads();  // nobody is left at the last tokens
-            if (GATE && alone) decay_now(t);
-            bring(stage, t, count);
-        }
         const int gated = alone ? 0 : count;
-        if (GATE == CHANNEL) {
-            if (here) __syncthreads();  // nobody is left at the last decays
-            fetch(room.steps, places.gate, t, 0, gated, K, places.wide_gate);
-            close_copies();
+        if (!here || GATE == CHANNEL) __syncthreads();  // nobody is left at the last tokens and decays
+        if (GATE && alone) decay_now(t);
+        if (GATE == CHANNEL) fetch(room.steps, places.gate, t, 0, gated, K, places.wide_gate);
+        #pragma unroll 1
+        for (int turn = here; turn < 2; turn++) {  // these tokens, then the next
+            if (turn) {
+                close_copies();
+                finish_copies<0>();
+                __syncthreads();  // these tokens are there, and nobody is left at the last ones
+                if (STAGES == 1 || !next || again) break;
+            }
+            bring(turn ? 1 - stage : stage, turn ? chunk_end : t, turn ? next : count);
         }
-        finish_copies<0>();
-        __syncthreads();  // these tokens are there, and nobody is left at the last ones
-        if (STAGES == 2 && next && !again) bring(1 - stage, chunk_end, next);
         const Tokens keys = room.k[stage], erasing = ERASE ? room.p[stage] : keys, queries = room.q[stage];
         const Values values = room.v[stage];
         for (int i = threadIdx.x; i < CHUNK; i += THREADS) {
@@ -465,51 +523,31 @@ delta_rule_chunks(const data* q, const data* k, const data* v, const real* beta,
             __syncthreads();  // decays between tokens are there
         }
 
-        if (GATE == CHANNEL) score_in_blocks(room, erasing, keys, true, count);
-        score(room, erasing, keys, true, count);
-        __syncthreads();  // all that is inverted is there
-        invert_blocks(room);
-        __syncthreads();  // the blocks on the diagonal are inverted
-        double_blocks(room);
-
-        memory.recall(errors, room, erasing);
-        errors.each_number([&](int token, int column, float& x) {
-            x = token < count ? room.beta[token] * (widened(values.at(token, own + column)) - x) : 0;
-        });
-        #pragma unroll
-        for (int block = BLOCKS - 1; block >= 0; block--) {  // from the end: a block needs those before it
-            Sum sum[2] = {};
-            weigh(sum, errors, room.inverse, block);
-            for (int n = 0; n < 2; n++) errors.part[2 * block + n] = sum[n];
-        }
-        errors.each_number([&](int token, int, float& x) { x = token < count ? x : 0; });
-
+        memory.lay_out(room, own);
         bool any_bad = false;
         #pragma unroll 1
-        for (int group = 0; group < groups; group++) {  // the queries that share this memory
-            if (group) {
+        for (int group = -1; group < groups; group++) {  // erasing keys, then the queries that share this memory
+            if (group > 0) {
                 bring_queries(stage, t, count, group);
                 close_copies();
                 finish_copies<0>();
                 __syncthreads();  // these queries are there
             }
-            if (GATE == CHANNEL) score_in_blocks(room, queries, keys, false, count);
-            score(room, queries, keys, false, count);
+            const Tokens asking = group < 0 ? erasing : queries;
+            if (GATE == CHANNEL) score_in_blocks(room, asking, keys, group < 0, count);
+            score(room, asking, keys, group < 0, count);
             __syncthreads();  // all scores are there
-            memory.recall(answers, room, queries);
-            #pragma unroll
-            for (int block = 0; block < BLOCKS; block++) {
-                Sum sum[2] = {answers.part[2 * block], answers.part[2 * block + 1]};
-                weigh(sum, errors, room.scores, block);
-                for (int n = 0; n < 2; n++) answers.part[2 * block + n] = sum[n];
+            if (group < 0) {
+                invert_blocks(room);
+                __syncthreads();  // the blocks on the diagonal are inverted
+                double_blocks(room);
+                correct(room, erasing, values, own, count);
+            } else {
+                any_bad |= answer(room, queries, values, own, count, scale);
+                __syncthreads();  // the answers are there, and nobody is left at the queries
+                const int wide = min(VALUES, columns - first_column);
+                write_back(values, places.o.of(group), t, first_column, count, wide);
             }
-            __syncwarp();  // the values of these columns have been read
-            answers.each_number([&](int token, int column, float& x) {
-                any_bad |= token < count && bad(x);
-                put(values.at(token, own + column), scale * x);
-            });
-            __syncthreads();  // the answers are there, and nobody is left at the queries
-            write_back(values, places.o.of(group), t, first_column, count, min(VALUES, columns - first_column));
         }
 
         const bool failed = any_of_block(room, any_bad) && !alone;
@@ -520,21 +558,23 @@ delta_rule_chunks(const data* q, const data* k, const data* v, const real* beta,
             here = false;
             continue;
         }
-        if (GATE == STEP) errors.each_number([&](int token, int, float& x) { x *= room.to_end[token]; });
+        if (GATE == STEP) decay_errors(room, own);
         if (!alone) {
             if (GATE == CHANNEL)
-                memory.each_number([&](int key, int, float& x) { x = kept(decay_of_blocks(room, 0, BLOCKS, key), x); });
+                memory.each_number([&](int key, int, float& x) {
+                    x = kept(room.whole[key] * (BLOCKS > 1 ? room.whole[KEYS + key] : 1), x);
+                });
             else
                 memory.decay(room.total);
         }
-        memory.memorise(room, keys, errors);
+        memory.memorise(room, keys, own);
         t += count;
         alone = again && t < chunk_end, limit = known = 0;
         count = alone ? 1 : next ? min(CHUNK, tokens - t) : 0;
         here = STAGES == 2 && t == chunk_end;
         if (t == chunk_end && STAGES == 2) stage = 1 - stage;
     }
-    memory.each_stored([&](int row, int column, float& x) {
-        if (row < K && warp_column + column < columns) state.at(row, warp_column + column) = x;
+    memory.each_stored(state, warp_column, columns, [](real* at, float& x) {
+        if (at) *at = x;
     });
 }
