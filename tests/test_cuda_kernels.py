@@ -1,6 +1,7 @@
 """The kernels of both GPU backends, executed on the CPU: the sentences of all operators, and those about kernels."""
 
 import re
+import sys
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -14,6 +15,7 @@ from cudaemu.machines import PACKAGES, on_cpu
 from test_operators import Case
 
 import ttr_np
+from cuda_kernels.cupy_raw import _tiles
 from ttr_np.backends import has_operator
 from ttr_np.notation import OPERATORS, draw
 
@@ -53,6 +55,12 @@ def machine(request):
 def fast(case):
     """The same machine without a look at every access."""
     return on_cpu(case.backend, check=False)
+
+
+@pytest.fixture(autouse=True)
+def token_by_token(monkeypatch):
+    """The recurrence for sequences of any length; chunks have tests of their own."""
+    monkeypatch.setattr(_tiles, "CHUNKED_FROM", sys.maxsize)
 
 
 def test_both_backends_have_the_recurrent_scans():

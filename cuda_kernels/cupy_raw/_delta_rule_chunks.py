@@ -1,4 +1,7 @@
-"""Delta rule on the GPU, chunk by chunk on tensor cores: one launch of ``delta_rule_chunks.cu``. Not yet run on a GPU."""
+"""Delta rule on the GPU, chunk by chunk on tensor cores: one launch of ``delta_rule_chunks.cu``.
+
+Not yet run on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +13,15 @@ from ttr_np.notation import DeltaRuleState
 
 from .. import _calls
 from .._sequences import BOTH, ROW, Sequences
-from . import _launch
+from . import _launch, _tiles
 from ._launch import Kernel, empty, launch
+from ._tiles import LONGEST, SUM_TERMS, TERMS
 
 __all__ = ["Tiles", "correct", "tiles"]
 
 KERNEL = Kernel("delta_rule_chunks", "tensor.cuh")
 GATES = {"none": 0, "step": 1, "channel": 2}
-CHUNKED_FROM = 32  # tokens: below, one token after the other is faster
-LONGEST = 256  # state column that fits in the registers of a warp, 16 at a time
 WIDEST = 64  # value columns of one block, 16 per warp: more blocks repeat the scores, but there are more of them
-TERMS = {"bfloat16": 1, "float16": 2, "float32": 3}  # numbers of bfloat16 that hold one of these without a loss
-SUM_TERMS = {"bfloat16": 2, "float16": 2, "float32": 3}  # and what is computed from them, to 16 or 24 bits
 
 
 class Tiles(NamedTuple):
@@ -51,7 +51,7 @@ def tiles(dtype: Any, tokens: int, rows: int, columns: int, gate: str, erase: bo
         Bytes of shared memory that a block may have on this device.
     """
     name = np.dtype(dtype).name
-    if name not in TERMS or tokens < CHUNKED_FROM or not 0 < rows <= LONGEST or columns < 1:
+    if name not in TERMS or tokens < _tiles.CHUNKED_FROM or not 0 < rows <= LONGEST or columns < 1:
         return None
     keys = -(-rows // 16) * 16
     values = min(16 << max((columns - 1).bit_length() - 4, 0), WIDEST)

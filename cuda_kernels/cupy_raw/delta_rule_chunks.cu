@@ -483,7 +483,7 @@ delta_rule_chunks(const data* q, const data* k, const data* v, const real* beta,
     // The decay of one token before all else: where it leaves nothing, not even a NaN is left.
     const auto decay_now = [&](int t) {
         for (int row = threadIdx.x; row < (GATE == STEP ? 1 : KEYS); row += THREADS)
-            room.total[row] = row < K ? exp2f(LOG2E * places.gate.at(t, row)) : 1;
+            room.total[row] = row < K ? exp2f(LOG2E * places.gate.at(t, row)) : 0;
         __syncthreads();  // the decay is there
         memory.decay(room.total);
         __syncthreads();  // it has been read
@@ -561,8 +561,8 @@ delta_rule_chunks(const data* q, const data* k, const data* v, const real* beta,
         if (GATE == STEP) decay_errors(room, own);
         if (!alone) {
             if (GATE == CHANNEL)
-                memory.each_number([&](int key, int, float& x) {
-                    x = kept(room.whole[key] * (BLOCKS > 1 ? room.whole[KEYS + key] : 1), x);
+                memory.each_number([&](int key, int, float& x) {  // behind the keys, zero times NaN is forgotten too
+                    x = kept(key < K ? room.whole[key] * (BLOCKS > 1 ? room.whole[KEYS + key] : 1) : 0, x);
                 });
             else
                 memory.decay(room.total);

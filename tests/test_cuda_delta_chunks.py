@@ -1,0 +1,285 @@
+"""The chunked delta rule of the ``cupy`` backend, executed on the CPU: what it promises, what only chunks can break."""
+
+import re
+from functools import partial
+
+import cudaemu
+import numpy as np
+import pytest
+import test_cuda_kernels as kernels
+import test_operators as sentences
+from cudaemu import BoundsFault, Fault, needed
+from cudaemu.machines import on_cpu
+from test_operators import Case
+
+import ttr_np
+from cuda_kernels.cupy_raw import _delta_rule_chunks as chunks
+from cuda_kernels.cupy_raw import _tiles
+from ttr_np.notation import GATES, draw
+
+pytestmark = [needed(cudaemu.missing()), pytest.mark.filterwarnings("ignore:overflow encountered")]
+
+
+class Chunked(Case):
+    """A case in single precision: the double one has no chunks."""
+
+    __slots__ = ()
+
+    def draw(self, seed=0, lead=(2,), dtype=np.float32, **sizes):
+        return super().draw(seed, lead, dtype, **sizes)
+
+
+CASES = [
+    Chunked("delta_rule", "cupy", (), False, {"scale": 0.3}),
+    Chunked("delta_rule", "cupy", ("log_decay",), False, {"scale": 0.3}),
+    Chunked("delta_rule", "cupy", ("log_decay",), True, {"scale": 0.3}),
+    Chunked("delta_rule", "cupy", ("log_decay", "erase_key"), True, {"scale": 0.3}),
+]
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def from_one_token(monkeypatch):
+    """Chunks for sequences of any length, and the rounding of single precision."""
+    monkeypatch.setattr(_tiles, "CHUNKED_FROM", 1)
+    monkeypatch.setattr(sentences, "tolerance", lambda case: 3e-6)
+    close = sentences.close
+    monkeypatch.setattr(sentences, "close", lambda actual, wanted, tol=0.0: close(actual, wanted, 3e-6))
+
+
+# ---- what holds for every operator -----------------------------------------------------------------------------------
+
+OF_DTYPES = ("dtype", "halves", "rounded", "integers", "lists")  # about double precision, or the bits of float32
+SENTENCES = [
+    *(s for s in kernels.SENTENCES if not any(word in kernels.title(s) for word in OF_DTYPES)),
+    sentences.test_the_future_changes_no_bit_of_the_past,
+    *(partial(sentences.test_a_full_reset_costs_the_gates_after_it_nothing, gate=g) for g in (-np.inf, -1e30, -1e4)),
+]
+
+
+@every_case
+@pytest.mark.parametrize("sentence", SENTENCES, ids=kernels.title)
+def test_chunks_keep_the_word_of_the_operators(case, sentence):
+    if "reset" in kernels.title(sentence) and "log_decay" not in case.optional:
+        return
+    with on_cpu("cupy", check=False) as machine:
+        sentence(case)
+    assert "delta_rule" not in machine.launches
+
+
+@every_case
+def test_a_full_reset_forgets_even_a_bad_number(case):
+    with on_cpu("cupy", check=False) as machine:
+        kernels.test_a_full_reset_forgets_even_a_bad_number(case, machine)
+
+
+# ---- chunks and the solver -------------------------------------------------------------------------------------------
+
+VARIANTS = {
+    "none": ((), False),
+    "step": (("log_decay",), False),
+    "channel": (("log_decay",), True),
+    "step, erase": (("log_decay", "erase_key"), False),
+    "channel, erase": (("log_decay", "erase_key"), True),
+}
+FORMATS = ("bfloat16", "float16", "float32")
+# k and v, and tokens around the borders of blocks and chunks
+HURTING = [
+    ("bfloat16", "none", 59, 33, (63, 65)),
+    ("bfloat16", "step", 1, 1, (15, 17, 31, 33)),
+    ("bfloat16", "step, erase", 128, 70, (131,)),
+    ("bfloat16", "channel", 40, 17, (16, 31, 33)),
+    ("float16", "channel, erase", 3, 40, (32, 67)),
+    ("float32", "step", 130, 3, (1, 64, 65)),
+    ("float32", "channel", 111, 33, (33,)),
+    ("float32", "none", 256, 80, (17,)),
+]
+
+
+def dtype_of(name):
+    return np.dtype(name) if name.startswith("float") else np.dtype(pytest.importorskip("ml_dtypes").bfloat16)
+
+
+def inputs(name, variant, seed=0, lead=(2,), **sizes):
+    """Data of a type, gates of single precision, and a state to begin with."""
+    optional, per_channel = VARIANTS[variant]
+    rng = np.random.default_rng(seed)
+    arrays = draw("delta_rule", rng, optional=optional, per_channel=per_channel, lead=lead, **sizes)
+    arrays = {n: x.astype(np.float32 if n in GATES else dtype_of(name)) for n, x in arrays.items()}
+    state = rng.standard_normal((*lead, sizes.get("k", 5), sizes.get("v", 3))).astype(np.float32)
+    return arrays, {"initial_state": state, "output_final_state": True, "scale": 0.5}
+
+
+def corrected(arrays, options, backend="numpy", dtype=None):
+    given = {n: x if dtype is None else x.astype(dtype) for n, x in arrays.items()}
+    o, state = ttr_np.delta_rule(**given, **options, backend=backend)
+    return o.astype(np.float64), state.S.astype(np.float64)
+
+
+def distance(x, exact):
+    return np.max(np.abs(x - exact))
+
+
+def as_good_as_the_solver(name, arrays, options, floor=2**-16):
+    exact, plain = corrected(arrays, options, dtype=np.float64), corrected(arrays, options)
+    with on_cpu("cupy") as machine:
+        found = corrected(arrays, options, "cupy")
+    assert machine.launches == ["delta_rule_chunks"]
+    eps = np.finfo(np.float32).eps
+    scale = [np.max(np.abs(x)) for x in exact]
+    assert distance(found[0], exact[0]) <= max(2 * distance(plain[0], exact[0]), 4 * eps * scale[0])
+    # The state of 16-bit data is made of what is computed in 16 bits of the fraction: see _tiles.SUM_TERMS.
+    floor = 4 * eps if name == "float32" else floor
+    assert distance(found[1], exact[1]) <= max(2 * distance(plain[1], exact[1]), floor * scale[1])
+
+
+@pytest.mark.parametrize("name, variant, k, v, lengths", HURTING)
+def test_chunks_are_as_good_as_the_solver(name, variant, k, v, lengths):
+    for t in lengths:
+        as_good_as_the_solver(name, *inputs(name, variant, seed=t, t=t, k=k, v=v))
+
+
+@pytest.mark.parametrize("step", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("name", ["bfloat16", "float32"])
+def test_one_key_again_and_again_is_solved_for(name, step):
+    arrays, options = inputs(name, "none", lead=(1,), t=64, k=16, v=33)
+    k = np.zeros((1, 64, 16))
+    k[..., :4] = 0.5  # of unit length in every format
+    arrays |= {"k": k.astype(dtype_of(name)), "beta": np.full((1, 64), step, np.float32)}
+    as_good_as_the_solver(name, arrays, options, floor=2**-14)  # 64 reflections on one another
+    if step == 0:
+        with on_cpu("cupy", check=False):
+            np.testing.assert_array_equal(corrected(arrays, options, "cupy")[1], options["initial_state"])
+
+
+@pytest.mark.parametrize("name, variant", [("bfloat16", "step"), ("float32", "channel")])
+def test_the_order_of_threads_changes_no_bit(name, variant):
+    arrays, options = inputs(name, variant, lead=(1,), t=70, k=16, v=33)
+    found = []
+    for order in ({}, {"order": "reverse"}, {"order": "random", "seed": 1}):
+        with on_cpu("cupy", check=False, **order):
+            found.append(corrected(arrays, options, "cupy"))
+    for others in found[1:]:
+        for x, y in zip(others, found[0], strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("name, variant", [("bfloat16", "step"), ("float32", "channel")])
+def test_one_sequence_has_the_same_bits_alone_and_among_64(name, variant):
+    arrays, _ = inputs(name, variant, lead=(64,), t=40)
+    with on_cpu("cupy", check=False):
+        among = corrected(arrays, {"output_final_state": True}, "cupy")
+        for i in (0, 63):
+            alone = corrected({n: x[i] for n, x in arrays.items()}, {"output_final_state": True}, "cupy")
+            for x, y in zip(alone, among, strict=True):
+                np.testing.assert_array_equal(x, y[i])
+
+
+def test_a_cut_at_the_border_of_a_chunk_changes_no_bit():
+    arrays, options = inputs("bfloat16", "step", t=150, k=16, v=33)
+    with on_cpu("cupy", check=False):
+        o, state = corrected(arrays, options, "cupy")
+        first, middle = corrected({n: x[:, :64] for n, x in arrays.items()}, options, "cupy")
+        options["initial_state"] = middle.astype(np.float32)
+        second, end = corrected({n: x[:, 64:] for n, x in arrays.items()}, options, "cupy")
+    np.testing.assert_array_equal(np.concatenate([first, second], axis=1), o)
+    np.testing.assert_array_equal(end, state)
+
+
+@pytest.mark.parametrize("where", [0, 20, 63, 64, 69])
+def test_a_bad_number_anywhere_in_a_chunk_changes_no_bit_before_it(where):
+    arrays, options = inputs("bfloat16", "step", t=70, k=16, v=33)
+    for name in ("q", "k", "v"):
+        spoilt = arrays | {name: arrays[name].copy()}
+        spoilt[name][0, where, 0] = np.nan
+        with on_cpu("cupy", check=False):
+            clean, found = (corrected(given, options, "cupy") for given in (arrays, spoilt))
+        np.testing.assert_array_equal(found[0][:, :where], clean[0][:, :where])
+        np.testing.assert_array_equal(np.isnan(found[0]), np.isnan(corrected(spoilt, options)[0]))
+        np.testing.assert_array_equal(found[0][1], clean[0][1])
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, variant", [("bfloat16", "step"), ("float32", "channel")])
+def test_rows_that_no_vector_can_read_give_the_same_bits(name, variant):
+    arrays, options = inputs(name, variant, lead=(1,), t=40, k=16, v=16)
+    off_by_one = {}
+    for n, x in arrays.items():
+        room = np.empty(x.size + 1, x.dtype)
+        off_by_one[n] = room[1:].reshape(x.shape)
+        off_by_one[n][...] = x
+    with on_cpu("cupy"):
+        for x, y in zip(corrected(off_by_one, options, "cupy"), corrected(arrays, options, "cupy"), strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("axis", ["memory", "time"])
+def test_strides_of_more_than_32_bits(axis):
+    arrays, options = inputs("bfloat16", "step", t=3)
+    with on_cpu("cupy"):
+        wanted = corrected(arrays, options, "cupy")
+        for n, x in arrays.items():
+            far = kernels.far_apart(x, 1 if axis == "time" else 0)
+            for y, z in zip(corrected(arrays | {n: far}, options, "cupy"), wanted, strict=True):
+                np.testing.assert_array_equal(y, z)
+
+
+@pytest.mark.parametrize("shared", [99, 163, 227], ids="{} KB".format)
+def test_what_is_chosen_fits_on_the_device(shared):
+    for name in FORMATS:
+        for gate in ("none", "step", "channel"):
+            for erase in (False, True):
+                for k in (1, 16, 64, 128, 129, 192, 256):
+                    for v in (1, 16, 17, 64, 128, 500):
+                        found = chunks.tiles(dtype_of(name), 64, k, v, gate, erase, shared * 1024)
+                        if found is None:
+                            assert k > 128, "heads of usual size have chunks on every device"
+                            continue
+                        assert found.shared <= shared * 1024 and found.keys >= k and found.chunk <= 2 * found.values
+    assert chunks.tiles(np.float64, 64, 16, 16, "none", False, 10**6) is None
+    assert chunks.tiles(np.float32, 64, 257, 16, "none", False, 10**6) is None
+
+
+@pytest.mark.parametrize("name, variant", [("bfloat16", "none"), ("bfloat16", "step, erase"), ("float32", "channel")])
+def test_the_bytes_asked_for_are_those_the_text_uses(name, variant, monkeypatch):
+    arrays, options = inputs(name, variant, lead=(1,), t=40, k=16, v=16)
+    known = chunks.bytes_of
+    monkeypatch.setattr(chunks, "bytes_of", lambda *sizes: known(*sizes) - 16)
+    with on_cpu("cupy"), pytest.raises(BoundsFault):
+        corrected(arrays, options, "cupy")
+
+
+# ---- barriers and waits ----------------------------------------------------------------------------------------------
+
+SYNCHRONISED = r"__syncthreads\(\);|__syncwarp\(\);|finish_copies<0>\(\);"
+
+
+def calls():
+    """What shows together that every one is needed: both kinds of gates, groups, and bad numbers."""
+    for name, variant in (("bfloat16", "step, erase"), ("bfloat16", "channel")):
+        arrays, options = inputs(name, variant, lead=(1, 1), t=100, k=16, v=33)
+        arrays["q"] = np.repeat(arrays["q"], 2, axis=1)
+        spoilt = arrays | {"v": arrays["v"].copy()}
+        spoilt["v"][..., 5, 0] = np.nan
+        yield from ((arrays, options), (spoilt, options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(re.findall(SYNCHRONISED, chunks.KERNEL.text()))))
+def test_each_barrier_and_wait_is_needed(number, monkeypatch):
+    text = chunks.KERNEL.text()
+    place = list(re.finditer(SYNCHRONISED, text))[number]
+    without = text[: place.start()] + text[place.end() :]
+    monkeypatch.setattr(type(chunks.KERNEL), "text", lambda kernel: without)
+    faults = []
+    for arrays, options in calls():
+        for order in ("forward", "reverse", "random"):
+            try:
+                with on_cpu("cupy", order=order):
+                    corrected(arrays, options, "cupy")
+            except Fault as fault:
+                faults.append(fault)
+                return
+    assert faults, text[place.start() : text.index("\n", place.start())]
