@@ -2,13 +2,14 @@
 
 import re
 from functools import partial
+from time import process_time
 
 import cudaemu
 import numpy as np
 import pytest
 import test_cuda_kernels as kernels
 import test_operators as sentences
-from cudaemu import BoundsFault, Fault, needed
+from cudaemu import BoundsFault, Fault, needed, nvrtc
 from cudaemu.machines import on_cpu
 from test_operators import Case
 
@@ -237,7 +238,7 @@ def test_what_is_chosen_fits_on_the_device(shared):
                         if found is None:
                             assert k > 128, "heads of usual size have chunks on every device"
                             continue
-                        assert found.shared <= shared * 1024 and found.keys >= k and found.chunk <= 2 * found.values
+                        assert found.shared + chunks.PLACES <= shared * 1024 and found.keys >= k and found.chunk <= 2 * found.values
     assert chunks.tiles(np.float64, 64, 16, 16, "none", False, 10**6) is None
     assert chunks.tiles(np.float32, 64, 257, 16, "none", False, 10**6) is None
 
@@ -251,6 +252,29 @@ def test_the_bytes_asked_for_are_those_the_text_uses(name, variant, monkeypatch)
         corrected(arrays, options, "cupy")
 
 
+# ---- machine code ----------------------------------------------------------------------------------------------------
+
+ARCHITECTURES = {"sm_80": 163, "sm_90a": 227, "sm_100": 227}  # with the shared memory of a block, in KB
+SECONDS = 10.0  # of one core that does other work too: without, each takes one or two
+
+
+@needed(nvrtc.missing())
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("name, variant", [("bfloat16", "step"), ("bfloat16", "channel"), ("float32", "step, erase")])
+def test_a_text_compiles_soon_and_without_spilling(name, variant, architecture):
+    arrays, options = inputs(name, variant, lead=(), t=64, k=128, v=128)
+    texts = []
+    with on_cpu("cupy") as machine:
+        machine.shared = ARCHITECTURES[architecture] * 1024
+        machine.run = lambda text, *rest: texts.append(text)
+        corrected(arrays, options, "cupy")
+    start = process_time()
+    found = nvrtc.needs(nvrtc.machine_code(texts[0], architecture))
+    assert process_time() - start < SECONDS
+    reserved = 0 if architecture == "sm_80" else 1024  # of each block, for the system
+    assert found.stack == 0 and found.shared - reserved <= chunks.PLACES
+
+
 # ---- barriers and waits ----------------------------------------------------------------------------------------------
 
 SYNCHRONISED = r"__syncthreads\(\);|__syncwarp\(\);|finish_copies<0>\(\);"
@@ -259,7 +283,7 @@ SYNCHRONISED = r"__syncthreads\(\);|__syncwarp\(\);|finish_copies<0>\(\);"
 def calls():
     """What shows together that every one is needed: both kinds of gates, groups, and bad numbers."""
     for name, variant in (("bfloat16", "step, erase"), ("bfloat16", "channel")):
-        arrays, options = inputs(name, variant, lead=(1, 1), t=100, k=16, v=33)
+        arrays, options = inputs(name, variant, lead=(1, 1), t=70, k=16, v=33)
         arrays["q"] = np.repeat(arrays["q"], 2, axis=1)
         spoilt = arrays | {"v": arrays["v"].copy()}
         spoilt["v"][..., 5, 0] = np.nan
@@ -275,7 +299,7 @@ def test_each_barrier_and_wait_is_needed(number, monkeypatch):
     monkeypatch.setattr(type(chunks.KERNEL), "text", lambda kernel: without)
     faults = []
     for arrays, options in calls():
-        for order in ("forward", "reverse", "random"):
+        for order in ("forward", "reverse"):
             try:
                 with on_cpu("cupy", order=order):
                     corrected(arrays, options, "cupy")

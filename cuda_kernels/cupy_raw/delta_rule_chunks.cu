@@ -331,7 +331,6 @@ struct Memory {
     __device__ __forceinline__ void lay_out(const Room& room, int own) {
         #pragma unroll
         for (int n = 0; n < KEYS / 8; n++) store_pairs(part[n], room.state, own, 8 * n);
-        __syncwarp();  // a warp reads what its own lanes wrote
     }
     // The pairs of a chunk, added.
     __device__ __forceinline__ void memorise(const Room& room, const Tokens& k, int own) {
@@ -405,7 +404,6 @@ __device__ __forceinline__ void correct(const Room& room, const Tokens& erasing,
         each_of_tokens(sum, token, [&](int i, int, float& x) { x = i < count ? x : 0; });
         for (int n = 0; n < 2; n++) store_pairs(sum[n], room.errors, own, token + 8 * n);
     }
-    __syncwarp();  // the errors are there
 }
 
 // The answers of a chunk, in the place of its values; whether any of them is not finite.
@@ -427,7 +425,6 @@ __device__ __forceinline__ bool answer(const Room& room, const Tokens& queries, 
 
 // One gate per step: errors as they are at the end of the chunk.
 __device__ __forceinline__ void decay_errors(const Room& room, int own) {
-    __syncwarp();  // the errors have been read
     #pragma unroll 1
     for (int i = threadIdx.x % 32; i < 16 * CHUNK; i += 32) {
         const int column = own + i / CHUNK, token = i % CHUNK;
@@ -468,7 +465,6 @@ delta_rule_chunks(const data* q, const data* k, const data* v, const real* beta,
         places.wide_p = ERASE && in_vectors(places.p), places.wide_gate = GATE == CHANNEL && in_vectors(places.gate);
     }
     memory.each_stored(state, warp_column, columns, [](const real* at, float& x) { x = at ? *at : 0; });
-    __syncthreads();  // the places are known
 
     const auto bring_queries = [&](int stage, int t, int count, int group) {
         fetch(room.q[stage], places.q.of(group), t, 0, count, K, places.wide_q && places.q.group % (16 / sizeof(data)) == 0);
@@ -486,7 +482,6 @@ delta_rule_chunks(const data* q, const data* k, const data* v, const real* beta,
             room.total[row] = row < K ? exp2f(LOG2E * places.gate.at(t, row)) : 0;
         __syncthreads();  // the decay is there
         memory.decay(room.total);
-        __syncthreads();  // it has been read
     };
 
     int t = 0, count = min(CHUNK, tokens), stage = 0;
@@ -497,7 +492,7 @@ delta_rule_chunks(const data* q, const data* k, const data* v, const real* beta,
         const int chunk_end = min(tokens, (t / CHUNK + 1) * CHUNK), next = min(CHUNK, tokens - chunk_end);
         const bool again = limit > 0 || alone;
         const int gated = alone ? 0 : count;
-        if (!here || GATE == CHANNEL) __syncthreads();  // nobody is left at the last tokens and decays
+        if (!here || GATE == CHANNEL) __syncthreads();  // the places are known; nobody is left at the last tokens
         if (GATE && alone) decay_now(t);
         if (GATE == CHANNEL) fetch(room.steps, places.gate, t, 0, gated, K, places.wide_gate);
         #pragma unroll 1
