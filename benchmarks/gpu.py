@@ -35,7 +35,7 @@ from .torch_peers import no_gradients
 
 __all__ = ["Clock", "SHAPES", "answered", "main", "questions_of", "table_of"]
 
-TESTS = ("tests/test_cuda_fuzz.py", "tests/test_cuda_kernels.py")
+TESTS = ("tests/test_cuda_delta_chunks.py", "tests/test_cuda_fuzz.py", "tests/test_cuda_kernels.py")
 TESTS_SHARE = 0.35  # of the time
 LEAST = 1e-3  # seconds of a sample: shorter calls are made several times
 ROUNDS, RESERVE = 50, 5.0  # samples of each contender at most; seconds that are left for the end

@@ -238,11 +238,13 @@ def test_what_is_chosen_fits_on_the_device(shared):
                         if found is None:
                             assert k > 128, "heads of usual size have chunks on every device"
                             continue
-                        assert found.shared + chunks.PLACES <= shared * 1024 and found.keys >= k and found.chunk <= 2 * found.values
+                        assert found.shared + chunks.PLACES <= shared * 1024
+                        assert found.keys >= k and found.chunk <= 2 * found.values
     assert chunks.tiles(np.float64, 64, 16, 16, "none", False, 10**6) is None
     assert chunks.tiles(np.float32, 64, 257, 16, "none", False, 10**6) is None
 
 
+@kernels.by_the_runner
 @pytest.mark.parametrize("name, variant", [("bfloat16", "none"), ("bfloat16", "step, erase"), ("float32", "channel")])
 def test_the_bytes_asked_for_are_those_the_text_uses(name, variant, monkeypatch):
     arrays, options = inputs(name, variant, lead=(1,), t=40, k=16, v=16)
@@ -291,6 +293,7 @@ def calls():
 
 
 @pytest.mark.slow
+@kernels.by_the_runner
 @pytest.mark.parametrize("number", range(len(re.findall(SYNCHRONISED, chunks.KERNEL.text()))))
 def test_each_barrier_and_wait_is_needed(number, monkeypatch):
     text = chunks.KERNEL.text()
