@@ -31,6 +31,7 @@ typedef Tile<float, CHUNK, CHUNK> Square;
 typedef Tile<float, CHUNK, KEYS> Channels;
 typedef Split<SUM_TERMS, VALUES, KEYS> States;
 typedef Split<SUM_TERMS, VALUES, CHUNK> Errors;
+typedef Tile<float, VALUES, KEYS> Numbers;  // of a state on its way, in the place of its terms
 static_assert(GATE != CHANNEL || BLOCKS <= 2, "no block lies between two others");
 
 // The places where tiles arrive, in turn.
@@ -50,7 +51,7 @@ struct Arrivals {
 // What a block keeps in shared memory.
 struct Room {
     unsigned char* at = dynamic_shared();
-    Arrivals<Tokens> q{at, true}, k{at, true}, p{at, ERASE};
+    Arrivals<Tokens> q{at, true}, k{at, true}, p{at, ERASE};  // side by side, as `bring_tokens` takes them
     Arrivals<Values> v{at, true};  // then the answers
     States state;                  // the memory before the chunk
     Errors errors;                 // first what is to be learnt and is not recalled
@@ -75,10 +76,10 @@ struct Room {
 
 // Where the sequence of a block lies. In shared memory, because registers are for the state.
 struct Places {
-    Rows<const data> q, k, v, p;
+    Rows<const data> tokens[3], v;  // queries, keys, and keys that erase
     Rows<const real> beta, gate;
     Rows<data> o;
-    bool wide_q, wide_k, wide_v, wide_p, wide_gate;  // rows can be copied in vectors
+    bool wide[3], wide_v, wide_gate;  // rows can be copied in vectors
 };
 
 __device__ __forceinline__ bool bad(float x) { return x - x != 0; }
@@ -307,22 +308,6 @@ struct Memory {
         for (int n = 0; n < KEYS / 8; n++)
             each(part[n], [&](int column, int key, float& x) { use(8 * n + key, column, x); });
     }
-    // The same with the place of each number in global memory; four pointers walk over it.
-    template <class Use>
-    __device__ __forceinline__ void each_stored(const Rows<real>& state, int warp_column, int columns, Use use) {
-        real* at[4];
-        Sum places;
-        each(places, [&](int column, int key, float& x) {
-            at[&x - places.x] = warp_column + column < columns ? &state.at(key, warp_column + column) : nullptr;
-        });
-        #pragma unroll
-        for (int n = 0; n < KEYS / 8; n++)
-            each(part[n], [&](int, int key, float& x) {
-                real*& place = at[&x - part[n].x];
-                use(place && 8 * n + key < K ? place : nullptr, x);
-                if (place) place += 8 * state.row;
-            });
-    }
     __device__ __forceinline__ void decay(const float* total) {
         if (GATE == NO_GATE) return;
         each_number([&](int key, int, float& x) { x = kept(total[GATE == STEP ? 0 : key], x); });
@@ -359,9 +344,9 @@ __device__ __forceinline__ void recall(Sum (&read)[2], const Room& room, const T
         tokens_as_columns<DIRECT>(right, tokens, token, key, Since{room});
         for (int n = 0; n < 2; n++) multiply(read[n], left, right[n]);
     }
-    if (GATE != STEP) return;
-    for (int n = 0; n < 2; n++)
-        each(read[n], [&](int, int j, float& x) { x *= room.from_start[token + 8 * n + j]; });
+    if (GATE == STEP)
+        for (int n = 0; n < 2; n++)
+            each(read[n], [&](int, int j, float& x) { x *= room.from_start[token + 8 * n + j]; });
 }
 
 // sum += errors^T square^T for 16 tokens; the square is lower triangular.
@@ -443,36 +428,52 @@ __device__ __forceinline__ bool any_of_block(const Room& room, bool mine) {
     return any;
 }
 
+// All numbers of a block's part of the state, neighbouring columns by neighbouring threads: use(is it there, key, column).
+template <class Use>
+__device__ __forceinline__ void each_number_of_block(int columns, Use use) {
+    #pragma unroll 1
+    for (int i = threadIdx.x; i < KEYS * VALUES; i += THREADS)
+        use(i / VALUES < K && i % VALUES < columns, i / VALUES, i % VALUES);
+}
+
 // ---- the walk ---------------------------------------------------------------------------------------------------------
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 delta_rule_chunks(const data* q, const data* k, const data* v, const real* beta, const real* log_decay,
                   const data* erase_key, real* S, data* o, const long long* table, int axes, int tokens, int columns,
                   int groups, int blocks, real scale) {
     const Room room;
     Memory memory;
     const int which = blockIdx.x / blocks, first_column = blockIdx.x % blocks * VALUES;
-    const int own = threadIdx.x / 32 * 16, warp_column = first_column + own;
+    const int own = threadIdx.x / 32 * 16;
     const auto state = rows(S, table, axes, STATE, which);
 
     __shared__ Places places;
     if (threadIdx.x == 0) {
-        places.q = rows(q, table, axes, Q, which), places.k = rows(k, table, axes, KEY, which);
-        places.v = rows(v, table, axes, V, which), places.p = rows(erase_key, table, axes, ERASE_OF, which);
+        places.tokens[0] = rows(q, table, axes, Q, which), places.tokens[1] = rows(k, table, axes, KEY, which);
+        places.tokens[2] = rows(erase_key, table, axes, ERASE_OF, which), places.v = rows(v, table, axes, V, which);
         places.beta = rows(beta, table, axes, BETA, which), places.gate = rows(log_decay, table, axes, GATE_OF, which);
         places.o = rows(o, table, axes, O, which);
-        places.wide_q = in_vectors(places.q), places.wide_k = in_vectors(places.k), places.wide_v = in_vectors(places.v);
-        places.wide_p = ERASE && in_vectors(places.p), places.wide_gate = GATE == CHANNEL && in_vectors(places.gate);
+        for (int i = 0; i < 3; i++) places.wide[i] = in_vectors(places.tokens[i]);
+        places.wide[0] = places.wide[0] && places.tokens[0].group * sizeof(data) % 16 == 0;
+        places.wide_v = in_vectors(places.v), places.wide_gate = GATE == CHANNEL && in_vectors(places.gate);
     }
-    memory.each_stored(state, warp_column, columns, [](const real* at, float& x) { x = at ? *at : 0; });
+    const Numbers numbers = {reinterpret_cast<float*>(room.state.term[0].begin)};
+    each_number_of_block(columns - first_column, [&](bool there, int key, int column) {
+        numbers.at(column, key) = there ? state.at(key, first_column + column) : 0;
+    });
+    __syncthreads();  // the state is there
+    memory.each_number([&](int key, int column, float& x) { x = numbers.at(own + column, key); });
 
-    const auto bring_queries = [&](int stage, int t, int count, int group) {
-        fetch(room.q[stage], places.q.of(group), t, 0, count, K, places.wide_q && places.q.group % (16 / sizeof(data)) == 0);
+    const auto bring_tokens = [&](int stage, int t, int count, int kinds, int group) {
+        #pragma unroll 1
+        for (int kind = 0; kind < kinds; kind++) {  // queries of a group, keys, keys that erase
+            const Tokens tile = {room.q[kind * STAGES + stage].begin};
+            fetch(tile, places.tokens[kind].of(kind ? 0 : group), t, 0, count, K, places.wide[kind]);
+        }
     };
     const auto bring = [&](int stage, int t, int count) {
-        bring_queries(stage, t, count, 0);
-        fetch(room.k[stage], places.k, t, 0, count, K, places.wide_k);
-        if (ERASE) fetch(room.p[stage], places.p, t, 0, count, K, places.wide_p);
+        bring_tokens(stage, t, count, 2 + ERASE, 0);
         fetch(room.v[stage], places.v, t, first_column, count, columns - first_column, places.wide_v);
         close_copies();
     };
@@ -523,7 +524,7 @@ delta_rule_chunks(const data* q, const data* k, const data* v, const real* beta,
         #pragma unroll 1
         for (int group = -1; group < groups; group++) {  // erasing keys, then the queries that share this memory
             if (group > 0) {
-                bring_queries(stage, t, count, group);
+                bring_tokens(stage, t, count, 1, group);
                 close_copies();
                 finish_copies<0>();
                 __syncthreads();  // these queries are there
@@ -569,7 +570,9 @@ delta_rule_chunks(const data* q, const data* k, const data* v, const real* beta,
         here = STAGES == 2 && t == chunk_end;
         if (t == chunk_end && STAGES == 2) stage = 1 - stage;
     }
-    memory.each_stored(state, warp_column, columns, [](real* at, float& x) {
-        if (at) *at = x;
+    memory.each_number([&](int key, int column, float& x) { numbers.at(own + column, key) = x; });
+    __syncthreads();  // the state is there
+    each_number_of_block(columns - first_column, [&](bool there, int key, int column) {
+        if (there) state.at(key, first_column + column) = numbers.at(column, key);
     });
 }
