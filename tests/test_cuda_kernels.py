@@ -15,6 +15,7 @@ from cudaemu.machines import PACKAGES, on_cpu
 from test_operators import Case
 
 import ttr_np
+from cuda_kernels.cupy_raw import _tiles
 from ttr_np.backends import has_operator
 from ttr_np.notation import OPERATORS, draw
 
@@ -49,6 +50,12 @@ def machine(request):
     case = request.node.callspec.params.get("case")
     with on_cpu(case.backend if case else request.node.callspec.params["backend"]) as here:
         yield here
+
+
+@pytest.fixture(autouse=True)
+def token_by_token(monkeypatch):
+    """Recurrences, however long the sequence; test_cuda_chunks.py is about the other form."""
+    monkeypatch.setattr(_tiles, "CHUNKED_FROM", 10**9)
 
 
 def fast(case):
