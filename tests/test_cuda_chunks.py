@@ -1,4 +1,4 @@
-"""The chunked kernels of the ``cupy`` backend, executed on the CPU: what they promise, and what only chunks can break."""
+"""The chunked kernels of the ``cupy`` backend, executed on the CPU: what they promise, what only chunks can break."""
 
 import re
 from functools import partial
@@ -10,7 +10,6 @@ import test_cuda_kernels as kernels
 import test_operators as sentences
 from cudaemu import BoundsFault, RaceFault, UnsetFault, needed
 from cudaemu.machines import on_cpu
-from test_cuda_kernels import cupy  # noqa: F401 - a fixture
 from test_operators import Case
 
 import ttr_np
@@ -45,7 +44,8 @@ def from_one_token(monkeypatch):
     """Chunks for sequences of any length, and the rounding of single precision."""
     monkeypatch.setattr(_tiles, "CHUNKED_FROM", 1)
     monkeypatch.setattr(sentences, "tolerance", lambda case: 3e-6)
-    monkeypatch.setattr(sentences, "close", partial(sentences.close, tol=3e-6))
+    close = sentences.close
+    monkeypatch.setattr(sentences, "close", lambda actual, wanted, tol=3e-6: close(actual, wanted, tol))
 
 
 # ---- what holds for every operator -----------------------------------------------------------------------------------
@@ -205,6 +205,7 @@ def test_a_cut_at_the_border_of_a_chunk_changes_no_bit(name):
     np.testing.assert_array_equal(end, state)
 
 
+cupy = kernels.cupy  # the fixture
 on_cupy = pytest.mark.parametrize("case", CASES[2:4], ids=str)
 
 
