@@ -14,6 +14,7 @@ time to compile. ``like`` is a number of the dtype that is computed in.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,8 +26,8 @@ from numba.extending import intrinsic
 from ._compile import apart, inner
 
 __all__ = [
-    "ROWS", "Matrix", "add_scaled", "below", "clean_until", "clean_within", "copy", "dot", "fill", "finite", "full",
-    "gather", "lanes", "load", "load_transposed", "lower", "matrix", "most", "move", "multiply", "panel", "panels",
+    "ROWS", "Matrix", "add_scaled", "below", "clean_until", "clean_within", "copy", "count_bad_of", "dot", "fill", "finite",
+    "full", "gather", "lanes", "load", "load_transposed", "lower", "matrix", "most", "move", "multiply", "panel", "panels",
     "real", "row", "scale", "scale_rows", "solve_unit_lower", "store", "times", "transposed", "triangle",
 ]  # fmt: skip
 
@@ -51,14 +52,21 @@ def panels(dtype: np.dtype, shapes: Sequence[tuple[int, int]]) -> tuple[np.ndarr
 
     Rows an even number of cache lines apart would fight for the same few places of a cache.
     """
+    numbers, places = plan(dtype, tuple(shapes))
+    room, table = np.zeros(numbers, dtype), places.copy()
+    start = room.__array_interface__["data"][0]
+    table[:, 0] += start + -start % 64
+    return room, table
+
+
+@lru_cache(1000)
+def plan(dtype: np.dtype, shapes: tuple[tuple[int, int], ...]) -> tuple[int, np.ndarray]:
+    """How many numbers of scratch, and the table of its panels, as if it started at address 0."""
     line, tile_width = 64 // dtype.itemsize, LINE // dtype.itemsize
     steps = [-(-columns // tile_width) * tile_width for _, columns in shapes]
     steps = [step + line * (step // line % 2 == 0) for step in steps]
     ends = np.cumsum([0] + [rows * step for (rows, _), step in zip(shapes, steps, strict=True)])
-    room = np.zeros(int(ends[-1]) + line, dtype)
-    start = room.__array_interface__["data"][0]
-    start += -start % 64
-    return room, np.array([(start + end * dtype.itemsize, step) for end, step in zip(ends[:-1], steps, strict=True)])
+    return int(ends[-1]) + line, np.column_stack([ends[:-1] * dtype.itemsize, steps])
 
 
 @intrinsic

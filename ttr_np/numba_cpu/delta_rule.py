@@ -256,7 +256,6 @@ def take_tokens(lines, places, steps, sizes, here, start, rows, like):
 @inner
 def learn_lanes(lines, sizes, groups, i, lanes, like):
     """Token i of all sequences: one gradient step, then the answers."""
-    apart()
     deep, w = padded(sizes.k), sizes.v
     k, told = move(lines.k, i * deep * lanes), move(lines.told, i * w * lanes)
     erase = move(lines.erase, i * deep * lanes) if sizes.erases else k
