@@ -21,7 +21,7 @@ from numba.extending import intrinsic
 
 from ._compile import apart, inner
 from ._gates import exp
-from ._panels import WIDE, gather, matrix, move, real, row, spread_out
+from ._panels import WIDE, gather, interleave, matrix, move, real, row, spread_out
 
 __all__ = [
     "CHAINS",
@@ -307,20 +307,6 @@ def ask_ahead(places, steps, which, here, i, n, like):
             ask_for(move(start, p * steps[which, 1]))
 
 
-def interleave(vectors: Vectors, lines: list[Any]) -> list[Any]:
-    """Rows of a square as its columns: first single numbers change places, then pairs, fours, and so on."""
-    n, size = len(lines), 1
-    while size < n:
-        below = [i for i in range(n) if not i & size]
-        mixed = dict.fromkeys(range(n))
-        for i in below:
-            one, other = lines[i], lines[i + size]
-            mixed[i] = vectors.shuffle(one, other, [e if not e & size else n + e - size for e in range(n)])
-            mixed[i + size] = vectors.shuffle(one, other, [e + size if not e & size else n + e for e in range(n)])
-        lines, size = list(mixed.values()), 2 * size
-    return lines
-
-
 @intrinsic
 def square(typingctx: Any, into: Any, places: Any, which: Any, first: Any, group: Any, offset: Any) -> Any:
     """As many numbers of each sequence of a vector as it holds, in a row from ``offset`` on, as vectors."""
@@ -333,7 +319,7 @@ def square(typingctx: Any, into: Any, places: Any, which: Any, first: Any, group
             index = [which, builder.add(first, word(lane)), group]
             start = builder.load(cgutils.get_item_pointer(context, builder, array, there, index))
             lines.append(vectors.load(builder.gep(builder.inttoptr(start, into.type), [offset]), word(0)))
-        for i, line in enumerate(interleave(vectors, lines)):
+        for i, line in enumerate(interleave(builder, lines)):
             vectors.store(line, into, word(i))
         return context.get_dummy_value()
 
