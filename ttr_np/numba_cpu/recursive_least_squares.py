@@ -5,7 +5,8 @@ A chunk of weighted keys K meets R in the reflections of ``_factors.reflect``: w
     W^T = R V^T T,    R' = (R - W^T V) / sqrt(what is left),    E = L^-1 (V - K S),    O = Q S + tril(Q W^T) E,
 
 and S' = S + W^T E. Nothing is subtracted from P. Few tokens, and those from a bad number on, take the recursion itself.
-See ``ttr_np.solvers.recursive_least_squares`` for the mathematics, the two caps, and the sources.
+All this in float64: R shrinks by the root of a first key's energy over the ridge, and so would its digits. See
+``ttr_np.solvers.recursive_least_squares`` for the mathematics, the two caps, and the sources.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ from ._panels import (
     add_scaled,
     below,
     clean_until,
+    copy,
     count_bad_of,
     dot,
     fill,
@@ -74,7 +76,7 @@ from ._threads import share
 __all__ = ["recursive_least_squares"]
 
 CHUNK = 32
-PANELS = 21  # of a thread; then the vectors of small memories
+PANELS = 22  # of a thread; then the vectors of small memories
 FADED = 0.25  # what is left of P's inverse below which a segment ends: R is divided by its root, errors and all
 SMALL = 32  # keys up to which the recursion of few outputs is faster than products of panels
 FEW = 4  # tokens that do not fill a chunk's products
@@ -110,13 +112,14 @@ def core(
     (t, d), w = q.shape[-2:], v.shape[-1]
     bad = np.zeros(memories, np.bool_)
     cost = memories * (t * d * (3 * d + 2 * w + groups * w) + d**3)
-    rooms, number = shapes(min(CHUNK, max(t, 1)), d, w), S.dtype.type(limit(S.dtype))
+    rooms, dtype, largest = shapes(min(CHUNK, max(t, 1)), d, w), S.dtype, limit(S.dtype)
     if w <= NARROW and d <= SMALL:
-        lanes, tokens = widths(S.dtype), min(max(1, TOKENS // max(groups, 1)), max(t, 1))
-        scratch = (S.dtype, [*rooms, (1, vectors(d, w, tokens, groups) * lanes)])
-        share(narrow, jobs_of(memories, S.dtype), cost, scratch, layout, (t, d, w, tokens), number, bad)
+        lanes, tokens = widths(dtype), min(max(1, TOKENS // max(groups, 1)), max(t, 1))
+        scratch = (dtype, [*rooms, (1, vectors(d, w, tokens, groups) * lanes)])
+        share(narrow, jobs_of(memories, dtype), cost, scratch, layout, (t, d, w, tokens), dtype.type(largest), bad)
     else:
-        share(kernel, memories, cost, (S.dtype, rooms), layout, (t, d, w), number, bad)
+        scratch = (np.dtype(np.float64), rooms)
+        share(kernel, memories, cost, scratch, layout, (t, d, w), largest, dtype.type(0), bad)
     if bad.any():
         factor(original)  # says what is wrong with P
         raise ValueError("initial_state field P must be positive definite")
@@ -132,6 +135,7 @@ class Scratch(NamedTuple):
     product: Matrix  # k x k
     keys: Matrix  # c x k: weighted
     values: Matrix  # c x v: weighted, then innovations
+    queries: Matrix  # c x k
     vectors: Matrix  # c x k: keys times R, then reflections
     whitened: Matrix  # k x c: W^T
     read: Matrix  # k x c: R V^T
@@ -147,7 +151,7 @@ class Scratch(NamedTuple):
 
 def shapes(c: int, d: int, w: int) -> list[tuple[int, int]]:
     """Of the panels, in their order."""
-    own = [(d, w), (d, d), (d, max(d, BLOCK)), (d, d), (c, d), (c, w), (c, d), (d, c), (d, c), (c, c), (c, w)]
+    own = [(d, w), (d, d), (d, max(d, BLOCK)), (d, d), (c, d), (c, w), (c, d), (c, d), (d, c), (d, c), (c, c), (c, w)]
     rows = [(1, c), (1, c), (1, c), (1, d), (1, 1)]
     return own + rows + [(c, c), (c, c), (d, c), (c, c), (max(c, BLOCK), c)]
 
@@ -160,20 +164,21 @@ def panels_of(table, like):
         panel(table, 4, like), panel(table, 5, like), panel(table, 6, like), panel(table, 7, like),
         panel(table, 8, like), panel(table, 9, like), panel(table, 10, like), panel(table, 11, like),
         panel(table, 12, like), panel(table, 13, like), panel(table, 14, like), panel(table, 15, like),
+        panel(table, 16, like),
         Reflections(
-            panel(table, 16, like), panel(table, 17, like), panel(table, 18, like), panel(table, 19, like),
-            panel(table, 20, like),
+            panel(table, 17, like), panel(table, 18, like), panel(table, 19, like), panel(table, 20, like),
+            panel(table, 21, like),
         ),
     )  # fmt: skip
 
 
 @compiled
-def kernel(table, places, steps, sizes, limit, bad, first, last):
-    """Jobs first to last: one memory each."""
+def kernel(table, places, steps, sizes, limit, given, bad, first, last):
+    """Jobs first to last: one memory each; the arrays hold numbers like ``given``."""
     t, d, w = sizes
     room = panels_of(table, limit)
     for memory in range(first, last):
-        state, P = matrix(places[STATE, memory, 0], w, 1, limit), matrix(places[COVARIANCE, memory, 0], d, 1, limit)
+        state, P = matrix(places[STATE, memory, 0], w, 1, given), matrix(places[COVARIANCE, memory, 0], d, 1, given)
         load(room.S, state, 0, d, 0, w)
         if not begin(P, room, d, limit):
             bad[memory] = True
@@ -181,8 +186,8 @@ def kernel(table, places, steps, sizes, limit, bad, first, last):
         moved = False
         for low in range(0, t, CHUNK):
             n = min(low + CHUNK, t) - low
-            moved |= load_pairs(places, steps, sizes, memory, low, n, room, limit)
-            run_chunk(places, steps, sizes, memory, low, n, room, limit)
+            moved |= load_pairs(places, steps, sizes, memory, low, n, room, limit, given)
+            run_chunk(places, steps, sizes, memory, low, n, room, limit, given)
         store(state, 0, d, 0, w, room.S)
         if moved:
             hand_out(P, room, d, limit)
@@ -302,6 +307,11 @@ def take_factors(lines, P, lane, room, d, lanes, like):
 def upper_factors(P, U, D, d):
     """P = U diag(D) U^T from the last column to the first; column j of U is row j here."""
     apart()
+    if diagonal(P, d):
+        for j in range(d):
+            fill(row(U, j), real(P.data[0], 0), j)
+            D[j] = row(P, j)[j]
+        return
     for j in range(d - 1, -1, -1):
         for i in range(j, -1, -1):
             total = row(P, j)[i]
@@ -317,12 +327,15 @@ def upper_factors(P, U, D, d):
 def root_of(lines, lane, room, d, lanes, like):
     """R = U sqrt(D) of one memory."""
     apart()
+    length = row(room.along, 0)
+    for j in range(d):
+        length[j] = math.sqrt(lines.D[j * lanes + lane])
     for i in range(d):
         line = row(room.R, i)
         fill(line, real(like, 0), i)
         for j in range(i, d):
             u = real(like, 1) if i == j else lines.U[place_of(i, j) * lanes + lane]
-            line[j] = u * math.sqrt(lines.D[j * lanes + lane])
+            line[j] = u * length[j]
 
 
 @inner
@@ -493,7 +506,9 @@ def begin(P, room, d, like):
             gap = max(gap, abs(row(P, i)[j] - row(P, j)[i]))
     if bad:
         return True
-    if gap > 1000 * eps(like) * largest or not cholesky(R, room.turned, d, like):
+    if diagonal(P, d):
+        return begin_diagonal(P, room, d, like)
+    if gap > 1000 * eps(P.data[0]) * largest or not cholesky(R, room.turned, d, like):
         return False
     invert_lower(R, room.turned, d, like)
     total = 0.0
@@ -506,7 +521,31 @@ def begin(P, room, d, like):
 
 
 @inner
-def load_pairs(places, steps, sizes, memory, low, n, room, like):
+def diagonal(P, d):
+    """Whether a matrix is diagonal, as that of an empty memory is."""
+    for i in range(d):
+        for j in range(d):
+            if i != j and row(P, i)[j] != 0:
+                return False
+    return True
+
+
+@inner
+def begin_diagonal(P, room, d, like):
+    """As ``begin``, without the work that a diagonal P spares."""
+    total = 0.0
+    for i in range(d):
+        variance = row(P, i)[i]
+        if not variance > 0:
+            return False
+        row(room.R, i)[i] = math.sqrt(variance)
+        total += 1.0 / variance
+    row(room.information, 0)[0] = real(like, total)
+    return True
+
+
+@inner
+def load_pairs(places, steps, sizes, memory, low, n, room, like, given):
     """Gates, and keys and values times the root of their weight; True if any of it moves R.
 
     A pair of weight zero is not even looked at.
@@ -514,19 +553,19 @@ def load_pairs(places, steps, sizes, memory, low, n, room, like):
     apart()
     t, d, w = sizes
     gates, beta = places[GATE, memory, 0], places[BETA, memory, 0]
-    load(room.keys, matrix(places[K, memory, 0], steps[K, 0], steps[K, 1], like), low, n, 0, d)
-    load(room.values, matrix(places[V, memory, 0], steps[V, 0], steps[V, 1], like), low, n, 0, w)
+    load(room.keys, matrix(places[K, memory, 0], steps[K, 0], steps[K, 1], given), low, n, 0, d)
+    load(room.values, matrix(places[V, memory, 0], steps[V, 0], steps[V, 1], given), low, n, 0, w)
     information, moved = row(room.information, 0)[0], False
     for i in range(n):
         k, v = row(room.keys, i), row(room.values, i)
         if beta:
-            weight = row(matrix(beta, steps[BETA, 0], 1, like), low + i)[0]
+            weight = row(matrix(beta, steps[BETA, 0], 1, given), low + i)[0]
             if weight == 0:
                 fill(k, real(like, 0), d)
                 fill(v, real(like, 0), w)
             scale(k, math.sqrt(weight), d)
             scale(v, math.sqrt(weight), w)
-        gate = row(matrix(gates, steps[GATE, 0], 1, like), low + i)[0] if gates else real(like, 0)
+        gate = row(matrix(gates, steps[GATE, 0], 1, given), low + i)[0] if gates else real(given, 0)
         energy = dot(k, k, d, like)
         row(room.gates, 0)[i], row(room.energy, 0)[i] = gate, energy
         information = information * math.exp(max(gate, real(like, FAINTEST))) + energy
@@ -536,14 +575,14 @@ def load_pairs(places, steps, sizes, memory, low, n, room, like):
 
 
 @inner
-def run_chunk(places, steps, sizes, memory, low, n, room, limit):
+def run_chunk(places, steps, sizes, memory, low, n, room, limit, given):
     """One chunk: in segments up to the first bad number, which products would spread, and token by token from there."""
     apart()
     t, d, w = sizes
     groups = places.shape[2]
     clean = min(clean_until(room.keys, 0, n, d, False, limit), clean_until(room.values, 0, n, w, False, limit))
     for group in range(groups):
-        q = matrix(places[Q, memory, group], steps[Q, 0], steps[Q, 1], limit)
+        q = matrix(places[Q, memory, group], steps[Q, 0], steps[Q, 1], given)
         clean = min(clean, clean_until(below(q, low), 0, n, d, False, limit))
     clean = 0 if n < FEW else clean
     done = 0
@@ -551,8 +590,8 @@ def run_chunk(places, steps, sizes, memory, low, n, room, limit):
         end = open_segment(room, done, clean, d, limit)
         segment(room, done, end, d, w, limit)
         for group in range(groups):
-            q = matrix(places[Q, memory, group], steps[Q, 0], steps[Q, 1], limit)
-            o = matrix(places[O, memory, group], w, 1, limit)
+            q = matrix(places[Q, memory, group], steps[Q, 0], steps[Q, 1], given)
+            o = matrix(places[O, memory, group], w, 1, given)
             answer(below(q, low + done), below(o, low + done), end - done, room, done, d, w, limit)
         close_segment(room, done, end, d, w, limit)
         done = end
@@ -560,8 +599,8 @@ def run_chunk(places, steps, sizes, memory, low, n, room, limit):
         forget(room, i, d, limit)
         step(room, i, d, w, limit)
         for group in range(groups):
-            q = matrix(places[Q, memory, group], steps[Q, 0], steps[Q, 1], limit)
-            o = matrix(places[O, memory, group], w, 1, limit)
+            q = matrix(places[Q, memory, group], steps[Q, 0], steps[Q, 1], given)
+            o = matrix(places[O, memory, group], w, 1, given)
             answer_token(below(q, low + i), row(o, low + i), room, d, w, limit)
 
 
@@ -658,9 +697,10 @@ def answer(q, o, n, room, done, d, w, like):
     """Answers of a segment to one sequence of queries."""
     apart()
     one, zero = real(like, 1), real(like, 0)
-    multiply(room.scores, q, room.whitened, n, n, d, one, zero, triangle)
+    load(room.queries, q, 0, n, 0, d)
+    multiply(room.scores, room.queries, room.whitened, n, n, d, one, zero, triangle)
     no_future(room.scores, n, like)
-    multiply(room.answers, q, room.S, n, w, d, one, zero, full)
+    multiply(room.answers, room.queries, room.S, n, w, d, one, zero, full)
     multiply(room.answers, room.scores, below(room.values, done), n, w, n, one, one, lower)
     store(o, 0, n, 0, w, room.answers)
 
@@ -697,9 +737,11 @@ def step(room, i, d, w, like):
 def answer_token(q, o, room, d, w, like):
     """One answer by the recursion."""
     apart()
-    fill(o, real(like, 0), w)
+    total = row(room.answers, 0)
+    fill(total, real(like, 0), w)
     for p in range(d):
-        add_scaled(o, row(q, 0)[p * q.column], row(room.S, p), w)
+        add_scaled(total, row(q, 0)[p * q.column], row(room.S, p), w)
+    copy(o, total, w)
 
 
 @inner
