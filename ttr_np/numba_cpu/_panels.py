@@ -26,10 +26,10 @@ from numba.extending import intrinsic
 from ._compile import apart, inner
 
 __all__ = [
-    "ROWS", "Matrix", "add_scaled", "answers", "below", "clean_until", "clean_within", "copy", "count_bad_of", "dot",
-    "fill", "finite", "full", "gather", "give", "interleave", "lanes", "load", "load_transposed", "lower", "matrix",
-    "most", "move", "multiply", "panel", "panels", "real", "row", "scale", "scale_rows", "solve_unit_lower", "store",
-    "times", "transposed", "triangle",
+    "ROWS", "VECTOR", "Matrix", "add_scaled", "answers", "below", "clean_until", "clean_within", "copy", "count_bad_of",
+    "dot", "fill", "finite", "full", "gather", "give", "interleave", "interleave_pair", "lanes", "load",
+    "load_transposed", "lower", "matrix", "most", "move", "multiply", "panel", "panels", "real", "row", "row_of",
+    "scale", "scale_rows", "solve_unit_lower", "store", "times", "transposed", "triangle",
 ]  # fmt: skip
 
 # One tile of a product is held in registers: ROWS x LINE bytes of sums, which hide the latency of multiply-add. Tiles
@@ -480,18 +480,22 @@ def load(into, x, low, n, start, columns):
         gather(row(into, i), move(row(x, low + i), start * x.column), x.column, columns)
 
 
+def interleave_pair(builder: Any, one: Any, other: Any, size: int) -> tuple[Any, Any]:
+    """Groups of numbers of two vectors in turn: the first of every two groups of each, then the second."""
+    n = one.type.count
+    low = [e if not e & size else n + e - size for e in range(n)]
+    high = [e + size if not e & size else n + e for e in range(n)]
+    kind = ir.VectorType(ir.IntType(32), n)
+    return tuple(builder.shuffle_vector(one, other, ir.Constant(kind, places)) for places in (low, high))
+
+
 def interleave(builder: Any, lines: list[Any]) -> list[Any]:
     """Vectors that are the rows of a square as its columns: numbers change places, then pairs, fours, and so on."""
     n, size = len(lines), 1
-    kind = ir.VectorType(ir.IntType(32), n)
     while size < n:
         mixed = dict.fromkeys(range(n))
         for i in (i for i in range(n) if not i & size):
-            one, other = lines[i], lines[i + size]
-            low = [e if not e & size else n + e - size for e in range(n)]
-            high = [e + size if not e & size else n + e for e in range(n)]
-            mixed[i] = builder.shuffle_vector(one, other, ir.Constant(kind, low))
-            mixed[i + size] = builder.shuffle_vector(one, other, ir.Constant(kind, high))
+            mixed[i], mixed[i + size] = interleave_pair(builder, lines[i], lines[i + size], size)
         lines, size = list(mixed.values()), 2 * size
     return lines
 
