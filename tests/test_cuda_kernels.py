@@ -1,7 +1,6 @@
 """The kernels of both GPU backends, executed on the CPU: the sentences of all operators, and those about kernels."""
 
 import re
-import sys
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -52,15 +51,15 @@ def machine(request):
         yield here
 
 
+@pytest.fixture(autouse=True)
+def token_by_token(monkeypatch):
+    """Recurrences, however long the sequence; test_cuda_chunks.py is about the other form."""
+    monkeypatch.setattr(_tiles, "CHUNKED_FROM", 10**9)
+
+
 def fast(case):
     """The same machine without a look at every access."""
     return on_cpu(case.backend, check=False)
-
-
-@pytest.fixture(autouse=True)
-def token_by_token(monkeypatch):
-    """The recurrence for sequences of any length; chunks have tests of their own."""
-    monkeypatch.setattr(_tiles, "CHUNKED_FROM", sys.maxsize)
 
 
 def test_both_backends_have_the_recurrent_scans():

@@ -51,22 +51,25 @@ FETCH = """
     finish_copies<0>();
     __syncthreads();
 """
+LOADS = ("", "_transposed")
 PRODUCT = """
-    Left<LEFT> left;
-    Right<RIGHT> right[2];
-    load_leftA(left, tile, 16, 8AS);
-    load_rightB(right, other, 16, 24AS);
-    for (int n = 0; n < 2; n++) {
-        Sum sum = {};
-        multiply(sum, left, right[n]);
-        each(sum, [&](int i, int j, float& value) { y[i * 16 + 8 * n + j] = value; });
+    {
+        Left<LEFT> left;
+        Right<RIGHT> right[2];
+        load_leftA(left, tile, 16, 8AS);
+        load_rightB(right, other, 16, 24AS);
+        for (int n = 0; n < 2; n++) {
+            Sum sum = {};
+            multiply(sum, left, right[n]);
+            each(sum, [&](int i, int j, float& value) { y[AT + i * 16 + 8 * n + j] = value; });
+        }
     }
 """
 
 
-def product(left, right, changed):
+def product(left, right, changed, at=0):
     """Text of a product of matrices that are loaded as they are, or as terms with a change."""
-    text = PRODUCT.replace("A(", f"{left}(").replace("B(", f"{right}(")
+    text = PRODUCT.replace("A(", f"{left}(").replace("B(", f"{right}(").replace("AT", str(at))
     if changed:
         terms = text.replace("LEFT", "bfloat16, 3").replace("RIGHT", "bfloat16, 3")
         left_change, right_change = (f", [](int i, int j, float z) {{ return z * (i + {k} * j); }}" for k in (2, 3))
@@ -75,20 +78,21 @@ def product(left, right, changed):
 
 
 @pytest.mark.parametrize("changed", [False, True])
-@pytest.mark.parametrize("right", ["", "_transposed"])
-@pytest.mark.parametrize("left", ["", "_transposed"])
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_load_takes_the_matrix_that_its_comment_says(name, left, right, changed):
+def test_every_load_takes_the_matrix_that_its_comment_says(name, changed):
     if name == "float" and not changed:
         return
+    ways = [(left, right) for left in LOADS for right in LOADS]
+    text = FETCH + "".join(product(*way, changed, 256 * n) for n, way in enumerate(ways))
     x, w = draw(name, SIZE), draw(name, SIZE, 1)
-    y = run(FETCH + product(left, right, changed), x, w, np.zeros((16, 16), np.float32), (name, name))
-    a, b = x.astype(float)[16:32, 8:24], w.astype(float)[16:32, 24:40]
-    a, b = a.T if left else a, b.T if right else b
+    y = run(text, x, w, np.zeros((4, 16, 16), np.float32), (name, name))
     i, j = np.mgrid[:16, :16]
-    if changed:
-        a, b = a * (i + 2 * j), b * (i + 3 * j)
-    np.testing.assert_allclose(y, a @ b, atol=2e-6 * np.max(np.abs(a) @ np.abs(b)), rtol=0)
+    for found, (left, right) in zip(y, ways, strict=True):
+        a, b = x.astype(float)[16:32, 8:24], w.astype(float)[16:32, 24:40]
+        a, b = a.T if left else a, b.T if right else b
+        if changed:
+            a, b = a * (i + 2 * j), b * (i + 3 * j)
+        np.testing.assert_allclose(found, a @ b, atol=2e-6 * np.max(np.abs(a) @ np.abs(b)), rtol=0)
 
 
 @pytest.mark.parametrize("terms, bound", [((1, 1), 2**-8), ((2, 2), 2**-15), ((3, 3), 2**-22), ((3, 2), 2**-15)])
@@ -147,8 +151,9 @@ def test_infinities_and_nan_pass_through_a_product():
 COPY = """
     unsigned char* at = dynamic_shared();
     const auto tile = tile_of<Tile<X, 16, 24>>(at);
-    const Rows<const X> from = {x + OFFSET, 0, STRIDE, 1};
-    fetch(tile, from, 2, 8, ROWS, COLUMNS, in_vectors(from));
+    const int offset = int(w[0]), stride = int(w[1]), rows = int(w[2]), columns = int(w[3]);
+    const Rows<const X> from = {x + offset, 0, stride, 1};
+    fetch(tile, from, 2, 8, rows, columns, in_vectors(from));
     close_copies();
     finish_copies<0>();
     __syncthreads();
@@ -156,19 +161,18 @@ COPY = """
 """
 
 
-@pytest.mark.parametrize("offset, stride", [(0, 40), (1, 40), (0, 37)])
-@pytest.mark.parametrize("rows, columns", [(16, 24), (9, 13), (1, 1), (0, 0)])
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_piece_of_an_array_comes_with_zeros_around_it(name, rows, columns, offset, stride):
-    body = COPY.replace("OFFSET", str(offset)).replace("STRIDE", str(stride))
-    body = body.replace("ROWS", str(rows)).replace("COLUMNS", str(columns))
+def test_a_piece_of_an_array_comes_with_zeros_around_it(name):
     room = draw(name, 1000)
     aligned = room[(-room.ctypes.data % 16) // room.itemsize :]
-    x = aligned[: offset + 20 * stride]
-    y = run(body, x, x, np.full((16, 24), np.nan, np.float32), (name, name), threads=64)
-    wanted = np.zeros((16, 24))
-    wanted[:rows, :columns] = x[offset:].reshape(20, stride)[2 : 2 + rows, 8 : 8 + columns]
-    np.testing.assert_array_equal(y, wanted)
+    for offset, stride in ((0, 40), (1, 40), (0, 37)):
+        for rows, columns in ((16, 24), (9, 13), (1, 1), (0, 0)):
+            x = aligned[: offset + 20 * stride]
+            sizes = np.array([offset, stride, rows, columns], np.float32)
+            y = run(COPY, x, sizes, np.full((16, 24), np.nan, np.float32), (name, "float"), threads=64)
+            wanted = np.zeros((16, 24))
+            wanted[:rows, :columns] = x[offset:].reshape(20, stride)[2 : 2 + rows, 8 : 8 + columns]
+            np.testing.assert_array_equal(y, wanted)
 
 
 @pytest.mark.parametrize("columns, stride", [(16, 16), (13, 16), (16, 19)])

@@ -27,6 +27,12 @@ NUMBERS = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float", "fl
 DTYPES = {"int": "int32", "long long": "int64", "bool": "bool"} | {ours: name for name, ours in NUMBERS.items()}
 
 
+@cache
+def text_of(name: str) -> str:
+    """A file of this folder."""
+    return (FOLDER / name).read_text()
+
+
 class Parameter(NamedTuple):
     """One parameter of a kernel: its type without ``const``, and whether it points to numbers of that type."""
 
@@ -49,12 +55,11 @@ class Kernel:
         self.name = name
         self.headers = headers
 
-    @cache  # noqa: B019 - kernels live as long as the module
     def text(self) -> str:
         """What the file says."""
-        return (FOLDER / f"{self.name}.cu").read_text()
+        return text_of(f"{self.name}.cu")
 
-    @cache  # noqa: B019
+    @cache  # noqa: B019 - kernels live as long as the module
     def parameters(self) -> tuple[Parameter, ...]:
         """What it declares."""
         listed = re.search(rf"\n{self.name}\((.*?)\)", self.text(), flags=re.DOTALL)[1]
@@ -66,8 +71,8 @@ class Kernel:
         lines = [f"typedef {kind} {name};" for name, kind in types.items() if kind not in ("float16", "bfloat16")]
         lines += [f"#define {name} {value}" for name, value in constants.items()]
         halves = [f"typedef {kind} {name};" for name, kind in types.items() if kind in ("float16", "bfloat16")]
-        numbers, sequences = ((FOLDER / header).read_text() for header in HEADERS)
-        own = ((FOLDER / header).read_text() for header in self.headers)
+        numbers, sequences = map(text_of, HEADERS)
+        own = map(text_of, self.headers)
         return "\n".join([*lines, numbers, *halves, sequences, *own, f'#line 1 "{self.name}.cu"', self.text()])
 
     def typed(self, arguments: Mapping[str, Any], types: Mapping[str, str]) -> list[Any]:

@@ -10,6 +10,7 @@ import numpy as np
 __all__ = ["Tiles", "pieces", "tiles"]
 
 CHUNKED_FROM = 32  # tokens: below, one token after the other is faster
+WORTH_A_LAUNCH = 8  # chunks: sequences of fewer are never cut in pieces
 LONGEST = 256  # state column that fits in the registers of a warp, 16 at a time
 WIDEST = 128  # value columns of one block, 16 per warp
 TERMS = {"bfloat16": 1, "float16": 2, "float32": 3}  # numbers of bfloat16 that hold one of these without a loss
@@ -36,7 +37,7 @@ class Tiles(NamedTuple):
 
 
 def tiles(dtype: Any, tokens: int, rows: int, columns: int, gate: str, shared: int) -> Tiles | None:
-    """The choice for one call; None where tokens are better taken one after the other.
+    """The choice for one call; None where tokens are better taken one after the other, or no block has the room.
 
     Parameters
     ----------
@@ -57,15 +58,13 @@ def tiles(dtype: Any, tokens: int, rows: int, columns: int, gate: str, shared: i
     direct = name == "bfloat16" and gate != "channel"
     chunk = CHUNK[direct] if keys <= 128 else 16  # a state of more rows leaves few registers for answers
     key_terms = SUM_TERMS[name] if gate == "channel" else TERMS[name]
-    while True:
+    while values >= 16:
         found = Tiles(chunk, keys, values, direct, TERMS[name], key_terms, SUM_TERMS[name], 0)
         found = found._replace(shared=bytes_of(found, np.dtype(dtype).itemsize, gate))
         if found.shared <= shared:
             return found
-        if chunk > 16:
-            chunk //= 2
-        else:
-            values //= 2
+        chunk, values = (chunk // 2, values) if chunk > 16 else (chunk, values // 2)
+    return None
 
 
 def bytes_of(sizes: Tiles, itemsize: int, gate: str) -> int:
@@ -83,9 +82,10 @@ def bytes_of(sizes: Tiles, itemsize: int, gate: str) -> int:
 def pieces(tokens: int, chunk: int, blocks: int, multiprocessors: int) -> tuple[int, int]:
     """Number of pieces of a sequence and tokens in each, so that all multiprocessors work.
 
-    A piece begins with a walk over the pieces before it, so there are at most as many as each has chunks.
+    A piece begins with a walk over the pieces before it, so there are at most as many as each has chunks; and a second
+    launch takes as long as a few chunks.
     """
     chunks = -(-tokens // chunk)
-    wanted = max(min(multiprocessors // max(blocks, 1), isqrt(chunks)), 1)
+    wanted = max(min(multiprocessors // max(blocks, 1), isqrt(chunks)), 1) if chunks >= WORTH_A_LAUNCH else 1
     length = -(-chunks // wanted) * chunk
     return -(-tokens // length), length

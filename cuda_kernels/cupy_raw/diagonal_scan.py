@@ -28,9 +28,7 @@ def core(x: Any, log_decay: Any, phase: Any, *, state: DiagonalScanState) -> tup
     arrays = {"x": (x, BOTH), "x_imag": (x_imag, BOTH), "log_decay": (log_decay, BOTH), "phase": (phase, BOTH)}
     arrays |= {"h": (h_re, COLUMN), "h_imag": (h_imag, COLUMN), "o": (o_re, BOTH), "o_imag": (o_imag, BOTH)}
     types = {"data": x.dtype, "real": h_re.dtype, "answer": o_re.dtype}
-    launch(
-        KERNEL, sequences, arrays, ("h", "h_imag", "o", "o_imag"), types, {}, tokens=tokens, columns=columns
-    )
+    launch(KERNEL, sequences, arrays, ("h", "h_imag", "o", "o_imag"), types, {}, tokens=tokens, columns=columns)
     return o, DiagonalScanState(h)
 
 

@@ -163,7 +163,7 @@ __device__ __forceinline__ void decay_over_blocks(const Room& room) {
                 room.k.set(i, channel, behind * room.k.at(i, channel));
             behind *= room.whole[block * KEYS + channel];
         }
-        room.total[channel] = before;
+        room.total[channel] = channel < K ? before : 0;  // zero times NaN, behind the keys, is forgotten too
     }
 }
 
@@ -416,7 +416,7 @@ linear_attention_chunks(const data* q, const data* k, const data* v, const real*
     // The decay of one token before all else: where it leaves nothing, not even a NaN is left.
     const auto decay_now = [&](int t) {
         for (int row = threadIdx.x; row < KEYS; row += THREADS) {
-            const float decay = row < K ? exp2f(LOG2E * places.gate.at(t, GATE == STEP ? 0 : row)) : 1;
+            const float decay = row < K ? exp2f(LOG2E * places.gate.at(t, GATE == STEP ? 0 : row)) : 0;
             room.z[row] = kept(decay, room.z[row]);
             room.product[row] = kept(decay, room.product[row]);
             room.total[row] = decay;
@@ -500,8 +500,7 @@ linear_attention_chunks(const data* q, const data* k, const data* v, const real*
                 while (good < count && !__syncthreads_or(bad_value(good))) good++;
                 if (good == count)  // no value is to blame
                     for (good = 0; good < count && !__syncthreads_or(bad_answer(good));) good++;
-                finish_copies<0>();
-                __syncthreads();  // nobody looks at this chunk any more
+                finish_copies<0>();  // they go where this chunk is sent again
                 missing = true, one_by_one = good == 0, count = max(good, 1);
                 continue;
             }
@@ -526,10 +525,7 @@ linear_attention_chunks(const data* q, const data* k, const data* v, const real*
             room.product[row] = kept(decay, room.product[row]);
         }
         t += count;
-        if (part) {
-            finish_copies<0>();
-            __syncthreads();  // nobody looks at this part any more
-        }
+        if (part) __syncthreads();  // nobody looks at this part any more
         if (STATES && GATE && !alone && t == end && __syncthreads_or(memory.is_bad())) {
             begin_piece();  // a gate may forget what is bad, if it is not multiplied by zero
             alone = true, t = begin;

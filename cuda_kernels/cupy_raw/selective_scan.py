@@ -35,7 +35,5 @@ def core(
     per_thread, parts = split("n", h.shape[-1])
     constants = {"N": h.shape[-1], "ROWS": per_thread, "PARTS": parts, "EVEN": even(B, C)}
     types = {"data": u.dtype, "real": h.dtype}
-    launch(
-        KERNEL, sequences, arrays, ("h", "o"), types, constants, tokens=tokens, columns=columns
-    )
+    launch(KERNEL, sequences, arrays, ("h", "o"), types, constants, tokens=tokens, columns=columns)
     return o, SelectiveScanState(h)

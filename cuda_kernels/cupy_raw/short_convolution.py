@@ -38,7 +38,5 @@ def core(
     arrays |= {"window": (window, BOTH), "o": (o, BOTH)}
     types, constants = {"data": x.dtype, "real": window.dtype}, {"W": weight.shape[-2]}
     silu = int(activation == "silu")
-    launch(
-        KERNEL, sequences, arrays, ("window", "o"), types, constants, tokens=tokens, columns=columns, silu=silu
-    )
+    launch(KERNEL, sequences, arrays, ("window", "o"), types, constants, tokens=tokens, columns=columns, silu=silu)
     return o, ShortConvolutionState(window)
