@@ -162,7 +162,7 @@ def finding(found: dict[str, Any]) -> str:
     place = min(found["places"], key=lambda x: abs(x - 1))
     error = {entry["name"]: value_at(found, entry["name"], place) for entry in found["rows"]}
     return (
-        f"At {place:g} pairs per dimension linear attention loses {error['linear attention']:.2f} of the variance of "
+        f"At t = {place:g} d linear attention loses {error['linear attention']:.2f} of the variance of "
         f"what it reads again, {error['scaled linear attention']:.2f} with its best scale, the delta rule "
         f"{error['delta rule']:.2f}, least squares {error['least squares']:.2f}, softmax {error['softmax']:.2f}."
     )
