@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .backends import BackendUnavailable
 from .layers import layers as table
 from .text_recall import BadInput, Progress, at_least, chosen_layers, machine
 
@@ -301,10 +300,7 @@ def forecast(
     for i, name in enumerate(names):
         if progress:
             progress(i, len(names), name)
-        try:
-            entries.append(measured(name, y, problem, level, backend))
-        except BackendUnavailable as reason:
-            raise BadInput(str(reason)) from None
+        entries.append(measured(name, y, problem, level, backend))
     if progress:
         progress(len(names), len(names), "")
     simple = baselines(y, problem, season)

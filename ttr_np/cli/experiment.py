@@ -10,7 +10,7 @@ import argparse
 import textwrap
 from typing import Any
 
-from ..text_recall import BadInput
+from ..text_recall import BadInput, chosen_backends
 from . import Refusal
 from .recall import WIDTH, check_writable, plotter, write_json
 from .table import aligned
@@ -50,13 +50,13 @@ def run(arguments: argparse.Namespace) -> None:
 def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     """The experiment's dict."""
     from .. import experiments
-    from ..backends import BackendUnavailable
 
     given = {"seed": arguments.seed, "backend": arguments.backend}
     given |= {"repeats": arguments.repeats} if arguments.repeats is not None else {}
     try:
+        chosen_backends([arguments.backend] if arguments.backend else None)
         return getattr(experiments, arguments.name)(**given)
-    except (BadInput, BackendUnavailable, NotImplementedError) as problem:
+    except (BadInput, NotImplementedError) as problem:
         raise Refusal(str(problem)) from None
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import ttr_np
 
 from ..data import co2_weekly
-from ..text_recall import BadInput
+from ..text_recall import BadInput, chosen_backends
 from . import Refusal
 from .columns import Column, read_column
 from .recall import WIDTH, check_writable, plotter, progress_bar, split, write_json
@@ -81,6 +81,7 @@ def forecasts(arguments: argparse.Namespace, column: Column) -> dict[str, Any]:
 
     names = split(arguments.layers) or DEFAULT_LAYERS
     try:
+        chosen_backends([arguments.backend] if arguments.backend else None)
         result = forecast(
             column.values,
             layers=list(ttr_np.layers) if list(names) == ["all"] else names,

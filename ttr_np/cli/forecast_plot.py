@@ -58,7 +58,7 @@ def draw_errors(axes: Axes, result: dict[str, Any]) -> None:
     """One bar per forecaster, least error on top; persistence as a line."""
     entries = sorted(result["layers"] + result["baselines"], key=lambda entry: entry["rmse"])
     places = range(len(entries))
-    colours = [COLOURS[0] if entry in result["layers"] else COLOURS[8] for entry in entries]
+    colours = [COLOURS[0] if "optimizer" in entry else COLOURS[8] for entry in entries]
     axes.barh(places, [entry["rmse"] for entry in entries], color=colours)
     axes.set_yticks(places, [entry["name"] for entry in entries], fontsize=8)
     axes.set_ylim(len(entries) - 0.4, -0.6)
@@ -66,4 +66,4 @@ def draw_errors(axes: Axes, result: dict[str, Any]) -> None:
     axes.axvline(persistence, color="black", linestyle="--", linewidth=1, label="persistence")
     axes.set_xlabel("root mean squared error")
     axes.tick_params(axis="y", length=0)
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(fontsize=8, loc="center right")

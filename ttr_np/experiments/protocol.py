@@ -74,8 +74,8 @@ def best_scale(o: np.ndarray, v: np.ndarray) -> float:
 
 
 def relative_error(o: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Squared error over squared length of the values, one number per repeat."""
-    return np.sum((v - o) ** 2, axis=(-2, -1)) / np.sum(v**2, axis=(-2, -1))
+    """Squared error over the mean squared length of the values of all repeats, one number per repeat."""
+    return np.mean((v - o) ** 2, axis=(-2, -1)) / np.mean(v**2)
 
 
 def row(name: str, about: str, runs: Sequence[np.ndarray], theory: Sequence[float] | None = None) -> dict[str, Any]:
