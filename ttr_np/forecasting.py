@@ -290,7 +290,7 @@ def forecast(
     >>> import numpy as np
     >>> from ttr_np.forecasting import forecast
     >>> wave = np.sin(np.arange(200) / 3)
-    >>> result = forecast(wave, layers=["recursive_least_squares"])
+    >>> result = forecast(wave, layers=["recursive_least_squares"], backend="numpy")
     >>> result["layers"][0]["rmse"] < 0.1 * result["baselines"][0]["rmse"]
     True
     """

@@ -50,7 +50,7 @@ def delta_rule_error(d: int, t: int) -> float:
     Examples
     --------
     >>> delta_rule_error(64, 1), round(delta_rule_error(64, 64), 2)
-    (0.0, 0.61)
+    (0.0, 0.6)
     """
     a = c = s = 0.0  # a and c are sums over the pairs stored so far: the recursion is linear
     for stored in range(t):
@@ -133,7 +133,7 @@ def capacity(
     Examples
     --------
     >>> from ttr_np.experiments import capacity
-    >>> result = capacity(d=8, loads=[1.0], repeats=2)
+    >>> result = capacity(d=8, loads=[1.0], repeats=2, backend="numpy")
     >>> result["panels"][0]["rows"][0]["theory"]
     [0.875]
     """

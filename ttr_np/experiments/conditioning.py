@@ -135,7 +135,7 @@ def conditioning(
     Examples
     --------
     >>> from ttr_np.experiments import conditioning
-    >>> result = conditioning(d=4, length=64, start=32, kappas=[10.0], repeats=2)
+    >>> result = conditioning(d=4, length=64, start=32, kappas=[10.0], repeats=2, backend="numpy")
     >>> result["panels"][0]["rows"][-1]["mean"][0] < 1e-6
     True
     """

@@ -111,7 +111,7 @@ def mqar(
     Examples
     --------
     >>> from ttr_np.experiments import mqar
-    >>> result = mqar(d=16, vocabulary=128, pairs=[4], shared=[0.0], repeats=2)
+    >>> result = mqar(d=16, vocabulary=128, pairs=[4], shared=[0.0], repeats=2, backend="numpy")
     >>> [entry["axis"] for entry in result["panels"]]
     ['pairs stored', 'common component c']
     """

@@ -209,7 +209,7 @@ def tracking(
     Examples
     --------
     >>> from ttr_np.experiments import tracking
-    >>> result = tracking(d=4, steps=[0.5], drifts=[0.01], length=200, repeats=2)
+    >>> result = tracking(d=4, steps=[0.5], drifts=[0.01], length=200, repeats=2, backend="numpy")
     >>> [entry["name"] for entry in result["panels"][1]["rows"]]
     ['NLMS', 'gated NLMS', 'Kalman filter']
     """
