@@ -14,11 +14,12 @@ exclude_patterns = ["figures", "results"]
 html_theme = "pydata_sphinx_theme"
 html_title = f"ttr_np {release}"
 html_theme_options = {"show_toc_level": 2, "secondary_sidebar_items": ["page-toc"]}
-myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 2
 autodoc_member_order = "groupwise"
 autodoc_typehints = "none"  # the docstrings say shapes, which the hints cannot
 numpydoc_show_class_members = False
-numpydoc_validation_checks = {"GL01", "PR01", "PR02", "RT01"} - {"GL01", "PR01", "PR02", "RT01"}
+
 
 
 def escape_mathematics(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:

@@ -184,6 +184,18 @@ def test_real_data_with_gaps_are_forecast_better_than_by_persistence():
     assert all(abs(entry["coverage"] - 0.9) < 0.02 for entry in result["layers"])
 
 
+@pytest.mark.slow
+def test_what_the_documentation_says_of_the_default_forecasts():
+    result = forecast(co2(), season=52, backend="numpy")
+    persistence = next(entry["rmse"] for entry in result["baselines"] if entry["name"] == "persistence")
+    ratio = {entry["name"]: entry["rmse"] / persistence for entry in result["layers"]}
+    exact = ("recursive_least_squares", "kalman", "local_linear")
+    assert all(ratio[name] < 0.8 for name in exact)
+    assert all(max(ratio[x] for x in exact) < ratio[name] < 1 for name in ("delta_rule", "gated_deltanet"))
+    assert ratio["linear_attention"] > 1
+    assert all(0.88 < entry["coverage"] < 0.92 for entry in result["layers"])
+
+
 def test_a_constant_series_is_forecast_without_error():
     result = forecast(np.full(60, 3.0), layers=["kalman"], lags=2, backend="numpy")
     assert result["layers"][0]["rmse"] == 0.0 and result["layers"][0]["next"] == [3.0, 3.0, 3.0]

@@ -93,7 +93,7 @@ def test_what_is_required_is_what_is_declared():
     required = {re.split(r"[<>=]", line)[0] for line in SETUP["options"]["install_requires"].split()}
     assert required == {"numpy", "scipy", "numba"}
     assert SETUP["options"]["python_requires"] == ">=3.10"
-    assert set(SETUP["options.extras_require"]) == {"cuda12", "cuda13", "plot", "dask", "test", "bench"}
+    assert set(SETUP["options.extras_require"]) == {"cuda12", "cuda13", "plot", "docs", "dask", "test", "bench"}
 
 
 def test_the_build_file_holds_the_build_backend_and_nothing_else():

@@ -57,4 +57,4 @@ def scale(axes: Axes, found: dict[str, Any]) -> None:
     if "y" in found["log"]:
         axes.set_yscale("log")
     axes.set_xticks(found["places"], [f"{x:g}" for x in found["places"]])
-    axes.tick_params(axis="x", which="minor", bottom=False)
+    axes.set_xticks([], minor=True)
