@@ -15,7 +15,7 @@ from ttr_np.experiments.capacity import delta_rule_error
 from ttr_np.experiments.conditioning import linear_attention_error, spectrum
 from ttr_np.experiments.drift import segments
 from ttr_np.experiments.protocol import ask_all, best_scale, predict, unit, value_at
-from ttr_np.experiments.tracking import best_filter, steady_risk
+from ttr_np.experiments.tracking import best_filter, drifting, gated_nlms, kalman, steady_risk
 from ttr_np.text_recall import BadInput
 
 SMALL = {
@@ -153,6 +153,36 @@ def test_the_steady_state_is_that_of_a_plain_loop(gate, step):
         w = np.sqrt(1 - q) * w + np.sqrt(q / d) * rng.standard_normal((runs, d))
     per_run = np.mean(risks, axis=0)
     assert abs(per_run.mean() - steady_risk(d, q, sigma, gate, step)) < 4 * per_run.std() / np.sqrt(runs)
+
+
+def plain_gated_nlms(x, y, gate, step):
+    """Squared errors of one series, as the module states the filter."""
+    u, errors = np.zeros(x.shape[-1]), []
+    for x_t, y_t in zip(x, y, strict=True):
+        errors.append(y_t - u @ x_t)
+        u = gate * (u + step * x_t * errors[-1] / (x_t @ x_t))
+    return np.square(errors)
+
+
+def plain_kalman(x, y, q, sigma):
+    """Squared errors of one series, from the textbook."""
+    d = x.shape[-1]
+    u, P, errors = np.zeros(d), np.eye(d) / d, []
+    for x_t, y_t in zip(x, y, strict=True):
+        u, P = np.sqrt(1 - q) * u, (1 - q) * P + q / d * np.eye(d)
+        errors.append(y_t - u @ x_t)
+        gain = P @ x_t / (x_t @ P @ x_t + sigma**2)
+        u, P = u + gain * errors[-1], P - np.outer(gain, x_t @ P)
+    return np.square(errors)
+
+
+def test_the_filters_are_those_of_the_textbooks():
+    x, y = drifting(np.random.default_rng(8), 2, 30, 4, 0.3, 0.2)
+    for i in range(2):
+        series, half = (x[i], y[i, :, 0]), slice(15, None)
+        found = [gated_nlms(x, y, 0.7, 0.9, "numpy")[i], kalman(x, y, 0.3, 0.2, "numpy")[i]]
+        expected = [plain_gated_nlms(*series, 0.7, 0.9)[half].mean(), plain_kalman(*series, 0.3, 0.2)[half].mean()]
+        np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
 def test_the_best_filter_is_best_around_it():

@@ -43,6 +43,13 @@ def test_the_import_loads_numpy_and_nothing_heavier():
     assert "numpy" in loaded and not set(HEAVY) & set(loaded)
 
 
+def test_the_experiments_are_there_when_they_are_asked_for():
+    code = "import sys, ttr_np; print('ttr_np.experiments' in sys.modules, ttr_np.experiments.drift.__name__)"
+    assert python(code).split() == ["False", "drift"]
+    with pytest.raises(AttributeError, match="no attribute 'experiment'"):
+        ttr_np.experiment  # noqa: B018
+
+
 def test_an_operator_on_numpy_loads_no_compiler():
     code = "import sys, ttr_np; ttr_np.delta_rule([[1.]], [[1.]], [[1.]], [1.], backend='numpy'); print(*sys.modules)"
     loaded = {name.split(".")[0] for name in python(code).split()}
