@@ -210,6 +210,13 @@ class Exploding:
         return np.full(v.shape, np.inf)
 
 
+def test_while_there_are_too_few_residuals_there_is_no_band():
+    result = forecast(wave(), layers=["kalman"], lags=2, level=0.999, backend="numpy")
+    middle, low, high = result["layers"][0]["next"]
+    assert np.isfinite(middle) and low is high is None and result["layers"][0]["coverage"] == 1.0
+    assert json.loads(json.dumps(result["layers"][0]["next"])) == [middle, None, None]
+
+
 def test_a_layer_that_cannot_run_or_diverges_has_its_reason(monkeypatch):
     names = ["ttt_linear", "omeganet", "lru", "mamba3", "delta_rule"]
     table = {name: ttr_np.layers[name] for name in names} | {"delta_rule": Exploding()}
@@ -228,6 +235,8 @@ def test_a_layer_that_cannot_run_or_diverges_has_its_reason(monkeypatch):
         ([1.0, 2.0, 3.0], {}, "the series has 3 steps"),
         ([1e200] * 80, {}, "smaller than 1e"),
         ([[1.0]], {}, "one axis, got 2"),
+        (np.where(np.arange(80) % 2, 1.0, np.nan), {}, "too many gaps: none of the first 18 steps"),
+        ([1.0, 2.0] * 5 + [np.nan] * 70, {"lags": 2}, "nothing to score: no number after"),
         (wave(), {"lags": 0}, "lags must be"),
         (wave(), {"season": 1}, "season must be"),
         (wave(), {"level": 1.0}, "level must lie"),
@@ -296,6 +305,23 @@ def test_without_a_season_there_is_no_seasonal_comparison(series, capsys):
     assert "seasonal naive" not in text and "no season: --season M" in text
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [("", "lags 1 to 3;"), ("--season 12", "lags 1 to 3 and 11 to 13;"), ("--season 4", "lags 1 to 5;")],
+)
+def test_the_lags_are_told(series, capsys, options, words):
+    assert main(["forecast", str(series), *OPTIONS, *options.split()]) == 0
+    assert words in capsys.readouterr().out
+
+
+def test_without_a_band_its_cells_are_empty(series, tmp_path, capsys):
+    out = tmp_path / "out.csv"
+    assert main(["forecast", str(series), *OPTIONS, "--level", "0.999", "--csv", str(out)]) == 0
+    last = list(csv.DictReader(io.StringIO(out.read_text())))[-1]
+    assert last["kalman"] and last["kalman_low"] == last["kalman_high"] == ""
+    assert all(line.endswith(" -") for line in capsys.readouterr().out.splitlines() if line.startswith("kalman"))
+
+
 def test_all_layers_can_be_asked(series, capsys):
     assert main(["forecast", str(series), *OPTIONS[:-2], "--layers", "all", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -329,7 +355,7 @@ REFUSED = {
     "no such file": (None, ["--column", "y"], "cannot read"),
     "empty": ("", ["--column", "y"], "has 0 lines"),
     "heading only": ("t,y\n", ["--column", "y"], "has 1 line;"),
-    "no column named": ("t,y\n1,2\n", [], "--column is needed"),
+    "no column named": ("t,y\n1,2\n", [], "--column is needed; the columns are t, y"),
     "no such column": ("t,y\n1,2\n", ["--column", "z"], "is not there; the columns are t, y"),
     "column twice": ("y,y\n1,2\n", ["--column", "y"], "appears twice"),
     "no such time": ("t,y\n1,2\n", ["--column", "y", "--time", "when"], "of --time is not there"),

@@ -97,7 +97,7 @@ def pose(y: np.ndarray, lags: int = 8, season: int | None = None, warmup: int | 
     Raises
     ------
     BadInput
-        If the series is too short.
+        If the series is too short or has too many gaps.
     """
     back = lagged(lags, season)
     first, size = int(back.max()), 1 + len(back)
@@ -111,6 +111,10 @@ def pose(y: np.ndarray, lags: int = 8, season: int | None = None, warmup: int | 
     x, change = full[sources] - last[:, None], y[at] - last
     memorise = known[at] & known[at - 1] & known[sources].all(axis=-1)
     learnt = memorise[:warmup]
+    if not learnt.any():
+        raise BadInput(f"too many gaps: none of the first {warmup} steps was measured with all of its lags")
+    if not np.any(known[at][warmup:]):
+        raise BadInput(f"nothing to score: no number after the first {first + warmup} steps")
     scale = spread(change[:warmup][learnt])
     k = np.column_stack([np.ones(len(at)), x / spread(x[:warmup][learnt])])
     length = np.linalg.norm(k, axis=-1, keepdims=True)
@@ -120,7 +124,7 @@ def pose(y: np.ndarray, lags: int = 8, season: int | None = None, warmup: int | 
 
 def spread(x: np.ndarray) -> np.ndarray:
     """Root mean square along the first axis; 1 where that is nothing to divide by."""
-    size = np.sqrt(np.mean(x**2, axis=0)) if len(x) else np.zeros(x.shape[1:])
+    size = np.sqrt(np.mean(x**2, axis=0))
     return np.where(size > 0, size, 1.0)
 
 
@@ -190,11 +194,12 @@ def scored(y: np.ndarray, forecasts: np.ndarray, problem: Problem, level: float)
     inside = np.isfinite(now) & (np.arange(len(now)) >= problem.start)
     errors = (now - forecasts)[inside] / problem.scale
     covered = np.abs(errors) <= half[inside] / problem.scale
+    edges = np.array([-half[-1], half[-1]])
     return {
         "rmse": float(problem.scale * np.sqrt(np.mean(errors**2))),
         "mae": float(problem.scale * np.mean(np.abs(errors))),
         "coverage": float(np.mean(covered)),
-        "next": [float(forecasts[-1] + x) if np.isfinite(half[-1]) else None for x in (0, -half[-1], half[-1])],
+        "next": [float(forecasts[-1]), *(float(x) if np.isfinite(x) else None for x in forecasts[-1] + edges)],
         "series": {"forecast": forecasts, "half_width": half},
     }
 
@@ -266,9 +271,9 @@ def forecast(
     -------
     dict
         ``layers`` and ``baselines`` (persistence; with a season, the value of a season ago), each best first, each with
-        ``rmse``, ``mae``, ``coverage`` of the bands, ``next`` (forecast, low and high of the step to come; None while
-        no band can be given) and ``series``: ``forecast`` and ``half_width`` of every step from ``first`` on, the step
-        to come included. ``not_run`` gives reasons.
+        ``rmse``, ``mae``, ``coverage`` of the bands, ``next`` (forecast, low and high of the step to come; the latter
+        None while there is no band) and ``series``: ``forecast`` and ``half_width`` of every step from ``first`` on,
+        the step to come included. ``not_run`` gives reasons.
 
     Raises
     ------

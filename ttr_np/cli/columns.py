@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from . import Refusal
 
-__all__ = ["Column", "read_column"]
+__all__ = ["Column", "read_column", "read_table"]
 
 MISSING = {"", "na", "n/a", "nan", "null", "none"}
 DELIMITERS = ",;\t"

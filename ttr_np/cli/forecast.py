@@ -18,7 +18,7 @@ import ttr_np
 from ..data import co2_weekly
 from ..text_recall import BadInput, chosen_backends
 from . import Refusal
-from .columns import Column, read_column
+from .columns import Column, read_column, read_table
 from .recall import WIDTH, check_writable, plotter, progress_bar, split, write_json
 from .table import aligned, digits
 
@@ -71,7 +71,7 @@ def series(arguments: argparse.Namespace) -> Column:
         arguments.season = 52 if arguments.season is None else arguments.season
         return read_column(str(co2_weekly()), "co2", "date")
     if arguments.column is None:
-        raise Refusal("--column is needed: the name of the column to forecast")
+        raise Refusal(f"--column is needed; the columns are {', '.join(read_table(arguments.file).header)}")
     return read_column(arguments.file, arguments.column, arguments.time)
 
 
@@ -135,7 +135,7 @@ def report(result: dict[str, Any]) -> str:
     head = [
         f"One-step-ahead forecasts of {result['column']}, {result['source']}: {result['steps']} steps, "
         f"{result['missing']} missing; {result['memorised']} pairs memorised, {result['scored']} steps scored",
-        f"lags 1 to {result['lags'] + 1}{seasonal(result)}; gates are the table's defaults",
+        f"lags {lags(result)}; gates are the table's defaults",
     ]
     foot = [
         "/ pers., / seas.: RMSE over that of the last value, of the value a season ago; band: share of the values "
@@ -149,10 +149,13 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join([*head, "", table(result), "", *foot])
 
 
-def seasonal(result: dict[str, Any]) -> str:
-    """The lags around a season in words."""
-    half = result["lags"] // 2
-    return f" and {result['season'] - half} to {result['season'] + half}" if result["season"] else ""
+def lags(result: dict[str, Any]) -> str:
+    """The lags of a key in words."""
+    near, half = result["lags"] + 1, result["lags"] // 2
+    if not result["season"]:
+        return f"1 to {near}"
+    low, high = result["season"] - half, result["season"] + half
+    return f"1 to {near} and {low} to {high}" if low > near + 1 else f"1 to {max(near, high)}"
 
 
 def table(result: dict[str, Any]) -> str:
@@ -174,6 +177,6 @@ def cells(entry: dict[str, Any], against: list[float]) -> list[str]:
     """One line of the table."""
     ratios = [digits(entry["rmse"] / rmse) if rmse else "-" for rmse in against]
     middle, low, high = entry["next"]
-    step = ["-", "-"] if middle is None else [f"{middle:.5g}", f"{(high - low) / 2:.2g}"]
+    step = [f"{middle:.5g}", "-" if low is None else f"{(high - low) / 2:.2g}"]
     errors = [f"{entry[key]:.3g}" for key in ("rmse", "mae")]
     return [entry["name"], *(entry[key] for key in ABOUT), *errors, *ratios, f"{100 * entry['coverage']:.1f}", *step]
