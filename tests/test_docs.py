@@ -92,6 +92,7 @@ def numbers(text):
 def test_the_command_makes_every_figure_and_the_tables_that_are_shown(tmp_path, results, monkeypatch):
     for name in NAMES:
         monkeypatch.setattr(experiments, name, lambda name=name: results[name])
+    monkeypatch.setenv("TTR_BACKEND", "numpy")
     figures().main([str(tmp_path)])
     for path in sorted((DOCS / "figures").iterdir()):
         made = (tmp_path / "figures" / path.name).read_bytes()

@@ -362,6 +362,8 @@ REFUSED = {
     "all missing": ("t,y\n1,\n2,NA\n3,nan\n", ["--column", "y"], "has no number in 3 rows"),
     "text": ("t,y\n1,2\n2,high\n", ["--column", "y"], "line 3: 'high' in the column 'y' is not a number"),
     "decimal comma": ("t;y\n1;2,5\n", ["--column", "y"], "line 2: '2,5'"),
+    "underscore": ("t,y\n1,1_000\n", ["--column", "y"], "line 2: '1_000' in the column 'y' is not a number"),
+    "csv to standard output": ("t,y\n1,2\n", ["--column", "y", "--csv", "-"], "--csv needs the name of a file"),
     "infinite": ("t,y\n1,inf\n", ["--column", "y"], "'inf' in the column 'y' is not a number"),
     "ragged": ("t,y\n1,2\n2\n", ["--column", "y"], "line 3: 1 cells, but the heading has 2"),
     "unsorted numbers": ("t,y\n1,2\n3,4\n2,5\n", ["--column", "y", "--time", "t"], "line 4: the time 2 comes before 3"),

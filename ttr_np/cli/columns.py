@@ -105,7 +105,7 @@ def number(cell: str, table: Table, i: int, name: str) -> float:
         value = float(cell)
     except ValueError:
         value = float("inf")
-    if not isfinite(value):
+    if not isfinite(value) or "_" in cell:  # Python reads 1_000, other programs do not
         raise Refusal(f"{table.path} line {table.lines[i]}: {cell!r} in the column {name!r} is not a number")
     return value
 

@@ -48,6 +48,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Check everything that can be wrong, then forecast, then print, write and draw."""
     if arguments.plot is not None:
         draw = plotter(arguments.plot, ".forecast_plot")
+    if arguments.csv == "-":
+        raise Refusal("--csv needs the name of a file")
     column = series(arguments)
     for path in (arguments.json, arguments.csv, arguments.plot):
         if path not in (None, "-"):
