@@ -325,6 +325,7 @@ def test_mqar_shows_what_it_claims(results):
         assert np.all(means(by_pairs, name) > 0.999)
     linear, online, exact = (means(by_pairs, name) for name in ("linear attention", "delta rule, beta 1", "ridge 0.25"))
     assert np.all(exact >= linear) and np.all(linear >= online)
+    assert np.all(exact[2:] > linear[2:]) and np.all(linear[2:] > online[2:])
     assert np.all(means(by_pairs, "softmax, scale 1/sqrt d") < 0.1)
     assert by_share["places"][-1] == 2.0
     assert means(by_share, "linear attention")[-1] < 0.1 and means(by_share, "squared dot product")[-1] < 0.1
