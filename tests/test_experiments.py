@@ -257,6 +257,10 @@ def test_a_setting_out_of_range_is_refused(name, settings):
 # The command
 
 
+def test_the_command_knows_every_experiment():
+    assert list(NAMES) == sorted(experiments.__all__)
+
+
 def test_the_command_writes_what_the_function_returns(capsys, tmp_path):
     figure = tmp_path / "tracking.png"
     assert main([*"experiment conditioning --repeats 2 --backend numpy --json --plot".split(), str(figure)]) == 0
