@@ -204,7 +204,6 @@ def test_a_cut_at_the_border_of_a_chunk_changes_no_bit(name):
     np.testing.assert_array_equal(end, state)
 
 
-cupy = kernels.cupy  # the fixture
 on_cupy = pytest.mark.parametrize("case", CASES[2:4], ids=str)
 
 

@@ -149,6 +149,17 @@ def test_no_gate_is_looked_at_while_a_graph_is_recorded(cupy, monkeypatch):
     assert (cupy.counted["waits"], cupy.counted["sent"]) == (0, 0)
 
 
+@pytest.mark.parametrize("operator", ["linear_attention", "delta_rule"])
+def test_long_sequences_make_the_round_trip_too(cupy, operator):
+    arrays = draw(operator, np.random.default_rng(0), lead=(1,), t=600, k=16, v=5, dtype=np.float32)
+    wanted = getattr(ttr_np, operator)(**arrays, backend="numpy")
+    found = getattr(ttr_np, operator)(**arrays, backend="cupy")
+    there = getattr(ttr_np, operator)(**{name: cupy.array(x) for name, x in arrays.items()})
+    assert isinstance(found, np.ndarray) and isinstance(there, cupy.ndarray)
+    for o in (found, there.get()):
+        np.testing.assert_allclose(o, wanted, atol=1e-5 * np.max(np.abs(wanted)), rtol=0)
+
+
 def test_no_answer_is_sent_to_the_device(cupy):
     arrays = draw("linear_attention", np.random.default_rng(0), t=50, dtype=np.float32)
     ttr_np.linear_attention(**arrays, backend="cupy")

@@ -243,6 +243,8 @@ def test_every_kind_has_a_peer_that_takes_our_arrays():
             assert wanted <= takes.keys(), name
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
 def test_whoever_cannot_be_made_is_skipped_with_the_reason():
     pytest.importorskip("torch")
     peers = import_module("benchmarks.gpu_peers")

@@ -105,6 +105,12 @@ class Gpu:
         """A new array in the container of another."""
         return np.empty_like(like, shape=shape, dtype=dtype)
 
+    def scratch(self, size: int) -> Any:
+        """Numbers of single precision for what one launch leaves to the next, on the device whatever the caller has."""
+        import cupy
+
+        return cupy.empty((size,), np.float32)
+
     def own(self, x: Any) -> Any:
         """An array on the device; what is broadcast goes there once."""
         import cupy

@@ -61,7 +61,7 @@ def attend(
     given = {name: (arrays[name], own) for name, own in owns.items()}
     given |= {"S": (S, BOTH), "S_next": (None, BOTH), "z": (z, COLUMN), "z_next": (None, COLUMN), "o": (None, BOTH)}
     constants = constants_of(chosen, q.shape[-1], arrays["bonus"] is not None, normalize)
-    scalars = workspace(chosen, sequences, q, normalize)
+    scalars = workspace(chosen, sequences, normalize)
     scalars |= {"tokens": q.shape[-2], "columns": v.shape[-1], "length": chosen.length, "scale": scale}
     types = {"data": q.dtype, "real": S.dtype}
     stored = chosen.pieces - 1
@@ -98,12 +98,12 @@ def constants_of(chosen: Plan, rows: int, bonus: bool, normalize: bool) -> dict[
     }
 
 
-def workspace(chosen: Plan, sequences: Sequences, q: Any, normalize: bool) -> dict[str, Any]:
+def workspace(chosen: Plan, sequences: Sequences, normalize: bool) -> dict[str, Any]:
     """Arrays for what the pieces but the last add to the state, and for their decays."""
     stored = sequences.memories * (chosen.pieces - 1)
     names = {"sums": chosen.column_blocks * chosen.sizes.values * chosen.sizes.keys}
     names |= {"piece_decays": chosen.sizes.keys * (chosen.gate != "none"), "z_sums": chosen.sizes.keys * normalize}
     return {
-        name: _launch.machine.empty((stored * each,), np.dtype(np.float32), q) if stored * each else None
+        name: _launch.machine.scratch(stored * each) if stored * each else None
         for name, each in names.items()
     }
