@@ -342,7 +342,8 @@ __device__ __forceinline__ void prepare(const Room& room, int stage, const real*
         sum_rows(
             K,
             [&](int i, int n) {
-                return widened(room.q_in[stage].at(i, n)) * bonus_of[n * bonus_step] * widened(room.k_in[stage].at(i, n));
+                const float asked = widened(room.q_in[stage].at(i, n)) * bonus_of[n * bonus_step];
+                return asked * widened(room.k_in[stage].at(i, n));
             },
             [&](int i, float sum) { room.own[i] = sum; });
     if (!DIRECT) copy(room.v, room.v_in[0]);
@@ -383,7 +384,8 @@ linear_attention_chunks(const data* q, const data* k, const data* v, const real*
         places.v = rows(v, table, axes, V, which);
         places.o = rows(o, table, axes, O, which).of(group);
         places.gate = gate, places.gate_row = {gate.begin, 0, 0, gate.row};
-        places.wide_q = in_vectors(places.q), places.wide_k = in_vectors(places.k), places.wide_v = in_vectors(places.v);
+        places.wide_q = in_vectors(places.q), places.wide_k = in_vectors(places.k);
+        places.wide_v = in_vectors(places.v);
         places.wide_gate = in_vectors(GATE == STEP ? places.gate_row : places.gate);
     }
     __syncthreads();  // the places are known
@@ -391,7 +393,8 @@ linear_attention_chunks(const data* q, const data* k, const data* v, const real*
 
     // What earlier pieces add to the state, and their decays.
     const auto sum_of = [&](int p, int i) -> real& {
-        return sums[(((size_t(which) * column_blocks + column_block) * stored + p) * (KEYS / 2) + i) * THREADS + threadIdx.x];
+        const size_t block = (size_t(which) * column_blocks + column_block) * stored + p;
+        return sums[(block * (KEYS / 2) + i) * THREADS + threadIdx.x];
     };
     const auto of_keys = [&](real* x, int p) { return x + (size_t(which) * stored + p) * KEYS; };
 
