@@ -391,6 +391,13 @@ def test_arrays_on_the_device_stay_there(case, cupy, dtype):
             sentences.same_bits(found.get(), expected)
 
 
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_so_do_those_that_are_taken_in_chunks(cupy, monkeypatch, per_channel):
+    monkeypatch.setattr(_tiles, "CHUNKED_FROM", 1)
+    case = Case("linear_attention", "cupy", ("log_decay",), per_channel, {})
+    test_arrays_on_the_device_stay_there(case, cupy, np.float16)
+
+
 def test_a_table_is_sent_once(cupy):
     from cuda_kernels.cupy_raw import _launch
 
