@@ -149,6 +149,7 @@ def launch(
     written: tuple[str, ...],
     types: Mapping[str, Any],
     constants: Mapping[str, int],
+    cut: _calls.Grid | None = None,
     **scalars: Any,
 ) -> None:
     """Run a kernel over all sequences.
@@ -165,13 +166,15 @@ def launch(
         What the text calls ``data``, ``real`` and so on: a dtype each.
     constants
         Sizes that are fixed when it is compiled.
+    cut
+        Blocks per memory, where they are not of columns, and their threads.
     **scalars
         ``tokens``, ``columns``, and what else the kernel declares.
     """
     if not scalars["tokens"] * sequences.memories * sequences.groups:
         return
     names = {name: NUMBERS[np.dtype(dtype).name] for name, dtype in types.items()}
-    blocks, threads = _calls.grid(scalars["columns"], constants.get("PARTS", 1))
+    blocks, threads = cut or _calls.grid(scalars["columns"], constants.get("PARTS", 1))
     views = {name: None if x is None else sequences.view(x, own) for name, (x, own) in arrays.items()}
     sizes = {"axes": len(sequences.shape), "groups": sequences.groups, "blocks": blocks}
     with _calls.there_and_back(machine, views, written) as here:

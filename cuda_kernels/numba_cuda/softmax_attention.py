@@ -1,0 +1,149 @@
+"""Softmax attention on the GPU: tiles of queries meet tiles of pairs in one pass, newest first.
+
+    x = scale q . k + bias,    top' = max(top, x),    p = exp(x - top'),    weight' = weight exp(top - top') + sum p,
+    o' = o exp(top - top') + p v,    at the end o / weight
+
+See ``ttr_np.solvers.softmax_attention`` for the definition and the sources.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from math import exp, inf
+from typing import Any
+
+import numpy as np
+from numba import from_dtype
+
+from ttr_np.notation import CacheState
+from ttr_np.solvers._cache import append, check_options, empty_cache
+from ttr_np.solvers.softmax_attention import scale_of
+
+from .._attention import pairs_of
+from .._sequences import BOTH, ROW, Sequences
+from ._launch import cuda, empty, launch, run
+from ._pairs import SLAB, TILE, aged, bias_of, count_of, first_steps, grid, number, over_row, place, sees, top_of_row
+
+__all__ = ["softmax_attention"]
+
+COLUMNS = 8  # of the values that one thread answers for
+
+
+def softmax_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    sinks: int = 0,
+    log_decay: Any = None,
+    **common: Any,
+) -> Any:
+    """Softmax attention; see ``ttr_np.softmax_attention``."""
+    check_options(q, log_decay, causal, window, sinks)
+    options = {"scale": scale, "causal": bool(causal), "window": window, "sinks": sinks}
+    options["keep"] = bool(common.get("output_final_state"))
+    arrays = {"q": q, "k": k, "v": v, "log_decay": log_decay}
+    return run(core, "softmax_attention", arrays, options, start=empty_cache, **common)
+
+
+def core(
+    q: Any,
+    k: Any,
+    v: Any,
+    log_decay: Any,
+    mask: Any,
+    *,
+    scale: float | None,
+    causal: bool,
+    window: int | None,
+    sinks: int,
+    keep: bool,
+    state: CacheState,
+) -> tuple[Any, CacheState]:
+    """One launch; the cache grows only to be returned."""
+    pairs, tokens, width = pairs_of(state, k, v, mask), q.shape[-2], v.shape[-1]
+    sequences = Sequences(state.k.shape[:-2], np.broadcast_shapes(q.shape[:-2], state.k.shape[:-2]))
+    o = empty(sequences, (tokens, width), q.dtype, q)
+    arrays = {"q": (q, BOTH), **pairs.arrays, "log_decay": (log_decay, ROW), "o": (o, BOTH)}
+    columns = max(min(-(-width // TILE), COLUMNS), 1)
+    cut, parts = grid(sequences, tokens, width, columns)
+    numbers = (scale_of(scale, q), int(causal), window or 0, sinks, pairs.cached, parts)
+    launch(kernel_for(columns, from_dtype(q.dtype)), sequences, arrays, ("o",), tokens, width, 1, *numbers, cut=cut)
+    return o, append(state, k, v, log_decay, mask, window, sinks) if keep else state
+
+
+@cache
+def kernel_for(columns: int, real: Any) -> Any:
+    """The kernel: thread (row, lane) weighs a pair for a query, and answers for so many value columns of that query."""
+    width = TILE * columns
+
+    def softmax_attention(
+        q, k, v, position, count, left, log_decay, o, scale, causal, window, sinks, cached, parts, blocks
+    ):
+        queries = cuda.shared.array((TILE, SLAB), real)
+        keys = cuda.shared.array((TILE, SLAB), real)
+        values = cuda.shared.array((TILE, width), real)
+        weights = cuda.shared.array((TILE, TILE), real)
+        answer = cuda.local.array(columns, real)
+        sums = cuda.local.array(columns, real)
+        groups, tokens, pairs = q.shape[2], q.shape[3], k.shape[3]
+        b, h, first, part, row, lane = place(q.shape[1], blocks, parts)
+        step, group = (first + row) // groups, (first + row) % groups
+        asked = step < tokens
+        last = -1 if not asked else cached + step if causal else pairs - 1
+        oldest = count_of(count[b, h, 0], step) - window if window and asked else 0
+        end = cached + min((first + TILE - 1) // groups + 1, tokens) if causal else pairs
+        begin = first_steps(count[b, h, 0], tokens, count_of(count[b, h, 0], first // groups) - window) if window else 0
+        begin += cached if begin else 0  # all cached pairs are looked at: there are few where there is a window
+        front = cached + first_steps(count[b, h, 0], tokens, sinks) if sinks else 0
+        top, weight, since = real(-inf), real(0), 0.0
+        for c in range(columns):
+            answer[c] = real(0)
+
+        for tile in range((end - 1) // TILE, -1, -1):
+            start = tile * TILE
+            if start + TILE <= begin and start >= front:  # older than the window, and no sink
+                since = aged(since, log_decay[b, h, 0], start - cached, last - cached)
+                continue
+            x = real(0)
+            for low in range(0, max(q.shape[4], 1), SLAB):
+                cuda.syncthreads()  # nobody is left at what is staged anew
+                for c in range(low + lane, low + SLAB, TILE):
+                    there = c < q.shape[4]
+                    queries[row, c - low] = q[b, h, group, step, c] if there and asked else real(0)
+                    keys[row, c - low] = k[b, h, 0, start + row, c] if there and start + row < pairs else real(0)
+                cuda.syncthreads()  # the channels of this slab are staged
+                for c in range(SLAB):
+                    x += queries[row, c] * keys[lane, c]
+            seen = sees(position[b, h, 0], start + lane, last, oldest, sinks)
+            bias = bias_of(since, log_decay[b, h, 0], left[b, h, 0], start + lane, cached, start, last) if seen else -inf
+            x = real(-inf) if bias == -inf else scale * x + real(bias)
+            since = aged(since, log_decay[b, h, 0], start - cached, last - cached)
+
+            higher = max(top, top_of_row(x))
+            shift = higher if higher > -inf else real(0)
+            p, kept = exp(x - shift), exp(top - shift)
+            weight, top = kept * weight + over_row(p), higher
+            weights[row, lane] = p if x != -inf else real(-1)  # less than none: not even a NaN comes through
+            for c in range(columns):
+                column = (part * columns + c) * TILE + lane
+                there = start + row < pairs and column < v.shape[4]
+                values[row, c * TILE + lane] = number(v[b, h, 0, start + row, column]) if there else real(0)
+                sums[c] = real(0)
+            cuda.syncthreads()  # the weights and values of this tile are staged
+            for j in range(TILE):
+                for c in range(columns):
+                    if not weights[row, j] < 0:
+                        sums[c] += weights[row, j] * values[j, c * TILE + lane]
+            for c in range(columns):
+                answer[c] = kept * answer[c] + sums[c]
+
+        for c in range(columns):
+            column = (part * columns + c) * TILE + lane
+            if asked and column < v.shape[4]:
+                o[b, h, group, step, column] = answer[c] / weight if weight != 0 else answer[c]
+
+    return softmax_attention
