@@ -14,6 +14,8 @@
 #define blockDim (::runner::builtins.block_size)
 #define gridDim (::runner::builtins.grid_size)
 
+static inline int min(int x, int y) { return x < y ? x : y; }
+static inline int max(int x, int y) { return x < y ? y : x; }
 static inline void __syncthreads(int line = __builtin_LINE()) { runner::block_barrier(line); }
 
 template <class T>

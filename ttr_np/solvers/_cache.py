@@ -130,7 +130,7 @@ def trim(state: CacheState, window: int | None, sinks: int) -> CacheState:
     """Only the pairs that a later query can see, oldest first, empty slots (if sequences differ) in front."""
     keep = state.position >= 0
     if window is not None:
-        keep &= (state.position >= memorised_before(state) - window) | (state.position < sinks)
+        keep = keep & ((state.position >= memorised_before(state) - window) | (state.position < sinks))
     if keep.all():
         return state
     n = int(keep.sum(axis=-1).max()) if keep.size else 0

@@ -1,0 +1,101 @@
+"""Softmax attention on the GPU: one launch of ``softmax_attention.cu``; few queries of a long past are two."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ttr_np.notation import CacheState
+from ttr_np.solvers._cache import append, check_options, empty_cache
+
+from .._attention import pairs_of
+from .._calls import THREADS, Grid
+from .._sequences import BOTH, ROW, Sequences
+from ._launch import Kernel, empty, launch, run
+
+__all__ = ["softmax_attention"]
+
+KERNEL = Kernel("softmax_attention", "pairs.cuh")
+MERGE = Kernel("softmax_merge", "pairs.cuh")
+LANES = 16  # of a row
+SLAB = 16  # channels of keys and queries staged at a time
+COLUMNS = 4  # of the values that a thread answers for at a time
+FEW = 8  # queries of a block where there are no more
+PIECE = 512  # pairs of a piece of the past, about
+
+
+def softmax_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    sinks: int = 0,
+    log_decay: Any = None,
+    **common: Any,
+) -> Any:
+    """Softmax attention; see ``ttr_np.softmax_attention``."""
+    check_options(q, log_decay, causal, window, sinks)
+    options = {"scale": scale, "causal": bool(causal), "window": window, "sinks": sinks}
+    options["keep"] = bool(common.get("output_final_state"))
+    arrays = {"q": q, "k": k, "v": v, "log_decay": log_decay}
+    return run(core, "softmax_attention", arrays, options, start=empty_cache, **common)
+
+
+class Tiles(NamedTuple):
+    """How one call is cut: constants of the kernel, the blocks of a memory, and what these share."""
+
+    constants: dict[str, int]
+    parts: int  # blocks with the same queries, of different value columns
+    cuts: int  # blocks with the same queries, of different pieces of the past
+    grid: Grid
+
+
+def tiles(rows: int, pairs: int, width: int, real: np.dtype) -> Tiles:
+    """The cut depends on the sizes of one memory only, so that no answer depends on what else is in its batch."""
+    square = 64 if real == np.float32 else 32  # what shared memory holds
+    tall = FEW if rows <= FEW else square
+    columns = min(max(-(-width // LANES), 1), COLUMNS)
+    slabs = 1 if width <= columns * LANES else 2
+    parts = max(-(-width // (columns * LANES * slabs)), 1)
+    cuts = -(-pairs // PIECE) if tall == FEW else 1
+    constants = {"ROWS": tall, "PAIRS": square, "LANES": LANES, "SLAB": SLAB, "C": columns, "SLABS": slabs}
+    return Tiles(constants, parts, cuts, Grid(-(-rows // tall) * parts * cuts, THREADS))
+
+
+def core(
+    q: Any,
+    k: Any,
+    v: Any,
+    log_decay: Any,
+    mask: Any,
+    *,
+    scale: float | None,
+    causal: bool,
+    window: int | None,
+    sinks: int,
+    keep: bool,
+    state: CacheState,
+) -> tuple[Any, CacheState]:
+    """One launch over all pairs, or two over pieces of them; the cache grows only to be returned."""
+    pairs, (tokens, channels), width = pairs_of(state, k, v, mask), q.shape[-2:], v.shape[-1]
+    sequences = Sequences(state.k.shape[:-2], np.broadcast_shapes(q.shape[:-2], state.k.shape[:-2]))
+    real = state.k.dtype
+    cut = tiles(sequences.groups * tokens, pairs.k.shape[-2], width, real)
+    o = empty(sequences, (tokens, width), q.dtype, q)
+    pieces = empty(sequences, (cut.cuts * tokens, width + 2), real, q) if cut.cuts > 1 else None
+    arrays = {"q": (q, BOTH), **pairs.arrays, "log_decay": (log_decay, ROW), "o": (o, BOTH), "pieces": (pieces, BOTH)}
+    constants = cut.constants | {"GATED": int(log_decay is not None or pairs.cached > 0)}
+    sizes = {"tokens": tokens, "columns": width, "channels": channels, "pairs": pairs.k.shape[-2]}
+    sizes |= {"cached": pairs.cached, "parts": cut.parts, "cuts": cut.cuts}
+    options = {"causal": causal, "window": window or 0, "sinks": sinks}
+    options["scale"] = max(channels, 1) ** -0.5 if scale is None else scale
+    types = {"data": q.dtype, "stored": pairs.k.dtype, "real": real}
+    launch(KERNEL, sequences, arrays, ("pieces" if cut.cuts > 1 else "o",), types, constants, cut.grid, **sizes, **options)
+    if cut.cuts > 1:
+        merged = {"pieces": (pieces, BOTH), "o": (o, BOTH)}
+        launch(MERGE, sequences, merged, ("o",), types, {"LANES": LANES}, **sizes)
+    return o, append(state, k, v, log_decay, mask, window, sinks) if keep else state
