@@ -10,11 +10,16 @@ from typing import Any, NamedTuple
 
 from ttr_np.notation import CacheState
 from ttr_np.solvers._cache import join, positions
+from ttr_np.solvers.local_polynomial import KERNELS
 
 from ._calls import Arrays
 from ._sequences import BOTH, ROW
 
-__all__ = ["Pairs", "pairs_of"]
+__all__ = ["DOT", "EXPONENTIAL", "NAMES", "Pairs", "pairs_of"]
+
+NAMES = ("exponential", *KERNELS)  # a kernel's code is its place: from 2 on powers of 1 - u^2, the last one to the 0
+EXPONENTIAL = 0
+DOT = -1  # code of softmax attention: exponential as well, of the keys as they are
 
 
 class Pairs(NamedTuple):

@@ -7,20 +7,22 @@ so that no gate, however strong, costs the mild ones after it a digit.
 
 from __future__ import annotations
 
-from math import inf
+from math import inf, log, sqrt
 from typing import Any
 
 from numba import float64, int64
 
 from ttr_np.solvers._chunks import NO_PAST
 
+from .._attention import EXPONENTIAL, NAMES
 from .._calls import Grid
 from .._sequences import Sequences
 from ._launch import cuda
 
-__all__ = ["SLAB", "TILE", "aged", "bias_of", "count_of", "first_steps", "grid", "number", "over_row", "place"]
-__all__ += ["sees", "top_of_row"]
+__all__ = ["SLAB", "TILE", "aged", "bias_of", "count_of", "first_steps", "grid", "log_kernel", "number", "origin"]
+__all__ += ["over_row", "place", "product", "sees", "top_of_row"]
 
+GAUSSIAN, BOXCAR = NAMES.index("gaussian"), NAMES.index("boxcar")
 TILE = 16
 SLAB = 32  # channels of keys and queries that are staged at a time
 
@@ -100,6 +102,36 @@ def bias_of(since, log_decay, left, pair, cached, start, last):
 def number(x):
     """A number, or NaN where it is not finite."""
     return x if x - x == 0 else x - x
+
+
+@cuda.jit(device=True)
+def origin(key):
+    """What a channel of all keys is measured from: the oldest one, in the past of all queries. Zero if it is no number."""
+    return float64(key) if key - key == 0 else 0.0
+
+
+@cuda.jit(device=True)
+def product(code, q, k):
+    """A channel's part of a dot product, or of a squared distance."""
+    if code <= EXPONENTIAL:
+        return q * k
+    return (q - k) * (q - k)
+
+
+@cuda.jit(device=True)
+def log_kernel(code, x, width):
+    """Log of a kernel, of a dot product or a squared distance; ``width`` is the scale, or 1 / bandwidth."""
+    if code <= EXPONENTIAL:
+        return width * x
+    if code == GAUSSIAN:
+        return -x * (width * width) / 2
+    u = sqrt(x) * width
+    if not u <= 1:
+        return u - u if code == BOXCAR and u - u != 0 or u != u else -inf
+    inside = (1 - u) * (1 + u)
+    if code == BOXCAR:
+        return 0 * inside
+    return (code - 1) * log(inside) if inside > 0 else -inf
 
 
 @cuda.jit(device=True)

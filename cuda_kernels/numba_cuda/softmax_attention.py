@@ -19,10 +19,13 @@ from ttr_np.notation import CacheState
 from ttr_np.solvers._cache import append, check_options, empty_cache
 from ttr_np.solvers.softmax_attention import scale_of
 
-from .._attention import pairs_of
+from .._attention import DOT, EXPONENTIAL, Pairs, pairs_of
 from .._sequences import BOTH, ROW, Sequences
 from ._launch import cuda, empty, launch, run
-from ._pairs import SLAB, TILE, aged, bias_of, count_of, first_steps, grid, number, over_row, place, sees, top_of_row
+from ._pairs import (
+    SLAB, TILE, aged, bias_of, count_of, first_steps, grid, log_kernel, number, origin, over_row, place, product, sees,
+    top_of_row,
+)  # fmt: skip
 
 __all__ = ["softmax_attention"]
 
@@ -64,28 +67,39 @@ def core(
     state: CacheState,
 ) -> tuple[Any, CacheState]:
     """One launch; the cache grows only to be returned."""
-    pairs, tokens, width = pairs_of(state, k, v, mask), q.shape[-2], v.shape[-1]
-    sequences = Sequences(state.k.shape[:-2], np.broadcast_shapes(q.shape[:-2], state.k.shape[:-2]))
-    o = empty(sequences, (tokens, width), q.dtype, q)
-    arrays = {"q": (q, BOTH), **pairs.arrays, "log_decay": (log_decay, ROW), "o": (o, BOTH)}
-    columns = max(min(-(-width // TILE), COLUMNS), 1)
-    cut, parts = grid(sequences, tokens, width, columns)
-    numbers = (scale_of(scale, q), int(causal), window or 0, sinks, pairs.cached, parts)
-    launch(kernel_for(columns, from_dtype(q.dtype)), sequences, arrays, ("o",), tokens, width, 1, *numbers, cut=cut)
+    pairs = pairs_of(state, k, v, mask)
+    options = {"causal": causal, "window": window, "sinks": sinks}
+    o = average(q, pairs, log_decay, state, DOT, scale_of(scale, q), **options)
     return o, append(state, k, v, log_decay, mask, window, sinks) if keep else state
 
 
+def average(
+    q: Any, pairs: Pairs, log_decay: Any, state: CacheState, code: int, width: Any, *, causal: bool, window: int | None, sinks: int
+) -> Any:
+    """Means of the values under a kernel of queries and keys, in the precision of its ``width``."""
+    tokens, values = q.shape[-2], pairs.v.shape[-1]
+    sequences = Sequences(state.k.shape[:-2], np.broadcast_shapes(q.shape[:-2], state.k.shape[:-2]))
+    o = empty(sequences, (tokens, values), q.dtype, q)
+    arrays = {"q": (q, BOTH), **pairs.arrays, "log_decay": (log_decay, ROW), "o": (o, BOTH)}
+    columns = max(min(-(-values // TILE), COLUMNS), 1)
+    cut, parts = grid(sequences, tokens, values, columns)
+    numbers = (width, int(causal), window or 0, sinks, pairs.cached, parts)
+    kernel = kernel_for(columns, from_dtype(width.dtype), code)
+    launch(kernel, sequences, arrays, ("o",), tokens, values, 1, *numbers, cut=cut)
+    return o
+
+
 @cache
-def kernel_for(columns: int, real: Any) -> Any:
+def kernel_for(columns: int, real: Any, code: int) -> Any:
     """The kernel: thread (row, lane) weighs a pair for a query, and answers for so many value columns of that query."""
-    width = TILE * columns
+    staged = TILE * columns
 
     def softmax_attention(
-        q, k, v, position, count, left, log_decay, o, scale, causal, window, sinks, cached, parts, blocks
+        q, k, v, position, count, left, log_decay, o, width, causal, window, sinks, cached, parts, blocks
     ):
         queries = cuda.shared.array((TILE, SLAB), real)
         keys = cuda.shared.array((TILE, SLAB), real)
-        values = cuda.shared.array((TILE, width), real)
+        values = cuda.shared.array((TILE, staged), real)
         weights = cuda.shared.array((TILE, TILE), real)
         answer = cuda.local.array(columns, real)
         sums = cuda.local.array(columns, real)
@@ -114,13 +128,14 @@ def kernel_for(columns: int, real: Any) -> Any:
                 for c in range(low + lane, low + SLAB, TILE):
                     there = c < q.shape[4]
                     queries[row, c - low] = q[b, h, group, step, c] if there and asked else real(0)
-                    keys[row, c - low] = k[b, h, 0, start + row, c] if there and start + row < pairs else real(0)
+                    key = real(k[b, h, 0, start + row, c]) if there and start + row < pairs else real(0)
+                    keys[row, c - low] = key - origin(k[b, h, 0, 0, c]) if there and code == EXPONENTIAL else key
                 cuda.syncthreads()  # the channels of this slab are staged
                 for c in range(SLAB):
-                    x += queries[row, c] * keys[lane, c]
+                    x += product(code, queries[row, c], keys[lane, c])
             seen = sees(position[b, h, 0], start + lane, last, oldest, sinks)
             bias = bias_of(since, log_decay[b, h, 0], left[b, h, 0], start + lane, cached, start, last) if seen else -inf
-            x = real(-inf) if bias == -inf else scale * x + real(bias)
+            x = real(-inf) if bias == -inf else real(log_kernel(code, x, width)) + real(bias)
             since = aged(since, log_decay[b, h, 0], start - cached, last - cached)
 
             higher = max(top, top_of_row(x))
