@@ -37,6 +37,7 @@ class Grid(NamedTuple):
 
     blocks: int  # per memory
     threads: int
+    shared: int = 0  # bytes of a block, beside those that its text declares
 
 
 def empty(machine: Machine, sequences: Sequences, own: tuple[int, ...], dtype: Any, like: Any) -> Any:

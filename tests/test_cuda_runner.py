@@ -24,6 +24,7 @@ LOOP = (
     "__shared__ float s[64];\nfloat total = 0;\nfor (int i = 0; i < 3; i++) {\n"
     "s[t] = x[t];\n__syncthreads();\ntotal += s[63 - t];\n__syncthreads();\n}\ny[t] = total;"
 )
+LANES = "__shared__ float s[64];\ns[t] = x[t];\n__syncwarp();\ny[t] = s[t ^ 5];"
 SHUFFLE = "y[t] = __shfl_xor_sync(0xffffffffu, x[t], 1);"
 
 # name: (body of a kernel with t its thread, the faults it may end with, how it is launched otherwise)
@@ -40,6 +41,12 @@ FAULTS = {
     "a mask without the caller": ("y[t] = __shfl_xor_sync(0xffffu, x[t], 1);", WarpFault, {}),
     "a lane that does not exist": ("y[t] = __shfl_xor_sync(0xffffffffu, x[t], 16);", WarpFault, {"threads": 16}),
     "a lane that takes no part": ("if (t < 16) y[t] = __shfl_xor_sync(0xffffu, x[t], 16);", WarpFault, {}),
+    "no barrier of the warp": (LANES.replace("__syncwarp();", ""), (RaceFault, UnsetFault), {}),
+    "a barrier of each warp between two": (SWAP.replace("__syncthreads", "__syncwarp"), (RaceFault, UnsetFault), {}),
+    "no barrier of the warp before the next round": (
+        f"for (int i = 0; i < 2; i++) {{\n{LANES}\n}}", RaceFault, {},
+    ),
+    "a barrier of the warp in a branch": ("if (t & 1) __syncwarp();\ny[t] = 1;", (BarrierFault, WarpFault), {}),
     "a read behind the end": ("y[t] = x[t + 1];", BoundsFault, {}),
     "a read before the beginning": ("y[t] = x[t - 1];", BoundsFault, {}),
     "a read whose value is not used": ("const float late = x[t + 1];\ny[t] = t < 63 ? late : 0;", BoundsFault, {}),
@@ -97,6 +104,11 @@ def test_kernels_that_are_right_pass_in_every_order(check, order):
     np.testing.assert_array_equal(launch(SWAP, check, order=order), x[::-1])
     np.testing.assert_array_equal(launch(LOOP, check, order=order), 3 * x[::-1])
     np.testing.assert_array_equal(launch(SHUFFLE, check, order=order), x.astype(int) ^ 1)
+    np.testing.assert_array_equal(launch(LANES, check, order=order), x.astype(int) ^ 5)
+    np.testing.assert_array_equal(launch(f"{LANES}\n__syncwarp();\ns[t] = 1;", check, order=order), x.astype(int) ^ 5)
+    up = "y[t] = __shfl_up_sync(0xffffffffu, x[t], 4) + __shfl_sync(0xffffffffu, x[t], 3);"
+    lanes = np.arange(64) % 32
+    np.testing.assert_array_equal(launch(up, check, order=order), x - 4 * (lanes >= 4) + x - lanes + 3)
 
 
 def test_without_checks_the_order_of_threads_shows_a_missing_barrier():

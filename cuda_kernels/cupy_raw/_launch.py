@@ -18,7 +18,7 @@ from ttr_np import calling
 from .. import _calls
 from .._sequences import Sequences
 
-__all__ = ["Kernel", "empty", "even", "launch", "machine", "run"]
+__all__ = ["Device", "Kernel", "empty", "even", "launch", "machine", "run"]
 
 FOLDER = Path(__file__).parent
 HEADERS = ("numbers.cuh", "sequences.cuh")
@@ -34,11 +34,19 @@ class Parameter(NamedTuple):
     pointer: bool
 
 
+class Device(NamedTuple):
+    """What a launcher must know of a GPU."""
+
+    multiprocessors: int
+    shared: int  # bytes that one block may have
+
+
 class Kernel:
-    """The kernel of one ``.cu`` file of this folder, named like it, and the headers that it alone needs."""
+    """The kernel of one ``.cu`` file of this folder, named like it; ``headers`` beyond those that all kernels share."""
 
     def __init__(self, name: str, *headers: str) -> None:
-        self.name, self.headers = name, headers
+        self.name = name
+        self.headers = headers
 
     @cache  # noqa: B019 - kernels live as long as the module
     def text(self) -> str:
@@ -57,8 +65,9 @@ class Kernel:
         lines = [f"typedef {kind} {name};" for name, kind in types.items() if kind not in ("float16", "bfloat16")]
         lines += [f"#define {name} {value}" for name, value in constants.items()]
         halves = [f"typedef {kind} {name};" for name, kind in types.items() if kind in ("float16", "bfloat16")]
-        numbers, *others = ((FOLDER / header).read_text() for header in HEADERS + self.headers)
-        return "\n".join([*lines, numbers, *halves, *others, f'#line 1 "{self.name}.cu"', self.text()])
+        numbers, sequences = ((FOLDER / header).read_text() for header in HEADERS)
+        own = ((FOLDER / header).read_text() for header in self.headers)
+        return "\n".join([*lines, numbers, *halves, sequences, *own, f'#line 1 "{self.name}.cu"', self.text()])
 
     def typed(self, arguments: Mapping[str, Any], types: Mapping[str, str]) -> list[Any]:
         """Arguments in their order, each of the type that its parameter declares.
@@ -110,18 +119,36 @@ class Gpu:
             self.tables[key] = cupy.asarray(x)
         return self.tables[key]
 
-    def run(self, source: str, name: str, blocks: int, threads: int, arguments: list[Any]) -> None:
+    def device(self) -> Device:
+        """The current one."""
+        import cupy
+
+        return device(cupy.cuda.Device().id)
+
+    def run(self, source: str, name: str, blocks: int, threads: int, arguments: list[Any], shared: int = 0) -> None:
         """Launch; a null pointer is the number 0."""
         given = tuple(np.uintp(0) if x is None else x for x in arguments)
-        compiled(source, name)((blocks,), (threads,), given)
+        compiled(source, name, shared)((blocks,), (threads,), given, shared_mem=shared)
 
 
 @cache
-def compiled(source: str, name: str) -> Any:
-    """A kernel of CuPy, which keeps its machine code on disk."""
+def device(number: int) -> Device:
+    """One of the GPUs of CuPy."""
     import cupy
 
-    return cupy.RawModule(code=source, options=("-std=c++17",)).get_function(name)
+    attributes = cupy.cuda.Device(number).attributes
+    return Device(attributes["MultiProcessorCount"], attributes["MaxSharedMemoryPerBlockOptin"])
+
+
+@cache
+def compiled(source: str, name: str, shared: int = 0) -> Any:
+    """A kernel of CuPy, which keeps its machine code on disk; beyond 48 KB shared memory must be asked for."""
+    import cupy
+
+    kernel = cupy.RawModule(code=source, options=("-std=c++17",)).get_function(name)
+    if shared > 48 * 1024:
+        kernel.max_dynamic_shared_size_bytes = shared
+    return kernel
 
 
 machine: Any = Gpu()
@@ -149,7 +176,7 @@ def launch(
     written: tuple[str, ...],
     types: Mapping[str, Any],
     constants: Mapping[str, int],
-    cut: _calls.Grid | None = None,
+    grid: _calls.Grid | None = None,
     **scalars: Any,
 ) -> None:
     """Run a kernel over all sequences.
@@ -166,19 +193,20 @@ def launch(
         What the text calls ``data``, ``real`` and so on: a dtype each.
     constants
         Sizes that are fixed when it is compiled.
-    cut
-        Blocks per memory, where they are not of columns, and their threads.
+    grid
+        How it is cut; without one, ``PARTS`` threads take a column.
     **scalars
         ``tokens``, ``columns``, and what else the kernel declares.
     """
     if not scalars["tokens"] * sequences.memories * sequences.groups:
         return
     names = {name: NUMBERS[np.dtype(dtype).name] for name, dtype in types.items()}
-    blocks, threads = cut or _calls.grid(scalars["columns"], constants.get("PARTS", 1))
+    blocks, threads, shared = grid or _calls.grid(scalars["columns"], constants.get("PARTS", 1))
     views = {name: None if x is None else sequences.view(x, own) for name, (x, own) in arrays.items()}
     sizes = {"axes": len(sequences.shape), "groups": sequences.groups, "blocks": blocks}
     with _calls.there_and_back(machine, views, written) as here:
         owned = zip(here.values(), (own for _, own in arrays.values()), strict=True)
         table = machine.table(sequences.table(*owned))
         arguments = kernel.typed(here | {"table": table} | sizes | scalars, names)
-        machine.run(kernel.source(names, constants), kernel.name, sequences.memories * blocks, threads, arguments)
+        text = kernel.source(names, constants)
+        machine.run(text, kernel.name, sequences.memories * blocks, threads, arguments, shared)

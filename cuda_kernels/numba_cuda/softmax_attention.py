@@ -85,7 +85,7 @@ def average(
     cut, parts = grid(sequences, tokens, values, columns)
     numbers = (width, int(causal), window or 0, sinks, pairs.cached, parts)
     kernel = kernel_for(columns, from_dtype(width.dtype), code)
-    launch(kernel, sequences, arrays, ("o",), tokens, values, 1, *numbers, cut=cut)
+    launch(kernel, sequences, arrays, ("o",), tokens, values, 1, *numbers, grid=cut)
     return o
 
 

@@ -10,10 +10,13 @@ Without ``check`` it sees deadlock, barriers and shuffles in divergent code, wil
 shared memory begins as NaN. With it every load and store is looked at: bounds, memory that was never written, races
 between threads and between blocks, misalignment, and (C++ only) overflow of integers and indices outside arrays.
 
-It knows what our kernels use: barriers, XOR shuffles, static and dynamic shared memory. It has no atomics, no barrier
-of a warp, no asynchronous copies and no tensor cores yet, and it is neither a clock nor a model of weak memory. exp,
-sin and cos are those of the C library. In PTX all static shared arrays lie in one piece, so that an overrun from one
-into the next is not seen. It needs Linux on x86-64 and g++, and runs one launch at a time in a process.
+It knows what our kernels use: barriers of a block and of a warp, shuffles, static and dynamic shared memory, and what
+``tensor.cuh`` writes as PTX: products and loads of a warp with the exact layout in registers, and asynchronous copies,
+which land only when their thread waits and must not be looked at before. Sums of products are cut, not rounded, a
+little worse than tensor cores are said to do it. It has no atomics, and it is neither a clock nor a model of weak
+memory. exp, sin and cos are those of the C library. In PTX all static shared arrays lie in one piece, and so does
+dynamic shared memory, so that an overrun from one array into the next is not seen. It needs Linux on x86-64 and g++,
+and runs one launch at a time in a process.
 """
 
 import os

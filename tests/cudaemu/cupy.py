@@ -89,9 +89,10 @@ class RawModule:
     def get_function(self, name: str) -> Any:
         """A kernel: null pointers come as zeros."""
 
-        def launch(grid: tuple[int], threads: tuple[int], arguments: tuple[Any, ...]) -> None:
+        def launch(grid: tuple[int], threads: tuple[int], arguments: tuple[Any, ...], *, shared_mem: int) -> None:
+            assert shared_mem <= getattr(launch, "max_dynamic_shared_size_bytes", 48 * 1024)
             given = [None if isinstance(x, np.uintp) and x == 0 else inner(x) for x in arguments]
-            self.machine.run(self.code, name, *grid, *threads, given)
+            self.machine.run(self.code, name, *grid, *threads, given, shared_mem)
 
         return launch
 
@@ -107,4 +108,5 @@ def broadcast_to(x: ndarray, shape: tuple[int, ...]) -> ndarray:
     return ndarray(view if view.shape != x.shape else x.held)
 
 
-cuda = SimpleNamespace(Device=lambda: SimpleNamespace(id=0))
+ATTRIBUTES = {"MultiProcessorCount": 4, "MaxSharedMemoryPerBlockOptin": 227 * 1024}
+cuda = SimpleNamespace(Device=lambda number=0: SimpleNamespace(id=number, attributes=ATTRIBUTES))

@@ -2,6 +2,8 @@
 #pragma once
 #include "runtime.h"
 
+#include <algorithm>
+
 #define __global__
 #define __device__
 #define __forceinline__ inline
@@ -14,16 +16,64 @@
 #define blockDim (::runner::builtins.block_size)
 #define gridDim (::runner::builtins.grid_size)
 
-static inline int min(int x, int y) { return x < y ? x : y; }
-static inline int max(int x, int y) { return x < y ? y : x; }
+using std::max;
+using std::min;
+
 static inline void __syncthreads(int line = __builtin_LINE()) { runner::block_barrier(line); }
 
+static inline void __syncwarp(unsigned mask = 0xffffffffu, int line = __builtin_LINE()) {
+    runner::warp_barrier(mask, line);
+}
+
 template <class T>
-static inline T __shfl_xor_sync(unsigned mask, T value, int distance, int line = __builtin_LINE()) {
+static inline T __shfl_sync(unsigned mask, T value, int source, int line = __builtin_LINE()) {
     static_assert(sizeof(T) == 4 || sizeof(T) == 8, "a register or two");
     uint64_t bits = 0;
     memcpy(&bits, &value, sizeof(T));
-    bits = runner::exchange(bits, int(threadIdx.x % 32) ^ distance, mask, line);
+    bits = runner::exchange(bits, source % 32, mask, line);
     memcpy(&value, &bits, sizeof(T));
     return value;
+}
+template <class T>
+static inline T __shfl_xor_sync(unsigned mask, T value, int distance, int line = __builtin_LINE()) {
+    return __shfl_sync(mask, value, int(threadIdx.x % 32) ^ distance, line);
+}
+template <class T>
+static inline T __shfl_up_sync(unsigned mask, T value, int distance, int line = __builtin_LINE()) {
+    const int lane = int(threadIdx.x % 32);
+    return __shfl_sync(mask, value, lane < distance ? lane : lane - distance, line);
+}
+
+// What tensor.cuh writes as PTX; its comments say what each does.
+static inline unsigned char* dynamic_shared() { return reinterpret_cast<unsigned char*>(runner::dynamic_shared()); }
+
+struct Factors {
+    unsigned a[4], b[2];
+    float sum[4];
+};
+static inline void mma(runner::Together work, float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2], int line) {
+    const Factors factors = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}, {sum[0], sum[1], sum[2], sum[3]}};
+    runner::together(work, &factors, sum, 0xffffffffu, line);
+}
+static inline void mma_bf16(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2], int line = __builtin_LINE()) {
+    mma(runner::mma_bf16, sum, a, b, line);
+}
+static inline void mma_f16(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2], int line = __builtin_LINE()) {
+    mma(runner::mma_f16, sum, a, b, line);
+}
+static inline void load_matrices(unsigned (&x)[4], const void* row, int line = __builtin_LINE()) {
+    runner::note_read(row, 16, line);
+    runner::together(runner::load_matrices, row, x, 0xffffffffu, line);
+}
+static inline void load_transposed_matrices(unsigned (&x)[4], const void* row, int line = __builtin_LINE()) {
+    runner::note_read(row, 16, line);
+    runner::together(runner::load_transposed_matrices, row, x, 0xffffffffu, line);
+}
+static inline void copy_later(void* to, const void* from, int bytes, int line = __builtin_LINE()) {
+    runner::copy_later(to, from, bytes, line);
+}
+static inline void close_copies() { runner::close_copies(); }
+template <int GROUPS>
+static inline void finish_copies(int line = __builtin_LINE()) {
+    runner::finish_copies(GROUPS, line);
 }

@@ -44,21 +44,30 @@ class OnCpu:
         """It is the same memory."""
         assert x is into
 
-    def start(self, kernel: Kernel, name: str, blocks: int, threads: int, arguments: list[Any]) -> None:
+    def start(self, kernel: Kernel, name: str, blocks: int, threads: int, arguments: list[Any], **more: Any) -> None:
         """Launch."""
         new = {id(root_of(x)) for x in self.fresh}
         unset = [i for i, x in enumerate(arguments) if isinstance(x, np.ndarray) and id(root_of(x)) in new]
         self.fresh.clear()
         self.launches.append(name)
-        kernel(blocks, threads, arguments, unset=unset, **self.options)
+        kernel(blocks, threads, arguments, unset=unset, **self.options | more)
 
 
 class Cupy(OnCpu):
     """For the texts of ``cupy_raw``."""
 
-    def run(self, text: str, name: str, blocks: int, threads: int, arguments: list[Any]) -> None:
+    multiprocessors, shared = 4, 227 * 1024  # of a small GPU with the memory of a large one
+
+    def device(self) -> Any:
+        """What launchers ask of it."""
+        from cuda_kernels.cupy_raw._launch import Device
+
+        return Device(self.multiprocessors, self.shared)
+
+    def run(self, text: str, name: str, blocks: int, threads: int, arguments: list[Any], shared: int = 0) -> None:
         """Launch."""
-        self.start(self.build(text, name, self.options["check"]), name, blocks, threads, arguments)
+        kernel = self.build(text, name, self.options["check"])
+        self.start(kernel, name, blocks, threads, arguments, dynamic_shared=shared)
 
     build = staticmethod(cache(source))
 

@@ -27,8 +27,15 @@ namespace {
 constexpr size_t STACK = 256 * 1024;  // bytes of one thread, the lowest page of them guarded
 constexpr size_t PAGE = 4096;
 constexpr uint32_t SEVERAL = UINT32_MAX;  // threads, or blocks
+constexpr uint32_t OF_ONE_WARP = 1u << 31;  // several threads, all of the warp that is named in the other bits
 
 enum State { READY, AT_BARRIER, IN_EXCHANGE, DONE };
+
+struct Copy {  // one that the program does not wait for
+    void* to;
+    unsigned char bytes[16];
+    int group, line;
+};
 
 struct Thread {
     void* stack;
@@ -36,22 +43,26 @@ struct Thread {
     int number, warp, lane;
     State state;
     int line;  // where it waits
-    uint64_t value;  // what it gives to an exchange, then what it gets
-    int source;
+    Together work;  // what it does with its warp
+    const void* given;
+    void* taken;
     unsigned mask;
+    std::vector<Copy> copies;  // under way
+    int group;                 // of copies, the one that is open
 };
 
 struct Warp {
     unsigned alive, arrived;  // one bit per lane
+    uint32_t interval;        // how many barriers of the warp came before
 };
 
-struct Access {  // the last one of its kind to a byte
-    uint32_t block, thread, interval;  // block 0: none yet; interval: how many barriers came before
+struct Access {  // the last one of its kind to a byte; block 0: none yet
+    uint32_t block, thread, interval, warp_interval;  // intervals: how many barriers came before
 };
 
 struct Cell {  // what is known of one byte
     Access write, read;
-    bool set;
+    bool set, under_way;  // a copy will write it at some time
 };
 
 struct Shadow {
@@ -173,11 +184,10 @@ static void leave(State state, int line) {
     switch_stack(&machine.current->stack, machine.scheduler);
 }
 
-static void finish_exchange(Warp& warp, Thread* lanes, unsigned mask);
-
 static void life_of_a_thread() {
     machine.call(machine.arguments);
     Thread& self = *machine.current;
+    if (!self.copies.empty()) fault(RACE, self.copies[0].line, "a copy that nobody waits for");
     machine.live--, machine.exited++;
     Warp& warp = machine.warps[size_t(self.warp)];
     warp.alive &= ~(1u << self.lane);
@@ -190,6 +200,7 @@ static void life_of_a_thread() {
 
 static void prepare(Thread& thread) {
     thread.state = READY;
+    thread.copies.clear(), thread.group = 0;
     char* top = machine.stacks + size_t(thread.number + 1) * STACK;
     top -= thread.number % 61 * 320;  // equal places in all stacks would share one set of the cache
     void** at = reinterpret_cast<void**>(top);
@@ -209,35 +220,145 @@ void runner::block_barrier(int line) { leave(AT_BARRIER, line); }
 
 char* runner::dynamic_shared() { return machine.shared; }
 
-uint64_t runner::exchange(uint64_t value, int source, unsigned mask, int line) {
+// ---- what the lanes of a warp do together ---------------------------------------------------------------------------
+
+static void finish_together(Warp& warp, Thread* lanes, unsigned mask);
+
+void runner::together(Together work, const void* given, void* taken, unsigned mask, int line) {
     Thread& self = *machine.current;
     Warp& warp = machine.warps[size_t(self.warp)];
     if (!(mask >> self.lane & 1)) fault(WARP, line, "a thread shuffles with a mask that does not name it");
-    self.value = value, self.source = source, self.mask = mask, self.line = line;
+    self.work = work, self.given = given, self.taken = taken, self.mask = mask, self.line = line;
     warp.arrived |= 1u << self.lane;
     self.state = IN_EXCHANGE;
-    finish_exchange(warp, &machine.threads[size_t(self.warp) * 32], mask);
+    finish_together(warp, &machine.threads[size_t(self.warp) * 32], mask);
     if (self.state == IN_EXCHANGE) leave(IN_EXCHANGE, line);
-    return self.value;
 }
 
-// The last lane to arrive hands every value over.
-static void finish_exchange(Warp& warp, Thread* lanes, unsigned mask) {
+// The last lane to arrive works for all.
+static void finish_together(Warp& warp, Thread* lanes, unsigned mask) {
     if (mask & ~warp.alive) fault(WARP, machine.current->line, "a shuffle names lanes that do not exist or have exited");
     if ((warp.arrived & mask) != mask) return;
-    const int line = machine.current->line;
-    uint64_t values[32];
+    const Thread& last = *machine.current;
+    const void* given[32] = {};
+    void* taken[32] = {};
     for (int i = 0; i < 32; i++) {
         if (!(mask >> i & 1)) continue;
-        if (lanes[i].mask != mask) fault(WARP, line, "lanes of one warp shuffle with different masks");
-        if (lanes[i].line != line) fault(WARP, line, "lanes of one warp meet in different shuffles");
-        if (!(mask >> (lanes[i].source & 31) & 1)) fault(WARP, line, "a shuffle reads a lane that takes no part");
-        values[i] = lanes[lanes[i].source & 31].value;
+        if (lanes[i].mask != mask) fault(WARP, last.line, "lanes of one warp shuffle with different masks");
+        if (lanes[i].line != last.line || lanes[i].work != last.work)
+            fault(WARP, last.line, "lanes of one warp meet in different shuffles");
+        given[i] = lanes[i].given, taken[i] = lanes[i].taken;
     }
+    last.work(given, taken, last.line);
     for (int i = 0; i < 32; i++)
-        if (mask >> i & 1) lanes[i].value = values[i], lanes[i].state = READY;
+        if (mask >> i & 1) lanes[i].state = READY;
     warp.arrived &= ~mask;
 }
+
+struct Exchanged {
+    uint64_t value;
+    int source;
+};
+
+static void shuffle(const void* const* given, void* const* taken, int line) {
+    for (int i = 0; i < 32; i++) {
+        if (!given[i]) continue;
+        const void* from = given[static_cast<const Exchanged*>(given[i])->source & 31];
+        if (!from) fault(WARP, line, "a shuffle reads a lane that takes no part");
+        *static_cast<uint64_t*>(taken[i]) = static_cast<const Exchanged*>(from)->value;
+    }
+}
+
+uint64_t runner::exchange(uint64_t value, int source, unsigned mask, int line) {
+    const Exchanged given = {value, source};
+    together(shuffle, &given, &value, mask, line);
+    return value;
+}
+
+static void meet(const void* const*, void* const*, int) { machine.warps[size_t(machine.current->warp)].interval++; }
+
+// Orders what lanes of the whole warp did before it and do after it; a part of a warp is not ordered.
+void runner::warp_barrier(unsigned mask, int line) {
+    static const char nothing = 0;
+    together(meet, &nothing, nullptr, mask, line);
+}
+
+// ---- matrices of a warp, as the PTX manual lays them out in registers -------------------------------------------------
+
+static float number(unsigned bits, bool half) {
+    const uint16_t short_bits = uint16_t(bits);
+    float x;
+    if (half) {
+        _Float16 y;
+        memcpy(&y, &short_bits, 2);
+        return float(y);
+    }
+    bits = unsigned(short_bits) << 16;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+// A sum as tensor cores make it: all terms are cut at the same bit, two below the last one of the largest as a float,
+// and the sum is cut, not rounded. Real ones are said to be at least as good.
+static float added(const double* terms, int count) {
+    double largest = 0, plain = 0;
+    for (int i = 0; i < count; i++) largest = std::max(largest, fabs(terms[i])), plain += terms[i];
+    if (!(fabs(plain) < INFINITY) || largest == 0) return float(plain);
+    const int last = std::ilogb(largest) - 25;
+    const double up = ldexp(1.0, -last), down = ldexp(1.0, last);
+    double sum = 0;
+    for (int i = 0; i < count; i++) sum += trunc(terms[i] * up);
+    sum *= down;
+    const float rounded = float(sum);
+    return fabs(double(rounded)) > fabs(sum) && rounded - rounded == 0 ? nextafterf(rounded, 0) : rounded;
+}
+
+struct Factors {
+    unsigned a[4], b[2];
+    float sum[4];
+};
+
+static void multiply(const void* const* given, void* const* taken, bool half) {
+    float a[16][16], b[8][16];
+    for (int lane = 0; lane < 32; lane++) {
+        const Factors& mine = *static_cast<const Factors*>(given[lane]);
+        const int line = lane / 4, pair = lane % 4 * 2;
+        for (int j = 0; j < 2; j++) {
+            for (int i = 0; i < 4; i++) a[line + i % 2 * 8][pair + i / 2 * 8 + j] = number(mine.a[i] >> 16 * j, half);
+            for (int i = 0; i < 2; i++) b[line][pair + i * 8 + j] = number(mine.b[i] >> 16 * j, half);
+        }
+    }
+    for (int lane = 0; lane < 32; lane++) {
+        const Factors& mine = *static_cast<const Factors*>(given[lane]);
+        for (int i = 0; i < 4; i++) {
+            const float *left = a[lane / 4 + i / 2 * 8], *right = b[lane % 4 * 2 + i % 2];
+            double terms[17];
+            for (int k = 0; k < 16; k++) terms[k] = double(left[k]) * right[k];
+            terms[16] = mine.sum[i];
+            static_cast<float*>(taken[lane])[i] = added(terms, 17);
+        }
+    }
+}
+
+void runner::mma_bf16(const void* const* given, void* const* taken, int) { multiply(given, taken, false); }
+void runner::mma_f16(const void* const* given, void* const* taken, int) { multiply(given, taken, true); }
+
+// Four matrices of 8 x 8: lane i gives the address of row i % 8 of matrix i / 8.
+static void load(const void* const* given, void* const* taken, bool transposed) {
+    for (int lane = 0; lane < 32; lane++)
+        for (int matrix = 0; matrix < 4; matrix++) {
+            unsigned both = 0;
+            for (int j = 0; j < 2; j++) {
+                const int line = lane / 4, pair = lane % 4 * 2 + j;
+                const uint16_t* row = static_cast<const uint16_t*>(given[matrix * 8 + (transposed ? pair : line)]);
+                both |= unsigned(row[transposed ? line : pair]) << 16 * j;
+            }
+            static_cast<unsigned*>(taken[lane])[matrix] = both;
+        }
+}
+
+void runner::load_matrices(const void* const* given, void* const* taken, int) { load(given, taken, false); }
+void runner::load_transposed_matrices(const void* const* given, void* const* taken, int) { load(given, taken, true); }
 
 // ---- the scheduler ------------------------------------------------------------------------------------------------
 
@@ -260,7 +381,7 @@ static void begin_block(uint64_t number, const unsigned* grid) {
     machine.live = int(machine.threads.size()), machine.exited = 0;
     for (size_t i = 0; i < machine.warps.size(); i++) {
         const size_t lanes = std::min<size_t>(machine.threads.size() - i * 32, 32);
-        machine.warps[i] = {lanes < 32 ? (1u << lanes) - 1 : UINT32_MAX, 0};
+        machine.warps[i] = {lanes < 32 ? (1u << lanes) - 1 : UINT32_MAX, 0, 0};
     }
     for (Thread& thread : machine.threads) prepare(thread);
 }
@@ -463,26 +584,39 @@ static void fault_of_bounds(uint64_t at, bool writes, int line, const void* from
 // Whether an earlier access of another thread may come after this one as well.
 static bool unordered(const Access& before) {
     if (!before.block || before.block != machine.block) return before.block;
-    return before.thread != uint32_t(machine.current->number) && before.interval == machine.interval;
+    const Thread& self = *machine.current;
+    if (before.thread == uint32_t(self.number) || before.interval != machine.interval) return false;
+    if (before.thread == SEVERAL) return true;
+    const uint32_t warp = before.thread & OF_ONE_WARP ? before.thread & ~OF_ONE_WARP : before.thread / 32;
+    return warp != uint32_t(self.warp) || before.warp_interval == machine.warps[size_t(self.warp)].interval;
+}
+
+static Access access_now() {
+    const Thread& self = *machine.current;
+    return {machine.block, uint32_t(self.number), machine.interval, machine.warps[size_t(self.warp)].interval};
 }
 
 static void remember_read(Access& read) {
-    const uint32_t self = uint32_t(machine.current->number);
-    if (read.block && read.block != machine.block)
+    const Access now = access_now();
+    if (read.block && read.block != machine.block) {
         read.block = read.thread = SEVERAL;
-    else if (read.block && read.interval == machine.interval && read.thread != self)
-        read.thread = SEVERAL;
-    else
-        read = {machine.block, self, machine.interval};
+    } else if (!read.block || read.interval != machine.interval || read.thread == now.thread) {
+        read = now;
+    } else {
+        const uint32_t own = OF_ONE_WARP | uint32_t(machine.current->warp);
+        const bool same = read.thread == own || (read.thread < OF_ONE_WARP && read.thread / 32 == now.thread / 32);
+        read = now, read.thread = same ? own : SEVERAL;
+    }
 }
 
 static void check_byte(Cell& cell, bool writes, int kind, long offset, int line, const void* from) {
+    if (cell.under_way) fault_of_access(RACE, line, from, "a copy is still under way to", name_of(kind), offset);
     if (!writes && !cell.set) fault_of_access(UNSET, line, from, "read of unset", name_of(kind), offset);
     if (unordered(cell.write))
         fault_of_access(RACE, line, from, writes ? "write-write race in" : "read-write race in", name_of(kind), offset);
     if (writes && unordered(cell.read)) fault_of_access(RACE, line, from, "write-read race in", name_of(kind), offset);
     if (writes)
-        cell = {{machine.block, uint32_t(machine.current->number), machine.interval}, {}, true};
+        cell = {access_now(), {}, true, false};
     else
         remember_read(cell.read);
 }
@@ -508,6 +642,46 @@ static void check_access(const void* address, int bytes, bool writes, int line, 
 
 void runner::note_read(const void* at, int bytes, int line) { check_access(at, bytes, false, line, nullptr); }
 void runner::note_write(const void* at, int bytes, int line) { check_access(at, bytes, true, line, nullptr); }
+
+// ---- copies that the program does not wait for -------------------------------------------------------------------------
+
+static void set_under_way(const void* at, bool under_way) {
+    Shadow* shadow = machine.options.check ? shadow_of(uint64_t(at)) : nullptr;
+    if (!shadow || !shadow->cells) return;
+    Cell* cells = shadow->cells + (uint64_t(at) - shadow->region.begin);
+    for (int i = 0; i < 16; i++) cells[i].under_way = under_way;
+}
+
+// 16 bytes, of which the last may be zeros. The place holds NaN until somebody waits: nobody may look at it before.
+void runner::copy_later(void* to, const void* from, int bytes, int line) {
+    Thread& self = *machine.current;
+    if (uint64_t(to) % 16 || uint64_t(from) % 16) fault(ARITHMETIC, line, "a copy of 16 bytes from or to between");
+    Copy copy = {to, {}, self.group, line};
+    for (int i = 0; i < bytes; i++) note_read(static_cast<const char*>(from) + i, 1, line);
+    memcpy(copy.bytes, from, size_t(bytes));
+    note_write(to, 16, line);
+    memset(to, 0xFF, 16);
+    set_under_way(to, true);
+    self.copies.push_back(copy);
+}
+
+void runner::close_copies() { machine.current->group++; }
+
+// Waits for all groups of this thread's copies but the newest.
+void runner::finish_copies(int groups_left, int line) {
+    Thread& self = *machine.current;
+    std::vector<Copy> left;
+    for (const Copy& copy : self.copies) {
+        if (copy.group >= self.group - groups_left) {
+            left.push_back(copy);
+            continue;
+        }
+        set_under_way(copy.to, false);
+        note_write(copy.to, 16, line);
+        memcpy(copy.to, copy.bytes, 16);
+    }
+    self.copies.swap(left);
+}
 
 #define HOOKS(bytes)                                                                                                   \
     void __tsan_read##bytes(void* at) { check_access(at, bytes, false, 0, __builtin_return_address(0)); }            \

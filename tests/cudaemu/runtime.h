@@ -40,11 +40,22 @@ struct Builtins {
 };
 
 using Call = void (*)(void** arguments);
+// What a warp does together: what each lane gives, and where each takes the result; null for lanes that stay away.
+using Together = void (*)(const void* const* given, void* const* taken, int line);
 
 extern "C" {
 extern Builtins builtins;
 void block_barrier(int line);
+void together(Together work, const void* given, void* taken, unsigned mask, int line);
 uint64_t exchange(uint64_t value, int source, unsigned mask, int line);
+void warp_barrier(unsigned mask, int line);
+void mma_bf16(const void* const* given, void* const* taken, int line);
+void mma_f16(const void* const* given, void* const* taken, int line);
+void load_matrices(const void* const* given, void* const* taken, int line);
+void load_transposed_matrices(const void* const* given, void* const* taken, int line);
+void copy_later(void* to, const void* from, int bytes, int line);
+void close_copies();
+void finish_copies(int groups_left, int line);
 char* dynamic_shared();
 void note_read(const void* at, int bytes, int line);
 void note_write(const void* at, int bytes, int line);
