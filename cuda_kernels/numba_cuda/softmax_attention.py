@@ -83,20 +83,24 @@ def average(
     arrays = {"q": (q, BOTH), **pairs.arrays, "log_decay": (log_decay, ROW), "o": (o, BOTH)}
     columns = max(min(-(-values // TILE), COLUMNS), 1)
     cut, parts = grid(sequences, tokens, values, columns)
-    numbers = (width, int(causal), window or 0, sinks, pairs.cached, parts)
-    kernel = kernel_for(columns, from_dtype(width.dtype), code)
+    numbers = (width, code, int(causal), window or 0, sinks, pairs.cached, parts)
+    kernel = kernel_for(columns, from_dtype(width.dtype), code == DOT)
     launch(kernel, sequences, arrays, ("o",), tokens, values, 1, *numbers, grid=cut)
     return o
 
 
 @cache
-def kernel_for(columns: int, real: Any, code: int) -> Any:
-    """The kernel: thread (row, lane) weighs a pair for a query, and answers for so many value columns of that query."""
+def kernel_for(columns: int, real: Any, plain: bool) -> Any:
+    """The kernel: thread (row, lane) weighs a pair for a query, and answers for so many value columns of that query.
+
+    ``plain``: for softmax attention alone; otherwise the kernel's code is an argument.
+    """
     staged = TILE * columns
 
     def softmax_attention(
-        q, k, v, position, count, left, log_decay, o, width, causal, window, sinks, cached, parts, blocks
+        q, k, v, position, count, left, log_decay, o, width, kind, causal, window, sinks, cached, parts, blocks
     ):
+        code = DOT if plain else kind
         queries = cuda.shared.array((TILE, SLAB), real)
         keys = cuda.shared.array((TILE, SLAB), real)
         values = cuda.shared.array((TILE, staged), real)
