@@ -13,7 +13,7 @@ __device__ __forceinline__ real infinite() {
 
 struct Pairs {
     Rows<const long long> position, count;  // of each pair, -1 where nothing is memorised; of each step, see _attention.py
-    Rows<const real> gate, past;            // of each step; what was left of each cached pair
+    Rows<const logs> gate, past;            // of each step; what was left of each cached pair
     bool placed, counted, gated;            // whether those are given
     int cached, pairs, tokens, window, sinks;
 
@@ -51,6 +51,25 @@ __device__ __forceinline__ real bias_of(double total) { return total < NOTHING /
 
 // A number, or NaN where it is not finite.
 __device__ __forceinline__ real number(real x) { return x - x == 0 ? x : x - x; }
+
+// A kernel of queries and keys, by its code: a dot product (DOT, EXPONENTIAL) or a squared distance, channel by channel,
+// then the log of the kernel; `width` is the scale, or 1 / bandwidth.
+enum { DOT = -1, EXPONENTIAL, GAUSSIAN, BOXCAR = 5 };
+
+__device__ __forceinline__ real joined(int code, real q, real k, real x) {
+    const real apart = q - k;
+    return code <= EXPONENTIAL ? fma(q, k, x) : fma(apart, apart, x);
+}
+__device__ __forceinline__ real log_kernel(int code, real x, real width) {
+    if (code <= EXPONENTIAL) return width * x;
+    if (code == GAUSSIAN) return -x * (width * width) / 2;
+    const real u = sqrt(x) * width, none = -infinite();
+    if (!(u <= 1)) return (code == BOXCAR && u - u != 0) || u != u ? u - u : none;
+    const real inside = (1 - u) * (1 + u);
+    return code == BOXCAR ? 0 * inside : inside > 0 ? (code - 1) * log(inside) : none;
+}
+// What a channel of all keys is measured from: the oldest key, in the past of all queries. Zero if it is no number.
+__device__ __forceinline__ real origin(real key) { return key - key == 0 ? key : real(0); }
 
 // Sums and maxima over the LANES neighbouring lanes that share a row; NaN is no maximum.
 __device__ __forceinline__ real over_row(real x) {

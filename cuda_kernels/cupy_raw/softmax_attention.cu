@@ -1,18 +1,20 @@
-// Softmax attention, tile by tile, newest pairs first:  x = scale q . k + bias,  top' = max(top, x),  p = exp(x - top'),
+// Softmax attention, tile by tile, newest pairs first:  x = width q . k + bias,  top' = max(top, x),  p = exp(x - top'),
 // weight' = weight exp(top - top') + sum p,  o' = o exp(top - top') + p v,  at the end o / weight.
 //
 // A block has ROWS queries of one memory, some value columns, and takes in PAIRS pairs at a time; LANES neighbouring lanes
 // share R rows: each weighs W of the pairs and answers for C columns of every slab. Keys and queries pass through shared
-// memory by slabs of SLAB channels, values by slabs of WIDTH columns, so that heads may have any size.
+// memory by slabs of SLAB channels, values by slabs of WIDTH columns, so that heads may have any size. If not PLAIN, x is
+// the log of any kernel of q and k.
 
 enum { Q, KEY, V, POSITION, COUNT, LEFT, GATE, O, PIECES };
 enum { R = ROWS * LANES / 128, W = PAIRS / LANES, WIDTH = C * LANES };
 
 extern "C" __global__ void __launch_bounds__(128)
 softmax_attention(const data* q, const stored* k, const stored* v, const long long* position, const long long* count,
-                  const real* left, const real* log_decay, data* o, real* pieces, const long long* table, int axes,
+                  const logs* left, const logs* log_decay, data* o, real* pieces, const long long* table, int axes,
                   int tokens, int columns, int channels, int pairs, int cached, int groups, int blocks, int parts,
-                  int cuts, int causal, int window, int sinks, real scale) {
+                  int cuts, int causal, int window, int sinks, int kind, real width) {
+    const int code = PLAIN ? DOT : kind;
     __shared__ real queries[SLAB][ROWS + 4], keys[SLAB][PAIRS + 4];
     __shared__ real values[PAIRS][WIDTH];
     __shared__ real weights[PAIRS][ROWS + 4];  // at first the biases
@@ -91,12 +93,14 @@ softmax_attention(const data* q, const stored* k, const stored* v, const long lo
                 const int c = i % SLAB, j = i / SLAB;
                 const bool there = channel + c < channels && start + j < pairs;
                 keys[c][j] = there ? widened(key.at(start + j, channel + c)) : real(0);
+                if (code == EXPONENTIAL && there) keys[c][j] -= origin(widened(key.at(0, channel + c)));
             }
             __syncthreads();  // a slab of channels is staged
             #pragma unroll 4
             for (int c = 0; c < SLAB; c++)
                 for (int r = 0; r < R; r++)
-                    for (int w = 0; w < W; w++) x[r][w] = fma(queries[c][mine + r], keys[c][lane + w * LANES], x[r][w]);
+                    for (int w = 0; w < W; w++)
+                        x[r][w] = joined(code, queries[c][mine + r], keys[c][lane + w * LANES], x[r][w]);
         }
 
         real kept[R];
@@ -107,7 +111,7 @@ softmax_attention(const data* q, const stored* k, const stored* v, const long lo
                 const int j = lane + w * LANES;
                 const real bias = GATED ? weights[j][mine + r] : real(0);
                 const bool none = (!all && !sees(mine + r, start + j)) || bias == -infinite();
-                x[r][w] = none ? -infinite() : fma(scale, x[r][w], bias);
+                x[r][w] = none ? -infinite() : log_kernel(code, x[r][w], width) + bias;
                 higher = x[r][w] > higher ? x[r][w] : higher;
             }
             higher = top_of_row(higher);

@@ -9,7 +9,7 @@ import numpy as np
 from ttr_np.notation import CacheState
 from ttr_np.solvers._cache import append, check_options, empty_cache
 
-from .._attention import pairs_of
+from .._attention import DOT, Pairs, pairs_of
 from .._calls import THREADS, Grid
 from .._sequences import BOTH, ROW, Sequences
 from ._launch import Kernel, empty, launch, run
@@ -81,21 +81,29 @@ def core(
     state: CacheState,
 ) -> tuple[Any, CacheState]:
     """One launch over all pairs, or two over pieces of them; the cache grows only to be returned."""
-    pairs, (tokens, channels), width = pairs_of(state, k, v, mask), q.shape[-2:], v.shape[-1]
-    sequences = Sequences(state.k.shape[:-2], np.broadcast_shapes(q.shape[:-2], state.k.shape[:-2]))
-    real = state.k.dtype
-    cut = tiles(sequences.groups * tokens, pairs.k.shape[-2], width, real)
-    o = empty(sequences, (tokens, width), q.dtype, q)
-    pieces = empty(sequences, (cut.cuts * tokens, width + 2), real, q) if cut.cuts > 1 else None
-    arrays = {"q": (q, BOTH), **pairs.arrays, "log_decay": (log_decay, ROW), "o": (o, BOTH), "pieces": (pieces, BOTH)}
-    constants = cut.constants | {"GATED": int(log_decay is not None or pairs.cached > 0)}
-    sizes = {"tokens": tokens, "columns": width, "channels": channels, "pairs": pairs.k.shape[-2]}
-    sizes |= {"cached": pairs.cached, "parts": cut.parts, "cuts": cut.cuts}
+    pairs, width = pairs_of(state, k, v, mask), max(q.shape[-1], 1) ** -0.5 if scale is None else scale
     options = {"causal": causal, "window": window or 0, "sinks": sinks}
-    options["scale"] = max(channels, 1) ** -0.5 if scale is None else scale
-    types = {"data": q.dtype, "stored": pairs.k.dtype, "real": real}
-    launch(KERNEL, sequences, arrays, ("pieces" if cut.cuts > 1 else "o",), types, constants, cut.grid, **sizes, **options)
-    if cut.cuts > 1:
+    o = average(q, pairs, log_decay, state, DOT, state.k.dtype, width, options)
+    return o, append(state, k, v, log_decay, mask, window, sinks) if keep else state
+
+
+def average(
+    q: Any, pairs: Pairs, log_decay: Any, state: CacheState, code: int, real: Any, width: float, options: dict[str, int]
+) -> Any:
+    """Means of the values under a kernel of queries and keys, with sums of dtype ``real``."""
+    (tokens, channels), values = q.shape[-2:], pairs.v.shape[-1]
+    sequences = Sequences(state.k.shape[:-2], np.broadcast_shapes(q.shape[:-2], state.k.shape[:-2]))
+    cut = tiles(sequences.groups * tokens, pairs.k.shape[-2], values, real)
+    o = empty(sequences, (tokens, values), q.dtype, q)
+    pieces = empty(sequences, (cut.cuts * tokens, values + 2), real, q) if cut.cuts > 1 else None
+    arrays = {"q": (q, BOTH), **pairs.arrays, "log_decay": (log_decay, ROW), "o": (o, BOTH), "pieces": (pieces, BOTH)}
+    constants = cut.constants | {"GATED": int(log_decay is not None or pairs.cached > 0), "PLAIN": int(code == DOT)}
+    sizes = {"tokens": tokens, "columns": values, "channels": channels, "pairs": pairs.k.shape[-2]}
+    sizes |= {"cached": pairs.cached, "parts": cut.parts, "cuts": cut.cuts, "kind": code, "width": width}
+    types = {"data": q.dtype, "stored": pairs.k.dtype, "logs": state.k.dtype, "real": real}
+    written = "o" if pieces is None else "pieces"
+    launch(KERNEL, sequences, arrays, (written,), types, constants, cut.grid, **sizes, **options)
+    if pieces is not None:
         merged = {"pieces": (pieces, BOTH), "o": (o, BOTH)}
         launch(MERGE, sequences, merged, ("o",), types, {"LANES": LANES}, **sizes)
-    return o, append(state, k, v, log_decay, mask, window, sinks) if keep else state
+    return o
