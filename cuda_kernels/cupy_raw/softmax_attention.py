@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import log
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,17 +13,21 @@ from ttr_np.solvers._cache import append, check_options, empty_cache
 from .._attention import DOT, Pairs, pairs_of
 from .._calls import THREADS, Grid
 from .._sequences import BOTH, ROW, Sequences
+from . import _launch
 from ._launch import Kernel, empty, launch, run
 
 __all__ = ["softmax_attention"]
 
 KERNEL = Kernel("softmax_attention", "pairs.cuh")
 MERGE = Kernel("softmax_merge", "pairs.cuh")
+TENSOR = Kernel("softmax_tensor", "pairs.cuh", "tensor.cuh")
 LANES = 16  # of a row
 SLAB = 16  # channels of keys and queries staged at a time
 COLUMNS = 4  # of the values that a thread answers for at a time
 FEW = 8  # queries of a block where there are no more
 PIECE = 512  # pairs of a piece of the past, about
+TILE = 64  # queries and pairs that meet on tensor cores
+WIDEST = 128  # value columns of a block there
 
 
 def softmax_attention(
@@ -83,7 +88,11 @@ def core(
     """One launch over all pairs, or two over pieces of them; the cache grows only to be returned."""
     pairs, width = pairs_of(state, k, v, mask), max(q.shape[-1], 1) ** -0.5 if scale is None else scale
     options = {"causal": causal, "window": window or 0, "sinks": sinks}
-    o = average(q, pairs, log_decay, state, DOT, state.k.dtype, width, options)
+    sequences = Sequences(state.k.shape[:-2], np.broadcast_shapes(q.shape[:-2], state.k.shape[:-2]))
+    if log_decay is None and sequences.groups * q.shape[-2] > FEW and on_tensor_cores(q.dtype, pairs):
+        o = tensor(q, pairs, sequences, width, options)
+    else:
+        o = average(q, pairs, log_decay, state, DOT, state.k.dtype, width, options)
     return o, append(state, k, v, log_decay, mask, window, sinks) if keep else state
 
 
@@ -106,4 +115,36 @@ def average(
     if pieces is not None:
         merged = {"pieces": (pieces, BOTH), "o": (o, BOTH)}
         launch(MERGE, sequences, merged, ("o",), types, {"LANES": LANES}, **sizes)
+    return o
+
+
+def padded(channels: int, values: int) -> tuple[int, int]:
+    """Channels and value columns in a tile, multiples of 16."""
+    return max(-(-channels // 16), 1) * 16, min(max(-(-values // 16), 1) * 16, WIDEST)
+
+
+def bytes_of(channels: int, columns: int) -> int:
+    """Shared memory of a block: its queries, and pairs twice."""
+    return 2 * TILE * (3 * (channels + 8) + 2 * (columns + 8))
+
+
+def on_tensor_cores(dtype: np.dtype, pairs: Pairs) -> bool:
+    """Whether they take the data: numbers of 16 bits whose tiles fit. A cache holds float32, which they would round."""
+    fits = bytes_of(*padded(pairs.k.shape[-1], pairs.v.shape[-1])) <= _launch.machine.device().shared
+    return dtype.itemsize == 2 and pairs.k.dtype == dtype and fits
+
+
+def tensor(q: Any, pairs: Pairs, sequences: Sequences, scale: float, options: dict[str, int]) -> Any:
+    """Means on tensor cores."""
+    (tokens, channels), values = q.shape[-2:], pairs.v.shape[-1]
+    o = empty(sequences, (tokens, values), q.dtype, q)
+    wide, columns = padded(channels, values)
+    parts = max(-(-values // columns), 1)
+    grid = Grid(-(-sequences.groups * tokens // TILE) * parts, THREADS, bytes_of(wide, columns))
+    given = {name: x for name, x in pairs.arrays.items() if name != "left"}
+    sizes = {"tokens": tokens, "columns": values, "channels": channels, "pairs": pairs.k.shape[-2], "parts": parts}
+    types = {"data": q.dtype, "stored": q.dtype, "logs": np.float32, "real": np.float32}
+    constants = {"KD": wide, "VD": columns, "LANES": 4}
+    arrays = {"q": (q, BOTH), **given, "o": (o, BOTH)}
+    launch(TENSOR, sequences, arrays, ("o",), types, constants, grid, **sizes, width=scale / log(2), **options)
     return o
