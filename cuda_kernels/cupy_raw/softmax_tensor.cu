@@ -11,7 +11,7 @@ typedef Tile<data, ROWS, KD> Queries;
 typedef Tile<data, PAIRS, KD> Keys;
 typedef Tile<data, PAIRS, VD> Values;
 
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(128, 2)
 softmax_tensor(const data* q, const data* k, const data* v, const long long* position, const long long* count, data* o,
                const long long* table, int axes, int tokens, int columns, int channels, int pairs, int groups, int blocks,
                int parts, int causal, int window, int sinks, real width) {
@@ -20,9 +20,8 @@ softmax_tensor(const data* q, const data* k, const data* v, const long long* pos
     __shared__ bool bad[PAIRS];         // whether a value of a pair is not finite
     unsigned char* at = dynamic_shared();
     const Queries queries = tile_of<Queries>(at);
-    Keys keys[2];
-    Values values[2];
-    for (int i = 0; i < 2; i++) keys[i] = tile_of<Keys>(at), values[i] = tile_of<Values>(at);
+    const auto keys_of = [=](int turn) { return Keys{(data*)(at + turn * (Keys::bytes + Values::bytes))}; };
+    const auto values_of = [=](int turn) { return Values{keys_of(turn).begin + Keys::bytes / sizeof(data)}; };
 
     const int memory = blockIdx.x / blocks, block = blocks - 1 - blockIdx.x % blocks;  // the longest pasts come first
     const int part = block % parts, first = block / parts * ROWS, end_of_rows = groups * tokens;
@@ -38,8 +37,8 @@ softmax_tensor(const data* q, const data* k, const data* v, const long long* pos
 
     auto stage = [&](int tile, int into) {
         const int start = tile * PAIRS;
-        fetch(keys[into], key, start, 0, pairs - start, channels, key_vectors);
-        fetch(values[into], value, start, part * VD, pairs - start, columns - part * VD, value_vectors);
+        fetch(keys_of(into), key, start, 0, pairs - start, channels, key_vectors);
+        fetch(values_of(into), value, start, part * VD, pairs - start, columns - part * VD, value_vectors);
         close_copies();
     };
     auto before = [&](int tile) {  // the tile to look at next
@@ -72,6 +71,8 @@ softmax_tensor(const data* q, const data* k, const data* v, const long long* pos
     #pragma unroll 1
     for (; tile >= 0; turn ^= 1) {
         const int next = before(tile), start = tile * PAIRS;
+        const Keys keys = keys_of(turn);
+        const Values values = values_of(turn);
         const bool all = !position && start + PAIRS <= (causal ? low + 1 : pairs) &&
                          (!window || start >= seen.memorised(high) - window);
         if (next >= 0) stage(next, turn ^ 1);
@@ -85,8 +86,8 @@ softmax_tensor(const data* q, const data* k, const data* v, const long long* pos
                 bool found = false;
                 #pragma unroll 1
                 for (int c = 0; c < VD; c++) {
-                    const real x = widened(values[turn].at(threadIdx.x, c));
-                    if (x - x != 0) found = true, values[turn].at(threadIdx.x, c) = data{};
+                    const real x = widened(values.at(threadIdx.x, c));
+                    if (x - x != 0) found = true, values.at(threadIdx.x, c) = data{};
                 }
                 bad[threadIdx.x] = found;
             }
@@ -101,7 +102,7 @@ softmax_tensor(const data* q, const data* k, const data* v, const long long* pos
             #pragma unroll
             for (int n = 0; n < PAIRS / 16; n++) {
                 Right<data, 1> right[2];
-                load_right_transposed(right, keys[turn], n * 16, c);
+                load_right_transposed(right, keys, n * 16, c);
                 multiply(score[2 * n], left, right[0]);
                 multiply(score[2 * n + 1], left, right[1]);
             }
@@ -141,7 +142,7 @@ softmax_tensor(const data* q, const data* k, const data* v, const long long* pos
             #pragma unroll
             for (int n = 0; n < VD / 16; n++) {
                 Right<data, 1> right[2];
-                load_right(right, values[turn], m * 16, n * 16);
+                load_right(right, values, m * 16, n * 16);
                 multiply(answer[2 * n], left, right[0]);
                 multiply(answer[2 * n + 1], left, right[1]);
             }
