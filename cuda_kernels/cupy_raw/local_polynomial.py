@@ -25,6 +25,7 @@ __all__ = ["local_polynomial", "refusal"]
 FIT = Kernel("local_polynomial", "pairs.cuh", "neighbours.cuh")
 LINE = Kernel("local_line", "pairs.cuh", "neighbours.cuh")
 COLUMNS = 128  # of the values that share one line
+STEPS = 8  # of conjugate gradients, times channels: in exact arithmetic one each would do
 
 
 def local_polynomial(
@@ -104,7 +105,7 @@ def fitted(q: Any, pairs: Pairs, log_decay: Any, state: CacheState, degree: int,
     options = options | {"tokens": tokens, "columns": values, "pairs": pairs.k.shape[-2], "cached": pairs.cached}
     options["parts"] = parts
     if room is None:
-        residual, steps = empty(sequences, (tokens,), np.float64, q), 8 * size
+        residual, steps = empty(sequences, (tokens,), np.float64, q), STEPS * size
         arrays["residual"], limits = (residual, ROW), {"steps": steps, "tolerance": TOLERANCE}
         launch(LINE, sequences, arrays, ("o", "residual"), types, constants, grid, **options, **limits)
         report(residual, steps)

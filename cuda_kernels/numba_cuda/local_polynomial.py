@@ -35,6 +35,7 @@ from .softmax_attention import average
 __all__ = ["local_polynomial", "refusal"]
 
 COLUMNS = 128  # of the values that share one line
+STEPS = 8  # of conjugate gradients, times channels: in exact arithmetic one each would do
 
 
 def local_polynomial(
@@ -112,7 +113,7 @@ def fitted(
     numbers = (width, code, np.float64(ridge), *sight, pairs.cached, parts)
     if room is None:
         residual = empty(sequences, (tokens,), np.float64, q)
-        arrays["residual"], steps = (residual, ROW), 8 * size
+        arrays["residual"], steps = (residual, ROW), STEPS * size
         launch(line(size, columns), sequences, arrays, ("o", "residual"), tokens, values, 1, *numbers, steps, grid=grid)
         report(residual, steps)
         return o
