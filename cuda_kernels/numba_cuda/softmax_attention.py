@@ -13,7 +13,7 @@ from math import exp, inf
 from typing import Any
 
 import numpy as np
-from numba import from_dtype
+from numba import float64, from_dtype
 
 from ttr_np.notation import CacheState
 from ttr_np.solvers._cache import append, check_options, empty_cache
@@ -105,7 +105,7 @@ def kernel_for(columns: int, real: Any, plain: bool) -> Any:
         keys = cuda.shared.array((TILE, SLAB), real)
         values = cuda.shared.array((TILE, staged), real)
         weights = cuda.shared.array((TILE, TILE), real)
-        answer = cuda.local.array(columns, real)
+        answer = cuda.local.array(columns, float64)  # the sums of 4096 tokens need more than float
         sums = cuda.local.array(columns, real)
         groups, tokens, pairs = q.shape[2], q.shape[3], k.shape[3]
         b, h, first, part, row, lane = place(q.shape[1], blocks, parts)
@@ -117,9 +117,9 @@ def kernel_for(columns: int, real: Any, plain: bool) -> Any:
         begin = first_steps(count[b, h, 0], tokens, count_of(count[b, h, 0], first // groups) - window) if window else 0
         begin += cached if begin else 0  # all cached pairs are looked at: there are few where there is a window
         front = cached + first_steps(count[b, h, 0], tokens, sinks) if sinks else 0
-        top, weight, since = real(-inf), real(0), 0.0
+        top, weight, since = real(-inf), 0.0, 0.0
         for c in range(columns):
-            answer[c] = real(0)
+            answer[c] = 0.0
 
         for tile in range((end - 1) // TILE, -1, -1):
             start = tile * TILE
