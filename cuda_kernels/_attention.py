@@ -1,7 +1,7 @@
 """What both backends do for memories that keep their pairs: where the pairs are, and how a launch over them is cut.
 
-Queries that share a memory also share the tiles of its pairs: the rows of a launch are all steps of all their sequences,
-step by step, so that row r is step r // groups of sequence r % groups.
+Queries that share a memory also share the tiles of its pairs: the rows of a launch are all steps of all their
+sequences, step by step, so that row r is step r // groups of sequence r % groups.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ttr_np.backends import frames_of_package
 from ttr_np.notation import CacheState
 from ttr_np.solvers._cache import join, positions
 from ttr_np.solvers.local_polynomial import KERNELS
@@ -98,7 +99,7 @@ def refusal_of(backend: str, kernel: Any, degree: int, ridge: float, keys: int) 
     return None
 
 
-def width_of(kernel: str, scale: float | None, bandwidth: float | None, keys: int) -> np.float64:
+def width_of(scale: float | None, bandwidth: float | None, keys: int) -> np.float64:
     """What kernels multiply dot products or distances by."""
     if bandwidth is not None:
         return np.float64(1 / bandwidth)
@@ -109,5 +110,5 @@ def report(residual: Any, steps: int) -> None:
     """Warn where conjugate gradients have stopped too early; this waits for the device."""
     worst = float(residual.max()) if residual.size else 0.0
     if worst > TOLERANCE:
-        words = f"conjugate gradients of local_polynomial stopped after {steps} steps at a relative residual of {worst:.1e}"
-        warnings.warn(words, RuntimeWarning, stacklevel=2)
+        words = f"conjugate gradients stopped after {steps} steps at a relative residual of {worst:.1e}"
+        warnings.warn(f"local_polynomial: {words}", RuntimeWarning, stacklevel=frames_of_package())

@@ -81,7 +81,7 @@ def core(
 ) -> tuple[Any, CacheState]:
     """One launch, or two; the cache grows only to be returned."""
     pairs, options = pairs_of(state, k, v, mask), {"causal": causal, "window": window or 0}
-    weights = {"kind": NAMES.index(kernel), "width": width_of(kernel, scale, bandwidth, q.shape[-1])}
+    weights = {"kind": NAMES.index(kernel), "width": width_of(scale, bandwidth, q.shape[-1])}
     if degree == 0:
         code, width = weights.values()
         o = average(q, pairs, log_decay, state, code, np.dtype(np.float64), width, options | {"sinks": 0})

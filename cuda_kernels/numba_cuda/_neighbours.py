@@ -25,7 +25,7 @@ def place(inner, groups, blocks, parts):
 
 @cuda.jit(device=True)
 def sight(count, tokens, step, cached, pairs, causal, window):
-    """Tiles to look at, from the newest to the oldest; the newest pair that is seen, and the first place of the window."""
+    """The newest and the oldest tile to look at; the newest pair that is seen, and the first place in the window."""
     last = cached + step if causal else pairs - 1
     if not window:
         return last // WARP, int64(0), last, int64(0)
@@ -89,7 +89,7 @@ def weigh(code, query, k, position, left, log_decay, pair, last, oldest, cached,
 
 @cuda.jit(device=True)
 def gather(mean, offset, x, start, columns, low, weights, kept):
-    """Add the weighted numbers of 32 pairs to a mean; lanes share the columns. What is not seen has a weight below 0."""
+    """Add the weighted numbers of 32 pairs to a mean; lanes share columns. What is not seen has a weight below 0."""
     for c in range(cuda.threadIdx.x, columns, WARP):
         total = 0.0
         for j in range(WARP):

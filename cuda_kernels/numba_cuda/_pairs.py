@@ -8,7 +8,6 @@ so that no gate, however strong, costs the mild ones after it a digit.
 from __future__ import annotations
 
 from math import inf, log, sqrt
-from typing import Any
 
 from numba import float64, int64
 
@@ -20,7 +19,7 @@ from .._sequences import Sequences
 from ._launch import cuda
 
 __all__ = ["SLAB", "TILE", "aged", "bias_of", "count_of", "first_steps", "grid", "log_kernel", "number", "origin"]
-__all__ += ["over_row", "place", "product", "sees", "top_of_row"]
+__all__ += ["over_row", "place", "product", "sees", "sight", "tiles", "top_of_row"]
 
 GAUSSIAN, BOXCAR = NAMES.index("gaussian"), NAMES.index("boxcar")
 TILE = 16
@@ -61,6 +60,23 @@ def first_steps(count, tokens, number):
 
 
 @cuda.jit(device=True)
+def tiles(count, groups, tokens, pairs, first, causal, window, sinks, cached):
+    """The newest tile of a block, the first pair in its rows' windows, and the pair behind the sinks."""
+    last = cached + min((first + TILE - 1) // groups, tokens - 1) if causal else pairs - 1
+    begin = first_steps(count, tokens, count_of(count, first // groups) - window) if window else int64(0)
+    begin += cached if begin else 0  # all cached pairs are looked at: there are few where there is a window
+    return last // TILE, begin, cached + first_steps(count, tokens, sinks) if sinks else int64(0)
+
+
+@cuda.jit(device=True)
+def sight(count, step, tokens, pairs, causal, window, cached):
+    """The newest pair that a query sees, -1 for none, and the first place in its window."""
+    if step >= tokens:
+        return int64(-1), int64(0)
+    return cached + step if causal else pairs - 1, count_of(count, step) - window if window else int64(0)
+
+
+@cuda.jit(device=True)
 def sees(position, pair, last, oldest, sinks):
     """Whether a query that comes after pair ``last`` sees a pair: one in its window, from ``oldest`` on, or a sink."""
     if pair > last:
@@ -89,7 +105,7 @@ def aged(since, log_decay, start, last):
 
 @cuda.jit(device=True)
 def bias_of(since, log_decay, left, pair, cached, start, last):
-    """What joins the logit of a pair: the gates after it, in its tile and since; minus infinity where nothing is left."""
+    """What joins the logit of a pair: the gates after it, in its tile and since; minus infinity if nothing is left."""
     total = since
     if log_decay.size and since >= NO_PAST / 2:
         total += gates_between(log_decay, pair + 1 - cached, min(start + TILE, last + 1) - cached)
@@ -106,7 +122,7 @@ def number(x):
 
 @cuda.jit(device=True)
 def origin(key):
-    """What a channel of all keys is measured from: the oldest one, in the past of all queries. Zero if it is no number."""
+    """What a channel of keys is measured from: the oldest, in the past of all queries. Zero if it is no number."""
     return float64(key) if key - key == 0 else 0.0
 
 

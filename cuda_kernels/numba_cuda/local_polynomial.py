@@ -8,7 +8,8 @@ with the covariance pass over the keys, so that it is never formed:
 
     o = vbar + Cvk x,    (Ckk + ridge I) x = q - kbar
 
-See ``ttr_np.solvers.local_polynomial`` for the definition and the sources. Degree 0 is softmax attention with any kernel.
+See ``ttr_np.solvers.local_polynomial`` for the definition and the sources. Degree 0 is softmax attention, with any kernel
+in place of the exponential one.
 """
 
 from __future__ import annotations
@@ -90,16 +91,17 @@ def core(
     state: CacheState,
 ) -> tuple[Any, CacheState]:
     """One launch; the cache grows only to be returned."""
-    pairs, code, width = pairs_of(state, k, v, mask), NAMES.index(kernel), width_of(kernel, scale, bandwidth, q.shape[-1])
+    pairs, code = pairs_of(state, k, v, mask), NAMES.index(kernel)
+    width = width_of(scale, bandwidth, q.shape[-1])
     if degree == 0:
-        o = average(q, pairs, log_decay, state, code, width, causal=causal, window=window, sinks=0)
+        o = average(q, pairs, log_decay, state, code, width, causal, window, 0)
     else:
         o = fitted(q, pairs, log_decay, state, code, width, degree, float(ridge), (int(causal), window or 0))
     return o, append(state, k, v, log_decay, mask, window) if keep else state
 
 
 def fitted(
-    q: Any, pairs: Pairs, log_decay: Any, state: CacheState, code: int, width: Any, degree: int, ridge: float, sight: Any
+    q: Any, pairs: Pairs, log_decay: Any, state: CacheState, code: int, width: Any, degree: int, ridge: float, see: Any
 ) -> Any:
     """Fits around all queries, one block of 32 threads for each query and some of its value columns."""
     (tokens, size), values = q.shape[-2:], pairs.v.shape[-1]
@@ -110,11 +112,12 @@ def fitted(
     parts = max(-(-values // columns), 1)
     grid = Grid(tokens * sequences.groups * parts, WARP)
     arrays = {"q": (q, BOTH), **pairs.arrays, "log_decay": (log_decay, ROW), "o": (o, BOTH)}
-    numbers = (width, code, np.float64(ridge), *sight, pairs.cached, parts)
+    numbers = (width, code, np.float64(ridge), *see, pairs.cached, parts)
     if room is None:
         residual = empty(sequences, (tokens,), np.float64, q)
         arrays["residual"], steps = (residual, ROW), STEPS * size
-        launch(line(size, columns), sequences, arrays, ("o", "residual"), tokens, values, 1, *numbers, steps, grid=grid)
+        kernel, numbers = line(size, columns), (*numbers, steps)
+        launch(kernel, sequences, arrays, ("o", "residual"), tokens, values, 1, *numbers, grid=grid)
         report(residual, steps)
         return o
     tables = dict(zip(("bounds", "parents", "factors", "scales"), polynomial(size, degree), strict=True))
@@ -126,7 +129,7 @@ def fitted(
 
 @cache
 def averages(size: int, columns: int) -> Any:
-    """Highest logit, weight, and means of some value columns and of the keys; the mean of keys stands behind the values."""
+    """Highest logit, weight, and means of some value columns and, behind them, of the keys."""
 
     @cuda.jit(device=True)
     def average(code, query, mean, weights, k, v, position, left, log_decay, newest, lowest, last, oldest, cached, width, low):
@@ -157,8 +160,7 @@ def averages(size: int, columns: int) -> Any:
 @cache
 def fit(size: int, p: int, columns: int, degree: int) -> Any:
     """The kernel for polynomials of so many coefficients and so many value columns."""
-    average = averages(size, columns)
-    width_of_rows, both = p + columns, columns + size
+    average, width_of_rows, both = averages(size, columns), p + columns, columns + size
 
     def local_polynomial(
         q, k, v, position, count, left, log_decay, o, bounds, parents, factors, scales, width, code, ridge, causal,
@@ -172,61 +174,79 @@ def fit(size: int, p: int, columns: int, degree: int) -> Any:
         read = cuda.shared.array(p, float64)
         new = cuda.shared.array(p, int64)
         b, h, step, group, part = place(q.shape[1], q.shape[2], blocks, parts)
-        lane, low = cuda.threadIdx.x, part * columns
+        low, keys, values, places, past = part * columns, k[b, h, 0], v[b, h, 0], position[b, h, 0], left[b, h, 0]
+        tables = (parents[0, 0, 0], factors[0, 0, 0], scales[0, 0, 0])
         newest, lowest, last, oldest = sight(count[b, h, 0], q.shape[3], step, cached, k.shape[3], causal, window)
-        for c in range(lane, size, WARP):
-            query[c] = q[b, h, group, step, c]
-        for i in range(lane, p * width_of_rows, WARP):
-            R[i // width_of_rows, i % width_of_rows] = 0.0
-        cuda.syncthreads()  # the query and an empty triangle are there
-        for i in range(1 + lane, p, WARP):
-            R[i, i] = sqrt(ridge)
-        memory = (k[b, h, 0], v[b, h, 0], position[b, h, 0], left[b, h, 0], log_decay[b, h, 0])
-        keys, values, places, past, gates = memory
+        begin(query, q[b, h, group, step], R, ridge)
         top, weight = average(
-            code, query, mean, weights, keys, values, places, past, gates, newest, lowest, last, oldest, cached, width, low
-        )
-
+            code, query, mean, weights, keys, values, places, past, log_decay[b, h, 0], newest, lowest, last, oldest,
+            cached, width, low,
+        )  # fmt: skip
+        centre = mean[columns:] if degree == 1 else query  # higher monomials, and their ridge, are those around the query
         neighbours, since = 0.0, 0.0
         for tile in range(newest, lowest - 1, -1):
-            pair = tile * WARP + lane
-            x, since = weigh(code, query, keys, places, past, gates, pair, last, oldest, cached, since, width)
+            pair = tile * WARP + cuda.threadIdx.x
+            x, since = weigh(
+                code, query, keys, places, past, log_decay[b, h, 0], pair, last, oldest, cached, since, width
+            )
             root = root_of(x, top, weight)
-            rows[lane, 0] = 1.0
-            for i in range(1, p):
-                c = factors[0, 0, 0, i]
-                centre = mean[columns + c] if degree == 1 else query[c]
-                z = float64(keys[pair, c]) - centre if x != -inf else 0.0
-                rows[lane, i] = rows[lane, parents[0, 0, 0, i]] * z
-            for i in range(p):
-                rows[lane, i] *= root * scales[0, 0, 0, i]
-            for c in range(columns):
-                there = x != -inf and low + c < v.shape[4]
-                rows[lane, p + c] = root * (float64(values[pair, low + c]) - mean[c]) if there else 0.0
+            stage(rows, root, x != -inf, keys, values, pair, centre, mean, tables, p, low)
             neighbours += over_warp(1.0 if root != 0 else 0.0)
             cuda.syncthreads()  # the rows of this tile are staged
             reflect(R, rows, p, width_of_rows)
-
         use = determined(R, new, bounds[0, 0, 0], neighbours, ridge)
-        if lane == 0:
-            read[0] = 1.0
-            for i in range(1, p):
-                c = factors[0, 0, 0, i]
-                read[i] = read[parents[0, 0, 0, i]] * (query[c] - mean[columns + c] if degree == 1 else 0.0)
-            for i in range(p):
-                read[i] *= scales[0, 0, 0, i]
-        for i in range(use):
-            cuda.syncthreads()  # entry i of what is read is final
-            share = read[i] / R[i, i]
-            for j in range(i + 1 + lane, use, WARP):
-                read[j] -= share * R[i, j]
-            for c in range(lane, columns, WARP):
-                mean[c] += share * R[i, p + c]
-        for c in range(lane, columns, WARP):
+        answer(mean, read, R, use, query, centre, tables, columns)
+        for c in range(cuda.threadIdx.x, columns, WARP):
             if low + c < v.shape[4]:
                 o[b, h, group, step, low + c] = mean[c]
 
     return local_polynomial
+
+
+@cuda.jit(device=True)
+def begin(query, q, R, ridge):
+    """The query, and the triangle of the ridge alone."""
+    load(query, q)
+    for i in range(cuda.threadIdx.x, R.size, WARP):
+        row, column = i // R.shape[1], i % R.shape[1]
+        R[row, column] = sqrt(ridge) if row == column and row else 0.0
+    cuda.syncthreads()  # the query and the triangle are there
+
+
+@cuda.jit(device=True)
+def stage(rows, root, seen, keys, values, pair, centre, mean, tables, p, low):
+    """A row of the fit: monomials, and what the values differ from their mean, times the root of the weight."""
+    lane = cuda.threadIdx.x
+    parents, factors, scales = tables
+    rows[lane, 0] = 1.0
+    for i in range(1, p):
+        c = factors[i]
+        rows[lane, i] = rows[lane, parents[i]] * (float64(keys[pair, c]) - centre[c] if seen else 0.0)
+    for i in range(p):
+        rows[lane, i] *= root * scales[i]
+    for c in range(rows.shape[1] - p):
+        there = seen and low + c < values.shape[1]
+        rows[lane, p + c] = root * (float64(values[pair, low + c]) - mean[c]) if there else 0.0
+
+
+@cuda.jit(device=True)
+def answer(mean, read, R, use, query, centre, tables, columns):
+    """Add to the mean what the coefficients say at the query: B^T R^-T (1, f(query - centre)), entry by entry."""
+    lane, p = cuda.threadIdx.x, R.shape[0]
+    parents, factors, scales = tables
+    if lane == 0:
+        read[0] = 1.0
+        for i in range(1, p):
+            read[i] = read[parents[i]] * (query[factors[i]] - centre[factors[i]])
+        for i in range(p):
+            read[i] *= scales[i]
+    for i in range(use):
+        cuda.syncthreads()  # entry i of what is read is final
+        share = read[i] / R[i, i]
+        for j in range(i + 1 + lane, use, WARP):
+            read[j] -= share * R[i, j]
+        for c in range(lane, columns, WARP):
+            mean[c] += share * R[i, p + c]
 
 
 @cuda.jit(device=True)
@@ -277,70 +297,99 @@ def determined(R, new, bounds, neighbours, ridge):
 @cache
 def line(size: int, columns: int) -> Any:
     """The kernel for lines of many channels: lanes share pairs, then channels."""
-    average = averages(size, columns)
-    both = columns + size
+    average, both = averages(size, columns), columns + size
 
     def local_polynomial(
-        q, k, v, position, count, left, log_decay, o, residual, width, code, ridge, causal, window, cached,
-        parts, steps, blocks,
+        q, k, v, position, count, left, log_decay, o, residual, width, code, ridge, causal, window, cached, parts, steps,
+        blocks,
     ):  # fmt: skip
         query = cuda.shared.array(size, float64)
         mean = cuda.shared.array(both, float64)
         weights = cuda.shared.array(WARP, float64)
-        x = cuda.shared.array(size, float64)
-        r = cuda.shared.array(size, float64)
-        u = cuda.shared.array(size, float64)
-        y = cuda.shared.array(size, float64)
+        vectors = cuda.shared.array((4, size), float64)
         gained = cuda.shared.array(columns, float64)
         b, h, step, group, part = place(q.shape[1], q.shape[2], blocks, parts)
-        lane, low = cuda.threadIdx.x, part * columns
+        lane, low, centre = cuda.threadIdx.x, part * columns, mean[columns:]
+        keys, values, places, past = k[b, h, 0], v[b, h, 0], position[b, h, 0], left[b, h, 0]
         newest, lowest, last, oldest = sight(count[b, h, 0], q.shape[3], step, cached, k.shape[3], causal, window)
-        for c in range(lane, size, WARP):
-            query[c] = q[b, h, group, step, c]
+        load(query, q[b, h, group, step])
         cuda.syncthreads()  # the query is there
-        memory = (k[b, h, 0], v[b, h, 0], position[b, h, 0], left[b, h, 0], log_decay[b, h, 0])
-        keys, values, places, past, gates = memory
         top, weight = average(
-            code, query, mean, weights, keys, values, places, past, gates, newest, lowest, last, oldest, cached, width, low
-        )
-        for c in range(lane, size, WARP):
-            x[c], r[c] = 0.0, query[c] - mean[columns + c]
-            u[c] = r[c]
-        size_of_r = squared(r)
-        first = size_of_r
+            code, query, mean, weights, keys, values, places, past, log_decay[b, h, 0], newest, lowest, last, oldest,
+            cached, width, low,
+        )  # fmt: skip
+        first = square = set_out(vectors, query, centre)
         for turn in range(steps + 1):  # the last one multiplies values by x
-            done = turn == steps or not size_of_r > TOLERANCE * TOLERANCE * first
-            vector = x if done else u
-            for c in range(lane, size, WARP):
-                y[c] = ridge * u[c]
-            for c in range(lane, columns, WARP):
-                gained[c] = 0.0
-            cuda.syncthreads()  # the vector is there
+            done = turn == steps or not square > TOLERANCE * TOLERANCE * first
+            prepare(vectors, gained, ridge)
             since = 0.0
             for tile in range(newest, lowest - 1, -1):
                 pair = tile * WARP + lane
-                logit, since = weigh(code, query, keys, places, past, gates, pair, last, oldest, cached, since, width)
-                root, along = root_of(logit, top, weight), 0.0
-                if root != 0:
-                    for c in range(size):
-                        along += vector[c] * (float64(keys[pair, c]) - mean[columns + c])
-                weights[lane] = root * root * along
+                x, since = weigh(
+                    code, query, keys, places, past, log_decay[b, h, 0], pair, last, oldest, cached, since, width
+                )
+                weights[lane] = along(vectors[X if done else U], keys, pair, centre, root_of(x, top, weight))
                 cuda.syncthreads()  # the weights of this tile are staged
                 if done:
-                    spread(gained, values, tile * WARP, low, weights, mean, 0)
+                    spread(gained, values, tile * WARP, low, weights, mean)
                 else:
-                    spread(y, keys, tile * WARP, 0, weights, mean, columns)
+                    spread(vectors[Y], keys, tile * WARP, 0, weights, centre)
                 cuda.syncthreads()  # nobody is left at the weights
             if done:
                 break
-            size_of_r = descend(x, r, u, y, size_of_r)
-        for c in range(lane, columns, WARP):
-            if low + c < v.shape[4]:
-                o[b, h, group, step, low + c] = mean[c] + gained[c]
+            square = descend(vectors, square)
+        give(o[b, h, group, step], mean, gained, low)
         if lane == 0 and part == 0:
-            residual[b, h, group, step] = sqrt(size_of_r / first) if first > 0 else 0.0
+            residual[b, h, group, step] = sqrt(square / first) if first > 0 else 0.0
 
     return local_polynomial
+
+
+@cuda.jit(device=True)
+def load(query, q):
+    """A query; lanes share the channels."""
+    for c in range(cuda.threadIdx.x, query.shape[0], WARP):
+        query[c] = q[c]
+
+
+@cuda.jit(device=True)
+def give(o, mean, gained, low):
+    """An answer; lanes share the columns."""
+    for c in range(cuda.threadIdx.x, gained.shape[0], WARP):
+        if low + c < o.shape[0]:
+            o[low + c] = mean[c] + gained[c]
+
+
+X, RESIDUAL, U, Y = range(4)  # vectors of conjugate gradients: solution, residual, direction, and that times the matrix
+
+
+@cuda.jit(device=True)
+def set_out(vectors, query, centre):
+    """The start of conjugate gradients; r . r. Every lane keeps to its own channels."""
+    for c in range(cuda.threadIdx.x, query.shape[0], WARP):
+        vectors[X, c], vectors[RESIDUAL, c] = 0.0, query[c] - centre[c]
+        vectors[U, c] = vectors[RESIDUAL, c]
+    return squared(vectors[RESIDUAL])
+
+
+@cuda.jit(device=True)
+def prepare(vectors, gained, ridge):
+    """Before the pairs pass: y = ridge u, and nothing gained."""
+    for c in range(cuda.threadIdx.x, vectors.shape[1], WARP):
+        vectors[Y, c] = ridge * vectors[U, c]
+    for c in range(cuda.threadIdx.x, gained.shape[0], WARP):
+        gained[c] = 0.0
+    cuda.syncthreads()  # the vectors are there
+
+
+@cuda.jit(device=True)
+def along(vector, keys, pair, centre, root):
+    """How far a pair's key lies along a vector, measured from the centre, times the pair's share of the weight."""
+    total = 0.0
+    if root != 0:
+        for c in range(vector.shape[0]):
+            total += vector[c] * (float64(keys[pair, c]) - centre[c])
+    return root * root * total
 
 
 @cuda.jit(device=True)
@@ -353,27 +402,27 @@ def squared(x):
 
 
 @cuda.jit(device=True)
-def spread(y, x, start, low, weights, mean, behind):
+def spread(y, x, start, low, weights, mean):
     """Add the weighted numbers of 32 pairs, measured from their mean; lanes share the columns."""
     for c in range(cuda.threadIdx.x, y.shape[0], WARP):
         total = 0.0
         for j in range(WARP):
             if weights[j] != 0 and low + c < x.shape[1]:
-                total += weights[j] * (float64(x[start + j, low + c]) - mean[behind + c])
+                total += weights[j] * (float64(x[start + j, low + c]) - mean[c])
         y[c] += total
 
 
 @cuda.jit(device=True)
-def descend(x, r, u, y, size_of_r):
-    """One step of conjugate gradients, y = A u; the new r . r. Every lane keeps to its own channels."""
+def descend(vectors, square):
+    """One step of conjugate gradients; the new r . r. Every lane keeps to its own channels."""
     curvature = 0.0
-    for c in range(cuda.threadIdx.x, x.shape[0], WARP):
-        curvature += u[c] * y[c]
-    along = size_of_r / over_warp(curvature)
-    for c in range(cuda.threadIdx.x, x.shape[0], WARP):
-        x[c] += along * u[c]
-        r[c] -= along * y[c]
-    after = squared(r)
-    for c in range(cuda.threadIdx.x, x.shape[0], WARP):
-        u[c] = r[c] + after / size_of_r * u[c]
+    for c in range(cuda.threadIdx.x, vectors.shape[1], WARP):
+        curvature += vectors[U, c] * vectors[Y, c]
+    length = square / over_warp(curvature)
+    for c in range(cuda.threadIdx.x, vectors.shape[1], WARP):
+        vectors[X, c] += length * vectors[U, c]
+        vectors[RESIDUAL, c] -= length * vectors[Y, c]
+    after = squared(vectors[RESIDUAL])
+    for c in range(cuda.threadIdx.x, vectors.shape[1], WARP):
+        vectors[U, c] = vectors[RESIDUAL, c] + after / square * vectors[U, c]
     return after

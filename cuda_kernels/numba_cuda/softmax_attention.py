@@ -23,7 +23,20 @@ from .._attention import DOT, EXPONENTIAL, Pairs, pairs_of
 from .._sequences import BOTH, ROW, Sequences
 from ._launch import cuda, empty, launch, run
 from ._pairs import (
-    SLAB, TILE, aged, bias_of, count_of, first_steps, grid, log_kernel, number, origin, over_row, place, product, sees,
+    SLAB,
+    TILE,
+    aged,
+    bias_of,
+    grid,
+    log_kernel,
+    number,
+    origin,
+    over_row,
+    place,
+    product,
+    sees,
+    sight,
+    tiles,
     top_of_row,
 )  # fmt: skip
 
@@ -68,13 +81,12 @@ def core(
 ) -> tuple[Any, CacheState]:
     """One launch; the cache grows only to be returned."""
     pairs = pairs_of(state, k, v, mask)
-    options = {"causal": causal, "window": window, "sinks": sinks}
-    o = average(q, pairs, log_decay, state, DOT, scale_of(scale, q), **options)
+    o = average(q, pairs, log_decay, state, DOT, scale_of(scale, q), causal, window, sinks)
     return o, append(state, k, v, log_decay, mask, window, sinks) if keep else state
 
 
 def average(
-    q: Any, pairs: Pairs, log_decay: Any, state: CacheState, code: int, width: Any, *, causal: bool, window: int | None, sinks: int
+    q: Any, pairs: Pairs, log_decay: Any, state: CacheState, code: int, width: Any, causal: bool, window: Any, sinks: Any
 ) -> Any:
     """Means of the values under a kernel of queries and keys, in the precision of its ``width``."""
     tokens, values = q.shape[-2], pairs.v.shape[-1]
@@ -95,7 +107,7 @@ def kernel_for(columns: int, real: Any, plain: bool) -> Any:
 
     ``plain``: for softmax attention alone; otherwise the kernel's code is an argument.
     """
-    staged = TILE * columns
+    staged, mix = TILE * columns, mixing(columns, real)
 
     def softmax_attention(
         q, k, v, position, count, left, log_decay, o, width, kind, causal, window, sinks, cached, parts, blocks
@@ -106,63 +118,75 @@ def kernel_for(columns: int, real: Any, plain: bool) -> Any:
         values = cuda.shared.array((TILE, staged), real)
         weights = cuda.shared.array((TILE, TILE), real)
         answer = cuda.local.array(columns, float64)  # the sums of 4096 tokens need more than float
-        sums = cuda.local.array(columns, real)
-        groups, tokens, pairs = q.shape[2], q.shape[3], k.shape[3]
         b, h, first, part, row, lane = place(q.shape[1], blocks, parts)
-        step, group = (first + row) // groups, (first + row) % groups
-        asked = step < tokens
-        last = -1 if not asked else cached + step if causal else pairs - 1
-        oldest = count_of(count[b, h, 0], step) - window if window and asked else 0
-        end = cached + min((first + TILE - 1) // groups + 1, tokens) if causal else pairs
-        begin = first_steps(count[b, h, 0], tokens, count_of(count[b, h, 0], first // groups) - window) if window else 0
-        begin += cached if begin else 0  # all cached pairs are looked at: there are few where there is a window
-        front = cached + first_steps(count[b, h, 0], tokens, sinks) if sinks else 0
+        step, group = (first + row) // q.shape[2], (first + row) % q.shape[2]
+        counts, gates = count[b, h, 0], log_decay[b, h, 0]
+        newest, begin, front = tiles(counts, q.shape[2], q.shape[3], k.shape[3], first, causal, window, sinks, cached)
+        last, oldest = sight(counts, step, q.shape[3], k.shape[3], causal, window, cached)
         top, weight, since = real(-inf), 0.0, 0.0
         for c in range(columns):
             answer[c] = 0.0
-
-        for tile in range((end - 1) // TILE, -1, -1):
+        for tile in range(newest, -1, -1):
             start = tile * TILE
             if start + TILE <= begin and start >= front:  # older than the window, and no sink
-                since = aged(since, log_decay[b, h, 0], start - cached, last - cached)
+                since = aged(since, gates, start - cached, last - cached)
                 continue
-            x = real(0)
-            for low in range(0, max(q.shape[4], 1), SLAB):
-                cuda.syncthreads()  # nobody is left at what is staged anew
-                for c in range(low + lane, low + SLAB, TILE):
-                    there = c < q.shape[4]
-                    queries[row, c - low] = q[b, h, group, step, c] if there and asked else real(0)
-                    key = real(k[b, h, 0, start + row, c]) if there and start + row < pairs else real(0)
-                    keys[row, c - low] = key - origin(k[b, h, 0, 0, c]) if there and code == EXPONENTIAL else key
-                cuda.syncthreads()  # the channels of this slab are staged
-                for c in range(SLAB):
-                    x += product(code, queries[row, c], keys[lane, c])
+            x = scored(code, queries, keys, q[b, h, group], k[b, h, 0], step, start, real(0))
             seen = sees(position[b, h, 0], start + lane, last, oldest, sinks)
-            bias = bias_of(since, log_decay[b, h, 0], left[b, h, 0], start + lane, cached, start, last) if seen else -inf
+            bias = bias_of(since, gates, left[b, h, 0], start + lane, cached, start, last) if seen else -inf
             x = real(-inf) if bias == -inf else real(log_kernel(code, x, width)) + real(bias)
-            since = aged(since, log_decay[b, h, 0], start - cached, last - cached)
-
+            since = aged(since, gates, start - cached, last - cached)
             higher = max(top, top_of_row(x))
             shift = higher if higher > -inf else real(0)
             p, kept = exp(x - shift), exp(top - shift)
             weight, top = kept * weight + over_row(p), higher
             weights[row, lane] = p if x != -inf else real(-1)  # less than none: not even a NaN comes through
-            for c in range(columns):
-                column = (part * columns + c) * TILE + lane
-                there = start + row < pairs and column < v.shape[4]
-                values[row, c * TILE + lane] = number(v[b, h, 0, start + row, column]) if there else real(0)
-                sums[c] = real(0)
-            cuda.syncthreads()  # the weights and values of this tile are staged
-            for j in range(TILE):
-                for c in range(columns):
-                    if not weights[row, j] < 0:
-                        sums[c] += weights[row, j] * values[j, c * TILE + lane]
-            for c in range(columns):
-                answer[c] = kept * answer[c] + sums[c]
-
+            mix(answer, kept, weights, values, v[b, h, 0], start, part * staged)
         for c in range(columns):
-            column = (part * columns + c) * TILE + lane
-            if asked and column < v.shape[4]:
+            column = part * staged + c * TILE + lane
+            if step < q.shape[3] and column < v.shape[4]:
                 o[b, h, group, step, column] = answer[c] / weight if weight != 0 else answer[c]
 
     return softmax_attention
+
+
+@cuda.jit(device=True)
+def scored(code, queries, keys, q, k, step, start, x):
+    """Dot product or squared distance of this thread's query and pair, by slabs of channels that all threads stage."""
+    row, lane = cuda.threadIdx.x // TILE, cuda.threadIdx.x % TILE
+    for low in range(0, max(q.shape[1], 1), SLAB):
+        cuda.syncthreads()  # nobody is left at what is staged anew
+        for c in range(low + lane, low + SLAB, TILE):
+            here, there = c < q.shape[1] and step < q.shape[0], c < q.shape[1] and start + row < k.shape[0]
+            queries[row, c - low] = q[step, c] if here else 0
+            keys[row, c - low] = k[start + row, c] if there else 0
+            if code == EXPONENTIAL and there:
+                keys[row, c - low] -= origin(k[0, c])
+        cuda.syncthreads()  # the channels of this slab are staged
+        for c in range(SLAB):
+            x += product(code, queries[row, c], keys[lane, c])
+    return x
+
+
+@cache
+def mixing(columns: int, real: Any) -> Any:
+    """Answers of so many columns, after one more tile."""
+
+    @cuda.jit(device=True)
+    def mix(answer, kept, weights, values, v, start, low):
+        sums = cuda.local.array(columns, real)
+        row, lane = cuda.threadIdx.x // TILE, cuda.threadIdx.x % TILE
+        for c in range(columns):
+            column = low + c * TILE + lane
+            there = start + row < v.shape[0] and column < v.shape[1]
+            values[row, c * TILE + lane] = number(v[start + row, column]) if there else real(0)
+            sums[c] = real(0)
+        cuda.syncthreads()  # the weights and values of this tile are staged
+        for j in range(TILE):
+            for c in range(columns):
+                if not weights[row, j] < 0:
+                    sums[c] += weights[row, j] * values[j, c * TILE + lane]
+        for c in range(columns):
+            answer[c] = kept * answer[c] + sums[c]
+
+    return mix
