@@ -8,8 +8,8 @@ with the covariance pass over the keys, so that it is never formed:
 
     o = vbar + Cvk x,    (Ckk + ridge I) x = q - kbar
 
-See ``ttr_np.solvers.local_polynomial`` for the definition and the sources. Degree 0 is softmax attention, with any kernel
-in place of the exponential one.
+See ``ttr_np.solvers.local_polynomial`` for the definition and the sources. Degree 0 is softmax attention, with any
+kernel in place of the exponential one.
 """
 
 from __future__ import annotations
@@ -132,7 +132,9 @@ def averages(size: int, columns: int) -> Any:
     """Highest logit, weight, and means of some value columns and, behind them, of the keys."""
 
     @cuda.jit(device=True)
-    def average(code, query, mean, weights, k, v, position, left, log_decay, newest, lowest, last, oldest, cached, width, low):
+    def average(
+        code, query, mean, weights, k, v, position, left, log_decay, newest, lowest, last, oldest, cached, width, low
+    ):
         lane = cuda.threadIdx.x
         for c in range(lane, columns + size, WARP):
             mean[c] = 0.0
@@ -182,7 +184,7 @@ def fit(size: int, p: int, columns: int, degree: int) -> Any:
             code, query, mean, weights, keys, values, places, past, log_decay[b, h, 0], newest, lowest, last, oldest,
             cached, width, low,
         )  # fmt: skip
-        centre = mean[columns:] if degree == 1 else query  # higher monomials, and their ridge, are those around the query
+        centre = mean[columns:] if degree == 1 else query  # that of higher monomials and their ridge
         neighbours, since = 0.0, 0.0
         for tile in range(newest, lowest - 1, -1):
             pair = tile * WARP + cuda.threadIdx.x
@@ -300,9 +302,8 @@ def line(size: int, columns: int) -> Any:
     average, both = averages(size, columns), columns + size
 
     def local_polynomial(
-        q, k, v, position, count, left, log_decay, o, residual, width, code, ridge, causal, window, cached, parts, steps,
-        blocks,
-    ):  # fmt: skip
+        q, k, v, position, count, left, gates, o, residual, width, code, ridge, causal, window, cached, parts, steps, blocks
+    ):
         query = cuda.shared.array(size, float64)
         mean = cuda.shared.array(both, float64)
         weights = cuda.shared.array(WARP, float64)
@@ -313,11 +314,11 @@ def line(size: int, columns: int) -> Any:
         keys, values, places, past = k[b, h, 0], v[b, h, 0], position[b, h, 0], left[b, h, 0]
         newest, lowest, last, oldest = sight(count[b, h, 0], q.shape[3], step, cached, k.shape[3], causal, window)
         load(query, q[b, h, group, step])
+        gate = gates[b, h, 0]
         cuda.syncthreads()  # the query is there
         top, weight = average(
-            code, query, mean, weights, keys, values, places, past, log_decay[b, h, 0], newest, lowest, last, oldest,
-            cached, width, low,
-        )  # fmt: skip
+            code, query, mean, weights, keys, values, places, past, gate, newest, lowest, last, oldest, cached, width, low
+        )
         first = square = set_out(vectors, query, centre)
         for turn in range(steps + 1):  # the last one multiplies values by x
             done = turn == steps or not square > TOLERANCE * TOLERANCE * first
@@ -325,9 +326,7 @@ def line(size: int, columns: int) -> Any:
             since = 0.0
             for tile in range(newest, lowest - 1, -1):
                 pair = tile * WARP + lane
-                x, since = weigh(
-                    code, query, keys, places, past, log_decay[b, h, 0], pair, last, oldest, cached, since, width
-                )
+                x, since = weigh(code, query, keys, places, past, gate, pair, last, oldest, cached, since, width)
                 weights[lane] = along(vectors[X if done else U], keys, pair, centre, root_of(x, top, weight))
                 cuda.syncthreads()  # the weights of this tile are staged
                 if done:

@@ -86,13 +86,13 @@ def core(
 
 
 def average(
-    q: Any, pairs: Pairs, log_decay: Any, state: CacheState, code: int, width: Any, causal: bool, window: Any, sinks: Any
+    q: Any, pairs: Pairs, gates: Any, state: CacheState, code: int, width: Any, causal: bool, window: Any, sinks: int
 ) -> Any:
     """Means of the values under a kernel of queries and keys, in the precision of its ``width``."""
     tokens, values = q.shape[-2], pairs.v.shape[-1]
     sequences = Sequences(state.k.shape[:-2], np.broadcast_shapes(q.shape[:-2], state.k.shape[:-2]))
     o = empty(sequences, (tokens, values), q.dtype, q)
-    arrays = {"q": (q, BOTH), **pairs.arrays, "log_decay": (log_decay, ROW), "o": (o, BOTH)}
+    arrays = {"q": (q, BOTH), **pairs.arrays, "log_decay": (gates, ROW), "o": (o, BOTH)}
     columns = max(min(-(-values // TILE), COLUMNS), 1)
     cut, parts = grid(sequences, tokens, values, columns)
     numbers = (width, code, int(causal), window or 0, sinks, pairs.cached, parts)
