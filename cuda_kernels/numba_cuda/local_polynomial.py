@@ -302,14 +302,14 @@ def line(size: int, columns: int) -> Any:
     average, both = averages(size, columns), columns + size
 
     def local_polynomial(
-        q, k, v, position, count, left, gates, o, residual, width, code, ridge, causal, window, cached, parts, steps, blocks
+        q, k, v, position, count, left, gates, o, residual, width, code, ridge, causal, window, cached, parts, steps, cut
     ):
         query = cuda.shared.array(size, float64)
         mean = cuda.shared.array(both, float64)
         weights = cuda.shared.array(WARP, float64)
         vectors = cuda.shared.array((4, size), float64)
         gained = cuda.shared.array(columns, float64)
-        b, h, step, group, part = place(q.shape[1], q.shape[2], blocks, parts)
+        b, h, step, group, part = place(q.shape[1], q.shape[2], cut, parts)
         lane, low, centre = cuda.threadIdx.x, part * columns, mean[columns:]
         keys, values, places, past = k[b, h, 0], v[b, h, 0], position[b, h, 0], left[b, h, 0]
         newest, lowest, last, oldest = sight(count[b, h, 0], q.shape[3], step, cached, k.shape[3], causal, window)
@@ -317,8 +317,9 @@ def line(size: int, columns: int) -> Any:
         gate = gates[b, h, 0]
         cuda.syncthreads()  # the query is there
         top, weight = average(
-            code, query, mean, weights, keys, values, places, past, gate, newest, lowest, last, oldest, cached, width, low
-        )
+            code, query, mean, weights, keys, values, places, past, gate, newest, lowest, last, oldest, cached,
+            width, low,
+        )  # fmt: skip
         first = square = set_out(vectors, query, centre)
         for turn in range(steps + 1):  # the last one multiplies values by x
             done = turn == steps or not square > TOLERANCE * TOLERANCE * first
