@@ -164,7 +164,6 @@ def test_halves_on_tensor_cores_are_as_good_as_the_solver(name, seed):
     rng = np.random.default_rng(seed)
     for _ in range(8):
         arrays, options, mask, _ = drawn_call(rng, [half(name)])
-        arrays.pop("log_decay", None)
         common = options | {"mask": mask} if seed % 2 else options
         with on_cpu("cupy", check=False) as machine:
             found = ttr_np.softmax_attention(**arrays, **common, backend="cupy")
@@ -203,6 +202,18 @@ def test_a_bad_number_reaches_what_it_must_on_tensor_cores(name, bad):
     same_bits(found[:, :70], clean[:, :70])
     same_bits(found[1], clean[1])
     np.testing.assert_array_equal(np.isnan(found), np.isnan(wanted))
+
+
+@pytest.mark.parametrize("gate", [-np.inf, -1e30, -1e4])
+def test_a_reset_on_tensor_cores_forgets_and_costs_the_gates_after_it_nothing(gate):
+    arrays = arguments("softmax_attention", np.random.default_rng(0), 200, k=5, dtype=np.float16, gated=True)
+    arrays["log_decay"][:, [20, 100]] = gate
+    if gate < -1e29:
+        arrays["v"][:, [3, 90]] = np.nan
+    found, wanted = run("softmax_attention", "cupy", arrays), ttr_np.softmax_attention(**arrays, backend="numpy")
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(wanted))
+    fresh = {name: x[:, 100:] for name, x in arrays.items()}
+    as_good(found[:, 100:], *solved("softmax_attention", fresh), floor=2)
 
 
 def test_bits_on_tensor_cores_depend_on_no_neighbour_and_no_order():
@@ -325,7 +336,7 @@ def test_a_bad_number_in_a_fit_reaches_what_it_must(backend):
 
 CALLS = {
     "tiles": ("softmax_attention", {"t": 70, "k": 40, "v": 70, "dtype": np.float32, "gated": True}, {}),
-    "tensor cores": ("softmax_attention", {"t": 200, "k": 24, "v": 16, "dtype": np.float16, "lead": ()}, {}),
+    "tensor cores": ("softmax_attention", {"t": 200, "k": 24, "v": 16, "dtype": np.float16, "lead": (), "gated": True}, {}),
     "fit": ("local_polynomial", {"t": 40, "lead": ()}, {"degree": 2}),
     "line": ("local_polynomial", {"t": 40, "k": 60, "lead": ()}, {}),
 }

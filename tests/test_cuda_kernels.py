@@ -96,7 +96,7 @@ def title(sentence):
 
 def rounds_weights(case):
     """Whether data of 16 bits take the way over tensor cores; test_cuda_attention.py says how exact that is."""
-    return (case.operator, case.backend, case.optional) == ("softmax_attention", "cupy", ())
+    return (case.operator, case.backend) == ("softmax_attention", "cupy")
 
 
 @every_case

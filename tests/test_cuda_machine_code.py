@@ -39,6 +39,7 @@ KEPT = {
     "tiles in double precision": ("softmax_attention", "double", TILES, {}, (224, 224, 208)),
     "tiles with gates": ("softmax_attention", "float", TILES, {"log_decay": -0.1}, (208, 200, 192)),
     "tensor cores": ("softmax_attention", "bfloat16", TILES, {}, (200, 200, 255)),
+    "tensor cores with gates": ("softmax_attention", "bfloat16", TILES, {"log_decay": -0.1}, (255, 255, 255)),
     "tensor cores, wide": ("softmax_attention", "float16", TILES | {"k": 256, "v": 256}, {}, (200, 208, 255)),
     "any kernel": ("local_polynomial", "bfloat16", TILES, {"degree": 0, "log_decay": -0.1}, (240, 224, 208)),
     "fits": ("local_polynomial", "float", TILES | {"k": 8}, {"degree": 2, "log_decay": -0.1}, (128, 112, 112)),

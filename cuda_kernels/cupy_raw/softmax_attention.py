@@ -89,8 +89,8 @@ def core(
     pairs, width = pairs_of(state, k, v, mask), max(q.shape[-1], 1) ** -0.5 if scale is None else scale
     options = {"causal": causal, "window": window or 0, "sinks": sinks}
     sequences = Sequences(state.k.shape[:-2], np.broadcast_shapes(q.shape[:-2], state.k.shape[:-2]))
-    if log_decay is None and sequences.groups * q.shape[-2] > FEW and on_tensor_cores(q.dtype, pairs):
-        o = tensor(q, pairs, sequences, width, options)
+    if sequences.groups * q.shape[-2] > FEW and on_tensor_cores(q.dtype, pairs):
+        o = tensor(q, pairs, log_decay, sequences, width, options)
     else:
         o = average(q, pairs, log_decay, state, DOT, state.k.dtype, width, options)
     return o, append(state, k, v, log_decay, mask, window, sinks) if keep else state
@@ -134,7 +134,9 @@ def on_tensor_cores(dtype: np.dtype, pairs: Pairs) -> bool:
     return dtype.itemsize == 2 and pairs.k.dtype == dtype and fits
 
 
-def tensor(q: Any, pairs: Pairs, sequences: Sequences, scale: float, options: dict[str, int]) -> Any:
+def tensor(
+    q: Any, pairs: Pairs, log_decay: Any, sequences: Sequences, scale: float, options: dict[str, int]
+) -> Any:
     """Means on tensor cores."""
     (tokens, channels), values = q.shape[-2:], pairs.v.shape[-1]
     o = empty(sequences, (tokens, values), q.dtype, q)
@@ -144,7 +146,7 @@ def tensor(q: Any, pairs: Pairs, sequences: Sequences, scale: float, options: di
     given = {name: x for name, x in pairs.arrays.items() if name != "left"}
     sizes = {"tokens": tokens, "columns": values, "channels": channels, "pairs": pairs.k.shape[-2], "parts": parts}
     types = {"data": q.dtype, "stored": q.dtype, "logs": np.float32, "real": np.float32}
-    constants = {"KD": wide, "VD": columns, "LANES": 4}
-    arrays = {"q": (q, BOTH), **given, "o": (o, BOTH)}
+    constants = {"KD": wide, "VD": columns, "LANES": 4, "GATED": int(log_decay is not None)}
+    arrays = {"q": (q, BOTH), **given, "log_decay": (log_decay, ROW), "o": (o, BOTH)}
     launch(TENSOR, sequences, arrays, ("o",), types, constants, grid, **sizes, width=scale / log(2), **options)
     return o

@@ -302,7 +302,7 @@ def line(size: int, columns: int) -> Any:
     average, both = averages(size, columns), columns + size
 
     def local_polynomial(
-        q, k, v, position, count, left, gates, o, residual, width, code, ridge, causal, window, cached, parts, steps, cut
+        q, k, v, position, count, left, gates, o, misfit, width, code, ridge, causal, window, cached, parts, steps, cut
     ):
         query = cuda.shared.array(size, float64)
         mean = cuda.shared.array(both, float64)
@@ -340,7 +340,7 @@ def line(size: int, columns: int) -> Any:
             square = descend(vectors, square)
         give(o[b, h, group, step], mean, gained, low)
         if lane == 0 and part == 0:
-            residual[b, h, group, step] = sqrt(square / first) if first > 0 else 0.0
+            misfit[b, h, group, step] = sqrt(square / first) if first > 0 else 0.0
 
     return local_polynomial
 
