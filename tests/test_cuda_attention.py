@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cudaemu import needed
 from cudaemu.machines import on_cpu
-from test_cuda_kernels import BARRIERS, GPU
+from test_cuda_kernels import BARRIERS, GPU, cupy  # noqa: F401 - a fixture
 from test_operators import HALVES, half, same_bits
 
 import ttr_np
@@ -290,6 +290,15 @@ def test_lines_of_many_channels_by_conjugate_gradients(backend):
         as_good(found, *solved("local_polynomial", arrays, mask=mask, **options), floor=2)
 
 
+def test_fits_of_arrays_on_the_device_stay_there(cupy):  # noqa: F811
+    for k, degree in ((60, 1), (3, 2), (3, 0)):
+        arrays = arguments("local_polynomial", np.random.default_rng(0), 40, k=k, v=5)
+        there = {name: cupy.ndarray(x) for name, x in arrays.items()}
+        found = ttr_np.local_polynomial(**there, degree=degree)
+        assert isinstance(found, cupy.ndarray)
+        same_bits(found.get(), ttr_np.local_polynomial(**arrays, degree=degree, backend="cupy"))
+
+
 @every_backend
 def test_conjugate_gradients_that_stop_early_say_so(backend, monkeypatch):
     from importlib import import_module
@@ -334,9 +343,10 @@ def test_a_bad_number_in_a_fit_reaches_what_it_must(backend):
 
 # ---- barriers --------------------------------------------------------------------------------------------------------
 
+HALF = {"dtype": np.float16, "lead": (), "gated": True}
 CALLS = {
     "tiles": ("softmax_attention", {"t": 70, "k": 40, "v": 70, "dtype": np.float32, "gated": True}, {}),
-    "tensor cores": ("softmax_attention", {"t": 200, "k": 24, "v": 16, "dtype": np.float16, "lead": (), "gated": True}, {}),
+    "tensor cores": ("softmax_attention", HALF | {"t": 200, "k": 24, "v": 16}, {}),
     "fit": ("local_polynomial", {"t": 40, "lead": ()}, {"degree": 2}),
     "line": ("local_polynomial", {"t": 40, "k": 60, "lead": ()}, {}),
 }

@@ -41,7 +41,6 @@ local_polynomial(const data* q, const stored* k, const stored* v, const long lon
         __syncthreads();  // the centre is there
     }
 
-    real neighbours = 0;
     double since = 0;
     #pragma unroll 1
     for (int tile = near.newest; tile >= near.lowest; tile--) {
@@ -61,7 +60,6 @@ local_polynomial(const data* q, const stored* k, const stored* v, const long lon
             const bool here = there && low + c < columns;
             lines[lane][P + c] = here ? root * (widened(near.value.at(tile * 32 + lane, low + c)) - mean[c]) : real(0);
         }
-        neighbours += over_row(root != 0 ? real(1) : real(0));
         __syncthreads();  // the rows of this tile are staged
 
         #pragma unroll 1
@@ -100,11 +98,10 @@ local_polynomial(const data* q, const stored* k, const stored* v, const long lon
     }
     __syncthreads();  // all columns are judged, and what is read is there
     int use = 0;  // all coefficients of the highest degree that the rows determine
-    bool new_ = true;
-    for (int degree = 0; degree <= DEGREE && new_; degree++) {
-        for (int j = use; j < int(bounds[degree]); j++) new_ = new_ && fresh[j];
-        new_ = new_ && (ridge > 0 || neighbours >= bounds[degree]);
-        if (new_) use = int(bounds[degree]);
+    bool known = true;
+    for (int degree = 0; degree <= DEGREE && known; degree++) {
+        for (int j = use; j < int(bounds[degree]); j++) known = known && fresh[j];
+        if (known) use = int(bounds[degree]);
     }
     #pragma unroll 1
     for (int i = 0; i < use; i++) {

@@ -185,7 +185,7 @@ def fit(size: int, p: int, columns: int, degree: int) -> Any:
             cached, width, low,
         )  # fmt: skip
         centre = mean[columns:] if degree == 1 else query  # that of higher monomials and their ridge
-        neighbours, since = 0.0, 0.0
+        since = 0.0
         for tile in range(newest, lowest - 1, -1):
             pair = tile * WARP + cuda.threadIdx.x
             x, since = weigh(
@@ -193,10 +193,9 @@ def fit(size: int, p: int, columns: int, degree: int) -> Any:
             )
             root = root_of(x, top, weight)
             stage(rows, root, x != -inf, keys, values, pair, centre, mean, tables, p, low)
-            neighbours += over_warp(1.0 if root != 0 else 0.0)
             cuda.syncthreads()  # the rows of this tile are staged
             reflect(R, rows, p, width_of_rows)
-        use = determined(R, new, bounds[0, 0, 0], neighbours, ridge)
+        use = determined(R, new, bounds[0, 0, 0])
         answer(mean, read, R, use, query, centre, tables, columns)
         for c in range(cuda.threadIdx.x, columns, WARP):
             if low + c < v.shape[4]:
@@ -276,7 +275,7 @@ def reflect(R, rows, p, columns):
 
 
 @cuda.jit(device=True)
-def determined(R, new, bounds, neighbours, ridge):
+def determined(R, new, bounds):
     """How many coefficients to use: all those of the highest degree that the rows determine."""
     cuda.syncthreads()  # the triangle is final
     for j in range(cuda.threadIdx.x, R.shape[0], WARP):
@@ -290,8 +289,6 @@ def determined(R, new, bounds, neighbours, ridge):
         for j in range(use, bounds[degree]):
             if not new[j]:
                 return use
-        if not (ridge > 0 or neighbours >= bounds[degree]):
-            return use
         use = int64(bounds[degree])
     return use
 

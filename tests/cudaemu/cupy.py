@@ -72,6 +72,9 @@ class ndarray(NDArrayOperatorsMixin):  # noqa: N801 - CuPy's name
     def __int__(self) -> int:
         return int(self.held)
 
+    def __float__(self) -> float:
+        return float(self.held)
+
     def get(self) -> np.ndarray:
         """A copy on the host."""
         return self.held.copy()
