@@ -161,6 +161,22 @@ def test_single_precision_is_as_good_as_the_solvers(case):
     assert ours < 2 * theirs + 1e-6
 
 
+@pytest.mark.parametrize("ridge", [1.0, 1e-3])
+@pytest.mark.parametrize(("d", "w"), [(16, 1), (16, 9), (40, 2)])
+def test_a_first_pair_that_says_more_than_the_ridge_costs_no_digits(d, w, ridge):
+    rng = np.random.default_rng(d + w)
+    shapes = {"q": (200, d), "k": (200, d), "v": (200, w)}
+    x = {name: (rng.standard_normal(shape) / np.sqrt(d)).astype(np.float32) for name, shape in shapes.items()}
+    exact, ours, solvers = (
+        ttr_np.recursive_least_squares(
+            **{name: a.astype(dtype) for name, a in x.items()}, ridge=ridge, backend=backend, output_final_state=True
+        )
+        for dtype, backend in ((np.float64, "numpy"), (np.float32, "numba"), (np.float32, "numpy"))
+    )
+    for one, other, right in ((ours[0], solvers[0], exact[0]), (ours[1].P, solvers[1].P, exact[1].P)):
+        assert error(one, right) <= 2 * max(error(other, right), np.finfo(np.float32).eps)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("gate", [-0.1, -3.0, -70.0])
 def test_recursive_least_squares_survives_wind_up(dtype, gate):

@@ -106,7 +106,8 @@ def as_array(name: str, x: Any) -> np.ndarray:
 
 def dtypes_of(arrays: Mapping[str, np.ndarray]) -> tuple[np.dtype, np.dtype]:
     """Dtype of the output (that of the data, gates left out) and of the sums (never below float32)."""
-    output = np.result_type(*(x.dtype for name, x in arrays.items() if name not in GATES))
+    dtypes = {x.dtype for name, x in arrays.items() if name not in GATES}
+    output = dtypes.pop() if len(dtypes) == 1 else np.result_type(*dtypes)
     compute = np.dtype(np.float32) if output.name in HALF else output
     return output, compute
 

@@ -54,9 +54,10 @@ __all__ = [
 ]
 
 TOLERANCE = {"float16": 3e-2, "float32": 1e-3, "float64": 1e-6}  # of the largest answer: wrong, not merely rounded
-LEAST = 2e-3  # seconds: a sample of shorter calls holds several
+LEAST = 2e-2  # seconds: a sample of shorter calls holds several
 SOFT = 16  # log gates of the tests over this at least
 QUIET = 0.12  # seconds after which threads that spin for more work have gone to sleep: OpenBLAS gives up after 0.1
+BRIEF = 1.0  # seconds: shorter calls run once untimed before their sample
 GEMM = 1024  # size of the matrices whose product is the machine's rate
 PACKAGES = ("numpy", "scipy", "numba", "torch", "scikit-learn", "statsmodels", "padasip", "flash-linear-attention")
 
@@ -159,7 +160,8 @@ def sample(
 ) -> dict[str, list[float]]:
     """Seconds of every contender in every round, all of them in each round, in an order shuffled each time.
 
-    One that has used up its budget of seconds sits the later rounds out; each has one sample at least.
+    One that has used up its budget of seconds sits the later rounds out; each has one sample at least. A sample follows
+    an untimed call, so that nobody is charged for arrays that others drove out of the caches or for waking threads.
     """
     warm = {c.name: seconds(c) for c in contenders}
     calls = {name: max(1, int(LEAST / max(each, 1e-9))) for name, each in warm.items()}
@@ -170,6 +172,8 @@ def sample(
             if sum(times[contender.name]) * calls[contender.name] > budget:
                 continue
             sleep(QUIET)
+            if warm[contender.name] < BRIEF:
+                contender.call()
             times[contender.name].append(seconds(contender, calls[contender.name]))
     return times
 

@@ -52,6 +52,7 @@ ARRAYS: dict[str, Array] = {
 }
 
 # Numbers whose rounding would change the dynamics: they never decide the output's dtype and are never rounded to it.
+OWN_AXES = {name: tuple(array.axes.split()) for name, array in ARRAYS.items()}
 GATES = frozenset(
     {"beta", "log_decay", "phase", "delta", "A", "D", "step_size", "momentum", "weight_decay", "bonus", "bias"}
     | {"process_noise", "measurement_noise", "log_transition"}
@@ -261,7 +262,7 @@ def axes_of(name: str, array: Any, arrays: dict[str, Any]) -> tuple[str, ...]:
         If ``log_decay`` has neither as many axes as the queries nor one fewer.
     """
     if name != "log_decay":
-        return tuple(ARRAYS[name].axes.split())
+        return OWN_AXES[name]
     if "x" in arrays:
         return ("t", "d")
     ndim = np.ndim(arrays["q"])
@@ -301,13 +302,14 @@ def check(**arrays: Any) -> dict[str, int]:
     owner: dict[str, str] = {}
     leading: dict[str, tuple[int, ...]] = {}
     for name, array in arrays.items():
-        if array is None or np.ndim(array) == 0 and name in GATES:
+        shape = np.shape(array)
+        if array is None or shape == () and name in GATES:
             continue
         axes = axes_of(name, array, arrays)
-        if np.ndim(array) < len(axes):
-            raise ValueError(f"{name} needs axes (..., {', '.join(axes)}), got shape {np.shape(array)}")
-        leading[name] = np.shape(array)[: np.ndim(array) - len(axes)]
-        for axis, size in zip(axes, np.shape(array)[np.ndim(array) - len(axes) :], strict=True):
+        if len(shape) < len(axes):
+            raise ValueError(f"{name} needs axes (..., {', '.join(axes)}), got shape {shape}")
+        leading[name] = shape[: len(shape) - len(axes)]
+        for axis, size in zip(axes, shape[len(shape) - len(axes) :], strict=True):
             if sizes.setdefault(axis, size) != size:
                 raise ValueError(f"axis {axis!r} is {size} in {name} but {sizes[axis]} in {owner[axis]}")
             owner.setdefault(axis, name)
@@ -319,6 +321,8 @@ def broadcast_leading(leading: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
     """Common leading shape; a ValueError names the two arrays that do not broadcast."""
     common: tuple[int, ...] = ()
     for name, shape in leading.items():
+        if shape == common:
+            continue
         try:
             common = np.broadcast_shapes(common, shape)
         except ValueError:

@@ -10,23 +10,30 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
 from ._compile import apart, inner
-from ._gates import NO_PAST, exponentials
+from ._gates import NO_PAST, exp, exponentials
 from ._panels import (
     ROWS,
+    VECTOR,
     add_scaled,
     below,
     copy,
-    dot,
     fill,
     full,
-    load,
+    gather,
+    interleave_pair,
     load_transposed,
     move,
     multiply,
     panel,
     real,
     row,
+    row_of,
     times,
 )
 
@@ -44,7 +51,8 @@ class Channels(NamedTuple):
     block: Any  # blocks x k: over a block
     start: Any  # (blocks + 1) x k: from the chunk's start to a block's start; the last one over the chunk
     rows: Any  # BLOCK x k: left factors at the start of their block
-    way: Any  # 1 x k: a key on its way
+    total: Any  # 1 x k: log decays since the chunk's start
+    met: Any  # BLOCK x BLOCK: products of one block, keys by rows
 
 
 def meetings(c: int) -> int:
@@ -55,7 +63,7 @@ def meetings(c: int) -> int:
 def channel_shapes(c: int, k: int) -> list[tuple[int, int]]:
     """Shapes of the panels of ``Channels``."""
     blocks = -(-c // BLOCK)
-    return [(c, k), (c, k), (c, k), (blocks, k), (blocks + 1, k), (BLOCK, k), (1, k)]
+    return [(c, k), (c, k), (c, k), (blocks, k), (blocks + 1, k), (BLOCK, k), (1, k), (BLOCK, BLOCK)]
 
 
 @inner
@@ -63,7 +71,7 @@ def channels_of(table, i, like):
     """The panels of ``Channels``, from the i-th of a table on."""
     return Channels(
         panel(table, i, like), panel(table, i + 1, like), panel(table, i + 2, like), panel(table, i + 3, like),
-        panel(table, i + 4, like), panel(table, i + 5, like), panel(table, i + 6, like),
+        panel(table, i + 4, like), panel(table, i + 5, like), panel(table, i + 6, like), panel(table, i + 7, like),
     )  # fmt: skip
 
 
@@ -71,25 +79,24 @@ def channels_of(table, i, like):
 def channel_decays(gates, low, n, k, decays, like):
     """Fill in the decays of the rows low to low + n of log decays."""
     apart()
-    load(decays.step, gates, low, n, 0, k)
-    one, zero, total = real(like, 1), real(like, 0), row(decays.way, 0)
+    one, zero, total = real(like, 1), real(like, 0), row(decays.total, 0)
     fill(total, zero, k)
     for first in range(0, n, BLOCK):
         last, block = min(first + BLOCK, n), first // BLOCK
-        over, start = row(decays.block, block), row(decays.start, block)
+        over, start, before = row(decays.block, block), row(decays.start, block), row(decays.until, last - 1)
         copy(start, total, k)
         exponentials(start, k)
         fill(over, zero, k)
+        fill(before, one, k)
         for i in range(first, last):
-            at_least(row(decays.step, i), real(like, NO_PAST), k)
-            add_scaled(over, one, row(decays.step, i), k)
-            exponentials(row(decays.step, i), k)
+            step, gate = row(decays.step, i), row(gates, low + i)
+            if gates.column != 1:
+                gather(step, gate, gates.column, k)
+                gate = step
+            decay_row(step, row(decays.since, i), before, over, gate, k)
+            before = row(decays.since, i)
         add_scaled(total, one, over, k)
         exponentials(over, k)
-        copy(row(decays.since, first), row(decays.step, first), k)
-        for i in range(first + 1, last):
-            times(row(decays.since, i), row(decays.since, i - 1), row(decays.step, i), k)
-        fill(row(decays.until, last - 1), one, k)
         for i in range(last - 2, first - 1, -1):
             times(row(decays.until, i), row(decays.until, i + 1), row(decays.step, i + 1), k)
     start = row(decays.start, (n + BLOCK - 1) // BLOCK)
@@ -98,11 +105,15 @@ def channel_decays(gates, low, n, k, decays, like):
 
 
 @inner
-def at_least(y, least, n):
-    """y = max(y, least)."""
+def decay_row(step, since, before, over, gate, n):
+    """Decays of one step, those since the start of its block, and its log decays added to those of the block."""
     apart()
     for j in range(n):
-        y[j] = max(y[j], least)
+        log = max(gate[j], real(gate[j], NO_PAST))
+        over[j] += log
+        decay = exp(log)
+        step[j] = decay
+        since[j] = before[j] * decay
 
 
 @inner
@@ -165,25 +176,73 @@ def channel_products(scores, past, met, x, keys, n, k, decays, late, like):
 def multiply_block(scores, x, keys, first, last, n, k, decays, late, like):
     """Products of the pairs of one block: each key decays step by step and meets the left factors on its way."""
     apart()
-    way = row(decays.way, 0)
-    for j in range(first, last):
-        copy(way, row(keys, j), k)
-        if j + late < last:
-            row(scores, j + late)[j] = dot(way, row(x, j + late), k, like)
-        for i in range(j + late + 1, last):
-            row(scores, i)[j] = decay_and_dot(way, row(decays.step, i - late), row(x, i), k, like)
+    m, met, steps = last - first - late, decays.met, below(decays.step, first)
+    if m > 0:
+        asking, known = below(x, first + late), below(keys, first)
+        meet(met.data, met.step, asking.data, asking.step, known.data, known.step, steps.data, steps.step, m, k)
     for i in range(first, last):
-        end = i + 1 - late
-        fill(move(row(scores, i), end), real(like, 0), min(i + ROWS, n) - end)
+        line, end = row(scores, i), i + 1 - late
+        for j in range(first, end):
+            line[j] = row(met, j - first)[i - late - first]
+        fill(move(line, end), real(like, 0), min(i + ROWS, n) - end)
 
 
-@inner
-def decay_and_dot(y, decay, x, n, like):
-    """y = decay y, and the new y . x."""
-    apart()
-    total = real(like, 0)
-    for j in range(n):
-        moved = y[j] * decay[j]
-        y[j] = moved
-        total += moved * x[j]
-    return total
+class Block:
+    """Rows of a block in code: left factors, keys, decays; those from m on repeat the last one."""
+
+    def __init__(self, builder: Any, like: Any, m: Any, *rows: tuple[Any, Any]) -> None:
+        self.builder, self.align = builder, like.bitwidth // 8
+        number = ir.FloatType() if like.bitwidth == 32 else ir.DoubleType()
+        self.vector = ir.VectorType(number, VECTOR // like.bitwidth)
+        kind, name = ir.FunctionType(self.vector, [self.vector] * 3), f"v{self.vector.count}f{like.bitwidth}"
+        self.fma = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fmuladd.{name}")
+        places = [[row_of(builder, base, i, m, step) for i in range(BLOCK)] for base, step in rows]
+        self.x, self.keys, self.steps = places
+
+    def load(self, base: Any, index: Any) -> Any:
+        """Vector ``index`` of a row."""
+        place = self.builder.gep(base, [self.builder.mul(index, ir.IntType(64)(self.vector.count))])
+        return self.builder.load(self.builder.bitcast(place, self.vector.as_pointer()), align=self.align)
+
+    def products(self, j: int, vectors: Any) -> list[Any]:
+        """Sums, place by place, of key j decayed up to each row times that row; zero before it."""
+        zero = ir.Constant(self.vector, [0.0] * self.vector.count)
+        totals = [cgutils.alloca_once(self.builder, self.vector) for _ in range(BLOCK)]
+        for total in totals:
+            self.builder.store(zero, total)
+        with cgutils.for_range(self.builder, vectors, intp=ir.IntType(64)) as loop:
+            way = self.load(self.keys[j], loop.index)
+            for i in range(j, BLOCK):
+                way = self.builder.fmul(way, self.load(self.steps[i], loop.index)) if i > j else way
+                met = [way, self.load(self.x[i], loop.index), self.builder.load(totals[i])]
+                self.builder.store(self.builder.call(self.fma, met), totals[i])
+        return [self.builder.load(total) for total in totals]
+
+
+def sums_across(builder: Any, lines: list[Any]) -> Any:
+    """The sums of as many vectors as a vector has places, in one."""
+    size = 1
+    while len(lines) > 1:
+        mixed = [interleave_pair(builder, one, other, size) for one, other in zip(lines[::2], lines[1::2], strict=True)]
+        lines, size = [builder.fadd(low, high) for low, high in mixed], 2 * size
+    return lines[0]
+
+
+@intrinsic
+def meet(typingctx, met, met_step, x, x_step, keys, keys_step, steps, steps_step, m, k):
+    """met[j, i] = x_i . (key j times the decays of the steps after j up to i), for j <= i < m <= BLOCK."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        met, met_step, x, x_step, keys, keys_step, steps, steps_step, m, k = args
+        block = Block(builder, signature.args[0].dtype, m, (x, x_step), (keys, keys_step), (steps, steps_step))
+        word, count = ir.IntType(64), block.vector.count
+        vectors = builder.udiv(builder.add(k, word(count - 1)), word(count))
+        for j in range(BLOCK):
+            sums, line = block.products(j, vectors), builder.gep(met, [builder.mul(word(j), met_step)])
+            for i in range(j // count * count, BLOCK, count):
+                place = builder.bitcast(builder.gep(line, [word(i)]), block.vector.as_pointer())
+                builder.store(sums_across(builder, sums[i : i + count]), place, align=block.align)
+        return context.get_dummy_value()
+
+    word = types.intp
+    return types.void(met, word, met, word, met, word, met, word, word, word), codegen

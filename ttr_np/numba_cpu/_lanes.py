@@ -10,6 +10,7 @@ vector then holding CHAINS numbers of one: the same sums, side by side instead o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,13 +21,15 @@ from numba.extending import intrinsic
 
 from ._compile import apart, inner
 from ._gates import exp
-from ._panels import matrix, move, real, row, spread_out
+from ._panels import WIDE, gather, interleave, matrix, move, real, row, spread_out
 
 __all__ = [
     "CHAINS",
     "NARROW",
     "TOKENS",
+    "Vectors",
     "add_lanes",
+    "ask_ahead",
     "collect",
     "collect_numbers",
     "dot_lanes",
@@ -34,17 +37,17 @@ __all__ = [
     "give_answers",
     "give_state",
     "group_of",
+    "in_fours",
     "jobs_of",
     "padded",
     "recall_lanes",
-    "learn_column",
     "scale_lanes",
     "take_state",
     "width",
     "widths",
 ]
 
-BYTES = 32  # of a vector
+BYTES = 64 if WIDE else 32  # of a vector
 CHAINS = 4  # sums side by side, each of which must wait for itself
 TOKENS = 16  # whose numbers are brought together at a time
 NARROW = 4  # outputs of a memory up to which its recursion is faster than products of panels
@@ -123,6 +126,28 @@ class Vectors:
     def multiply_add(self, x: Any, y: Any, z: Any) -> Any:
         """x y + z."""
         return self.builder.call(self.fma, [x, y, z])
+
+    def add(self, x: Any, y: Any) -> Any:
+        """x + y, rounded here: the sums of plain additions are put into another order at will."""
+        return self.multiply_add(x, ir.Constant(self.vector, [1.0] * self.vector.count), y)
+
+    def multiply(self, x: Any, y: Any) -> Any:
+        """x y, rounded here."""
+        return self.multiply_add(x, y, ir.Constant(self.vector, [-0.0] * self.vector.count))
+
+    def shuffle(self, x: Any, y: Any, places: Sequence[int]) -> Any:
+        """The numbers at some places of two vectors, those of the second counted on from those of the first."""
+        return self.builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(ir.IntType(32), len(places)), places))
+
+    def sum_pairs(self, x: Any, y: Any) -> Any:
+        """Sums of neighbours of two vectors of four, theirs alternating: x0 + x1, y0 + y1, x2 + x3, y2 + y3."""
+        return self.add(self.shuffle(x, y, [0, 4, 2, 6]), self.shuffle(x, y, [1, 5, 3, 7]))
+
+
+def in_fours(builder: Any, block: Any, i: int) -> Any:
+    """Number CHAINS block + i."""
+    word = ir.IntType(64)
+    return builder.add(builder.mul(block, word(CHAINS)), word(i))
 
 
 def sum_of(vectors: Vectors, start: Any, x: Any, y: Any, n: Any) -> Any:
@@ -258,76 +283,47 @@ def scale_lanes(y, factor, n, lanes):
         scale_side(y, factor, n)
 
 
-def learn_all(vectors: Vectors, column: Any, gain: Any, shrink: Any, grow: Any, n: Any) -> None:
-    """column, gain = column + shrink gain, gain + grow column, both from the old ones, for n vectors."""
-    with cgutils.for_range(vectors.builder, n, intp=ir.IntType(64)) as loop:
-        u, b = vectors.load(column, loop.index), vectors.load(gain, loop.index)
-        vectors.store(vectors.multiply_add(shrink, b, u), column, loop.index)
-        vectors.store(vectors.multiply_add(grow, u, b), gain, loop.index)
-
-
 @intrinsic
-def learn_side(typingctx: Any, column: Any, D: Any, k: Any, gain: Any, before: Any, j: Any, deep: Any) -> Any:
-    """As ``learn_column``, for a vector of sequences."""
+def ask_for(typingctx: Any, x: Any) -> Any:
+    """Ask for the cache line of a number without waiting for it; any address will do."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        column, D, k, gain, before, j, deep = args
-        vectors, word = Vectors(builder, signature.args[0].dtype), ir.IntType(64)
-        f = sum_of(vectors, vectors.load(k, j), column, k, deep)
-        d, old = vectors.load(D, j), vectors.load(before, word(0))
-        grow = builder.fmul(d, f)
-        after = vectors.multiply_add(f, grow, old)
-        shrink = builder.fdiv(builder.fneg(f), old)
-        vectors.store(builder.fmul(d, builder.fdiv(old, after)), D, j)
-        learn_all(vectors, column, gain, shrink, grow, deep)
-        vectors.store(grow, gain, j)
-        vectors.store(after, before, word(0))
+        word, line = ir.IntType(32), ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [line, word, word, word])
+        prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(prefetch, [builder.bitcast(args[0], line), word(0), word(3), word(1)])
         return context.get_dummy_value()
 
-    return types.void(column, column, column, column, column, types.intp, types.intp), codegen
-
-
-def multiply_add_numbers(builder: Any, x: Any, y: Any, z: Any) -> Any:
-    """x y + z of numbers."""
-    name = f"llvm.fmuladd.f{32 if isinstance(x.type, ir.FloatType) else 64}"
-    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(x.type, [x.type] * 3), name)
-    return builder.call(function, [x, y, z])
-
-
-@intrinsic
-def learn_alone(typingctx: Any, column: Any, D: Any, k: Any, gain: Any, before: Any, j: Any, deep: Any) -> Any:
-    """As ``learn_column``, for one sequence."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        column, D, k, gain, before, j, deep = args
-        vectors, word = Vectors(builder, signature.args[0].dtype, CHAINS), ir.IntType(64)
-        f = sum_alone(vectors, builder.load(builder.gep(k, [j])), column, k, deep)
-        place, old = builder.gep(D, [j]), builder.load(before)
-        d = builder.load(place)
-        grow = builder.fmul(d, f)
-        after = multiply_add_numbers(builder, f, grow, old)
-        shrink = builder.fdiv(builder.fneg(f), old)
-        builder.store(builder.fmul(d, builder.fdiv(old, after)), place)
-        factors = [spread_out(builder, x, vectors.vector) for x in (shrink, grow)]
-        learn_all(vectors, column, gain, *factors, builder.udiv(deep, word(CHAINS)))
-        builder.store(grow, builder.gep(gain, [j]))
-        builder.store(after, before)
-        return context.get_dummy_value()
-
-    return types.void(column, column, column, column, column, types.intp, types.intp), codegen
+    return types.void(x), codegen
 
 
 @inner
-def learn_column(column, D, k, gain, before, j, deep, lanes):
-    """Column j of Bierman's update of U diag(D) U^T by keys k, of every sequence.
+def ask_ahead(places, steps, which, here, i, n, like):
+    """Ask for n numbers of row i of an array of each sequence: so many streams at once no machine foresees."""
+    apart()
+    for lane in range(here.count):
+        start = row(matrix(places[which, here.first + lane, 0], steps[which, 0], steps[which, 1], like), i)
+        for p in range(0, n, width(like)):
+            ask_for(move(start, p * steps[which, 1]))
 
-    ``gain``: U diag(D) U^T k up to this column, zeros behind; ``before``: 1 + k^T U diag(D) U^T k likewise; both are
-    carried on. ``deep``: j, up to a multiple of CHAINS.
-    """
-    if lanes == 1:
-        learn_alone(column, D, k, gain, before, j, deep)
-    else:
-        learn_side(column, D, k, gain, before, j, deep)
+
+@intrinsic
+def square(typingctx: Any, into: Any, places: Any, which: Any, first: Any, group: Any, offset: Any) -> Any:
+    """As many numbers of each sequence of a vector as it holds, in a row from ``offset`` on, as vectors."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        into, places, which, first, group, offset = args
+        vectors, word, array = Vectors(builder, signature.args[0].dtype), ir.IntType(64), signature.args[1]
+        there, lines = context.make_array(array)(context, builder, places), []
+        for lane in range(vectors.vector.count):
+            index = [which, builder.add(first, word(lane)), group]
+            start = builder.load(cgutils.get_item_pointer(context, builder, array, there, index))
+            lines.append(vectors.load(builder.gep(builder.inttoptr(start, into.type), [offset]), word(0)))
+        for i, line in enumerate(interleave(builder, lines)):
+            vectors.store(line, into, word(i))
+        return context.get_dummy_value()
+
+    return types.void(into, places, types.intp, types.intp, types.intp, types.intp), codegen
 
 
 @inner
@@ -337,13 +333,30 @@ def collect(into, places, steps, which, here, group, low, rows, n, deep, like):
     The other vectors, and lanes without a sequence, are left as they are.
     """
     apart()
-    lanes = here.lanes
-    for lane in range(here.count):
+    lanes, done = here.lanes, 0
+    if lanes == 1:
+        alone = matrix(places[which, here.first, group], steps[which, 0], steps[which, 1], like)
+        load_rows(into, alone, low, rows, n, deep)
+        return
+    if here.count == lanes and steps[which, 1] == 1:
+        done = n // lanes * lanes
+        for i in range(rows):
+            for p in range(0, done, lanes):
+                at = (low + i) * steps[which, 0] + p
+                square(move(into, (i * deep + p) * lanes), places, which, here.first, group, at)
+    for lane in range(here.count if done < n else 0):
         x = matrix(places[which, here.first + lane, group], steps[which, 0], steps[which, 1], like)
         for i in range(rows):
             source, target = row(x, low + i), move(into, i * deep * lanes + lane)
-            for p in range(n):
+            for p in range(done, n):
                 target[p * lanes] = source[p * x.column]
+
+
+@inner
+def load_rows(into, x, low, rows, n, deep):
+    """Rows of one sequence, one after the other."""
+    for i in range(rows):
+        gather(move(into, i * deep), row(x, low + i), x.column, n)
 
 
 @inner

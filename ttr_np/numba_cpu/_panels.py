@@ -14,6 +14,7 @@ time to compile. ``like`` is a number of the dtype that is computed in.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,15 +26,17 @@ from numba.extending import intrinsic
 from ._compile import apart, inner
 
 __all__ = [
-    "ROWS", "Matrix", "add_scaled", "below", "clean_until", "clean_within", "copy", "dot", "fill", "finite", "full",
-    "gather", "lanes", "load", "load_transposed", "lower", "matrix", "most", "move", "multiply", "panel", "panels",
-    "real", "row", "scale", "scale_rows", "solve_unit_lower", "store", "times", "transposed", "triangle",
+    "ROWS", "VECTOR", "Matrix", "add_scaled", "answers", "below", "clean_until", "clean_within", "copy", "count_bad_of",
+    "dot", "fill", "finite", "full", "gather", "give", "interleave", "interleave_pair", "lanes", "load",
+    "load_transposed", "lower", "matrix", "most", "move", "multiply", "panel", "panels", "real", "row", "row_of",
+    "scale", "scale_rows", "solve_unit_lower", "store", "times", "transposed", "triangle",
 ]  # fmt: skip
 
 # One tile of a product is held in registers: ROWS x LINE bytes of sums, which hide the latency of multiply-add. Tiles
 # of FEW rows end a product where whole ones would be half empty: 64 rows are 4 x 12 + 2 x 8.
 WIDE = binding.get_host_cpu_features().get("avx512f", False)
 ROWS, FEW, LINE = (12, 8, 128) if WIDE else (6, 4, 64)
+VECTOR = 512 if WIDE else 256  # bits
 
 full, lower, triangle = 0, 1, 2  # see multiply
 
@@ -51,14 +54,21 @@ def panels(dtype: np.dtype, shapes: Sequence[tuple[int, int]]) -> tuple[np.ndarr
 
     Rows an even number of cache lines apart would fight for the same few places of a cache.
     """
+    numbers, places = plan(dtype, tuple(shapes))
+    room, table = np.zeros(numbers, dtype), places.copy()
+    start = room.__array_interface__["data"][0]
+    table[:, 0] += start + -start % 64
+    return room, table
+
+
+@lru_cache(1000)
+def plan(dtype: np.dtype, shapes: tuple[tuple[int, int], ...]) -> tuple[int, np.ndarray]:
+    """How many numbers of scratch, and the table of its panels, as if it started at address 0."""
     line, tile_width = 64 // dtype.itemsize, LINE // dtype.itemsize
     steps = [-(-columns // tile_width) * tile_width for _, columns in shapes]
     steps = [step + line * (step // line % 2 == 0) for step in steps]
     ends = np.cumsum([0] + [rows * step for (rows, _), step in zip(shapes, steps, strict=True)])
-    room = np.zeros(int(ends[-1]) + line, dtype)
-    start = room.__array_interface__["data"][0]
-    start += -start % 64
-    return room, np.array([(start + end * dtype.itemsize, step) for end, step in zip(ends[:-1], steps, strict=True)])
+    return int(ends[-1]) + line, np.column_stack([ends[:-1] * dtype.itemsize, steps])
 
 
 @intrinsic
@@ -243,45 +253,104 @@ def row_of(builder: Any, base: Any, i: int, rows: Any, step: Any) -> Any:
     return builder.gep(base, [builder.mul(there, step)])
 
 
-def tile_of(rows: int, c: Any, a: Any, b: Any) -> Any:
-    """c = alpha a b + beta c for one tile: some rows (those from m on repeat the last one) of LINE bytes."""
-    real, index, word = c.dtype, types.intp, ir.IntType(64)
-    number = ir.FloatType() if real.bitwidth == 32 else ir.DoubleType()
-    vector, align = ir.VectorType(number, (512 if WIDE else 256) // real.bitwidth), real.bitwidth // 8
-    parts = [(i, j) for i in range(rows) for j in range(LINE * 8 // real.bitwidth // vector.count)]
+class Tile:
+    """Sums of some rows of LINE bytes in registers; rows from m on repeat the last one."""
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        c, c_step, a, a_row, a_column, b, b_step, m, depth, alpha, beta = args
-        name = f"llvm.fmuladd.v{vector.count}f{real.bitwidth}"
-        fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector, [vector] * 3), name)
+    def __init__(self, builder: Any, like: Any, rows: int) -> None:
+        self.builder, self.rows, self.align = builder, rows, like.bitwidth // 8
+        self.number = ir.FloatType() if like.bitwidth == 32 else ir.DoubleType()
+        self.vector = ir.VectorType(self.number, VECTOR // like.bitwidth)
+        self.count = LINE * 8 // like.bitwidth // self.vector.count
+        kind, name = ir.FunctionType(self.vector, [self.vector] * 3), f"v{self.vector.count}f{like.bitwidth}"
+        self.fma = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fmuladd.{name}")
+        zero = ir.Constant(self.vector, [0.0] * self.vector.count)
+        self.sums = {
+            (i, j): cgutils.alloca_once_value(builder, zero) for i in range(rows) for j in range(self.count)
+        }
 
-        def part(base: Any, j: int) -> Any:
-            return builder.bitcast(builder.gep(base, [word(j * vector.count)]), vector.as_pointer())
+    def rows_of(self, base: Any, m: Any, step: Any) -> list[Any]:
+        """Pointers to the first numbers of the rows."""
+        return [row_of(self.builder, base, i, m, step) for i in range(self.rows)]
 
-        sums = {ij: cgutils.alloca_once_value(builder, ir.Constant(vector, [0.0] * vector.count)) for ij in parts}
-        a_rows = [row_of(builder, a, i, m, a_row) for i in range(rows)]
-        places = {(i, j): part(row_of(builder, c, i, m, c_step), j) for i, j in parts}
+    def part(self, base: Any, j: int) -> Any:
+        """Pointer to vector j of a row."""
+        place = self.builder.gep(base, [ir.IntType(64)(j * self.vector.count)])
+        return self.builder.bitcast(place, self.vector.as_pointer())
+
+    def everywhere(self, number: Any) -> Any:
+        """A vector of one number."""
+        return spread_out(self.builder, number, self.vector)
+
+    def add_products(self, a: Any, a_step: Any, a_column: Any, b: Any, b_step: Any, m: Any, depth: Any) -> None:
+        """Add the products of some rows of a with b."""
+        builder, word = self.builder, ir.IntType(64)
+        a_rows = self.rows_of(a, m, a_step)
         with cgutils.for_range(builder, depth, intp=word) as loop:
             b_row = builder.gep(b, [builder.mul(loop.index, b_step)])
-            loaded = {j: builder.load(part(b_row, j), align=align) for _, j in parts[: len(parts) // rows]}
+            loaded = [builder.load(self.part(b_row, j), align=self.align) for j in range(self.count)]
             for i, a_i in enumerate(a_rows):
-                number_i = builder.load(builder.gep(a_i, [builder.mul(loop.index, a_column)]))
-                factor = spread_out(builder, number_i, vector)
-                for j, b_j in loaded.items():
-                    builder.store(builder.call(fma, [factor, b_j, builder.load(sums[i, j])]), sums[i, j])
-        alpha, beta_all = spread_out(builder, alpha, vector), spread_out(builder, beta, vector)
-        scaled = {ij: builder.fmul(alpha, builder.load(total)) for ij, total in sums.items()}
-        with builder.if_else(builder.fcmp_ordered("==", beta, ir.Constant(number, 0.0))) as (afresh, onto):
+                factor = self.everywhere(builder.load(builder.gep(a_i, [builder.mul(loop.index, a_column)])))
+                for j, b_j in enumerate(loaded):
+                    total = self.sums[i, j]
+                    builder.store(builder.call(self.fma, [factor, b_j, builder.load(total)]), total)
+
+    def scale_rows(self, factors: Any, m: Any) -> None:
+        """Multiply every row by a factor of its own."""
+        factors = [self.everywhere(self.builder.load(x)) for x in self.rows_of(factors, m, ir.IntType(64)(1))]
+        for (i, _), total in self.sums.items():
+            self.builder.store(self.builder.fmul(factors[i], self.builder.load(total)), total)
+
+    def store(self, c: Any, c_step: Any, m: Any, alpha: Any) -> None:
+        """c = alpha times the sums."""
+        rows, alpha = self.rows_of(c, m, c_step), self.everywhere(alpha)
+        for (i, j), total in self.sums.items():
+            scaled = self.builder.fmul(alpha, self.builder.load(total))
+            self.builder.store(scaled, self.part(rows[i], j), align=self.align)
+
+    def store_onto(self, c: Any, c_step: Any, m: Any, alpha: Any, beta: Any) -> None:
+        """c = alpha times the sums + beta c; all is read before any is written: repeated rows then write the same."""
+        rows, alpha, beta = self.rows_of(c, m, c_step), self.everywhere(alpha), self.everywhere(beta)
+        old = {(i, j): self.builder.load(self.part(rows[i], j), align=self.align) for i, j in self.sums}
+        for (i, j), total in self.sums.items():
+            scaled = self.builder.fmul(alpha, self.builder.load(total))
+            new = self.builder.call(self.fma, [beta, old[i, j], scaled])
+            self.builder.store(new, self.part(rows[i], j), align=self.align)
+
+
+def tile_of(rows: int, c: Any, a: Any, b: Any) -> Any:
+    """c = alpha a b + beta c for one tile."""
+    like, index = c.dtype, types.intp
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        c, c_step, a, a_step, a_column, b, b_step, m, depth, alpha, beta = args
+        sums = Tile(builder, like, rows)
+        sums.add_products(a, a_step, a_column, b, b_step, m, depth)
+        nothing = ir.Constant(sums.number, 0.0)
+        with builder.if_else(builder.fcmp_ordered("==", beta, nothing)) as (afresh, onto):
             with afresh:
-                for ij in parts:
-                    builder.store(scaled[ij], places[ij], align=align)
-            with onto:  # all is read before any is written: repeated rows then write the same
-                old = {ij: builder.load(places[ij], align=align) for ij in parts}
-                for ij in parts:
-                    builder.store(builder.call(fma, [beta_all, old[ij], scaled[ij]]), places[ij], align=align)
+                sums.store(c, c_step, m, alpha)
+            with onto:
+                sums.store_onto(c, c_step, m, alpha, beta)
         return context.get_dummy_value()
 
-    return types.void(c, index, a, index, index, b, index, index, index, real, real), codegen
+    return types.void(c, index, a, index, index, b, index, index, index, like, like), codegen
+
+
+def answer_tile_of(rows: int, o: Any) -> Any:
+    """o = scale (diag(since) q S + scores v) for one tile."""
+    like, index = o.dtype, types.intp
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        o, o_step, q, q_step, q_column, S, S_step, depth, since, scores, scores_step, v, v_step, m, n, scale = args
+        sums = Tile(builder, like, rows)
+        sums.add_products(q, q_step, q_column, S, S_step, m, depth)
+        sums.scale_rows(since, m)
+        sums.add_products(scores, scores_step, ir.IntType(64)(1), v, v_step, m, n)
+        sums.store(o, o_step, m, scale)
+        return context.get_dummy_value()
+
+    kinds = [o, index, o, index, index, o, index, index, o, o, index, o, index, index, index, like]
+    return types.void(*kinds), codegen
 
 
 @intrinsic
@@ -294,6 +363,22 @@ def tile(typingctx, c, c_step, a, a_row, a_column, b, b_step, m, depth, alpha, b
 def last_tile(typingctx, c, c_step, a, a_row, a_column, b, b_step, m, depth, alpha, beta):
     """A tile of FEW rows."""
     return tile_of(FEW, c, a, b)
+
+
+@intrinsic
+def answer_tile(
+    typingctx, o, o_step, q, q_row, q_column, S, S_step, k, since, scores, scores_step, v, v_step, m, n, scale
+):
+    """A tile of ROWS answers."""
+    return answer_tile_of(ROWS, o)
+
+
+@intrinsic
+def last_answer_tile(
+    typingctx, o, o_step, q, q_row, q_column, S, S_step, k, since, scores, scores_step, v, v_step, m, n, scale
+):
+    """A tile of FEW answers."""
+    return answer_tile_of(FEW, o)
 
 
 @intrinsic
@@ -338,6 +423,56 @@ def multiply(c, a, b, m, n, depth, alpha, beta, shape):
 
 
 @inner
+def answers(o, q, S, since, scores, v, n, columns, k, scale):
+    """o_i = scale (since_i q_i S + sum_{j <= i} scores_ij v_j), for n rows of some columns: every sum in one go.
+
+    Parameters
+    ----------
+    o
+        Rows whose columns up to the next whole tile are written: a panel, or the answers themselves if tiles fit.
+    q
+        Any matrix, ``(n, k)``.
+    S, scores, v
+        Panels, ``(k, columns)``, ``(n, n)`` and ``(n, columns)``; above the diagonal of scores are zeros.
+    since
+        A row of factors.
+    """
+    apart()
+    size = lanes(scale)
+    for j in range(0, columns, size):
+        i = 0
+        while i < n:
+            left = n - i
+            few = left <= FEW or ROWS < left <= 2 * FEW
+            rows = FEW if few else ROWS
+            m, deep = min(rows, left), min(i + rows, n)
+            o_ij, S_j, v_j = move(o.data, i * o.step + j), move(S.data, j), move(v.data, j)
+            q_i, since_i, scores_i = row(q, i), move(since, i), row(scores, i)
+            if few:
+                last_answer_tile(
+                    o_ij, o.step, q_i, q.step, q.column, S_j, S.step, k, since_i, scores_i, scores.step, v_j, v.step,
+                    m, deep, scale,
+                )  # fmt: skip
+            else:
+                answer_tile(
+                    o_ij, o.step, q_i, q.step, q.column, S_j, S.step, k, since_i, scores_i, scores.step, v_j, v.step,
+                    m, deep, scale,
+                )  # fmt: skip
+            i += rows
+
+
+@inner
+def give(o, low, start, panel, q, S, since, scores, v, n, columns, k, scale):
+    """``answers`` into rows and columns of a matrix from some on; a panel helps where whole tiles do not fit."""
+    if columns % lanes(scale) == 0:
+        here = Matrix(move(row(o, low), start), o.step, 1)
+        answers(here, q, S, since, scores, v, n, columns, k, scale)
+    else:
+        answers(panel, q, S, since, scores, v, n, columns, k, scale)
+        store(o, low, n, start, columns, panel)
+
+
+@inner
 def load(into, x, low, n, start, columns):
     """Rows low to low + n of a matrix, columns from ``start`` on, into a panel."""
     apart()
@@ -345,26 +480,71 @@ def load(into, x, low, n, start, columns):
         gather(row(into, i), move(row(x, low + i), start * x.column), x.column, columns)
 
 
+def interleave_pair(builder: Any, one: Any, other: Any, size: int) -> tuple[Any, Any]:
+    """Groups of numbers of two vectors in turn: the first of every two groups of each, then the second."""
+    n = one.type.count
+    low = [e if not e & size else n + e - size for e in range(n)]
+    high = [e + size if not e & size else n + e for e in range(n)]
+    kind = ir.VectorType(ir.IntType(32), n)
+    return tuple(builder.shuffle_vector(one, other, ir.Constant(kind, places)) for places in (low, high))
+
+
+def interleave(builder: Any, lines: list[Any]) -> list[Any]:
+    """Vectors that are the rows of a square as its columns: numbers change places, then pairs, fours, and so on."""
+    n, size = len(lines), 1
+    while size < n:
+        mixed = dict.fromkeys(range(n))
+        for i in (i for i in range(n) if not i & size):
+            mixed[i], mixed[i + size] = interleave_pair(builder, lines[i], lines[i + size], size)
+        lines, size = list(mixed.values()), 2 * size
+    return lines
+
+
+@intrinsic
+def transpose_squares(typingctx: Any, into: Any, step: Any, source: Any, source_step: Any, squares: Any) -> Any:
+    """``square_size`` rows of so many squares side by side, as columns."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        into, step, source, source_step, squares = args
+        word, bits = ir.IntType(64), signature.args[0].dtype.bitwidth
+        vector = ir.VectorType(into.type.pointee, VECTOR // bits)
+
+        def line(base: Any, i: int, step: Any) -> Any:
+            return builder.bitcast(builder.gep(base, [builder.mul(word(i), step)]), vector.as_pointer())
+
+        with cgutils.for_range(builder, squares, intp=word) as loop:
+            first = builder.mul(loop.index, word(vector.count))
+            start, target = builder.gep(source, [first]), builder.gep(into, [builder.mul(first, step)])
+            rows = [builder.load(line(start, i, source_step), align=bits // 8) for i in range(vector.count)]
+            for i, column in enumerate(interleave(builder, rows)):
+                builder.store(column, line(target, i, step), align=bits // 8)
+        return context.get_dummy_value()
+
+    return types.void(into, types.intp, into, types.intp, types.intp), codegen
+
+
+@intrinsic
+def square_size(typingctx: Any, like: Any) -> Any:
+    """Rows of a square of ``transpose_squares``."""
+    return types.intp(like), lambda context, builder, signature, args: context.get_constant(
+        types.intp, VECTOR // like.bitwidth
+    )
+
+
 @inner
 def load_transposed(into, x, low, n, columns):
-    """Rows low to low + n of a matrix as the columns of a panel, eight rows at a time: half a cache line each."""
+    """Rows low to low + n of a matrix as the columns of a panel."""
     apart()
-    for start in range(0, n, 8):
-        source = row(x, low + start)
-        if n - start >= 8:
-            transpose8(move(into.data, start), into.step, source, x.step, x.column, columns)
-        else:
-            for i in range(n - start):
-                spread(move(into.data, start + i), into.step, move(source, i * x.step), x.column, columns)
-
-
-@inner
-def transpose8(target, target_step, source, step, column, columns):
-    """Eight rows as eight columns."""
-    apart()
-    for j in range(columns):
-        for i in range(8):
-            target[j * target_step + i] = source[i * step + j * column]
+    size = square_size(x.data[0])
+    done = columns // size * size if x.column == 1 else 0
+    for start in range(0, n, size):
+        source, rows = row(x, low + start), min(size, n - start)
+        if rows == size:
+            transpose_squares(move(into.data, start), into.step, source, x.step, done // size)
+        for i in range(rows):
+            since = done if rows == size else 0
+            target = move(into.data, since * into.step + start + i)
+            spread(target, into.step, move(source, i * x.step + since * x.column), x.column, columns - since)
 
 
 @inner

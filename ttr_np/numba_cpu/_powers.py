@@ -10,11 +10,10 @@ from llvmlite import ir
 from numba.core import cgutils
 from numpy.polynomial import Chebyshev, Polynomial
 
-from ._panels import WIDE
+from ._panels import VECTOR
 
 __all__ = ["LOG2E", "VECTOR", "constant", "exp2"]
 
-VECTOR = 512 if WIDE else 256  # bits
 LOG2E = 1.0 / math.log(2.0)
 NEAR = Chebyshev.interpolate(np.exp2, 6, domain=[-0.5, 0.5]).convert(kind=Polynomial, domain=[-1, 1], window=[-1, 1])
 SERIES = {  # of 2^r for |r| <= 1/2, highest power first: 0.9 units in the last place

@@ -6,6 +6,8 @@ broadcasts has the same address in several places.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,14 +33,14 @@ class Layout(NamedTuple):
 
 
 @compiled
-def walk(base: np.ndarray, strides: np.ndarray, shape: np.ndarray, places: np.ndarray) -> None:
-    """Fill ``places (arrays, sequences)`` with base + index . strides, the last axis fastest."""
+def walk(rows: np.ndarray, shape: np.ndarray, places: np.ndarray) -> None:
+    """Fill ``places (arrays, sequences)`` with address + index . strides, the last axis fastest; see ``row_of``."""
     index = np.zeros_like(shape)
     for sequence in range(places.shape[1]):
         for array in range(places.shape[0]):
-            places[array, sequence] = base[array]
+            places[array, sequence] = rows[array, 2]
             for axis in range(len(shape)):
-                places[array, sequence] += index[axis] * strides[array, axis]
+                places[array, sequence] += index[axis] * rows[array, 3 + axis]
         for axis in range(len(shape) - 1, -1, -1):
             index[axis] += 1
             if index[axis] < shape[axis]:
@@ -48,8 +50,24 @@ def walk(base: np.ndarray, strides: np.ndarray, shape: np.ndarray, places: np.nd
 
 def whole(x: np.ndarray) -> np.ndarray:
     """x itself if its strides count whole numbers, else a copy (a field of records, say)."""
-    fits = x.flags.aligned and all(stride % x.itemsize == 0 for stride in x.strides)
-    return x if fits else x.copy()
+    size = x.itemsize
+    for stride in x.strides:
+        if stride % size:
+            return x.copy()
+    return x if x.flags.aligned else x.copy()
+
+
+def row_of(x: np.ndarray | None, own: int, order: Sequence[int]) -> list[int]:
+    """Two steps of an array's own axes in numbers, its address, and its leading axes' strides in bytes."""
+    if x is None:
+        return [0] * (3 + len(order))
+    size, inner, strides = x.itemsize, x.ndim - own, [0] * len(order)
+    steps = [stride // size for stride in x.strides[inner:]] + [0] * (2 - own)
+    outer = len(order) - inner
+    for to, axis in enumerate(order):
+        if axis >= outer and x.shape[axis - outer] > 1:
+            strides[to] = x.strides[axis - outer]
+    return [*steps, x.__array_interface__["data"][0], *strides]
 
 
 def lay_out(memory: tuple[int, ...], lead: tuple[int, ...], *arrays: tuple[np.ndarray | None, int]) -> Layout:
@@ -66,23 +84,13 @@ def lay_out(memory: tuple[int, ...], lead: tuple[int, ...], *arrays: tuple[np.nd
     """
     memory = (1,) * (len(lead) - len(memory)) + memory
     order = sorted(range(len(lead)), key=lambda axis: memory[axis] == 1 and lead[axis] != 1)
-    memories = int(np.prod(memory, dtype=np.int64))
-    places = np.zeros((len(arrays), int(np.prod(lead, dtype=np.int64))), np.int64)
-    strides = np.zeros((len(arrays), len(lead)), np.int64)
-    base, steps = np.zeros(len(arrays), np.int64), np.zeros((len(arrays), 2), np.int64)
     keep = [None if x is None else whole(x) for x, _ in arrays]
-    for i, (x, (_, own)) in enumerate(zip(keep, arrays, strict=True)):
-        if x is None:
-            continue
-        base[i] = x.__array_interface__["data"][0]
-        steps[i, :own] = [stride // x.itemsize for stride in x.strides[x.ndim - own :]]
-        outer = len(lead) - (x.ndim - own)
-        for to, axis in enumerate(order):
-            if axis >= outer and x.shape[axis - outer] > 1:
-                strides[i, to] = x.strides[axis - outer]
-    walk(base, strides, np.array([lead[axis] for axis in order], np.int64), places)
+    rows = np.array([row_of(x, own, order) for x, (_, own) in zip(keep, arrays, strict=True)], np.int64)
+    memories = prod(memory)
+    places = np.empty((len(arrays), prod(lead)), np.int64)
+    walk(rows, np.array([lead[axis] for axis in order], np.int64), places)
     groups = places.shape[1] // memories if memories else 0
-    return Layout(places.reshape(len(arrays), memories, groups), steps, keep)
+    return Layout(places.reshape(len(arrays), memories, groups), rows[:, :2].copy(), keep)
 
 
 def column_blocks(memories: int, columns: int) -> int:

@@ -44,9 +44,9 @@ from ._panels import (
     fill,
     full,
     gather,
+    give,
     load,
     load_transposed,
-    lower,
     matrix,
     move,
     multiply,
@@ -65,7 +65,7 @@ from ._threads import share
 
 __all__ = ["delta_rule"]
 
-CHUNK = 48  # whole tiles of 6 or 12 rows, whole blocks of 16; 32 to 64 measure alike
+CHUNK = 32  # whole blocks of 16, whole tiles of 4 and 6 or of 8 and 12 rows; longer ones take more products
 Q, K, V, BETA, GATE, ERASE, STATE, O = range(8)
 
 
@@ -256,7 +256,6 @@ def take_tokens(lines, places, steps, sizes, here, start, rows, like):
 @inner
 def learn_lanes(lines, sizes, groups, i, lanes, like):
     """Token i of all sequences: one gradient step, then the answers."""
-    apart()
     deep, w = padded(sizes.k), sizes.v
     k, told = move(lines.k, i * deep * lanes), move(lines.told, i * w * lanes)
     erase = move(lines.erase, i * deep * lanes) if sizes.erases else k
@@ -302,9 +301,12 @@ def run_chunk(places, steps, sizes, job, room, decays, low, high, scale_):
         learn(sizes, job, room, decays, low, n, scale_)
         for group in range(places.shape[2]):
             q = matrix(places[Q, job.memory, group], steps[Q, 0], steps[Q, 1], scale_)
-            answer(sizes, job, below(q, low), room, decays, n, scale_)
             o = matrix(places[O, job.memory, group], sizes.v, 1, scale_)
-            store(o, low, n, job.start, job.columns, room.answers)
+            past = score(sizes, below(q, low), room, decays, n, scale_)
+            give(
+                o, low, job.start, room.answers, past, room.S, move(row(room.since, 0), 1), room.scores, room.errors, n,
+                job.columns, sizes.k, scale_,
+            )  # fmt: skip
         memorise(sizes, job, room, decays, n, scale_)
     run_tokens(places, steps, sizes, job, room, low + n, high, scale_)
 
@@ -357,44 +359,35 @@ def prepare(sizes, job, room, decays, low, n, like):
         load_transposed(room.keys, job.k, low, n, sizes.k)
         if sizes.gates:
             step_decays(job.gates, low, n, room.pairs, row(room.since, 0), like)
+            return
+    fill(row(room.since, 0), real(like, 1), n + 1)
 
 
 @inner
-def products(sizes, job, x, room, decays, n, like):
-    """Scores of the rows of x with the chunk's keys, and their reading of the past in ``answers``."""
+def score(sizes, x, room, decays, n, like):
+    """Scores of the rows of x with the chunk's keys; what of x meets the past."""
     apart()
-    one, zero, past = real(like, 1), real(like, 0), x
     if sizes.gates == PER_CHANNEL:
         load(room.queries, x, 0, n, 0, sizes.k)
         channel_products(room.scores, room.past, room.keys, room.queries, room.rows, n, sizes.k, decays, 0, like)
-        past = room.past
-    else:
-        multiply(room.scores, x, room.keys, n, n, sizes.k, one, zero, triangle)
-        weigh(room.scores, room.pairs, n, sizes.gates, 0, like)
-    multiply(room.answers, past, room.S, n, job.columns, sizes.k, one, zero, full)
-    if sizes.gates == PER_STEP:
-        scale_rows(room.answers, move(row(room.since, 0), 1), n, job.columns)
+        return Matrix(room.past.data, room.past.step, 1)
+    multiply(room.scores, x, room.keys, n, n, sizes.k, real(like, 1), real(like, 0), triangle)
+    weigh(room.scores, room.pairs, n, sizes.gates, 0, like)
+    return Matrix(x.data, x.step, x.column)
 
 
 @inner
 def learn(sizes, job, room, decays, low, n, like):
     """Turn the chunk's values into errors: what was not yet known when their token came, times its step."""
     apart()
-    products(sizes, job, below(job.erase, low), room, decays, n, like)
+    past, since = score(sizes, below(job.erase, low), room, decays, n, like), move(row(room.since, 0), 1)
+    multiply(room.answers, past, room.S, n, job.columns, sizes.k, real(like, 1), real(like, 0), full)
     for i in range(n):
         beta = row(job.beta, low + i)[0]
-        add_scaled(row(room.errors, i), real(like, -1), row(room.answers, i), job.columns)
+        add_scaled(row(room.errors, i), -since[i], row(room.answers, i), job.columns)
         scale(row(room.errors, i), beta, job.columns)
         scale(row(room.scores, i), beta, i)
     solve_unit_lower(room.scores, room.errors, n, job.columns, like)
-
-
-@inner
-def answer(sizes, job, q, room, decays, n, scale_):
-    """Answers to one sequence of queries: what the past says, and what the chunk's errors say."""
-    apart()
-    products(sizes, job, q, room, decays, n, scale_)
-    multiply(room.answers, room.scores, room.errors, n, job.columns, n, scale_, scale_, lower)
 
 
 @inner

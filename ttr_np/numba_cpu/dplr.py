@@ -47,7 +47,7 @@ from ._threads import share
 
 __all__ = ["dplr"]
 
-CHUNK = 48  # whole tiles of 6 or 12 rows, whole blocks of 16; 32 to 64 measure alike
+CHUNK = 32  # whole blocks of 16, whole tiles of 4 and 6 or of 8 and 12 rows; longer ones take more products
 Q, K, V, A, B, GATE, STATE, O = range(8)
 
 

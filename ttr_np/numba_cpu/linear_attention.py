@@ -22,15 +22,16 @@ from ._compile import apart, inner, spliced
 from ._gates import exp, step_decays, weigh
 from ._panels import (
     Matrix,
+    answers,
     below,
     clean_until,
     dot,
     fill,
     full,
     gather,
+    give,
     load,
     load_transposed,
-    lower,
     matrix,
     move,
     multiply,
@@ -49,7 +50,7 @@ from ._threads import share
 
 __all__ = ["linear_attention"]
 
-CHUNK = 48  # whole tiles of 6 or 12 rows, whole blocks of 16; 32 to 64 measure alike
+CHUNK = 32  # whole blocks of 16, whole tiles of 4 and 6 or of 8 and 12 rows; longer ones take more products
 Q, K, V, GATE, BONUS, STATE, Z, Z_NEXT, O = range(9)
 
 
@@ -259,6 +260,8 @@ def prepare(sizes, job, room, decays, low, n, like):
         load_transposed(room.keys, job.k, low, n, sizes.k)
         if sizes.gates:
             step_decays(job.gates, low, n, room.pairs, row(room.since, 0), like)
+            return
+    fill(row(room.since, 0), real(like, 1), n + 1)
 
 
 @inner
@@ -266,26 +269,27 @@ def answer(sizes, job, reader, room, decays, low, n, scale):
     """Answers to one sequence of queries: what the past says, and what the chunk's pairs say."""
     apart()
     k, columns, one, zero = sizes.k, job.columns, real(scale, 1), real(scale, 0)
-    q = below(reader.q, low)
+    q, past = below(reader.q, low), room.past
     if sizes.gates == PER_CHANNEL:
         load(room.queries, q, 0, n, 0, k)
         channel_products(
-            room.scores, room.past, room.keys, room.queries, room.rows, n, k, decays, sizes.late, scale
+            room.scores, past, room.keys, room.queries, room.rows, n, k, decays, sizes.late, scale
         )
-        multiply(room.answers, room.past, room.S, n, columns, k, one, zero, full)
     else:
         multiply(room.scores, q, room.keys, n, n, k, one, zero, triangle)
         weigh(room.scores, room.pairs, n, sizes.gates, sizes.late, scale)
-        multiply(room.answers, q, room.S, n, columns, k, one, zero, full)
-        if sizes.gates:
-            scale_rows(room.answers, move(row(room.since, 0), 1 - sizes.late), n, columns)
+        past = q
     if sizes.late:
         for i in range(n):
             row(room.scores, i)[i] = own(q, below(job.k, low), reader.bonus, i, k, scale)
-    multiply(room.answers, room.scores, room.values, n, columns, n, scale, scale, lower)
+    since = move(row(room.since, 0), 1 - sizes.late)
     if sizes.normalize:
+        answers(room.answers, past, room.S, since, room.scores, room.values, n, columns, k, scale)
         divide(sizes, q, room, n, columns, scale)
-    store(reader.o, low, n, job.start, columns, room.answers)
+        store(reader.o, low, n, job.start, columns, room.answers)
+    else:
+        start, values = job.start, room.values
+        give(reader.o, low, start, room.answers, past, room.S, since, room.scores, values, n, columns, k, scale)
 
 
 @inner

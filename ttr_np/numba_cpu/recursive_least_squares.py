@@ -5,7 +5,8 @@ A chunk of weighted keys K meets R in the reflections of ``_factors.reflect``: w
     W^T = R V^T T,    R' = (R - W^T V) / sqrt(what is left),    E = L^-1 (V - K S),    O = Q S + tril(Q W^T) E,
 
 and S' = S + W^T E. Nothing is subtracted from P. Few tokens, and those from a bad number on, take the recursion itself.
-See ``ttr_np.solvers.recursive_least_squares`` for the mathematics, the two caps, and the sources.
+All this in float64: R shrinks by the root of a first key's energy over the ridge, and so would its digits. See
+``ttr_np.solvers.recursive_least_squares`` for the mathematics, the two caps, and the sources.
 """
 
 from __future__ import annotations
@@ -20,14 +21,17 @@ from ..calling import run
 from ..notation import RecursiveLeastSquaresState
 from ..solvers._chunks import output_like
 from ..solvers.recursive_least_squares import FAINTEST, LARGEST, SLACK, check_ridge, check_weights, factor, limit, start
+from ._bierman import learn_factors, numbers_of, place_of
 from ._cache import compiled
 from ._compile import apart, inner
 from ._factors import BLOCK, Reflections, cholesky, eps, invert_lower, no_future, orthogonalise, reflect, square
+from ._gates import exponentials
 from ._lanes import (
     CHAINS,
     NARROW,
     TOKENS,
     add_lanes,
+    ask_ahead,
     collect,
     collect_numbers,
     dot_lanes,
@@ -35,7 +39,6 @@ from ._lanes import (
     give_state,
     group_of,
     jobs_of,
-    learn_column,
     padded,
     recall_lanes,
     scale_lanes,
@@ -47,6 +50,8 @@ from ._panels import (
     add_scaled,
     below,
     clean_until,
+    copy,
+    count_bad_of,
     dot,
     fill,
     finite,
@@ -71,7 +76,7 @@ from ._threads import share
 __all__ = ["recursive_least_squares"]
 
 CHUNK = 32
-PANELS = 21  # of a thread; then the vectors of small memories
+PANELS = 22  # of a thread; then the vectors of small memories
 FADED = 0.25  # what is left of P's inverse below which a segment ends: R is divided by its root, errors and all
 SMALL = 32  # keys up to which the recursion of few outputs is faster than products of panels
 FEW = 4  # tokens that do not fill a chunk's products
@@ -107,13 +112,14 @@ def core(
     (t, d), w = q.shape[-2:], v.shape[-1]
     bad = np.zeros(memories, np.bool_)
     cost = memories * (t * d * (3 * d + 2 * w + groups * w) + d**3)
-    rooms, number = shapes(min(CHUNK, max(t, 1)), d, w), S.dtype.type(limit(S.dtype))
+    rooms, dtype, largest = shapes(min(CHUNK, max(t, 1)), d, w), S.dtype, limit(S.dtype)
     if w <= NARROW and d <= SMALL:
-        lanes, tokens = widths(S.dtype), min(max(1, TOKENS // max(groups, 1)), max(t, 1))
-        scratch = (S.dtype, [*rooms, (1, vectors(d, w, tokens, groups) * lanes)])
-        share(narrow, jobs_of(memories, S.dtype), cost, scratch, layout, (t, d, w, tokens), number, bad)
+        lanes, tokens = widths(dtype), min(max(1, TOKENS // max(groups, 1)), max(t, 1))
+        scratch = (dtype, [*rooms, (1, vectors(d, w, tokens, groups) * lanes)])
+        share(narrow, jobs_of(memories, dtype), cost, scratch, layout, (t, d, w, tokens), dtype.type(largest), bad)
     else:
-        share(kernel, memories, cost, (S.dtype, rooms), layout, (t, d, w), number, bad)
+        scratch = (np.dtype(np.float64), rooms)
+        share(kernel, memories, cost, scratch, layout, (t, d, w), largest, dtype.type(0), bad)
     if bad.any():
         factor(original)  # says what is wrong with P
         raise ValueError("initial_state field P must be positive definite")
@@ -129,6 +135,7 @@ class Scratch(NamedTuple):
     product: Matrix  # k x k
     keys: Matrix  # c x k: weighted
     values: Matrix  # c x v: weighted, then innovations
+    queries: Matrix  # c x k
     vectors: Matrix  # c x k: keys times R, then reflections
     whitened: Matrix  # k x c: W^T
     read: Matrix  # k x c: R V^T
@@ -144,7 +151,7 @@ class Scratch(NamedTuple):
 
 def shapes(c: int, d: int, w: int) -> list[tuple[int, int]]:
     """Of the panels, in their order."""
-    own = [(d, w), (d, d), (d, max(d, BLOCK)), (d, d), (c, d), (c, w), (c, d), (d, c), (d, c), (c, c), (c, w)]
+    own = [(d, w), (d, d), (d, max(d, BLOCK)), (d, d), (c, d), (c, w), (c, d), (c, d), (d, c), (d, c), (c, c), (c, w)]
     rows = [(1, c), (1, c), (1, c), (1, d), (1, 1)]
     return own + rows + [(c, c), (c, c), (d, c), (c, c), (max(c, BLOCK), c)]
 
@@ -157,20 +164,21 @@ def panels_of(table, like):
         panel(table, 4, like), panel(table, 5, like), panel(table, 6, like), panel(table, 7, like),
         panel(table, 8, like), panel(table, 9, like), panel(table, 10, like), panel(table, 11, like),
         panel(table, 12, like), panel(table, 13, like), panel(table, 14, like), panel(table, 15, like),
+        panel(table, 16, like),
         Reflections(
-            panel(table, 16, like), panel(table, 17, like), panel(table, 18, like), panel(table, 19, like),
-            panel(table, 20, like),
+            panel(table, 17, like), panel(table, 18, like), panel(table, 19, like), panel(table, 20, like),
+            panel(table, 21, like),
         ),
     )  # fmt: skip
 
 
 @compiled
-def kernel(table, places, steps, sizes, limit, bad, first, last):
-    """Jobs first to last: one memory each."""
+def kernel(table, places, steps, sizes, limit, given, bad, first, last):
+    """Jobs first to last: one memory each; the arrays hold numbers like ``given``."""
     t, d, w = sizes
     room = panels_of(table, limit)
     for memory in range(first, last):
-        state, P = matrix(places[STATE, memory, 0], w, 1, limit), matrix(places[COVARIANCE, memory, 0], d, 1, limit)
+        state, P = matrix(places[STATE, memory, 0], w, 1, given), matrix(places[COVARIANCE, memory, 0], d, 1, given)
         load(room.S, state, 0, d, 0, w)
         if not begin(P, room, d, limit):
             bad[memory] = True
@@ -178,8 +186,8 @@ def kernel(table, places, steps, sizes, limit, bad, first, last):
         moved = False
         for low in range(0, t, CHUNK):
             n = min(low + CHUNK, t) - low
-            moved |= load_pairs(places, steps, sizes, memory, low, n, room, limit)
-            run_chunk(places, steps, sizes, memory, low, n, room, limit)
+            moved |= load_pairs(places, steps, sizes, memory, low, n, room, limit, given)
+            run_chunk(places, steps, sizes, memory, low, n, room, limit, given)
         store(state, 0, d, 0, w, room.S)
         if moved:
             hand_out(P, room, d, limit)
@@ -188,57 +196,73 @@ def kernel(table, places, steps, sizes, limit, bad, first, last):
 def vectors(d: int, w: int, tokens: int, groups: int) -> int:
     """Numbers of one sequence in ``Lines``."""
     deep = -(-d // CHAINS) * CHAINS
-    return (d + 4 + w) * deep + 8 + tokens * ((1 + groups) * deep + (1 + groups) * w + 2)
+    return numbers_of(d) + (5 + w) * deep + 8 + tokens * ((1 + groups) * deep + (1 + groups) * w + 4)
 
 
 class Lines(NamedTuple):
     """As many memories as a vector holds, P = U diag(D) U^T each, and numbers of a few tokens."""
 
-    U: Any  # d columns of what is above the diagonal of a unit triangle
+    U: Any  # in tiles, see ``_bierman``
     S: Any  # w rows of d vectors
     D: Any
-    key: Any
     gain: Any
+    grow: Any
+    shrink: Any
     numbers: Any  # see the names below
     k: Any
     v: Any
     beta: Any
-    gates: Any
+    grown: Any  # by how much a decay makes P larger
+    kept: Any  # share of the past that it keeps
+    energy: Any  # |k|^2
     q: Any  # of each group of queries
     told: Any
 
 
-# Vectors of Lines.numbers: bound of the mean eigenvalue of P, trace of P^-1, share of the past that is kept, |k|^2,
-# variance of an innovation, the innovation over it.
-SIZE, INFORMATION, KEEP, ENERGY, VARIANCE, ERROR = range(6)
+# Vectors of Lines.numbers: bound of the mean eigenvalue of P, trace of P^-1, variance of an innovation, what is
+# told to a key.
+SIZE, INFORMATION, VARIANCE, TOLD = range(4)
 
 
 @inner
-def lines_of(room, d, w, tokens, groups, lanes):
-    """Where they lie in scratch."""
-    deep = padded(d)
-    S = move(room, d * deep * lanes)
+def lines_of(room, d, w, tokens, groups, lanes, same):
+    """Where they lie in scratch; queries that are the keys do not lie there twice."""
+    deep, line = padded(d), tokens * lanes
+    S = move(room, place_of(deep - 1, deep - 1) * lanes + lanes)
     D = move(S, w * deep * lanes)
-    k = move(D, (3 * deep + 8) * lanes)
-    v = move(k, tokens * deep * lanes)
-    beta = move(v, tokens * w * lanes)
-    q = move(beta, 2 * tokens * lanes)
+    k = move(D, (4 * deep + 8) * lanes)
+    v = move(k, deep * line)
+    beta = move(v, w * line)
+    q = move(beta, 4 * line)
     return Lines(
-        room, S, D, move(D, deep * lanes), move(D, 2 * deep * lanes), move(D, 3 * deep * lanes), k, v, beta,
-        move(beta, tokens * lanes), q, move(q, groups * tokens * deep * lanes),
+        room, S, D, move(D, deep * lanes), move(D, 2 * deep * lanes), move(D, 3 * deep * lanes),
+        move(D, 4 * deep * lanes), k, v, beta, move(beta, line), move(beta, 2 * line), move(beta, 3 * line),
+        k if same else q, move(q, groups * deep * line),
     )  # fmt: skip
+
+
+@inner
+def asks_keys(places, steps, here):
+    """Whether the queries of some sequences are their keys, as they are learnt."""
+    same = places.shape[2] == 1 and places[BETA, 0, 0] == 0
+    for axis in range(2):
+        same &= steps[Q, axis] == steps[K, axis]
+    for memory in range(here.first, here.first + here.count):
+        same &= places[Q, memory, 0] == places[K, memory, 0]
+    return same
 
 
 @compiled
 def narrow(table, places, steps, sizes, limit, bad, first, last):
     """Jobs first to last: the recursion of as many small memories as a vector holds, by Bierman's factors of P."""
     t, d, w, tokens = sizes
-    room, deep, groups = panels_of(table, limit), padded(d), places.shape[2]
+    room, groups = panels_of(table, limit), places.shape[2]
     whole = panel(table, PANELS, limit)
     for job in range(first, last):
         here = group_of(job, places.shape[1], limit)
         lanes = here.lanes
-        lines = lines_of(whole.data, d, w, tokens, groups, lanes)
+        same = asks_keys(places, steps, here)
+        lines = lines_of(whole.data, d, w, tokens, groups, lanes, same)
         fill(whole.data, real(limit, 0), whole.step)
         take_state(lines.S, places, STATE, here, d, w, limit)
         for lane in range(here.count):
@@ -248,14 +272,9 @@ def narrow(table, places, steps, sizes, limit, bad, first, last):
         moved = False
         for since in range(0, t, tokens):
             rows = min(tokens, t - since)
-            take_tokens(lines, places, steps, sizes, here, since, rows, limit)
-            for i in range(rows):
-                moved |= weigh_lanes(lines, places, i, d, w, room, lanes, limit)
-                learn_lanes(lines, i, d, w, lanes, limit)
-                for group in range(groups):
-                    at = group * tokens + i
-                    told, q = move(lines.told, at * w * lanes), move(lines.q, at * deep * lanes)
-                    recall_lanes(told, lines.S, q, deep, w, lanes, limit)
+            take_tokens(lines, places, steps, sizes, here, since, rows, same, limit)
+            moved |= weigh_tokens(lines, places, rows, d, w, lanes, limit)
+            learn_tokens(lines, places, steps, here, since, rows, sizes, room, limit)
             for group in range(groups):
                 told = move(lines.told, group * tokens * w * lanes)
                 give_answers(told, places, O, here, group, since, rows, w, real(limit, 1), limit)
@@ -274,12 +293,12 @@ def take_factors(lines, P, lane, room, d, lanes, like):
     They are computed in panels, the same for one lane as for several, because their sums must be.
     """
     apart()
-    deep, U, D = padded(d), room.turned, row(room.along, 0)
+    U, D = room.turned, row(room.along, 0)
     upper_factors(P, U, D, d)
     for j in range(d):
         lines.D[j * lanes + lane] = D[j]
-        for i in range(j):
-            lines.U[(j * deep + i) * lanes + lane] = row(U, j)[i]
+        for i in range(j + 1):
+            lines.U[place_of(i, j) * lanes + lane] = row(U, j)[i] if i < j else real(like, 1)
     lines.numbers[INFORMATION * lanes + lane] = row(room.information, 0)[0]
     lines.numbers[SIZE * lanes + lane] = spread(room.R, d)
 
@@ -288,6 +307,11 @@ def take_factors(lines, P, lane, room, d, lanes, like):
 def upper_factors(P, U, D, d):
     """P = U diag(D) U^T from the last column to the first; column j of U is row j here."""
     apart()
+    if diagonal(P, d):
+        for j in range(d):
+            fill(row(U, j), real(P.data[0], 0), j)
+            D[j] = row(P, j)[j]
+        return
     for j in range(d - 1, -1, -1):
         for i in range(j, -1, -1):
             total = row(P, j)[i]
@@ -303,16 +327,19 @@ def upper_factors(P, U, D, d):
 def root_of(lines, lane, room, d, lanes, like):
     """R = U sqrt(D) of one memory."""
     apart()
-    deep = padded(d)
+    length = row(room.along, 0)
+    for j in range(d):
+        length[j] = math.sqrt(lines.D[j * lanes + lane])
     for i in range(d):
         line = row(room.R, i)
-        for j in range(d):
-            u = real(like, 1) if i == j else lines.U[(j * deep + i) * lanes + lane]
-            line[j] = u * math.sqrt(lines.D[j * lanes + lane]) if i <= j else real(like, 0)
+        fill(line, real(like, 0), i)
+        for j in range(i, d):
+            u = real(like, 1) if i == j else lines.U[place_of(i, j) * lanes + lane]
+            line[j] = u * length[j]
 
 
 @inner
-def take_tokens(lines, places, steps, sizes, here, since, rows, like):
+def take_tokens(lines, places, steps, sizes, here, since, rows, same, like):
     """Bring together what some tokens bring."""
     apart()
     t, d, w, tokens = sizes
@@ -322,51 +349,95 @@ def take_tokens(lines, places, steps, sizes, here, since, rows, like):
     if places[BETA, here.first, 0]:
         collect_numbers(lines.beta, places, steps, BETA, here, since, rows, like)
     if places[GATE, here.first, 0]:
-        collect_numbers(lines.gates, places, steps, GATE, here, since, rows, like)
-    for group in range(places.shape[2]):
+        collect_numbers(lines.grown, places, steps, GATE, here, since, rows, like)
+    for group in range(0 if same else places.shape[2]):
         q = move(lines.q, group * tokens * deep * here.lanes)
         collect(q, places, steps, Q, here, group, since, rows, d, deep, like)
 
 
 @inner
-def weigh_lanes(lines, places, i, d, w, room, lanes, limit):
-    """Token i before it is learnt: its pair times the root of its weight, P decayed and capped; True if P moves.
-
-    Without decay P only shrinks, so its size is computed anew only where the last one, decayed, passes the cap.
-    """
+def weigh_tokens(lines, places, rows, d, w, lanes, like):
+    """Some tokens before they are learnt: pairs times the root of their weight, energies, decays; True if P moves."""
     apart()
-    deep, moved = padded(d), False
-    k, v, gates = move(lines.k, i * deep * lanes), move(lines.v, i * w * lanes), move(lines.gates, i * lanes)
-    energy = move(lines.numbers, ENERGY * lanes)
-    if places[BETA, 0, 0]:
-        weigh_pairs(k, v, move(lines.beta, i * lanes), deep, w, lanes, limit)
-    dot_lanes(energy, k, k, deep, lanes, limit)
-    for lane in range(lanes):
-        moved |= gates[lane] != 0 or energy[lane] != 0
-    decay_lanes(lines, gates, d, lanes, limit)
-    for lane in range(lanes):
-        lines.numbers[INFORMATION * lanes + lane] += energy[lane]
-    for lane in range(lanes):  # the cap is limit / energy, and never above LARGEST
-        size = 1.0 * lines.numbers[SIZE * lanes + lane]
-        if size * max(1.0 * energy[lane], limit / LARGEST) > SLACK * limit:
-            cap_lane(lines, lane, 1.0 * energy[lane], room, d, lanes, limit)
-    return moved
+    deep, n, still = padded(d), rows * lanes, True
+    for i in range(rows):
+        k, v = move(lines.k, i * deep * lanes), move(lines.v, i * w * lanes)
+        if places[BETA, 0, 0]:
+            weigh_pairs(k, v, move(lines.beta, i * lanes), deep, w, lanes, like)
+        dot_lanes(move(lines.energy, i * lanes), k, k, deep, lanes, like)
+    for x in range(n):
+        still &= lines.energy[x] == 0
+    if places[GATE, 0, 0]:
+        for x in range(n):
+            gate = max(lines.grown[x], real(like, FAINTEST))
+            still &= gate == 0
+            lines.kept[x], lines.grown[x] = gate, -gate
+        exponentials(lines.kept, n)
+        exponentials(lines.grown, n)
+    return not still
 
 
 @inner
-def decay_lanes(lines, gates, d, lanes, limit):
-    """P over the share of the past that is kept, its size and that of its inverse likewise."""
+def learn_tokens(lines, places, steps, here, since, rows, sizes, room, limit):
+    """Some tokens, one after the other: the past forgets, the pair is learnt, the queries are answered."""
     apart()
-    decays = False
-    for lane in range(lanes):
-        decays |= gates[lane] != 0
-    if decays:
+    (_, d, w, tokens), lanes = sizes, here.lanes
+    deep, gated = padded(d), places[GATE, 0, 0] != 0
+    calm = not gated and small_enough(lines, rows, lanes, limit)
+    for i in range(rows):
+        if lanes > 1:
+            ask_ahead(places, steps, K, here, since + tokens + i, d, limit)
+        if gated:
+            decay_lanes(lines, i, d, lanes)
         for lane in range(lanes):
-            gate = max(gates[lane], real(limit, FAINTEST))
-            lines.numbers[KEEP * lanes + lane], gates[lane] = math.exp(gate), math.exp(-gate)
-        scale_lanes(lines.D, gates, d, lanes)
-        scale_lanes(move(lines.numbers, SIZE * lanes), gates, 1, lanes)
-        scale_lanes(move(lines.numbers, INFORMATION * lanes), move(lines.numbers, KEEP * lanes), 1, lanes)
+            lines.numbers[INFORMATION * lanes + lane] += lines.energy[i * lanes + lane]
+        if not calm:
+            cap_lanes(lines, i, room, d, lanes, limit)
+        learn_lanes(lines, i, d, w, lanes, limit)
+        for group in range(places.shape[2]):
+            at = group * tokens + i
+            told, q = move(lines.told, at * w * lanes), move(lines.q, at * deep * lanes)
+            recall_lanes(told, lines.S, q, deep, w, lanes, limit)
+
+
+@inner
+def small_enough(lines, rows, lanes, limit):
+    """Whether no cap can act while some tokens are learnt without decay: P only shrinks."""
+    size = 0.0
+    for lane in range(lanes):
+        size = max(size, 1.0 * lines.numbers[SIZE * lanes + lane])
+    bound = min(SLACK * limit / max(size, 1.0 / LARGEST), LARGEST)
+    return limit / LARGEST <= bound and count_bad_of(lines.energy, rows * lanes, real(limit, bound)) == 0
+
+
+@inner
+def decay_lanes(lines, i, d, lanes):
+    """P over the share of the past that is kept, its size and that of its inverse likewise."""
+    grown, kept = move(lines.grown, i * lanes), move(lines.kept, i * lanes)
+    scale_lanes(lines.D, grown, d, lanes)
+    scale_lanes(move(lines.numbers, SIZE * lanes), grown, 1, lanes)
+    scale_lanes(move(lines.numbers, INFORMATION * lanes), kept, 1, lanes)
+
+
+@inner
+def cap_lanes(lines, i, room, d, lanes, limit):
+    """Every P made small enough for its pair: the cap is limit / energy, and never above LARGEST.
+
+    Without decay P only shrinks, so its size is computed anew only where the last one, decayed, passes the cap.
+    """
+    late = False
+    for lane in range(lanes):
+        late |= passes(lines.numbers[SIZE * lanes + lane], lines.energy[i * lanes + lane], limit)
+    for lane in range(lanes if late else 0):
+        energy = 1.0 * lines.energy[i * lanes + lane]
+        if passes(lines.numbers[SIZE * lanes + lane], energy, limit):
+            cap_lane(lines, lane, energy, room, d, lanes, limit)
+
+
+@inner
+def passes(size, energy, limit):
+    """Whether a P of this size may be too large for a key of this energy."""
+    return size * max(1.0 * energy, limit / LARGEST) > SLACK * limit
 
 
 @inner
@@ -399,21 +470,26 @@ def cap_lane(lines, lane, energy, room, d, lanes, limit):
 @inner
 def learn_lanes(lines, i, d, w, lanes, like):
     """One pair of all memories: Bierman's update of U and D, in which nothing is subtracted from a variance."""
-    apart()
-    deep = padded(d)
-    k, v, numbers, gain = move(lines.k, i * deep * lanes), move(lines.v, i * w * lanes), lines.numbers, lines.gain
-    variance = move(numbers, VARIANCE * lanes)
-    for lane in range(lanes):
-        variance[lane] = real(like, 1)
-    fill(gain, real(like, 0), deep * lanes)
-    for j in range(d):
-        learn_column(move(lines.U, j * deep * lanes), lines.D, k, gain, variance, j, padded(j), lanes)
+    deep, variance = padded(d), move(lines.numbers, VARIANCE * lanes)
+    k, v = move(lines.k, i * deep * lanes), move(lines.v, i * w * lanes)
+    foretell(lines, k, v, deep, w, lanes, like)  # first, so that it need not wait for the factors
+    learn_factors(lines.U, lines.D, k, lines.gain, lines.grow, lines.shrink, variance, d, lanes)
     for j in range(w):
-        mine, error = move(lines.S, j * deep * lanes), move(numbers, ERROR * lanes)
-        dot_lanes(error, k, mine, deep, lanes, like)
+        error = move(v, j * lanes)
         for lane in range(lanes):
-            error[lane] = (v[j * lanes + lane] - error[lane]) / variance[lane]
-        add_lanes(mine, error, gain, deep, lanes)
+            error[lane] /= variance[lane]
+        add_lanes(move(lines.S, j * deep * lanes), error, lines.gain, deep, lanes)
+
+
+@inner
+def foretell(lines, k, v, deep, w, lanes, like):
+    """Values less what the memories say to their keys."""
+    told = move(lines.numbers, TOLD * lanes)
+    for j in range(w):
+        error = move(v, j * lanes)
+        dot_lanes(told, k, move(lines.S, j * deep * lanes), deep, lanes, like)
+        for lane in range(lanes):
+            error[lane] -= told[lane]
 
 
 @inner
@@ -430,7 +506,9 @@ def begin(P, room, d, like):
             gap = max(gap, abs(row(P, i)[j] - row(P, j)[i]))
     if bad:
         return True
-    if gap > 1000 * eps(like) * largest or not cholesky(R, room.turned, d, like):
+    if diagonal(P, d):
+        return begin_diagonal(P, room, d, like)
+    if gap > 1000 * eps(P.data[0]) * largest or not cholesky(R, room.turned, d, like):
         return False
     invert_lower(R, room.turned, d, like)
     total = 0.0
@@ -443,7 +521,31 @@ def begin(P, room, d, like):
 
 
 @inner
-def load_pairs(places, steps, sizes, memory, low, n, room, like):
+def diagonal(P, d):
+    """Whether a matrix is diagonal, as that of an empty memory is."""
+    for i in range(d):
+        for j in range(d):
+            if i != j and row(P, i)[j] != 0:
+                return False
+    return True
+
+
+@inner
+def begin_diagonal(P, room, d, like):
+    """As ``begin``, without the work that a diagonal P spares."""
+    total = 0.0
+    for i in range(d):
+        variance = row(P, i)[i]
+        if not variance > 0:
+            return False
+        row(room.R, i)[i] = math.sqrt(variance)
+        total += 1.0 / variance
+    row(room.information, 0)[0] = real(like, total)
+    return True
+
+
+@inner
+def load_pairs(places, steps, sizes, memory, low, n, room, like, given):
     """Gates, and keys and values times the root of their weight; True if any of it moves R.
 
     A pair of weight zero is not even looked at.
@@ -451,19 +553,19 @@ def load_pairs(places, steps, sizes, memory, low, n, room, like):
     apart()
     t, d, w = sizes
     gates, beta = places[GATE, memory, 0], places[BETA, memory, 0]
-    load(room.keys, matrix(places[K, memory, 0], steps[K, 0], steps[K, 1], like), low, n, 0, d)
-    load(room.values, matrix(places[V, memory, 0], steps[V, 0], steps[V, 1], like), low, n, 0, w)
+    load(room.keys, matrix(places[K, memory, 0], steps[K, 0], steps[K, 1], given), low, n, 0, d)
+    load(room.values, matrix(places[V, memory, 0], steps[V, 0], steps[V, 1], given), low, n, 0, w)
     information, moved = row(room.information, 0)[0], False
     for i in range(n):
         k, v = row(room.keys, i), row(room.values, i)
         if beta:
-            weight = row(matrix(beta, steps[BETA, 0], 1, like), low + i)[0]
+            weight = row(matrix(beta, steps[BETA, 0], 1, given), low + i)[0]
             if weight == 0:
                 fill(k, real(like, 0), d)
                 fill(v, real(like, 0), w)
             scale(k, math.sqrt(weight), d)
             scale(v, math.sqrt(weight), w)
-        gate = row(matrix(gates, steps[GATE, 0], 1, like), low + i)[0] if gates else real(like, 0)
+        gate = row(matrix(gates, steps[GATE, 0], 1, given), low + i)[0] if gates else real(given, 0)
         energy = dot(k, k, d, like)
         row(room.gates, 0)[i], row(room.energy, 0)[i] = gate, energy
         information = information * math.exp(max(gate, real(like, FAINTEST))) + energy
@@ -473,14 +575,14 @@ def load_pairs(places, steps, sizes, memory, low, n, room, like):
 
 
 @inner
-def run_chunk(places, steps, sizes, memory, low, n, room, limit):
+def run_chunk(places, steps, sizes, memory, low, n, room, limit, given):
     """One chunk: in segments up to the first bad number, which products would spread, and token by token from there."""
     apart()
     t, d, w = sizes
     groups = places.shape[2]
     clean = min(clean_until(room.keys, 0, n, d, False, limit), clean_until(room.values, 0, n, w, False, limit))
     for group in range(groups):
-        q = matrix(places[Q, memory, group], steps[Q, 0], steps[Q, 1], limit)
+        q = matrix(places[Q, memory, group], steps[Q, 0], steps[Q, 1], given)
         clean = min(clean, clean_until(below(q, low), 0, n, d, False, limit))
     clean = 0 if n < FEW else clean
     done = 0
@@ -488,8 +590,8 @@ def run_chunk(places, steps, sizes, memory, low, n, room, limit):
         end = open_segment(room, done, clean, d, limit)
         segment(room, done, end, d, w, limit)
         for group in range(groups):
-            q = matrix(places[Q, memory, group], steps[Q, 0], steps[Q, 1], limit)
-            o = matrix(places[O, memory, group], w, 1, limit)
+            q = matrix(places[Q, memory, group], steps[Q, 0], steps[Q, 1], given)
+            o = matrix(places[O, memory, group], w, 1, given)
             answer(below(q, low + done), below(o, low + done), end - done, room, done, d, w, limit)
         close_segment(room, done, end, d, w, limit)
         done = end
@@ -497,8 +599,8 @@ def run_chunk(places, steps, sizes, memory, low, n, room, limit):
         forget(room, i, d, limit)
         step(room, i, d, w, limit)
         for group in range(groups):
-            q = matrix(places[Q, memory, group], steps[Q, 0], steps[Q, 1], limit)
-            o = matrix(places[O, memory, group], w, 1, limit)
+            q = matrix(places[Q, memory, group], steps[Q, 0], steps[Q, 1], given)
+            o = matrix(places[O, memory, group], w, 1, given)
             answer_token(below(q, low + i), row(o, low + i), room, d, w, limit)
 
 
@@ -595,9 +697,10 @@ def answer(q, o, n, room, done, d, w, like):
     """Answers of a segment to one sequence of queries."""
     apart()
     one, zero = real(like, 1), real(like, 0)
-    multiply(room.scores, q, room.whitened, n, n, d, one, zero, triangle)
+    load(room.queries, q, 0, n, 0, d)
+    multiply(room.scores, room.queries, room.whitened, n, n, d, one, zero, triangle)
     no_future(room.scores, n, like)
-    multiply(room.answers, q, room.S, n, w, d, one, zero, full)
+    multiply(room.answers, room.queries, room.S, n, w, d, one, zero, full)
     multiply(room.answers, room.scores, below(room.values, done), n, w, n, one, one, lower)
     store(o, 0, n, 0, w, room.answers)
 
@@ -634,9 +737,11 @@ def step(room, i, d, w, like):
 def answer_token(q, o, room, d, w, like):
     """One answer by the recursion."""
     apart()
-    fill(o, real(like, 0), w)
+    total = row(room.answers, 0)
+    fill(total, real(like, 0), w)
     for p in range(d):
-        add_scaled(o, row(q, 0)[p * q.column], row(room.S, p), w)
+        add_scaled(total, row(q, 0)[p * q.column], row(room.S, p), w)
+    copy(o, total, w)
 
 
 @inner

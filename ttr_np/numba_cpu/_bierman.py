@@ -1,0 +1,276 @@
+"""P = U diag(D) U^T of small memories, vectors as in ``_lanes``, and Bierman's update of it by one pair.
+
+U is a unit upper triangle in tiles of CHAINS x CHAINS, its ones and the zeros below them written out: tile (I, J),
+I <= J, is number J (J + 1) / 2 + I and lies column after column. With f = U^T k, g = D f and the variances
+a_j = 1 + sum_{i <= j} f_i g_i,
+
+    U_ij' = U_ij - f_j / a_{j-1} sum_{m < j} U_im g_m,    D_j' = D_j a_{j-1} / a_j,    gain = U g.
+
+Nothing is subtracted from a variance. The columns wait for each other only in the sum a: ``weights`` gives all f and a
+first, ``turn`` then walks along the rows of U, whose sums stay in registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from ._compile import inner
+from ._lanes import CHAINS, Vectors, in_fours, padded
+from ._panels import spread_out
+
+__all__ = ["learn_factors", "numbers_of", "place_of"]
+
+
+def numbers_of(d: int) -> int:
+    """Of U, for one memory."""
+    blocks = -(-d // CHAINS)
+    return blocks * (blocks + 1) // 2 * CHAINS * CHAINS
+
+
+@inner
+def place_of(i, j):
+    """Where U_ij, i <= j, stands among the vectors of U."""
+    block = j // CHAINS
+    tile = block * (block + 1) // 2 + i // CHAINS
+    return (tile * CHAINS + j % CHAINS) * CHAINS + i % CHAINS
+
+
+def tile_at(builder: Any, i: Any, j: Any) -> Any:
+    """Number of the first vector of tile (i, j), one vector per number."""
+    word = ir.IntType(64)
+    before = builder.lshr(builder.mul(j, builder.add(j, word(1))), word(1))
+    return builder.mul(builder.add(before, i), word(CHAINS * CHAINS))
+
+
+def repeat(builder: Any, low: Any, high: Any, body: Callable[[Any], None]) -> None:
+    """The body for every number from low on; written out if the sizes are known when it is compiled."""
+    if isinstance(high, int):
+        for i in range(low.constant, high):
+            body(ir.IntType(64)(i))
+        return
+    with cgutils.for_range_slice(builder, low, high, ir.IntType(64)(1), intp=ir.IntType(64)) as (i, _):
+        body(i)
+
+
+def totals_of(builder: Any, vector: Any, count: int) -> list[Any]:
+    """Sums that start at zero."""
+    zero = ir.Constant(vector, [0.0] * vector.count)
+    totals = [cgutils.alloca_once(builder, vector) for _ in range(count)]
+    for total in totals:
+        builder.store(zero, total)
+    return totals
+
+
+def products_side(vectors: Vectors, U: Any, k: Any, block: Any) -> list[Any]:
+    """f of the columns of one block, a vector of sequences for each."""
+    builder, word = vectors.builder, ir.IntType(64)
+    totals = totals_of(builder, vectors.vector, CHAINS * CHAINS)
+    first = tile_at(builder, word(0), block)
+    with cgutils.for_range(builder, builder.add(block, word(1)), intp=word) as loop:
+        keys = [vectors.load(k, in_fours(builder, loop.index, r)) for r in range(CHAINS)]
+        tile = builder.add(first, builder.mul(loop.index, word(CHAINS * CHAINS)))
+        for i, total in enumerate(totals):
+            u = vectors.load(U, builder.add(tile, word(i)))
+            builder.store(vectors.multiply_add(u, keys[i % CHAINS], builder.load(total)), total)
+    sums = [builder.load(total) for total in totals]
+    while len(sums) > CHAINS:
+        sums = [vectors.add(one, other) for one, other in zip(sums[::2], sums[1::2], strict=True)]
+    return sums
+
+
+def products_alone(vectors: Vectors, U: Any, k: Any, block: Any) -> Any:
+    """f of the columns of one block of one sequence, as one vector: the sums of ``products_side``."""
+    builder, word = vectors.builder, ir.IntType(64)
+    totals = totals_of(builder, vectors.vector, CHAINS)
+
+    def add(i: Any) -> None:
+        key, tile = vectors.load(k, i), builder.udiv(tile_at(builder, i, block), word(CHAINS))
+        for c, total in enumerate(totals):
+            u = vectors.load(U, builder.add(tile, word(c)))
+            builder.store(vectors.multiply_add(u, key, builder.load(total)), total)
+
+    end = block.constant + 1 if isinstance(block, ir.Constant) else builder.add(block, word(1))
+    repeat(builder, word(0), end, add)
+    sums = [builder.load(total) for total in totals]
+    pairs = [vectors.sum_pairs(one, other) for one, other in zip(sums[::2], sums[1::2], strict=True)]
+    low, high = (vectors.shuffle(*pairs, places) for places in ([0, 1, 4, 5], [2, 3, 6, 7]))
+    return vectors.add(low, high)
+
+
+def variances_side(vectors: Vectors, terms: list[Any], before: Any) -> list[Any]:
+    """The sums of a vector before the first term, then after each."""
+    one, two, three, four = terms
+    left, right = vectors.add(one, two), vectors.add(three, four)
+    sums = [one, left, vectors.add(left, three), vectors.add(left, right)]
+    return [before, *(vectors.add(before, x) for x in sums)]
+
+
+def variances_alone(vectors: Vectors, terms: Any, before: Any) -> tuple[Any, Any, Any]:
+    """The same sums of one sequence: those before each term, those after each, and the last everywhere."""
+    zero = ir.Constant(vectors.vector, [0.0] * CHAINS)
+    pairs = vectors.add(terms, vectors.shuffle(terms, zero, [4, 0, 4, 2]))
+    sums = vectors.add(pairs, vectors.shuffle(pairs, zero, [4, 4, 1, 1]))
+    after = vectors.add(before, sums)
+    return vectors.shuffle(after, before, [4, 0, 1, 2]), after, vectors.shuffle(after, after, [3, 3, 3, 3])
+
+
+@intrinsic
+def weights_side(typingctx, U, D, k, grow, shrink, variance, blocks):
+    """As ``learn_factors`` says, before U is turned, for a vector of sequences."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        U, D, k, grow, shrink, variance, blocks = args
+        vectors, word = Vectors(builder, signature.args[0].dtype), ir.IntType(64)
+        before = cgutils.alloca_once_value(builder, ir.Constant(vectors.vector, [1.0] * vectors.vector.count))
+        with cgutils.for_range(builder, blocks, intp=word) as loop:
+            f = products_side(vectors, U, k, loop.index)
+            at = [in_fours(builder, loop.index, i) for i in range(CHAINS)]
+            old = [vectors.load(D, i) for i in at]
+            g = [vectors.multiply(x, y) for x, y in zip(old, f, strict=True)]
+            terms = [vectors.multiply(x, y) for x, y in zip(f, g, strict=True)]
+            a = variances_side(vectors, terms, builder.load(before))
+            for i in range(CHAINS):
+                vectors.store(g[i], grow, at[i])
+                vectors.store(builder.fdiv(builder.fneg(f[i]), a[i]), shrink, at[i])
+                vectors.store(vectors.multiply(old[i], builder.fdiv(a[i], a[i + 1])), D, at[i])
+            builder.store(a[CHAINS], before)
+        vectors.store(builder.load(before), variance, word(0))
+        return context.get_dummy_value()
+
+    return types.void(U, D, k, grow, shrink, variance, types.intp), codegen
+
+
+def known(blocks: Any, value: Any) -> Any:
+    """How many blocks: the number itself if it is known when a kernel is compiled."""
+    return blocks.literal_value if isinstance(blocks, types.IntegerLiteral) else value
+
+
+@intrinsic(prefer_literal=True)
+def weights_alone(typingctx, U, D, k, grow, shrink, variance, blocks):
+    """The same for one sequence."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        U, D, k, grow, shrink, variance, count = args
+        vectors, word = Vectors(builder, signature.args[0].dtype, CHAINS), ir.IntType(64)
+        total = cgutils.alloca_once_value(builder, ir.Constant(vectors.vector, [1.0] * CHAINS))
+
+        def weigh(block: Any) -> None:
+            f, old = products_alone(vectors, U, k, block), vectors.load(D, block)
+            g = vectors.multiply(old, f)
+            before, after, last = variances_alone(vectors, vectors.multiply(f, g), builder.load(total))
+            vectors.store(g, grow, block)
+            vectors.store(builder.fdiv(builder.fneg(f), before), shrink, block)
+            vectors.store(vectors.multiply(old, builder.fdiv(before, after)), D, block)
+            builder.store(last, total)
+
+        repeat(builder, word(0), known(blocks, count), weigh)
+        builder.store(builder.extract_element(builder.load(total), ir.IntType(32)(0)), variance)
+        return context.get_dummy_value()
+
+    return types.void(U, D, k, grow, shrink, variance, blocks), codegen
+
+
+def turn_column(vectors: Vectors, U: Any, place: Any, factors: tuple[Any, Any], total: Any) -> None:
+    """One vector of a column of U, and the sum along its row."""
+    (grow, shrink), u, b = factors, vectors.load(U, place), vectors.builder.load(total)
+    vectors.store(vectors.multiply_add(shrink, b, u), U, place)
+    vectors.builder.store(vectors.multiply_add(grow, u, b), total)
+
+
+@intrinsic
+def turn_side(typingctx, U, grow, shrink, gain, blocks):
+    """U and the gain after a pair, for a vector of sequences."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        U, grow, shrink, gain, blocks = args
+        vectors, word = Vectors(builder, signature.args[0].dtype), ir.IntType(64)
+        with cgutils.for_range(builder, blocks, intp=word) as rows:
+            totals = totals_of(builder, vectors.vector, CHAINS)
+            with cgutils.for_range_slice(builder, rows.index, blocks, word(1), intp=word) as (block, _):
+                tile = tile_at(builder, rows.index, block)
+                for i in range(CHAINS):
+                    factors = tuple(vectors.load(x, in_fours(builder, block, i)) for x in (grow, shrink))
+                    for r, total in enumerate(totals):
+                        turn_column(vectors, U, builder.add(tile, word(CHAINS * i + r)), factors, total)
+            for r, total in enumerate(totals):
+                vectors.store(builder.load(total), gain, in_fours(builder, rows.index, r))
+        return context.get_dummy_value()
+
+    return types.void(U, U, U, U, types.intp), codegen
+
+
+@intrinsic(prefer_literal=True)
+def turn_alone(typingctx, U, grow, shrink, gain, blocks):
+    """The same for one sequence."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        U, grow, shrink, gain, count = args
+        vectors, word = Vectors(builder, signature.args[0].dtype, CHAINS), ir.IntType(64)
+
+        def turn(rows: Any) -> None:
+            (total,) = totals_of(builder, vectors.vector, 1)
+
+            def turn_tile(block: Any) -> None:
+                tile = builder.udiv(tile_at(builder, rows, block), word(CHAINS))
+                for i in range(CHAINS):
+                    numbers = (builder.load(builder.gep(x, [in_fours(builder, block, i)])) for x in (grow, shrink))
+                    factors = tuple(spread_out(builder, number, vectors.vector) for number in numbers)
+                    turn_column(vectors, U, builder.add(tile, word(i)), factors, total)
+
+            repeat(builder, rows, known(blocks, count), turn_tile)
+            vectors.store(builder.load(total), gain, rows)
+
+        repeat(builder, word(0), known(blocks, count), turn)
+        return context.get_dummy_value()
+
+    return types.void(U, grow, shrink, gain, blocks), codegen
+
+
+@inner
+def learn_one(U, D, k, gain, grow, shrink, variance, blocks):
+    """As ``learn_factors``, for one sequence of as many blocks; the sizes of most filters are written out."""
+    if blocks == 1:
+        weights_alone(U, D, k, grow, shrink, variance, 1)
+        turn_alone(U, grow, shrink, gain, 1)
+    elif blocks == 2:
+        weights_alone(U, D, k, grow, shrink, variance, 2)
+        turn_alone(U, grow, shrink, gain, 2)
+    elif blocks == 4:
+        weights_alone(U, D, k, grow, shrink, variance, 4)
+        turn_alone(U, grow, shrink, gain, 4)
+    else:
+        weights_alone(U, D, k, grow, shrink, variance, blocks)
+        turn_alone(U, grow, shrink, gain, blocks)
+
+
+@inner
+def learn_factors(U, D, k, gain, grow, shrink, variance, d, lanes):
+    """One pair of every sequence: U, D and, for what the pair teaches, the gain U D U^T k and its variance.
+
+    Parameters
+    ----------
+    U, D
+        Updated.
+    k
+        The keys.
+    gain, grow, shrink
+        Written: U g, g and -f / a, ``padded(d)`` vectors each.
+    variance
+        Written: the last a, one vector.
+    d
+        Sizes of the keys.
+    lanes
+        Sequences in a vector, 1 for one sequence whose numbers fill the vectors.
+    """
+    blocks = padded(d) // CHAINS
+    if lanes == 1:
+        learn_one(U, D, k, gain, grow, shrink, variance, blocks)
+    else:
+        weights_side(U, D, k, grow, shrink, variance, blocks)
+        turn_side(U, grow, shrink, gain, blocks)
