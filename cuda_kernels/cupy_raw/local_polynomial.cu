@@ -35,11 +35,10 @@ local_polynomial(const data* q, const stored* k, const stored* v, const long lon
     for (int i = 1 + lane; i < P; i += 32) R[i][i] = sqrt(ridge);
     real top, weight;
     near.average(mean, centre, low, columns, top, weight);
-    if (DEGREE > 1) {  // monomials of higher degree, and their ridge, are those around the query
-        #pragma unroll 1
-        for (int c = lane; c < D; c += 32) centre[c] = query[c];
-        __syncthreads();  // the centre is there
-    }
+    #pragma unroll 1
+    for (int c = lane; c < D; c += 32)
+        if (DEGREE > 1) centre[c] = query[c];  // monomials of higher degree, and their ridge, are those around the query
+    __syncthreads();  // the means and the centre are there
 
     double since = 0;
     #pragma unroll 1

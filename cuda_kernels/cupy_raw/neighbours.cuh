@@ -45,7 +45,8 @@ struct Neighbours {
         }
     }
 
-    // Means of some value columns and of the keys; the highest logit and the weight of all.
+    // Means of some value columns and of the keys, each in the lane that has the column; the highest logit and the
+    // weight of all.
     __device__ __forceinline__ void average(real* mean, real* centre, int low, int columns, real& top, real& weight) const {
         #pragma unroll 1
         for (int c = threadIdx.x; c < COLUMNS; c += 32) mean[c] = 0;
@@ -69,7 +70,6 @@ struct Neighbours {
         #pragma unroll 1
         for (int c = threadIdx.x; c < D; c += 32) centre[c] = weight != 0 ? centre[c] / weight : centre[c];
         top = top == -infinite() ? real(0) : top;
-        __syncthreads();  // the means are there
     }
 };
 
