@@ -231,8 +231,13 @@ def test_bits_on_tensor_cores_depend_on_no_neighbour_and_no_order():
 FITS = [(kernel, degree) for degree in range(3) for kernel in ("exponential", *KERNELS)]
 
 
-@every_backend
-@pytest.mark.parametrize("kernel, degree", FITS)
+SLOW = {("numba-cuda", 2)}  # five seconds to compile
+
+
+@pytest.mark.parametrize(
+    "backend, kernel, degree",
+    [pytest.param(b, *fit, marks=pytest.mark.slow if (b, fit[1]) in SLOW else []) for b in GPU for fit in FITS],
+)
 def test_every_kernel_and_degree(backend, kernel, degree):
     rng = np.random.default_rng(0)
     shape = {} if kernel == "exponential" else {"bandwidth": 1.5}

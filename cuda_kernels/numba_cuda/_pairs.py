@@ -9,21 +9,28 @@ from __future__ import annotations
 
 from math import inf, log, sqrt
 
+import numpy as np
 from numba import float64, int64
 
 from ttr_np.solvers._chunks import NO_PAST
 
-from .._attention import EXPONENTIAL, NAMES
-from .._calls import Grid
+from .._attention import EXPONENTIAL, NAMES, Pairs
+from .._calls import Arrays, Grid
 from .._sequences import Sequences
 from ._launch import cuda
 
-__all__ = ["SLAB", "TILE", "aged", "bias_of", "count_of", "first_steps", "grid", "log_kernel", "number", "origin"]
-__all__ += ["over_row", "place", "product", "sees", "sight", "tiles", "top_of_row"]
+__all__ = ["SLAB", "TILE", "aged", "arrays_of", "bias_of", "count_of", "first_steps", "grid", "log_kernel", "number"]
+__all__ += ["origin", "over_row", "place", "product", "sees", "sight", "tiles", "top_of_row"]
 
 GAUSSIAN, BOXCAR = NAMES.index("gaussian"), NAMES.index("boxcar")
 TILE = 16
 SLAB = 32  # channels of keys and queries that are staged at a time
+
+
+def arrays_of(pairs: Pairs) -> Arrays:
+    """For a launch. Places that are not given are an empty array of integers, so that a kernel compiles once."""
+    none = np.empty_like(pairs.k, shape=(0,), dtype=np.int64)
+    return {name: (none if x is None and name != "left" else x, own) for name, (x, own) in pairs.arrays.items()}
 
 
 def grid(sequences: Sequences, tokens: int, width: int, columns: int) -> tuple[Grid, int]:

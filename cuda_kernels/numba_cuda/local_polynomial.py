@@ -31,6 +31,7 @@ from .._calls import Grid
 from .._sequences import BOTH, ROW, Sequences
 from ._launch import cuda, empty, launch, run
 from ._neighbours import gather, over_warp, place, root_of, sight, top_of, weigh
+from ._pairs import arrays_of
 from .softmax_attention import average
 
 __all__ = ["local_polynomial", "refusal"]
@@ -111,7 +112,7 @@ def fitted(
     columns = max(min(values, COLUMNS), 1) if room is None else max(room, 1)
     parts = max(-(-values // columns), 1)
     grid = Grid(tokens * sequences.groups * parts, WARP)
-    arrays = {"q": (q, BOTH), **pairs.arrays, "log_decay": (log_decay, ROW), "o": (o, BOTH)}
+    arrays = {"q": (q, BOTH), **arrays_of(pairs), "log_decay": (log_decay, ROW), "o": (o, BOTH)}
     numbers = (width, code, np.float64(ridge), *see, pairs.cached, parts)
     if room is None:
         residual = empty(sequences, (tokens,), np.float64, q)

@@ -26,6 +26,7 @@ from ._pairs import (
     SLAB,
     TILE,
     aged,
+    arrays_of,
     bias_of,
     grid,
     log_kernel,
@@ -92,7 +93,7 @@ def average(
     tokens, values = q.shape[-2], pairs.v.shape[-1]
     sequences = Sequences(state.k.shape[:-2], np.broadcast_shapes(q.shape[:-2], state.k.shape[:-2]))
     o = empty(sequences, (tokens, values), q.dtype, q)
-    arrays = {"q": (q, BOTH), **pairs.arrays, "log_decay": (gates, ROW), "o": (o, BOTH)}
+    arrays = {"q": (q, BOTH), **arrays_of(pairs), "log_decay": (gates, ROW), "o": (o, BOTH)}
     columns = max(min(-(-values // TILE), COLUMNS), 1)
     cut, parts = grid(sequences, tokens, values, columns)
     numbers = (width, code, int(causal), window or 0, sinks, pairs.cached, parts)
