@@ -43,6 +43,13 @@ def test_the_import_loads_numpy_and_nothing_heavier():
     assert "numpy" in loaded and not set(HEAVY) & set(loaded)
 
 
+def test_the_experiments_are_there_when_they_are_asked_for():
+    code = "import sys, ttr_np; print('ttr_np.experiments' in sys.modules, ttr_np.experiments.drift.__name__)"
+    assert python(code).split() == ["False", "drift"]
+    with pytest.raises(AttributeError, match="no attribute 'experiment'"):
+        ttr_np.experiment  # noqa: B018
+
+
 def test_an_operator_on_numpy_loads_no_compiler():
     code = "import sys, ttr_np; ttr_np.delta_rule([[1.]], [[1.]], [[1.]], [1.], backend='numpy'); print(*sys.modules)"
     loaded = {name.split(".")[0] for name in python(code).split()}
@@ -93,7 +100,7 @@ def test_what_is_required_is_what_is_declared():
     required = {re.split(r"[<>=]", line)[0] for line in SETUP["options"]["install_requires"].split()}
     assert required == {"numpy", "scipy", "numba"}
     assert SETUP["options"]["python_requires"] == ">=3.10"
-    assert set(SETUP["options.extras_require"]) == {"cuda12", "cuda13", "plot", "dask", "test", "bench"}
+    assert set(SETUP["options.extras_require"]) == {"cuda12", "cuda13", "plot", "docs", "dask", "test", "bench"}
 
 
 def test_the_build_file_holds_the_build_backend_and_nothing_else():

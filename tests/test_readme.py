@@ -10,6 +10,7 @@ import pytest
 
 import ttr_np
 from ttr_np.backends import BACKENDS
+from ttr_np.cli.experiment import NAMES
 from ttr_np.cli.layers import markdown
 from ttr_np.cli.recall import WIDTH
 
@@ -70,6 +71,11 @@ def test_the_quoted_result_names_layers_that_exist_and_fits():
     assert len(table) >= 10
     assert all(line.split()[0] in ttr_np.layers for line in table if not line.startswith("layer "))
     assert all(len(line) <= WIDTH for line in lines if not line.startswith("!"))
+
+
+def test_every_experiment_is_listed():
+    section = README.split("## What `ttr experiment` shows")[1].split("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == ["NAME", *NAMES]
 
 
 def test_every_link_to_a_file_leads_somewhere():

@@ -5,6 +5,9 @@
 
 __version__ = "0.1.0"
 
+from importlib import import_module as _import_module
+from types import ModuleType as _ModuleType
+
 from . import features
 from .backends import (
     BackendUnavailable,
@@ -38,3 +41,10 @@ __all__ = [
     "use_backend",
     *_operators,
 ]
+
+
+def __getattr__(name: str) -> _ModuleType:
+    """Import the experiments when they are first asked for, because few sessions ask."""
+    if name == "experiments":
+        return _import_module(".experiments", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -21,6 +21,8 @@ __all__ = ["Refusal", "main"]
 COMMANDS = {
     "recall": "recall of a real text by every layer, without training",
     "compare": "error and time of every operator on every backend, for your shape",
+    "forecast": "one-step-ahead forecasts of a series of yours by layers as adaptive memories",
+    "experiment": "what the paper claims, in numbers: capacity, conditioning, drift, mqar, tracking",
     "layers": "the table of layers: weights, regressor, optimizer",
     "config": "versions, backends, threads and devices",
 }
