@@ -88,6 +88,11 @@ static inline T largest(T x, T y) {
     else
         return x < y ? y : x;
 }
+// A number from 0 to 1; NaN is 0.
+template <class F>
+static inline F saturated(F x) {
+    return x > 0 ? x < 1 ? x : F(1) : F(0);
+}
 // A float as an integer: NaN is 0, what does not fit is the nearest that does.
 template <class I, class F>
 static inline I whole(F x) {
