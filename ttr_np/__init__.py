@@ -20,6 +20,7 @@ from .backends import (
 from .framework import recall
 from .layers import Gate, Layer, layers
 from .memories import MLP, Linear
+from .memory import Memory
 from .operators import *  # noqa: F403
 from .operators import __all__ as _operators
 from .streaming import Stream
@@ -30,6 +31,7 @@ __all__ = [
     "Gate",
     "Layer",
     "Linear",
+    "Memory",
     "Stream",
     "available_backends",
     "features",
