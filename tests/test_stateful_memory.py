@@ -383,12 +383,14 @@ def test_a_call_that_fails_leaves_the_memory_as_it_was():
 def test_many_series_run_side_by_side_and_queries_may_be_grouped():
     rng = np.random.default_rng(0)
     q, k, v = rng.standard_normal((3, 5, 6, 4)) / 2
-    for name in ("kda", "softmax", "mlstm"):
+    for name in ("kda", "softmax", "mlstm", "gsa"):
         together = Memory(name).memorize(k, v)
         for i in range(5):
             alone = Memory(name).memorize(k[i], v[i])
             np.testing.assert_allclose(together.recall(q)[i], alone.recall(q[i]), **CLOSE)
         np.testing.assert_allclose(together.recall(q[:1]), together.recall(np.broadcast_to(q[:1], q.shape)), **CLOSE)
+        np.testing.assert_allclose(together.recall(np.stack([q, k]))[1], together.recall(k), **CLOSE)
+        np.testing.assert_allclose(alone.recall(q)[2], alone.recall(q[2]), **CLOSE)
 
 
 def test_an_empty_memory_does_not_answer_until_it_knows_the_sizes():

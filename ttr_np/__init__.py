@@ -17,6 +17,13 @@ from .backends import (
     show_config,
     use_backend,
 )
+from .estimators import (
+    KernelSmoother,
+    LocalPolynomialRegressor,
+    RecursiveLeastSquaresRegressor,
+    TestTimeRegressor,
+    equivalent_kernel,
+)
 from .framework import recall
 from .layers import Gate, Layer, layers
 from .memories import MLP, Linear
@@ -29,11 +36,16 @@ __all__ = [
     "MLP",
     "BackendUnavailable",
     "Gate",
+    "KernelSmoother",
     "Layer",
     "Linear",
+    "LocalPolynomialRegressor",
     "Memory",
+    "RecursiveLeastSquaresRegressor",
     "Stream",
+    "TestTimeRegressor",
     "available_backends",
+    "equivalent_kernel",
     "features",
     "layers",
     "recall",

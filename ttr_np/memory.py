@@ -183,6 +183,7 @@ class Memory:
         data = self._taken(names, queries)
         lead, sizes, dtype = self._shape
         t, like = data[names[0]].shape[-2], here(data[names[0]])
+        lead = (1,) * (data[names[0]].ndim - 2 - len(lead)) + lead  # per channel or per step: gates are told by axes
         for name in self.layer.data:
             if name not in data:
                 fill = self.layer.blank if name == "k" else 0.0
