@@ -103,6 +103,7 @@ def as_table(name: str, x: Any, ndim: tuple[int, ...]) -> np.ndarray:
         raise TypeError(f"{name} is a sparse matrix: this estimator needs a dense one, {name}.toarray()")
     if getattr(x, "__cuda_array_interface__", None) is not None:
         raise TypeError(f"{name} is on a GPU: estimators compute on the CPU; copy it first, or use ttr_np.Memory")
+    table = x
     x = np.asarray(through_dlpack(x.values if library(x) else x))
     if x.dtype.kind == "c":
         raise ValueError(f"Complex data not supported: {name} has dtype {x.dtype}")
@@ -110,7 +111,9 @@ def as_table(name: str, x: Any, ndim: tuple[int, ...]) -> np.ndarray:
         hint = "Reshape your data either using array.reshape(-1, 1) or array.reshape(1, -1)"
         raise ValueError(f"Expected {ndim[-1]}D array, got {x.ndim}D array instead: {name} has shape {x.shape}. {hint}")
     try:
+        if x.dtype == object and library(table) == "pandas":  # its missing value is no number
+            return table.to_numpy(dtype=np.float64, na_value=np.nan)
         return x.astype(np.float32 if x.dtype.name in ("float16", "bfloat16", "float32") else np.float64, copy=False)
     except (TypeError, ValueError) as problem:
         kind = TypeError if isinstance(problem, TypeError) else ValueError
-        raise kind(f"{name} needs numbers: {problem}; an argument must be a string or a real number") from None
+        raise kind(f"{name} needs numbers: {problem}") from None

@@ -26,11 +26,12 @@ from .solvers.local_polynomial import KERNELS, features
 __all__ = ["CRITERIA", "Pairs", "choose_bandwidth", "choose_ridge", "fits_at", "left_out"]
 
 CRITERIA = ("loo", "gcv", "aicc")
-REACH = 9.0  # bandwidths beyond which a Gaussian weight, exp(-40), is lost in rounding
+REACH = 7.5  # bandwidths beyond which a Gaussian weight, 6e-13, counts as nothing
 BLOCK = 128  # queries at once: their kernel rows stay in the processor's cache
-COARSE, FINE = 24, 8  # steps of the search
-THIN = 8  # the coarse search leaves out every row in turn but scores only each eighth
-GOLDEN = (np.sqrt(5) - 1) / 2
+COARSE, FINE = 18, 3  # steps of the search
+THIN = 8  # of many rows only each eighth is looked at to rule bandwidths out
+DOUBT = 2.5  # standard errors by which a bandwidth must be worse to be ruled out
+GOLDEN = (3 - np.sqrt(5)) / 2
 
 
 class Pairs(NamedTuple):
@@ -52,25 +53,23 @@ class Design(NamedTuple):
     place: np.ndarray
 
 
-def score(criterion: str, errors: np.ndarray, leverage: np.ndarray, weights: np.ndarray, n: float) -> float:
+def score(criterion: str, errors: np.ndarray, leverage: np.ndarray, weights: np.ndarray) -> float:
     """One of the three criteria; infinite where it is not defined.
 
     Parameters
     ----------
     criterion : str
         ``loo``, ``gcv`` or ``aicc``.
-    errors : (c, m)
-        Of the fit with all pairs, ``y - fit``, at a sample of the rows or all of them.
-    leverage, weights : (c,)
-    n : float
-        Weight of all rows.
+    errors : (n, m)
+        Of the fit with all pairs, ``y - fit``.
+    leverage, weights : (n,)
     """
     if not (np.all(np.isfinite(errors)) and np.all(leverage < 1)):
         return np.inf
     share = weights / weights.sum()
     if criterion == "loo":
         return float(share @ np.sum(np.square(errors / (1 - leverage)[:, None]), axis=1))
-    mean, trace = float(share @ np.sum(errors * errors, axis=1)), float(leverage.sum() * n / weights.sum())
+    mean, trace, n = float(share @ np.sum(errors * errors, axis=1)), float(leverage.sum()), float(weights.sum())
     if criterion == "gcv":
         return mean / (1 - trace / n) ** 2
     if n - trace <= 2:
@@ -78,35 +77,41 @@ def score(criterion: str, errors: np.ndarray, leverage: np.ndarray, weights: np.
     return float(np.log(max(mean, np.finfo(float).tiny)) + 1 + 2 * (trace + 1) / (n - trace - 2))
 
 
-def golden(f: Callable[[float], float], low: float, high: float, steps: int) -> float:
-    """The smallest of some values of a function that falls and then rises."""
-    a, b = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
-    fa, fb = f(a), f(b)
-    for _ in range(steps - 2):
-        if fa <= fb:
-            high, b, fb = b, a, fa
-            a = high - GOLDEN * (high - low)
-            fa = f(a)
-        else:
-            low, a, fa = a, b, fb
-            b = low + GOLDEN * (high - low)
-            fb = f(b)
-    return a if fa <= fb else b
-
-
-def search(rough: Callable[[float], float], fine: Callable[[float], float], grid: np.ndarray, what: str) -> float:
-    """The best of a grid of logs, then the best between its neighbours.
+def search(criterion: Callable[[float], float], grid: np.ndarray, good: np.ndarray, what: str) -> float:
+    """The best of the steps of a grid of logs that are not ruled out, then the best around it.
 
     Raises
     ------
     ValueError
-        If the criterion is infinite on all of the grid.
+        If the criterion is infinite at all of them.
     """
-    scores = np.array([rough(x) for x in grid])
-    if not np.isfinite(scores).any():
+    known = {int(i): criterion(grid[i]) for i in good}
+    best = min(known, key=known.__getitem__, default=0)
+    if not np.isfinite(known.get(best, np.inf)):
         raise ValueError(f"no {what} can be chosen: the criterion is infinite for all; give a number")
-    best = int(np.argmin(scores))
-    return golden(fine, grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)], FINE)
+    around = [i for i in (best - 1, best, best + 1) if 0 <= i < len(grid)]
+    if len(around) < 3:
+        return float(grid[best])
+    return refine(criterion, [(grid[i], known[i] if i in known else criterion(grid[i])) for i in around])
+
+
+def refine(f: Callable[[float], float], points: list[tuple[float, float]]) -> float:
+    """The lowest point near the middle one of three, by parabolas; by the golden section where they are of no use."""
+    best = points[1]
+    for _ in range(FINE):
+        (a, fa), (b, fb), (c, fc) = points
+        left, right = (b - a) * (fb - fc), (b - c) * (fb - fa)
+        use = np.isfinite([fa, fc]).all() and left != right
+        x = b - ((b - a) * left - (b - c) * right) / (2 * (left - right)) if use else b
+        room = 0.02 * (c - a)
+        if not a + room < x < c - room or abs(x - b) < room / 4:
+            x = b + GOLDEN * (c - b) if c - b > b - a else b - GOLDEN * (b - a)
+        new = (x, f(x))
+        best = min(best, new, key=lambda point: point[1])
+        inside = sorted([*points, new])
+        middle = inside.index(min(inside[1:-1], key=lambda point: point[1]))
+        points = inside[middle - 1 : middle + 2]
+    return float(best[0])
 
 
 def choose_ridge(
@@ -141,10 +146,11 @@ def choose_ridge(
     def at(log_ridge: float) -> float:
         shrink = s2 / (s2 + share * np.exp(log_ridge))
         errors = (root * y - U @ (shrink[:, None] * Uy)) / root
-        return score(criterion, errors, squares @ shrink, weights, weights.sum())
+        return score(criterion, errors, squares @ shrink, weights)
 
     scale = np.log(max(s2.max(initial=0), np.finfo(float).tiny) / share)
-    return float(np.exp(search(at, at, scale + np.log(10.0) * np.linspace(-14, 3, 69), "ridge")))
+    grid = scale + np.log(10.0) * np.linspace(-14, 3, 69)
+    return float(np.exp(search(at, grid, np.arange(len(grid)), "ridge")))
 
 
 def choose_bandwidth(pairs: Pairs, criterion: str = "loo") -> float:
@@ -160,7 +166,7 @@ def choose_bandwidth(pairs: Pairs, criterion: str = "loo") -> float:
     Returns
     -------
     bandwidth : float
-        Of the best of a grid from the spacing of the rows to four times their extent, refined to about one percent. A
+        Of the best of a grid from the spacing of the rows to twice their extent, refined to a few percent. A
         row without neighbours in reach makes a criterion infinite, so every row has some at the bandwidth chosen.
 
     Notes
@@ -171,15 +177,31 @@ def choose_bandwidth(pairs: Pairs, criterion: str = "loo") -> float:
     extent = float(np.linalg.norm(np.ptp(pairs.x, axis=0)))
     if not extent > 0:
         raise ValueError(f"no bandwidth can be chosen: n_samples={n}, and all rows are the same; give a number")
-    grid = np.linspace(np.log(extent / 4) - np.log(n) / d, np.log(4 * extent), COARSE)
+    grid = np.linspace(np.log(extent) - np.log(n) / d, np.log(2 * extent), COARSE)
 
-    def at(log_bandwidth: float, rows: np.ndarray) -> float:
+    rows = np.flatnonzero(pairs.w > 0)
+
+    def at(log_bandwidth: float) -> float:
         errors, leverage = left_out(pairs, float(np.exp(log_bandwidth)), rows)
-        return score(criterion, errors * (1 - leverage)[:, None], leverage, pairs.w[rows], pairs.w.sum())
+        return score(criterion, errors * (1 - leverage)[:, None], leverage, pairs.w[rows])
 
-    every = np.flatnonzero(pairs.w > 0)
-    few = every[:: THIN if len(every) > THIN * BLOCK else 1]
-    return float(np.exp(search(lambda x: at(x, few), lambda x: at(x, every), grid, "bandwidth")))
+    good = not_ruled_out(pairs, grid, rows[::THIN]) if n > 1024 else np.arange(COARSE)
+    return float(np.exp(search(at, grid, good, "bandwidth")))
+
+
+def not_ruled_out(pairs: Pairs, grid: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """The bandwidths that are not clearly worse than another in predicting a few rows, each left out of all."""
+    losses = []
+    for log_bandwidth in grid:
+        errors, _ = left_out(pairs, float(np.exp(log_bandwidth)), rows)
+        losses.append(pairs.w[rows] * np.nan_to_num(np.sum(errors * errors, axis=1), nan=np.inf))
+    mean = np.array([loss.mean() for loss in losses])
+    if not np.isfinite(mean).any():
+        return np.flatnonzero(np.isfinite(mean))
+    least = losses[int(np.argmin(mean))]
+    worse = [loss - least if np.isfinite(loss).all() else np.full(len(rows), np.inf) for loss in losses]
+    sure = [np.isinf(d[0]) or d.mean() > DOUBT * d.std() / np.sqrt(len(rows)) for d in worse]
+    return np.flatnonzero(~np.array(sure))
 
 
 def left_out(pairs: Pairs, bandwidth: float, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
