@@ -35,6 +35,7 @@ def drawn(n=60, d=3, m=2, seed=0):
 # ---- scikit-learn ----------------------------------------------------------------------------------------------------
 
 ONE_BY_ONE = "with a weight the whole row is left out, rows that are repeated are left out one by one"
+COUNTED = "the criterion counts rows: the scale of weights is of no account, so they are no repetitions"
 STEPS = "here a weight is a longer step, which is not the step taken twice"
 NO_WEIGHT = "sample_weight is an error for a layer without a weight or a step size per pair"
 WEIGHTS = (
@@ -49,7 +50,7 @@ CHECKED = [
     (TestTime("softmax"), dict.fromkeys(WEIGHTS, NO_WEIGHT)),
     (TestTime(missing="skip"), {"check_supervised_y_no_nan": "a NaN is a missing value if those are skipped"}),
     (RLS(), {}),
-    (RLS(ridge="gcv"), {}),
+    (RLS(ridge="gcv"), {"check_sample_weight_equivalence_on_dense_data": COUNTED}),
     (Local(), {"check_sample_weight_equivalence_on_dense_data": ONE_BY_ONE}),
     (Local(bandwidth=1.0), {}),
     (Smoother(), {"check_sample_weight_equivalence_on_dense_data": ONE_BY_ONE}),
@@ -154,20 +155,43 @@ def test_recursive_least_squares_is_the_weighted_fit_with_its_variances():
     model = RLS(0.97, ridge)
     for low, high in ((0, 1), (1, 20), (20, 60)):
         model.partial_fit(X[low:high], y[low:high], w[low:high])
-    A = np.c_[X, np.ones(60)]
+    A = np.c_[X - X[0], np.ones(60)]
+    first, y = y[0], y - y[0]
     P = np.linalg.inv(A.T @ ((w * gamma)[:, None] * A) + 0.97**60 * ridge * np.eye(4))
     S = P @ A.T @ ((w * gamma)[:, None] * y)
     np.testing.assert_allclose(model.coef_, S[:3].T, rtol=1e-9)
-    np.testing.assert_allclose(model.intercept_, S[3], rtol=1e-9)
+    np.testing.assert_allclose(model.intercept_, first + S[3] - X[0] @ S[:3], rtol=1e-9)
     np.testing.assert_allclose(model.covariance_, P, rtol=1e-9)
     hat = A @ P @ A.T * (w * gamma)
     np.testing.assert_allclose(model.dof_, np.trace(hat), rtol=1e-9)
     np.testing.assert_allclose(model.leverage(X) * w * gamma, np.diag(hat), rtol=1e-9)
-    sigma = np.sqrt((w * gamma) @ (y - A @ S) ** 2 / ((w * gamma).sum() - np.trace(hat)))
+    sigma = np.sqrt((w * gamma) @ (y - A @ S) ** 2 / (gamma.sum() - np.trace(hat)))
     np.testing.assert_allclose(model.sigma_, sigma, rtol=1e-9)
     mean, std = model.predict(X, return_std=True)
-    np.testing.assert_allclose(mean, A @ S, rtol=1e-9)
+    np.testing.assert_allclose(mean, first + A @ S, rtol=1e-9)
     np.testing.assert_allclose(std, sigma * np.sqrt(1 + np.diag(A @ P @ A.T))[:, None], rtol=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_offsets_and_the_scale_of_weights_do_not_matter(scale):
+    X, y = drawn()
+    for model in (RLS(), RLS(ridge="loo"), Local(bandwidth=1.5), Local(bandwidth="aicc"), Smoother(bandwidth=1.5)):
+        mean, std = model.fit(X, y).predict(X, return_std=True)
+        there, same_std = model.fit(X + 1e5, y - 1e7).predict(X + 1e5, return_std=True)
+        np.testing.assert_allclose(there + 1e7, mean, atol=1e-5)
+        np.testing.assert_allclose(same_std, std, rtol=1e-4)
+    for model in (RLS(ridge="gcv"), Local(bandwidth="gcv"), Smoother()):
+        mean, std = model.fit(X, y).predict(X, return_std=True)
+        of_fit, of_noise = std**2 - model.sigma_**2, model.sigma_**2
+        scaled, narrow = model.fit(X, y, np.full(60, scale)).predict(X, return_std=True)
+        np.testing.assert_allclose(scaled, mean, rtol=0.01, atol=1e-3)
+        np.testing.assert_allclose(narrow, np.sqrt(of_fit + scale * of_noise), rtol=0.01)
+
+
+def test_one_row_far_away_does_not_decide_the_bandwidth():
+    X, y = drawn()
+    alone = Local().fit(X, y).bandwidth_
+    assert abs(Local().fit(np.r_[X, [[500.0, 0.0, 0.0]]], np.r_[y, y[:1]]).bandwidth_ / alone - 1) < 0.5
 
 
 def test_a_linear_fit_has_the_standard_errors_of_statsmodels():
@@ -218,7 +242,7 @@ def test_a_ridge_is_the_best_of_its_criterion(criterion):
 
     def by_hand(ridge):
         hat = X @ np.linalg.solve(X.T @ (w[:, None] * X) + ridge * np.eye(20), X.T * w)
-        e, h, n, share = y - hat @ y, np.diag(hat), w.sum(), w / w.sum()
+        e, h, n, share = y - hat @ y, np.diag(hat), 40, w / w.sum()
         if criterion == "loo":
             return share @ np.sum((e / (1 - h)[:, None]) ** 2, axis=1)
         mean = share @ np.sum(e * e, axis=1)
@@ -245,8 +269,7 @@ def test_a_bandwidth_is_the_best_of_its_criterion(criterion, kernel):
     chosen = Local(1, kernel, criterion).fit(X, y).bandwidth_
 
     def value(bandwidth):
-        errors, h = selection.left_out(pairs, bandwidth, np.arange(300))
-        return selection.score(criterion, errors * (1 - h)[:, None], h, pairs.w)
+        return selection.score(criterion, *selection.left_out(pairs, bandwidth, np.arange(300)), pairs.w)
 
     best = min((value(h), h) for h in np.geomspace(0.05, 20, 300))
     assert value(chosen) <= best[0] + 1e-3 * abs(best[0])

@@ -360,7 +360,7 @@ def test_a_call_that_fails_leaves_the_memory_as_it_was():
         ((np.ones((3, 4)), np.ones((3, 3))), {}, ValueError, "v has rows of 3"),
         ((np.ones((3, 4)), np.ones((2, 4))), {}, ValueError, "axis 't' is"),
         ((np.ones((2, 3, 4)), np.ones((3, 4))), {}, ValueError, r"leading axes \(2,\); this memory holds \(\)"),
-        ((np.ones((3, 4), np.float32),) * 2, {}, TypeError, "dtype float32; this memory is float64"),
+        ((np.ones((3, 4), np.longdouble),) * 2, {}, TypeError, "this memory is float64: convert it with astype"),
         ((np.ones(4), np.ones(4)), {}, ValueError, "k needs axes"),
         ((np.ones((3, 4)),), {}, TypeError, "takes k, v here: 2 arrays, got 1"),
         ((np.ones((3, 4)),) * 2, {"mask": [0, 1, 1]}, TypeError, "mask has dtype int64"),
@@ -378,6 +378,19 @@ def test_a_call_that_fails_leaves_the_memory_as_it_was():
     assert same(memory.state, before)
     twice = Memory(layer).memorize(*(np.tile(x, (2, 1)) for x in data[1:]))
     np.testing.assert_allclose(memory.memorize(*data[1:]).recall(q), twice.recall(q), **CLOSE)
+
+
+def test_a_memory_keeps_its_precision():
+    layer, (q, k, v) = drawn("delta_rule")
+    low, high = (Memory(layer).memorize(k.astype(dtype), v) for dtype in (np.float32, np.float64))
+    assert low.state.S.dtype == np.float64
+    few = (k[:3].astype(np.float32), v[:3].astype(np.float32))
+    assert low.memorize(*few).state.S.dtype == np.float64 and low.recall(q.astype(np.float32)).dtype == np.float64
+    high.memorize(*(x.astype(np.float64) for x in few))
+    np.testing.assert_allclose(low.state.S, high.state.S, rtol=1e-5, atol=1e-6)
+    single = Memory(layer).memorize(*few)
+    with pytest.raises(TypeError, match="k has dtype float64; this memory is float32"):
+        single.memorize(k, v)
 
 
 def test_many_series_run_side_by_side_and_queries_may_be_grouped():

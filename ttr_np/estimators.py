@@ -252,6 +252,8 @@ class RecursiveLeastSquaresRegressor(Regressor):
 
         S = argmin sum_i forgetting^(n - i) w_i |y_i - S^T x_i|^2 + forgetting^n ridge |S|^2
 
+    With an intercept x and y are measured from the means of the first rows, so that the ridge does not pull on them.
+
     Parameters
     ----------
     forgetting : float, default 1.0
@@ -273,9 +275,11 @@ class RecursiveLeastSquaresRegressor(Regressor):
     ridge_ : float
         The ridge in use.
     covariance_ : (p, p)
-        Inverse of the weighted Gram matrix; times sigma_^2 the covariance of the coefficients.
+        Inverse of the weighted Gram matrix of the rows in use, the intercept last; times sigma_^2 the covariance of the
+        coefficients.
     sigma_ : (m,)
-        Root of the weighted residual sum of squares over weight minus degrees of freedom; NaN if that is not positive.
+        Root of the weighted residual sum of squares over what is left of the number of rows, less ``dof_``; NaN if that
+        is not positive. A target of weight w has the variance sigma_^2 / w.
     dof_ : float
         Effective degrees of freedom, the trace of the smoother.
     n_features_in_, n_outputs_ : int
@@ -350,7 +354,10 @@ class RecursiveLeastSquaresRegressor(Regressor):
         if not (np.ndim(self.forgetting) == 0 and 0 < self.forgetting <= 1):
             raise ValueError(f"forgetting must lie in (0, 1]; it is {self.forgetting}")
         x, targets, w = self._pairs(X, y, sample_weight, first)
-        k, v, w = with_intercept(x, self.fit_intercept)[w > 0], targets[w > 0], w[w > 0]
+        x, targets, w = x[w > 0], targets[w > 0], w[w > 0]
+        if first:
+            self._origin = self._middle(x, targets, w)
+        k, v = self._regressors(x), targets - self._origin[1]
         if first:
             self.ridge_ = self._chosen_ridge(k, v, w)
             self._state, self._sums = None, (0.0, np.zeros(v.shape[1]), 0.0)
@@ -364,9 +371,19 @@ class RecursiveLeastSquaresRegressor(Regressor):
         products = ((v - o[::2]) * (v - o[1::2])).astype(np.float64)
         weight, cost, rows = self._sums
         share = np.exp(log_decay * len(k))
-        self._sums = (share * weight + left @ w, share * cost + (left * w) @ products, rows + len(k))
+        self._sums = (share * weight + left.sum(), share * cost + (left * w) @ products, rows + len(k))
         self._report()
         return self
+
+    def _middle(self, x: np.ndarray, y: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where x and y are measured from: their means, zero without an intercept."""
+        if not self.fit_intercept:
+            return np.zeros_like(x[0]), np.zeros_like(y[0])
+        return tuple(np.average(part, axis=0, weights=w).astype(part.dtype) for part in (x, y))
+
+    def _regressors(self, x: np.ndarray) -> np.ndarray:
+        """Rows from their origin, perhaps with a one at the end."""
+        return with_intercept(x - self._origin[0].astype(x.dtype), self.fit_intercept)
 
     def _chosen_ridge(self, k: np.ndarray, v: np.ndarray, w: np.ndarray) -> float:
         """The ridge by its number or by its criterion."""
@@ -375,14 +392,17 @@ class RecursiveLeastSquaresRegressor(Regressor):
                 raise ValueError(f"ridge must be a positive number or one of {CRITERIA}; it is {self.ridge}")
             return float(self.ridge)
         check_criterion("ridge", self.ridge)
+        share = float(self.forgetting ** len(k))
+        if share < 1e-9:
+            raise ValueError(f"ridge={self.ridge!r}: forgetting leaves nothing of it in {len(k)} rows; give a number")
         left = np.exp(np.log(self.forgetting) * np.arange(len(k) - 1, -1, -1.0))
-        return selection.choose_ridge(k, v, left * w, self.ridge, share=float(self.forgetting ** len(k)))
+        return selection.choose_ridge(k, v, left * w, self.ridge, share)
 
     def _report(self) -> None:
         """What the state means for a user."""
         S, P = (np.asarray(part, np.float64) for part in self._state)
-        d = self.n_features_in_
-        coef, intercept = S[:d].T, S[d] if self.fit_intercept else np.zeros(S.shape[1])
+        d, (x, y) = self.n_features_in_, self._origin
+        coef, intercept = S[:d].T, y + (S[d] if self.fit_intercept else 0) - x @ S[:d]
         self.coef_, self.intercept_ = (coef[0], float(intercept[0])) if self._single else (coef, intercept)
         self.covariance_ = P
         weight, cost, rows = self._sums
@@ -405,8 +425,8 @@ class RecursiveLeastSquaresRegressor(Regressor):
         (n,) or (n, m), or two of them
             Predictions, with the labels of X if it has some.
         """
-        x = with_intercept(self._asked(X), self.fit_intercept)
-        o = x @ np.asarray(self._state.S, x.dtype)
+        x = self._regressors(self._asked(X))
+        o = x @ np.asarray(self._state.S, x.dtype) + self._origin[1].astype(x.dtype)
         std = np.sqrt(1 + quadratic(x, self.covariance_))[:, None] * self.sigma_ if return_std else o
         return self._with_std(o, std, X, return_std)
 
@@ -421,7 +441,7 @@ class RecursiveLeastSquaresRegressor(Regressor):
         -------
         (n,)
         """
-        return quadratic(with_intercept(self._asked(X), self.fit_intercept), self.covariance_)
+        return quadratic(self._regressors(self._asked(X)), self.covariance_)
 
 
 class LocalPolynomialRegressor(Regressor):
@@ -448,7 +468,8 @@ class LocalPolynomialRegressor(Regressor):
     dof_ : float
         Effective degrees of freedom, the trace of the smoother.
     sigma_ : (m,)
-        Root of the weighted residual sum of squares over weight minus degrees of freedom; NaN if that is not positive.
+        Root of the weighted residual sum of squares over the number of rows less ``dof_``; NaN if that is not positive.
+        A target of weight w has the variance sigma_^2 / w.
     n_features_in_, n_outputs_ : int
     feature_names_in_ : (d,)
         If the columns of X have names.
@@ -547,10 +568,8 @@ class LocalPolynomialRegressor(Regressor):
         """Degrees of freedom and the noise, from the rows' own fits."""
         pairs = self._sorted()
         errors, leverage = selection.left_out(pairs, self.bandwidth_, np.arange(len(pairs.x)))
-        alone = ~np.isfinite(leverage)  # without neighbours a row is its own fit
-        residual = np.where(alone[:, None], 0, errors * (1 - leverage)[:, None])
-        self.dof_ = float(np.where(alone, 1, leverage).sum())
-        left = pairs.w.sum() - self.dof_
+        residual, self.dof_ = errors * (1 - leverage)[:, None], float(leverage.sum())
+        left = len(pairs.x) - self.dof_
         self.sigma_ = np.sqrt(pairs.w @ residual**2 / left) if left > 0 else np.full(pairs.y.shape[1], np.nan)
 
     def predict(self, X: Any, return_std: bool = False) -> Any:

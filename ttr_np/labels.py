@@ -95,12 +95,14 @@ def as_table(name: str, x: Any, ndim: tuple[int, ...]) -> np.ndarray:
     Raises
     ------
     TypeError
-        If it is sparse, on a GPU, or holds what is no number.
+        If it is sparse, masked, on a GPU, or holds what is no number.
     ValueError
         If it is complex or has another number of axes.
     """
     if hasattr(x, "toarray") and hasattr(x, "nnz"):
         raise TypeError(f"{name} is a sparse matrix: this estimator needs a dense one, {name}.toarray()")
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array: pass {name}.filled(np.nan), and missing='skip' where that is meant")
     if getattr(x, "__cuda_array_interface__", None) is not None:
         raise TypeError(f"{name} is on a GPU: estimators compute on the CPU; copy it first, or use ttr_np.Memory")
     table = x

@@ -55,7 +55,7 @@ class Memory:
     KeyError
         If there is no such layer.
     TypeError
-        If the layer has no such gate.
+        If the layer is none, or has no such gate.
     NotImplementedError
         If the layer has no state (it runs by its definition, or not at all), or ``mergeable`` and it does not merge;
         the message says why.
@@ -85,6 +85,8 @@ class Memory:
 
     def __init__(self, layer: str | Layer, *, backend: Any = None, mergeable: bool = False, **gates: Any) -> None:
         self.layer = layers[layer] if isinstance(layer, str) else layer
+        if not isinstance(self.layer, Layer):
+            raise TypeError(f"layer is {layer!r}; it needs a line of the table, by name or itself")
         if self.layer.operator is None:
             raise NotImplementedError(f"{self.layer.name} has no state to keep: {self.layer.reason}")
         if mergeable and merging.why_not(self.layer):
@@ -223,9 +225,10 @@ class Memory:
         for name, x in data.items():
             if x.ndim < 2:
                 raise ValueError(f"{name} needs axes (..., t, size), got shape {x.shape}")
-        if self._shape is not None:
-            check_rows(self._shape, data)
-        return data
+        if self._shape is None:
+            return data
+        check_rows(self._shape, data)
+        return {name: x.astype(self._shape.dtype, copy=False) for name, x in data.items()}
 
     def _run(self, data: dict[str, Any], mask: Any, gates: dict[str, Any]) -> tuple[Any, Any]:
         """The layer from the present state: answers and the state after."""
@@ -438,13 +441,13 @@ def check_rows(shape: Shape, data: dict[str, Any]) -> None:
     ValueError
         If a row has another size.
     TypeError
-        If the dtype differs: the state would be rounded, or silently widened.
+        If it would have to be rounded to the dtype of the memory.
     """
     for name, x in data.items():
         size = shape.sizes["k" if name == "q" else name]
         if x.shape[-1] != size:
             raise ValueError(f"{name} has rows of {x.shape[-1]} numbers; this memory holds {size}")
-        if x.dtype != shape.dtype:
+        if not np.can_cast(x.dtype, shape.dtype):
             raise TypeError(f"{name} has dtype {x.dtype}; this memory is {shape.dtype}: convert it with astype")
 
 

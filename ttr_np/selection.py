@@ -1,6 +1,6 @@
 """How smooth? Ridge and bandwidth by leave-one-out, GCV or AICc, in closed form: no refits.
 
-For a linear smoother, fit = L y with leverages h_i = L_ii, the error at a pair left out is e_i / (1 - h_i), so
+For a linear smoother, fit = L y with leverages h_i = L_ii, the error at a row left out is e_i / (1 - h_i), so
 
     loo  = mean of (e_i / (1 - h_i))^2
     gcv  = mean of e_i^2 / (1 - tr L / n)^2                                                    [1]
@@ -61,19 +61,20 @@ def score(criterion: str, errors: np.ndarray, leverage: np.ndarray, weights: np.
     criterion : str
         ``loo``, ``gcv`` or ``aicc``.
     errors : (n, m)
-        Of the fit with all pairs, ``y - fit``.
+        At rows that are left out.
     leverage, weights : (n,)
+        Of the fit with all rows; the scale of weights is of no account.
     """
-    if not (np.all(np.isfinite(errors)) and np.all(leverage < 1)):
+    if not np.all(np.isfinite(errors)):
         return np.inf
-    share = weights / weights.sum()
+    share, n, trace = weights / weights.sum(), len(weights), float(leverage.sum())
     if criterion == "loo":
-        return float(share @ np.sum(np.square(errors / (1 - leverage)[:, None]), axis=1))
-    mean, trace, n = float(share @ np.sum(errors * errors, axis=1)), float(leverage.sum()), float(weights.sum())
+        return float(share @ np.sum(errors * errors, axis=1))
+    mean = float(share @ np.sum(np.square(errors * (1 - leverage)[:, None]), axis=1))
+    if n - trace <= (0 if criterion == "gcv" else 2):
+        return np.inf
     if criterion == "gcv":
         return mean / (1 - trace / n) ** 2
-    if n - trace <= 2:
-        return np.inf
     return float(np.log(max(mean, np.finfo(float).tiny)) + 1 + 2 * (trace + 1) / (n - trace - 2))
 
 
@@ -145,8 +146,9 @@ def choose_ridge(
 
     def at(log_ridge: float) -> float:
         shrink = s2 / (s2 + share * np.exp(log_ridge))
-        errors = (root * y - U @ (shrink[:, None] * Uy)) / root
-        return score(criterion, errors, squares @ shrink, weights)
+        errors, leverage = (root * y - U @ (shrink[:, None] * Uy)) / root, squares @ shrink
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return score(criterion, errors / (1 - leverage)[:, None], leverage, weights)
 
     scale = np.log(max(s2.max(initial=0), np.finfo(float).tiny) / share)
     grid = scale + np.log(10.0) * np.linspace(-14, 3, 69)
@@ -166,8 +168,7 @@ def choose_bandwidth(pairs: Pairs, criterion: str = "loo") -> float:
     Returns
     -------
     bandwidth : float
-        Of the best of a grid from the spacing of the rows to twice their extent, refined to a few percent. A
-        row without neighbours in reach makes a criterion infinite, so every row has some at the bandwidth chosen.
+        Of the best of a grid from the spacing of the rows to twice their extent, refined to a few percent.
 
     Notes
     -----
@@ -177,13 +178,13 @@ def choose_bandwidth(pairs: Pairs, criterion: str = "loo") -> float:
     extent = float(np.linalg.norm(np.ptp(pairs.x, axis=0)))
     if not extent > 0:
         raise ValueError(f"no bandwidth can be chosen: n_samples={n}, and all rows are the same; give a number")
-    grid = np.linspace(np.log(extent) - np.log(n) / d, np.log(2 * extent), COARSE)
+    most = float(np.linalg.norm(np.ptp(np.percentile(pairs.x, [5, 95], axis=0), axis=0))) or extent
+    grid = np.linspace(np.log(most) - np.log(n) / d, np.log(2 * extent), COARSE)
 
     rows = np.flatnonzero(pairs.w > 0)
 
     def at(log_bandwidth: float) -> float:
-        errors, leverage = left_out(pairs, float(np.exp(log_bandwidth)), rows)
-        return score(criterion, errors * (1 - leverage)[:, None], leverage, pairs.w[rows])
+        return score(criterion, *left_out(pairs, float(np.exp(log_bandwidth)), rows), pairs.w[rows])
 
     good = not_ruled_out(pairs, grid, rows[::THIN]) if n > 1024 else np.arange(COARSE)
     return float(np.exp(search(at, grid, good, "bandwidth")))
@@ -194,26 +195,24 @@ def not_ruled_out(pairs: Pairs, grid: np.ndarray, rows: np.ndarray) -> np.ndarra
     losses = []
     for log_bandwidth in grid:
         errors, _ = left_out(pairs, float(np.exp(log_bandwidth)), rows)
-        losses.append(pairs.w[rows] * np.nan_to_num(np.sum(errors * errors, axis=1), nan=np.inf))
-    mean = np.array([loss.mean() for loss in losses])
-    if not np.isfinite(mean).any():
-        return np.flatnonzero(np.isfinite(mean))
-    least = losses[int(np.argmin(mean))]
-    worse = [loss - least if np.isfinite(loss).all() else np.full(len(rows), np.inf) for loss in losses]
-    sure = [np.isinf(d[0]) or d.mean() > DOUBT * d.std() / np.sqrt(len(rows)) for d in worse]
-    return np.flatnonzero(~np.array(sure))
+        losses.append(pairs.w[rows] * np.sum(errors * errors, axis=1))
+    worse = np.array(losses) - losses[int(np.argmin(np.mean(losses, axis=1)))]
+    return np.flatnonzero(worse.mean(axis=1) <= DOUBT * worse.std(axis=1) / np.sqrt(len(rows)))
 
 
 def left_out(pairs: Pairs, bandwidth: float, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Errors at rows that are left out of the fit, ``(c, m)``, and leverages in the fit with all rows, ``(c,)``."""
-    errors, leverages = [], []
+    """Errors at rows that are left out of the fit, ``(c, m)``, and leverages in the fit with all rows, ``(c,)``.
+
+    A row without neighbours is its own fit, with leverage one; left out, it is predicted by the mean of all rows.
+    """
+    errors, leverages, mean = [], [], np.average(pairs.y, axis=0, weights=pairs.w)
     for place, near, own in blocks(pairs, bandwidth, pairs.x[rows]):
         design = designed(near, bandwidth, pairs.x[rows[place]])
         design.K[np.arange(len(design.K)), rows[place] - own] = 0
         value, gain, _ = solved(design, near, bandwidth)
-        own_weight = pairs.w[rows[place]] * kernel_at_zero(pairs.kernel) * gain
-        errors.append(pairs.y[rows[place]] - value)
-        leverages.append(own_weight / (1 + own_weight))
+        alone, own_weight = np.isnan(gain), pairs.w[rows[place]] * kernel_at_zero(pairs.kernel) * gain
+        errors.append(pairs.y[rows[place]] - np.where(alone[:, None], mean, value))
+        leverages.append(np.where(alone, 1.0, own_weight / (1 + own_weight)))
     return np.concatenate(errors), np.concatenate(leverages)
 
 
@@ -284,14 +283,23 @@ def unit_of(pairs: Pairs, bandwidth: float) -> float:
 
 
 def kernel_weights(kernel: Any, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Kernel between c queries and n rows, ``(c, n)``; squared distances by one product of matrices."""
+    """Kernel between c queries and n rows, ``(c, n)``; squared distances by one product of matrices.
+
+    Raises
+    ------
+    ValueError
+        If a function given as kernel returns anything but weights.
+    """
     ones = np.ones_like
     left = np.concatenate([a, ones(a[:, :1]), -0.5 * np.sum(a * a, axis=1, keepdims=True)], axis=1)
     right = np.concatenate([b, -0.5 * np.sum(b * b, axis=1, keepdims=True), ones(b[:, :1])], axis=1)
     exponents = left @ right.T  # minus half the squared distances
     if kernel == "gaussian":
         return np.exp(exponents, out=exponents)
-    return KERNELS.get(kernel, kernel)(np.sqrt(np.maximum(-2 * exponents, 0)))
+    K = np.asarray(KERNELS.get(kernel, kernel)(np.sqrt(np.maximum(-2 * exponents, 0))))
+    if K.shape != exponents.shape or np.any(K < 0):
+        raise ValueError(f"kernel must return a weight >= 0 for each distance; got {K.min(initial=0)}, {K.shape}")
+    return K
 
 
 def moments(design: Design, pairs: Pairs) -> np.ndarray:
