@@ -230,6 +230,10 @@ def test_errors_left_out_are_those_of_refits(degree, kernel):
     np.testing.assert_allclose(model.leverage(X) * w, np.diag(rows), rtol=1e-6)
     np.testing.assert_allclose(spread[::-1], np.sum(rows**2 / w, axis=1), rtol=1e-6)
     assert np.isclose(model.dof_, leverage.sum()) and gain.shape == (40,)
+    residual = y - model.predict(X)
+    np.testing.assert_allclose(model.sigma_, np.sqrt(w @ residual**2 / (40 - leverage.sum())), rtol=1e-5)
+    _, std = model.predict(X, return_std=True)
+    np.testing.assert_allclose(std, model.sigma_ * np.sqrt(1 + spread[::-1])[:, None], rtol=1e-9)
 
 
 @pytest.mark.parametrize("criterion", selection.CRITERIA)

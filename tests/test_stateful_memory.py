@@ -260,6 +260,20 @@ def test_what_a_file_cannot_hold_is_told_and_the_old_file_stays(tmp_path):
     assert (tmp_path / "m").read_bytes() == old and os.listdir(tmp_path) == ["m"]
 
 
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    memory = Memory("delta_rule").memorize(np.eye(2), np.eye(2))
+    memory.save(tmp_path / "m")
+    old = (tmp_path / "m").read_bytes()
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np.lib.format, "write_array", full)
+    with pytest.raises(OSError, match="No space left"):
+        memory.memorize(np.eye(2), np.eye(2)).save(tmp_path / "m")
+    assert (tmp_path / "m").read_bytes() == old and os.listdir(tmp_path) == ["m"]
+
+
 KILLED = """
 import os, signal, sys, numpy as np, ttr_np
 from ttr_np import memory_file
@@ -413,6 +427,13 @@ def test_an_empty_memory_does_not_answer_until_it_knows_the_sizes():
         memory.recall(np.eye(3))
     memory.memorize(np.zeros((0, 3)), np.zeros((0, 2)))
     assert np.array_equal(memory.recall(np.eye(3)), np.zeros((3, 2)))
+
+
+def test_a_query_has_no_pair_of_its_own():
+    k, v, q = np.random.default_rng(0).standard_normal((3, 1, 4))
+    one = Memory("rwkv4").memorize(k, v)  # a mean of one value, whatever its weight; the query opens channels
+    np.testing.assert_allclose(one.recall(q), ttr_np.features.sigmoid(q) * v, rtol=1e-12)
+    assert np.array_equal(Memory("rwkv4").memorize(k[:0], v[:0]).recall(q), np.zeros((1, 4)))
 
 
 def test_copies_go_their_own_ways():

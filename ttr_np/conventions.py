@@ -11,7 +11,7 @@ import numpy as np
 
 from .labels import as_table, column_names, labelled, labels_of
 
-__all__ = ["Regressor", "forget_fit", "with_intercept"]
+__all__ = ["Regressor", "forget_fit", "not_fitted", "with_intercept"]
 
 
 class NotFittedError(ValueError, AttributeError):

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from . import selection
-from .conventions import Regressor, forget_fit, with_intercept
+from .conventions import Regressor, forget_fit, not_fitted, with_intercept
 from .layers import Layer, as_float, layers, own_memory
 from .memories import L2Retention, Squared
 from .memories import Linear as LinearMemory
@@ -476,9 +476,10 @@ class LocalPolynomialRegressor(Regressor):
 
     Notes
     -----
-    All rows are kept. Cost of a fit: O(n^2 p (p + m)) with p coefficients, some twelve times that with the choice of
-    a bandwidth; of a query O(n p (p + m)). No n x n matrix is stored. Distances are Euclidean: give the columns of X
-    one scale. A query out of reach of all rows gets the value of the nearest, with a warning.
+    All rows are kept. Cost of a query: O(n p (p + m)) with p coefficients; of ``dof_`` and ``sigma_``, when first asked
+    for, n times that, and of the choice of a bandwidth some twelve times as much again, less where it is small. No
+    n x n matrix is stored. Distances are Euclidean: give the columns of X one scale. A query out of reach of all rows
+    gets the value of the nearest, with a warning.
 
     References
     ----------
@@ -531,8 +532,8 @@ class LocalPolynomialRegressor(Regressor):
         forget_fit(self)
         x, y, w = self._pairs(X, y, sample_weight, first=True)
         self._kept = x[w > 0], y[w > 0], w[w > 0]
+        self._noise = None
         self.bandwidth_ = self._chosen_bandwidth()
-        self._report()
         return self
 
     def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> Regressor:
@@ -545,7 +546,7 @@ class LocalPolynomialRegressor(Regressor):
         x, y, w = self._pairs(X, y, sample_weight, first=False)
         more = x[w > 0], y[w > 0], w[w > 0]
         self._kept = tuple(np.concatenate(parts) for parts in zip(self._kept, more, strict=True))
-        self._report()
+        self._noise = None
         return self
 
     def _sorted(self) -> selection.Pairs:
@@ -564,13 +565,28 @@ class LocalPolynomialRegressor(Regressor):
         check_criterion("bandwidth", self.bandwidth)
         return selection.choose_bandwidth(self._sorted(), self.bandwidth)
 
-    def _report(self) -> None:
-        """Degrees of freedom and the noise, from the rows' own fits."""
-        pairs = self._sorted()
-        errors, leverage = selection.left_out(pairs, self.bandwidth_, np.arange(len(pairs.x)))
-        residual, self.dof_ = errors * (1 - leverage)[:, None], float(leverage.sum())
-        left = len(pairs.x) - self.dof_
-        self.sigma_ = np.sqrt(pairs.w @ residual**2 / left) if left > 0 else np.full(pairs.y.shape[1], np.nan)
+    @property
+    def dof_(self) -> float:
+        """Effective degrees of freedom, the trace of the smoother."""
+        return self._found()[0]
+
+    @property
+    def sigma_(self) -> np.ndarray:
+        """Standard deviation of a target of weight one."""
+        return self._found()[1]
+
+    def _found(self) -> tuple[float, np.ndarray]:
+        """Degrees of freedom and the noise, from the rows' own fits, when they are first asked for."""
+        if not self.__sklearn_is_fitted__():
+            raise not_fitted(self)
+        if self._noise is None:
+            pairs = self._sorted()
+            errors, leverage = selection.left_out(pairs, self.bandwidth_, np.arange(len(pairs.x)))
+            residual, dof = errors * (1 - leverage)[:, None], float(leverage.sum())
+            left = len(pairs.x) - dof
+            sigma = np.sqrt(pairs.w @ residual**2 / left) if left > 0 else np.full(pairs.y.shape[1], np.nan)
+            self._noise = dof, sigma
+        return self._noise
 
     def predict(self, X: Any, return_std: bool = False) -> Any:
         """Fit a polynomial around every row of X and return its value there.
