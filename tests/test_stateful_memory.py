@@ -139,6 +139,9 @@ def test_what_cannot_be_merged_is_told():
         memory.merge(Memory("gla", mergeable=True))
     with pytest.raises(ValueError, match="different shapes"):
         memory.merge(Memory("delta_rule", mergeable=True).memorize(np.eye(3), np.eye(3)))
+    plain = Memory("delta_rule").memorize(*pairs_of(layer, data)).merge(memory)
+    with pytest.raises(ValueError, match="make it with mergeable=True"):
+        memory.merge(plain)
     empty = Memory("delta_rule", mergeable=True)
     assert same(memory.merge(empty).state, memory.state) and same(empty.merge(memory).state, memory.state)
 
