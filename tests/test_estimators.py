@@ -329,6 +329,8 @@ def test_bad_parameters_and_data_are_named():
         (RLS(ridge="cv"), "ridge is 'cv'"),
         (Local(degree=1.5), "degree must be an integer >= 0; it is 1.5"),
         (Local(kernel="flat"), "kernel is 'flat'"),
+        (Local(kernel=lambda u: -u, bandwidth=1.0), "kernel must return a weight >= 0 for each distance"),
+        (Local(kernel=lambda u: 1.0, bandwidth=1.0), "for four it returned 1.0"),
         (Local(bandwidth=-1.0), "bandwidth must be a number > 0"),
         (Local(bandwidth="cv"), "bandwidth is 'cv'"),
         (Local(ridge=-1.0), "ridge must be a finite number >= 0"),

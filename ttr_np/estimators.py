@@ -693,6 +693,10 @@ def check_smoother(degree: Any, kernel: Any, ridge: Any) -> None:
         raise ValueError(f"degree must be an integer >= 0; it is {degree!r}")
     if not callable(kernel) and kernel not in selection.KERNELS:
         raise ValueError(f"kernel is {kernel!r}; it is one of {', '.join(selection.KERNELS)}, or a function")
+    if callable(kernel):
+        weights = np.asarray(kernel(np.array([0.0, 0.5, 1.0, 2.0])))
+        if weights.shape != (4,) or not np.all(weights >= 0):
+            raise ValueError(f"kernel must return a weight >= 0 for each distance; for four it returned {weights}")
     if not (np.ndim(ridge) == 0 and 0 <= ridge < np.inf):
         raise ValueError(f"ridge must be a finite number >= 0; it is {ridge}")
 
