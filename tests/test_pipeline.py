@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from importlib import resources
-
 import numpy as np
 import pytest
 
 import ttr_np
+from ttr_np.data import co2_weekly
 
 pytest.importorskip("sklearn")
 
@@ -35,7 +34,7 @@ def solvers():
 @pytest.fixture(scope="module")
 def weeks():
     """Changes of CO2 from week to week, and those 1, 2, 3 and 52 weeks before; gaps are NaN."""
-    table = (resources.files("ttr_np") / "data" / "co2_weekly.csv").read_text(encoding="utf-8").split()[1:]
+    table = co2_weekly().read_text(encoding="utf-8").split()[1:]
     co2 = np.array([float(row.split(",")[1] or "nan") for row in table])
     assert len(co2) == 2284 and np.isnan(co2).sum() == 59
     change = np.diff(co2)
