@@ -275,11 +275,11 @@ class RecursiveLeastSquaresRegressor(Regressor):
     ridge_ : float
         The ridge in use.
     covariance_ : (p, p)
-        Inverse of the weighted Gram matrix of the rows in use, the intercept last; times sigma_^2 the covariance of the
-        coefficients.
+        Inverse of the weighted Gram matrix of the rows in use, the intercept last; times ``sigma_^2`` the covariance of
+        the coefficients.
     sigma_ : (m,)
         Root of the weighted residual sum of squares over what is left of the number of rows, less ``dof_``; NaN if that
-        is not positive. A target of weight w has the variance sigma_^2 / w.
+        is not positive. A target of weight w has the variance ``sigma_^2 / w``.
     dof_ : float
         Effective degrees of freedom, the trace of the smoother.
     n_features_in_, n_outputs_ : int
@@ -418,7 +418,7 @@ class RecursiveLeastSquaresRegressor(Regressor):
         ----------
         X : (n, d)
         return_std : bool, default False
-            Return ``(prediction, std)``: the standard deviation of a new target, sigma_ sqrt(1 + x^T P x).
+            Return ``(prediction, std)``: the standard deviation of a new target, ``sigma_ sqrt(1 + x^T P x)``.
 
         Returns
         -------
@@ -469,7 +469,7 @@ class LocalPolynomialRegressor(Regressor):
         Effective degrees of freedom, the trace of the smoother.
     sigma_ : (m,)
         Root of the weighted residual sum of squares over the number of rows less ``dof_``; NaN if that is not positive.
-        A target of weight w has the variance sigma_^2 / w.
+        A target of weight w has the variance ``sigma_^2 / w``.
     n_features_in_, n_outputs_ : int
     feature_names_in_ : (d,)
         If the columns of X have names.
@@ -595,8 +595,8 @@ class LocalPolynomialRegressor(Regressor):
         ----------
         X : (n, d)
         return_std : bool, default False
-            Return ``(prediction, std)``: the standard deviation of a new target, sigma_ sqrt(1 + |s|^2), s being the
-            row of the smoother.
+            Return ``(prediction, std)``: the standard deviation of a new target, ``sigma_ sqrt(1 + |s|^2)``, s
+            being the row of the smoother.
 
         Returns
         -------
