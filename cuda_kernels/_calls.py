@@ -60,9 +60,9 @@ class Machine(Protocol):
 
 
 class Grid(NamedTuple):
-    """How a launch is cut: one row of blocks per memory."""
+    """How a launch is cut: so many blocks for each memory."""
 
-    blocks: int  # of columns, per memory
+    blocks: int  # per memory
     threads: int
     shared: int = 0  # bytes of a block, beside those that its text declares
 

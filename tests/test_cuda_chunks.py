@@ -204,14 +204,6 @@ def test_a_cut_at_the_border_of_a_chunk_changes_no_bit(name):
     np.testing.assert_array_equal(end, state)
 
 
-on_cupy = pytest.mark.parametrize("case", CASES[2:4], ids=str)
-
-
-@on_cupy
-def test_arrays_on_the_device_stay_there(case, cupy):
-    kernels.test_arrays_on_the_device_stay_there(case, cupy, np.float16)
-
-
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ from cudaemu.machines import on_cpu
 
 import ttr_np
 from ttr_np.backends import has_operator
-from ttr_np.notation import OPERATORS, draw
+from ttr_np.notation import OPERATORS, STATES, CacheState, draw
 
 pytestmark = needed(nvrtc.missing())
 
@@ -25,15 +25,32 @@ BUDGET = {
     "selective_scan": {"float": (96, 104, 128), "double": (168, 168, 168)},
     "diagonal_scan": {"float": (64, 64, 64), "double": (64, 64, 72)},
     "short_convolution": {"float": (56, 56, 64), "double": (80, 80, 72)},
+    "softmax_attention": {"float": (96, 96, 96), "double": (128, 128, 128)},  # few queries, with gates
+    "local_polynomial": {"float": (96, 96, 96), "double": (96, 96, 96)},  # lines of 128 channels
 }
 # sin and cos of double precision keep the digits of a large angle on the stack; nothing else does.
-STACK = {("diagonal_scan", "double"): 40}
+STACK = {("diagonal_scan", "double"): 40, ("softmax_attention", "double"): 16}  # and its division is a call on sm_100
+
+# Memories that keep their pairs have several kernels: a call of each, and its registers. Two or three blocks of tiles
+# share a multiprocessor, whose shared memory has no room for more.
+TILES = {"t": 100, "k": 128, "v": 128}
+KEPT = {
+    "tiles": ("softmax_attention", "float", TILES, {}, (184, 192, 184)),
+    "tiles in double precision": ("softmax_attention", "double", TILES, {}, (224, 224, 208)),
+    "tiles with gates": ("softmax_attention", "float", TILES, {"log_decay": -0.1}, (208, 200, 192)),
+    "tensor cores": ("softmax_attention", "bfloat16", TILES, {}, (200, 200, 255)),
+    "tensor cores with gates": ("softmax_attention", "bfloat16", TILES, {"log_decay": -0.1}, (255, 255, 255)),
+    "tensor cores, wide": ("softmax_attention", "float16", TILES | {"k": 256, "v": 256}, {}, (200, 208, 255)),
+    "any kernel": ("local_polynomial", "bfloat16", TILES, {"degree": 0, "log_decay": -0.1}, (240, 224, 208)),
+    "fits": ("local_polynomial", "float", TILES | {"k": 8}, {"degree": 2, "log_decay": -0.1}, (128, 112, 112)),
+}
 
 
 def text_of(operator, dtype, **options):
     """What a call would compile: the CPU takes the launch and does nothing."""
     texts = []
-    arrays = draw(operator, np.random.default_rng(0), optional=OPERATORS[operator].optional, t=2, dtype=dtype, **SIZES)
+    every = {"optional": OPERATORS[operator].optional, "per_channel": STATES[operator] is not CacheState}
+    arrays = draw(operator, np.random.default_rng(0), **every, t=2, dtype=dtype, **SIZES)
     with on_cpu("cupy") as machine:
         machine.run = lambda text, *rest: texts.append(text)
         getattr(ttr_np, operator)(**arrays, **options, backend="cupy")
@@ -65,9 +82,9 @@ def test_a_text_compiles_within_its_budget(operator, data, architecture):
 # loads so far ahead that a few numbers go to the stack. By data, gate and whether it is the first of two launches:
 # registers, and bytes of the stack.
 CHUNKS = {
-    ("bfloat16", "step", False): ((192, 0), (208, 0), (255, 72)),
+    ("bfloat16", "step", False): ((192, 0), (208, 0), (208, 0)),
     ("bfloat16", "step", True): ((176, 0), (176, 0), (128, 8)),
-    ("float", "channel", False): ((192, 0), (208, 0), (255, 56)),
+    ("float", "channel", False): ((192, 0), (208, 0), (255, 64)),
 }
 
 
@@ -93,6 +110,23 @@ def test_chunks_compile_within_their_budget(data, gate, first, architecture):
     found = nvrtc.needs(nvrtc.machine_code(text, architecture))
     registers, stack = CHUNKS[data, gate, first][ARCHITECTURES.index(architecture)]
     assert found.registers <= registers and found.stack <= stack
+
+
+@pytest.mark.parametrize(
+    "architecture", [pytest.param(name, marks=[] if name == "sm_90a" else pytest.mark.slow) for name in ARCHITECTURES]
+)
+@pytest.mark.parametrize("name", KEPT)
+def test_each_way_of_a_memory_that_keeps_its_pairs(name, architecture):
+    operator, data, sizes, options, registers = KEPT[name]
+    arrays = draw(operator, np.random.default_rng(0), dtype=formats()[data], **sizes)
+    texts = []
+    with on_cpu("cupy") as machine:
+        machine.run = lambda text, *rest: texts.append(text)
+        getattr(ttr_np, operator)(**arrays, **options, backend="cupy")
+    found = nvrtc.needs(nvrtc.machine_code(texts[0], architecture))
+    assert found.registers <= registers[ARCHITECTURES.index(architecture)]
+    assert found.stack <= STACK.get((operator, data), 0)
+    assert found.shared <= 48 * 1024
 
 
 @pytest.mark.parametrize("operator", TEXTS)
@@ -132,6 +166,8 @@ def test_functions_of_numba_compile_with_their_state_in_registers(capability):
     from cudaemu import machines
 
     for operator in TEXTS:
+        if STATES[operator] is CacheState and capability != (9, 0):
+            continue  # seconds each
         arrays = draw(operator, np.random.default_rng(0), t=2, dtype=np.float32, **SIZES)
         with on_cpu("numba-cuda") as machine:
             texts = []

@@ -364,6 +364,18 @@ def test_groups_of_queries_share_a_memory(case):
 
 
 @every_case
+def test_memories_that_nobody_asks_learn_all_the_same(case):
+    arrays = case.draw(t=20, lead=(2,))
+    reads = [n for n in case.signature.reads if n in arrays and time_axis(case, n, arrays[n]) is not None]
+    nobody = {n: x[:, None] if time_axis(case, n, x) is not None else x for n, x in arrays.items()}
+    o, state = case(nobody | {n: nobody[n][:, :0] for n in reads}, state=True)
+    wanted, known = case(nobody, state=True)
+    if reads:
+        assert o.shape == (2, 0, *wanted.shape[2:])
+    same_state(case, state, known)
+
+
+@every_case
 def test_leading_axes_broadcast(case):
     arrays = case.draw(t=20, lead=(2, 3))
     timed = [name for name, x in arrays.items() if time_axis(case, name, x) is not None]

@@ -17,9 +17,17 @@ from .backends import (
     show_config,
     use_backend,
 )
+from .estimators import (
+    KernelSmoother,
+    LocalPolynomialRegressor,
+    RecursiveLeastSquaresRegressor,
+    TestTimeRegressor,
+    equivalent_kernel,
+)
 from .framework import recall
 from .layers import Gate, Layer, layers
 from .memories import MLP, Linear
+from .memory import Memory
 from .operators import *  # noqa: F403
 from .operators import __all__ as _operators
 from .streaming import Stream
@@ -28,10 +36,16 @@ __all__ = [
     "MLP",
     "BackendUnavailable",
     "Gate",
+    "KernelSmoother",
     "Layer",
     "Linear",
+    "LocalPolynomialRegressor",
+    "Memory",
+    "RecursiveLeastSquaresRegressor",
     "Stream",
+    "TestTimeRegressor",
     "available_backends",
+    "equivalent_kernel",
     "features",
     "layers",
     "recall",

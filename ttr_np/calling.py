@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from inspect import Parameter, signature
 from typing import Any, NamedTuple
 
@@ -346,6 +346,8 @@ def run(
     if OPERATORS[operator].sees_mask:
         every["mask"] = given.get("mask")
     every |= options or {}
+    if asks_nobody(operator, given, empty):
+        core = partial(unasked, core, operator)
     if cu_seqlens is None:
         state = empty if initial_state is None else adopt(operator, initial_state, empty)
         if hold:
@@ -356,6 +358,31 @@ def run(
         o, state = run_packed(core, operator, every, given, bounds, empty, initial_state)
     o = o.astype(output, copy=False)
     return (o, state) if output_final_state else o
+
+
+def questions(operator: str) -> list[str]:
+    """The arrays with a time axis that only question the memory."""
+    return [name for name in OPERATORS[operator].reads if ARRAYS[name].axes.startswith("t")]
+
+
+def asks_nobody(operator: str, given: Mapping[str, Any], empty: Any) -> bool:
+    """Whether memories exist, but a leading axis of their queries is empty; caches do not mind."""
+    own = len(next(iter(OPERATORS[operator].state.values())).split())
+    lead = empty[0].shape[: empty[0].ndim - own]
+    cached = "position" in OPERATORS[operator].state
+    return not cached and 0 not in lead and any(0 in given[name].shape[:-2] for name in questions(operator))
+
+
+def unasked(core: Callable[..., tuple[Any, Any]], operator: str, *, state: Any, **every: Any) -> tuple[Any, Any]:
+    """The core with zeros in the place of no queries: its state is that of all pairs, its answers are none."""
+    asked = {name: every[name] for name in questions(operator)}
+    blank = {
+        name: np.zeros([max(n, 1) for n in x.shape[:-2]] + list(x.shape[-2:]), x.dtype, like=x)
+        for name, x in asked.items()
+    }
+    o, state = core(**every | blank, state=state)
+    lead = np.broadcast_shapes(o.shape[:-2], *(x.shape[:-2] for x in asked.values()))
+    return np.zeros(lead + o.shape[-2:], o.dtype, like=o), state
 
 
 def run_packed(

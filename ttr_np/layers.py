@@ -95,6 +95,8 @@ class Layer:
         Why no operator serves it; empty if one does.
     carries
         Whether its state holds more than operators' states.
+    blank
+        The number of which a key is made that adds nothing to the answer of its own token.
 
     Examples
     --------
@@ -121,6 +123,7 @@ class Layer:
     answer: Callable[[Any, dict[str, Any]], Any] = lambda o, problem: o
     reason: str = ""
     carries: bool = False
+    blank: float = 0.0
 
     def problem(self, *data: Any, **gates: Any) -> dict[str, Any]:
         """Inputs and gates under their names, defaults filled in: what all three choices look at.
@@ -704,6 +707,7 @@ LINES: list[Layer] = [
         route=routes.rwkv4,
         answer=receptance,
         carries=True,
+        blank=-np.inf,
     ),
     Layer(
         "rwkv5",

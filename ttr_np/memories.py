@@ -34,9 +34,9 @@ __all__ = [
     "L2Retention",
     "Linear",
     "LqRetention",
-    "Memory",
     "PNorm",
     "Squared",
+    "Trainable",
 ]
 
 LAYER_NORM_EPS = 1e-6
@@ -207,7 +207,7 @@ class Slope(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Memory:
+class Trainable:
     """What `Linear` and `MLP` share.
 
     Parameters
@@ -399,10 +399,10 @@ class Memory:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Linear(Memory):
+class Linear(Trainable):
     """A matrix: m(x) = x W, from W = 0; with ``bias``, ``layer_norm`` and ``residual`` the memory of TTT-Linear.
 
-    See `Memory` for the parameters.
+    See `Trainable` for the parameters.
 
     Examples
     --------
@@ -416,8 +416,8 @@ class Linear(Memory):
 
 
 @dataclass(frozen=True)
-class MLP(Memory):
-    """A network with ``depth`` layers: the memory of TTT-MLP, Titans and MIRAS. See `Memory` for the other parameters.
+class MLP(Trainable):
+    """A network with ``depth`` layers: the memory of TTT-MLP, Titans and MIRAS; see `Trainable` for more.
 
     Parameters
     ----------

@@ -118,9 +118,11 @@ def rwkv4(layer: Any, run: Run, p: dict[str, Any], state: Any) -> tuple[Any, Any
     last = np.concatenate([before[..., None, :], m[..., :-1, :]], axis=-2)
     own = p["k"] + p["bonus"]
     top = np.maximum(last, own)
+    top = np.where(top == -np.inf, 0.0, top)
     old, new = np.exp(last - top), np.exp(own - top)
     a, b = np.split(past, 2, axis=-1)
-    answer = (old * a + new * p["v"]) / (old * b + new)
+    total = old * b + new
+    answer = np.divide(old * a + new * p["v"], total, out=np.zeros_like(total), where=total != 0)  # no pair: zero
     return answer.astype(v.dtype), Carried(after, m[..., -1, :] if m.shape[-2] else before)
 
 

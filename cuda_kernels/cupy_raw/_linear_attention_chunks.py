@@ -57,6 +57,8 @@ def attend(
 ) -> tuple[Any, LinearAttentionState]:
     """All tokens: ``arrays`` are q, k, v, log_decay and bonus."""
     q, v, (S, z) = arrays["q"], arrays["v"], state
+    if S.strides[-2:] != (S.shape[-1] * S.itemsize, S.itemsize):
+        S = S.copy()  # the text takes rows one after the other
     owns = {"q": BOTH, "k": BOTH, "v": BOTH, "log_decay": BOTH if chosen.gate == "channel" else ROW, "bonus": COLUMN}
     given = {name: (arrays[name], own) for name, own in owns.items()}
     given |= {"S": (S, BOTH), "S_next": (None, BOTH), "z": (z, COLUMN), "z_next": (None, COLUMN), "o": (None, BOTH)}

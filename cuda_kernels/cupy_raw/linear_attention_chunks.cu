@@ -91,6 +91,7 @@ __device__ __forceinline__ SplitType source(const SplitType& split, const TileTy
 }
 template <int TERMS_, class T, int R, int C>
 __device__ __forceinline__ void copy(const Split<TERMS_, R, C>& to, const Tile<T, R, C>& from) {
+    #pragma unroll 1
     for (int i = threadIdx.x; i < R * C; i += THREADS) to.set(i / C, i % C, widened(from.at(i / C, i % C)));
 }
 
@@ -100,18 +101,24 @@ __device__ __forceinline__ bool bad(float x) { return x - x != 0; }
 
 // One gate per step: sums over blocks of 16 tokens, and the factors that lead through the whole chunk.
 __device__ __forceinline__ void sum_gates(const Room& room, const float* gates) {
+    #pragma unroll 1
     for (int i = threadIdx.x; i < CHUNK; i += THREADS) {
         const int block = i / 16 * 16;
         float until = 0, before = 0, after = 0, behind = 0;
+        #pragma unroll 1
         for (int s = block; s < i + !BONUS; s++) until += gates[s];  // the bonus reads the state before its decay
+        #pragma unroll 1
         for (int s = i + 1; s < block + 16; s++) after += gates[s];
+        #pragma unroll 1
         for (int s = 0; s < block; s++) before += gates[s];
+        #pragma unroll 1
         for (int s = block + 16; s < CHUNK; s++) behind += gates[s];
         room.since[i] = LOG2E * until, room.rest[i] = LOG2E * after;
         room.from_start[i] = exp2f(LOG2E * (before + until)), room.to_end[i] = exp2f(LOG2E * (after + behind));
         if (i == block) room.whole[i / 16] = LOG2E * (gates[i] + after);
         if (i == 0) room.total[0] = exp2f(LOG2E * (gates[0] + after + behind));
         float sum = 0;
+        #pragma unroll 1
         for (int s = i + 1; s < block + 16; s++) {
             if (!BONUS) sum += gates[s];
             room.within[16 * i + s % 16] = LOG2E * sum;
@@ -133,6 +140,7 @@ __device__ __forceinline__ float decay_between(const Room& room, int query, int 
 // One gate per channel: queries since the start of their block, keys to the end of theirs.
 __device__ __forceinline__ void decay_in_blocks(const Room& room) {
     const auto decays = room.decays[0];
+    #pragma unroll 1
     for (int item = threadIdx.x; item < BLOCKS * KEYS; item += THREADS) {
         const int channel = item % KEYS, first = item / KEYS * 16;
         float since = 1, rest = 1;
@@ -151,6 +159,7 @@ __device__ __forceinline__ void decay_in_blocks(const Room& room) {
 
 // Then queries since the start of the chunk, keys to the end of it.
 __device__ __forceinline__ void decay_over_blocks(const Room& room) {
+    #pragma unroll 1
     for (int channel = threadIdx.x; channel < KEYS; channel += THREADS) {
         float before = 1, behind = 1;
         for (int block = 0; block < BLOCKS; block++) {
@@ -171,6 +180,7 @@ __device__ __forceinline__ void decay_over_blocks(const Room& room) {
 __device__ __forceinline__ void score_in_blocks(const Room& room) {
     const auto decays = room.decays[0];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = lane % 8;
+    #pragma unroll 1
     for (int task = warp; task < 4 * BLOCKS; task += WARPS) {
         const int first = task / 4 * 16, j = task % 4 * 4 + lane / 8;
         float score[16] = {};
@@ -201,7 +211,9 @@ __device__ __forceinline__ void score_in_blocks(const Room& room) {
 __device__ __forceinline__ void score(const Room& room, const Keys& q, const Keys& k) {
     constexpr int before = GATE == CHANNEL;
     int task = threadIdx.x / 32;
+    #pragma unroll 1
     for (int row = 0; row < BLOCKS; row++)
+        #pragma unroll 1
         for (int column = 0; column <= row - before; column++) {
             if (task--) continue;  // tasks go around
             task = WARPS - 1;
@@ -227,6 +239,7 @@ __device__ __forceinline__ void score(const Room& room, const Keys& q, const Key
 // Sums of `count` numbers for each token, by four lanes together: use(token, sum of number(token, 0 ...)).
 template <class Number, class Use>
 __device__ __forceinline__ void sum_rows(int count, Number number, Use use) {
+    #pragma unroll 1
     for (int item = threadIdx.x; item < 4 * CHUNK; item += THREADS) {
         const int i = item / 4, part = item % 4;
         float sum = 0;
@@ -329,7 +342,8 @@ __device__ __forceinline__ void prepare(const Room& room, int stage, const real*
         sum_rows(
             K,
             [&](int i, int n) {
-                return widened(room.q_in[stage].at(i, n)) * bonus_of[n * bonus_step] * widened(room.k_in[stage].at(i, n));
+                const float asked = widened(room.q_in[stage].at(i, n)) * bonus_of[n * bonus_step];
+                return asked * widened(room.k_in[stage].at(i, n));
             },
             [&](int i, float sum) { room.own[i] = sum; });
     if (!DIRECT) copy(room.v, room.v_in[0]);
@@ -339,6 +353,7 @@ __device__ __forceinline__ void prepare(const Room& room, int stage, const real*
     }
     if (GATE != CHANNEL) return;
     const auto decays = room.decays[0];
+    #pragma unroll 1
     for (int i = threadIdx.x; i < CHUNK * KEYS; i += THREADS) {
         float& x = decays.at(i / KEYS, i % KEYS);
         x = exp2f(LOG2E * x);
@@ -369,7 +384,8 @@ linear_attention_chunks(const data* q, const data* k, const data* v, const real*
         places.v = rows(v, table, axes, V, which);
         places.o = rows(o, table, axes, O, which).of(group);
         places.gate = gate, places.gate_row = {gate.begin, 0, 0, gate.row};
-        places.wide_q = in_vectors(places.q), places.wide_k = in_vectors(places.k), places.wide_v = in_vectors(places.v);
+        places.wide_q = in_vectors(places.q), places.wide_k = in_vectors(places.k);
+        places.wide_v = in_vectors(places.v);
         places.wide_gate = in_vectors(GATE == STEP ? places.gate_row : places.gate);
     }
     __syncthreads();  // the places are known
@@ -377,7 +393,8 @@ linear_attention_chunks(const data* q, const data* k, const data* v, const real*
 
     // What earlier pieces add to the state, and their decays.
     const auto sum_of = [&](int p, int i) -> real& {
-        return sums[(((size_t(which) * column_blocks + column_block) * stored + p) * (KEYS / 2) + i) * THREADS + threadIdx.x];
+        const size_t block = (size_t(which) * column_blocks + column_block) * stored + p;
+        return sums[(block * (KEYS / 2) + i) * THREADS + threadIdx.x];
     };
     const auto of_keys = [&](real* x, int p) { return x + (size_t(which) * stored + p) * KEYS; };
 
@@ -387,12 +404,14 @@ linear_attention_chunks(const data* q, const data* k, const data* v, const real*
         memory.each_stored([&](int row, int column, float& x) {
             x = !STATES && row < K && warp_column + column < columns ? state[row * columns + warp_column + column] : 0;
         });
+        #pragma unroll 1
         for (int row = threadIdx.x; row < KEYS; row += THREADS) {
             room.z[row] = NORMALIZE && !STATES && row < K ? weights.at(0, row) : 0;
             room.product[row] = 1;
         }
         #pragma unroll 1
         for (int p = 0; p < piece && !STATES; p++) {
+            #pragma unroll 1
             for (int row = threadIdx.x; row < KEYS; row += THREADS) {
                 room.total[row] = GATE ? of_keys(piece_decays, p)[row] : 1;
                 if (NORMALIZE) room.z[row] = kept(room.total[row], room.z[row]) + of_keys(z_sums, p)[row];
@@ -415,6 +434,7 @@ linear_attention_chunks(const data* q, const data* k, const data* v, const real*
     };
     // The decay of one token before all else: where it leaves nothing, not even a NaN is left.
     const auto decay_now = [&](int t) {
+        #pragma unroll 1
         for (int row = threadIdx.x; row < KEYS; row += THREADS) {
             const float decay = row < K ? exp2f(LOG2E * places.gate.at(t, GATE == STEP ? 0 : row)) : 0;
             room.z[row] = kept(decay, room.z[row]);
@@ -517,6 +537,7 @@ linear_attention_chunks(const data* q, const data* k, const data* v, const real*
         const float* total = room.total;
         memory.decay(total);
         memory.memorise(room, keys, values);
+        #pragma unroll 1
         for (int row = threadIdx.x; row < KEYS; row += THREADS) {
             const float decay = GATE ? total[GATE == STEP ? 0 : row] : 1;
             float sum = 0;
@@ -547,6 +568,7 @@ linear_attention_chunks(const data* q, const data* k, const data* v, const real*
             if (row < K && warp_column + column < columns) state_next[row * columns + warp_column + column] = x;
         });
     }
+    #pragma unroll 1
     for (int row = threadIdx.x; row < KEYS && column_block == 0 && group == 0; row += THREADS) {
         if (STATES && GATE) of_keys(piece_decays, piece)[row] = room.product[row];
         if (STATES && NORMALIZE) of_keys(z_sums, piece)[row] = room.z[row];

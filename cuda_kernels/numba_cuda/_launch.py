@@ -111,6 +111,7 @@ def launch(
     columns: int,
     parts: int,
     *scalars: Any,
+    grid: _calls.Grid | None = None,
 ) -> None:
     """Run a kernel over all sequences.
 
@@ -128,10 +129,12 @@ def launch(
         Sizes, and lanes that share a column.
     *scalars
         Whole numbers, or numbers of a dtype of NumPy.
+    grid
+        How it is cut; without one, ``parts`` threads take a column.
     """
     if not tokens * sequences.memories * sequences.groups:
         return
-    blocks, threads, _ = _calls.grid(columns, parts)
+    blocks, threads, _ = grid or _calls.grid(columns, parts)
     dtype = next(iter(arrays.values()))[0].dtype
     views = {name: paired(sequences, x, own, dtype, name in written) for name, (x, own) in arrays.items()}
     numbers = [*(np.int64(x) if isinstance(x, int) else x for x in scalars), np.int64(blocks)]

@@ -33,7 +33,7 @@ class ndarray(NDArrayOperatorsMixin):  # noqa: N801 - CuPy's name
 
     __module__ = "cupy"
     __cuda_array_interface__ = {"version": 3}
-    METHODS = ("reshape", "transpose", "swapaxes", "astype", "copy", "any")
+    METHODS = ("reshape", "transpose", "swapaxes", "astype", "copy", "any", "all", "max", "sum")
 
     def __init__(self, held: Any) -> None:
         self.held = np.asarray(held)
@@ -80,6 +80,9 @@ class ndarray(NDArrayOperatorsMixin):  # noqa: N801 - CuPy's name
     def __int__(self) -> int:
         counted["waits"] += 1
         return int(self.held)
+
+    def __float__(self) -> float:
+        return float(self.held)
 
     def get(self) -> np.ndarray:
         """A copy on the host."""

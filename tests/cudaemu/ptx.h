@@ -88,11 +88,10 @@ static inline T largest(T x, T y) {
     else
         return x < y ? y : x;
 }
-// Into [0, 1]; NaN is 0.
+// A number from 0 to 1; NaN is 0.
 template <class F>
 static inline F saturated(F x) {
-    static_assert(std::is_floating_point_v<F>, "integers saturate at the ends of their type");
-    return x > 0 ? (x < 1 ? x : F(1)) : F(0);
+    return x > 0 ? x < 1 ? x : F(1) : F(0);
 }
 // A float as an integer: NaN is 0, what does not fit is the nearest that does.
 template <class I, class F>

@@ -167,6 +167,8 @@ class Translation:
             a, b, c = (self.read(x, "u32") for x in operands[1:])
             sum_ = f"uint64_t(uint32_t({a} * {b})) + {c}"
             return f"uint64_t sum = {sum_}; set({plain(operands[0])}, uint32_t(sum)); carry = sum >> 32;"
+        if "sat" in name and name[0] != "cvt":
+            raise NotImplementedError(f"the runner has no limits of PTX instruction {'.'.join(name)}")
         if "cc" in name:
             raise NotImplementedError(f"the runner has no carry of PTX instruction {'.'.join(name)}")
         for form in (".".join(name[:2]), name[0]):

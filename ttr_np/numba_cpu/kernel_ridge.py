@@ -115,7 +115,8 @@ def core(
     cost = memories * n * n * (n / 6 + groups * n / 2 + d)
     numbers = (keys.dtype.type(ridge), keys.dtype.type(1 / bandwidth**2))
     sizes = (past, t, d, w, NAMES.index(kernel), causal)
-    share(run_memories, memories, cost, (keys.dtype, shapes), layout, sizes, numbers, bad)
+    if groups:  # else nobody asks
+        share(run_memories, memories, cost, (keys.dtype, shapes), layout, sizes, numbers, bad)
     if bad.any():
         raise np.linalg.LinAlgError(
             "K + ridge I is singular: keys repeat, or the kernel cannot tell them apart; raise ridge"

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from math import comb
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +19,7 @@ from ..calling import run
 from ..notation import CacheState
 from ..solvers._cache import append, check_options, empty_cache
 from ..solvers._chunks import NO_PAST, output_like
-from ..solvers.local_polynomial import KERNELS, UNDETERMINED, Fit, check_fit, monomials
+from ..solvers.local_polynomial import KERNELS, UNDETERMINED, Fit, check_fit, polynomial
 from ._attention import pairs_of
 from ._cache import compiled
 from ._compile import apart, inner
@@ -108,28 +107,6 @@ def core(
     arguments = (layout, tables, sizes, width, float(ridge), o.dtype.type(0))
     share(fit, jobs, cost, (np.dtype(np.float64), room), *arguments)
     return o, append(state, k, v, log_decay, mask, window) if keep else state
-
-
-def polynomial(keys: int, degree: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Each monomial as an earlier one times one channel.
-
-    Returns
-    -------
-    bounds
-        Where each degree ends.
-    parents, factors, scales
-        Of each monomial: ``f = scale * product``, ``product = product[parent] * z[factor]``; the first one is 1.
-    """
-    bounds, parents, factors, scales, place = [1], [0], [0], [1.0], {(): 0}
-    for power in range(1, degree + 1):
-        rows, sizes = monomials(keys, power)
-        for monomial, size in zip(map(tuple, rows.tolist()), sizes, strict=True):
-            place[monomial] = len(parents)
-            parents.append(place[monomial[:-1]])
-            factors.append(monomial[-1])
-            scales.append(size)
-        bounds.append(comb(keys + power, power))
-    return np.array(bounds), np.array(parents), np.array(factors), np.array(scales)
 
 
 class Room(NamedTuple):

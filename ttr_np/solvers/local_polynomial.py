@@ -36,7 +36,7 @@ from ..notation import CacheState
 from ._cache import Mean, View, append, attend, block_of, check_options, empty_cache, masked, past_of
 from ._chunks import output_like
 
-__all__ = ["KERNELS", "chunked", "local_polynomial", "recurrent"]
+__all__ = ["KERNELS", "chunked", "local_polynomial", "polynomial", "recurrent"]
 
 UNDETERMINED = 1e-11  # share of a column that must be new to the columns before it: below, it is rounding
 
@@ -241,6 +241,28 @@ def monomials(keys: int, degree: int) -> tuple[np.ndarray, np.ndarray]:
     factors = np.array(list(combinations_with_replacement(range(keys), degree)), np.intp).reshape(-1, degree)
     repeats = [prod(factorial(list(row).count(i)) for i in set(row)) for row in factors]
     return factors, np.sqrt(factorial(degree) / np.array(repeats, float)) / factorial(degree)
+
+
+def polynomial(keys: int, degree: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Each monomial as an earlier one times one channel.
+
+    Returns
+    -------
+    bounds
+        Where each degree ends.
+    parents, factors, scales
+        Of each monomial: ``f = scale * product``, ``product = product[parent] * z[factor]``; the first one is 1.
+    """
+    bounds, parents, factors, scales, place = [1], [0], [0], [1.0], {(): 0}
+    for power in range(1, degree + 1):
+        rows, sizes = monomials(keys, power)
+        for monomial, size in zip(map(tuple, rows.tolist()), sizes, strict=True):
+            place[monomial] = len(parents)
+            parents.append(place[monomial[:-1]])
+            factors.append(monomial[-1])
+            scales.append(size)
+        bounds.append(comb(keys + power, power))
+    return np.array(bounds), np.array(parents), np.array(factors), np.array(scales)
 
 
 def features(z: np.ndarray, degree: int) -> np.ndarray:

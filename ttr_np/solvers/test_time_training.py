@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..calling import run
-from ..memories import Dense, L2Retention, Memory, Slope, affine
+from ..memories import Dense, L2Retention, Slope, Trainable, affine
 from ..notation import TestTimeTrainingState
 from ._chunks import in_chunks, output_like
 
@@ -216,7 +216,7 @@ def descend(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, shares: Momenta, memory: Any, state: TestTimeTrainingState
 ) -> tuple[np.ndarray, TestTimeTrainingState]:
     """Tokens of one mini-batch: the gradients of all, the answers of all, and where the last one leaves the memory."""
-    if isinstance(memory, Memory) and isinstance(memory.retention, L2Retention):
+    if isinstance(memory, Trainable) and isinstance(memory.retention, L2Retention):
         return dual(q, k, v, shares, memory, state)
     g = memory.gradient(state.anchor, k, v)
     M = shares.kept[..., None] * state.parameters[..., None, :] - shares.taken @ g
@@ -230,7 +230,7 @@ def descend(
 
 
 def dual(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, shares: Momenta, memory: Memory, state: TestTimeTrainingState
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, shares: Momenta, memory: Trainable, state: TestTimeTrainingState
 ) -> tuple[np.ndarray, TestTimeTrainingState]:
     """The same without the parameters, or even the gradients, of single tokens."""
     slopes = memory.backward(memory.unpack(state.anchor, k.shape[-1]), k, v)
@@ -245,7 +245,7 @@ def dual(
 
 
 def answer(
-    q: np.ndarray, slopes: list[Slope], shares: Momenta, memory: Memory, state: TestTimeTrainingState
+    q: np.ndarray, slopes: list[Slope], shares: Momenta, memory: Trainable, state: TestTimeTrainingState
 ) -> np.ndarray:
     """Answers layer by layer: x W_t = kept_t x W_0 + carried_t x S_0 - sum_j taken_tj (x . inputs_j) deltas_j."""
     layers = memory.unpack(state.parameters, q.shape[-1])
@@ -260,7 +260,7 @@ def answer(
     return memory.finish(q, z)
 
 
-def total(slopes: list[Slope], weights: np.ndarray, memory: Memory) -> np.ndarray:
+def total(slopes: list[Slope], weights: np.ndarray, memory: Trainable) -> np.ndarray:
     """Weighted sum of the gradients of all tokens, ``(..., p)``; ``weights (..., c)``."""
     layers = []
     for inputs, deltas in slopes:

@@ -1,0 +1,117 @@
+"""Local polynomial regression on the GPU: ``local_polynomial.cu``, for lines of many channels ``local_line.cu``.
+
+Degree 0 is ``softmax_attention.cu`` with any kernel. All of it computes in double precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ttr_np.notation import CacheState
+from ttr_np.solvers._cache import append, check_options, empty_cache
+from ttr_np.solvers.local_polynomial import UNDETERMINED, Fit, check_fit, polynomial
+
+from .._attention import NAMES, TOLERANCE, WARP, Pairs, pairs_of, refusal_of, report, room_of, width_of
+from .._calls import Grid
+from .._sequences import BOTH, ROW, Sequences
+from ._launch import Kernel, empty, launch, run
+from .softmax_attention import average
+
+__all__ = ["local_polynomial", "refusal"]
+
+FIT = Kernel("local_polynomial", "pairs.cuh", "neighbours.cuh")
+LINE = Kernel("local_line", "pairs.cuh", "neighbours.cuh")
+COLUMNS = 128  # of the values that share one line
+STEPS = 8  # of conjugate gradients, times channels: in exact arithmetic one each would do
+
+
+def local_polynomial(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    degree: int = 1,
+    kernel: str | Callable[[np.ndarray], np.ndarray] = "exponential",
+    scale: float | None = None,
+    bandwidth: float | None = None,
+    ridge: float = 1e-6,
+    causal: bool = True,
+    window: int | None = None,
+    log_decay: Any = None,
+    **common: Any,
+) -> Any:
+    """Local polynomial regression; see ``ttr_np.local_polynomial``."""
+    check_options(q, log_decay, causal, window)
+    check_fit(Fit(degree, kernel, scale, bandwidth, ridge))
+    problem = refusal(q=q, kernel=kernel, degree=degree, ridge=ridge)
+    if problem:
+        raise NotImplementedError(problem)
+    options = {"degree": degree, "kernel": kernel, "scale": scale, "bandwidth": bandwidth, "ridge": ridge}
+    options |= {"causal": bool(causal), "window": window, "keep": bool(common.get("output_final_state"))}
+    arrays = {"q": q, "k": k, "v": v, "log_decay": log_decay}
+    return run(core, "local_polynomial", arrays, options, start=empty_cache, **common)
+
+
+def refusal(
+    *, q: Any = None, kernel: Any = NAMES[0], degree: int = 1, ridge: float = 1e-6, **options: Any
+) -> str | None:
+    """Why a call with these options cannot be served, or None."""
+    return refusal_of("cupy", kernel, degree, ridge, np.shape(q)[-1] if np.ndim(q) else 0)
+
+
+def core(
+    q: Any,
+    k: Any,
+    v: Any,
+    log_decay: Any,
+    mask: Any,
+    *,
+    degree: int,
+    kernel: str,
+    scale: float | None,
+    bandwidth: float | None,
+    ridge: float,
+    causal: bool,
+    window: int | None,
+    keep: bool,
+    state: CacheState,
+) -> tuple[Any, CacheState]:
+    """One launch, or two; the cache grows only to be returned."""
+    pairs, options = pairs_of(state, k, v, mask), {"causal": causal, "window": window or 0}
+    weights = {"kind": NAMES.index(kernel), "width": width_of(scale, bandwidth, q.shape[-1])}
+    if degree == 0:
+        code, width = weights.values()
+        o = average(q, pairs, log_decay, state, code, np.dtype(np.float64), width, options | {"sinks": 0})
+    else:
+        o = fitted(q, pairs, log_decay, state, degree, options | weights | {"ridge": ridge})
+    return o, append(state, k, v, log_decay, mask, window) if keep else state
+
+
+def fitted(q: Any, pairs: Pairs, log_decay: Any, state: CacheState, degree: int, options: dict[str, Any]) -> Any:
+    """Fits around all queries, one block of 32 threads for each query and some of its value columns."""
+    (tokens, size), values = q.shape[-2:], pairs.v.shape[-1]
+    sequences = Sequences(state.k.shape[:-2], np.broadcast_shapes(q.shape[:-2], state.k.shape[:-2]))
+    o = empty(sequences, (tokens, values), q.dtype, q)
+    room = room_of(size, degree, values)
+    columns = max(min(values, COLUMNS), 1) if room is None else max(room, 1)
+    parts = max(-(-values // columns), 1)
+    grid = Grid(tokens * sequences.groups * parts, WARP)
+    arrays = {"q": (q, BOTH), **pairs.arrays, "log_decay": (log_decay, ROW), "o": (o, BOTH)}
+    types = {"data": q.dtype, "stored": pairs.k.dtype, "logs": state.k.dtype, "real": np.float64}
+    constants = {"D": size, "COLUMNS": columns, "LANES": WARP}
+    options = options | {"tokens": tokens, "columns": values, "pairs": pairs.k.shape[-2], "cached": pairs.cached}
+    options["parts"] = parts
+    if room is None:
+        residual, steps = empty(sequences, (tokens,), np.float64, q), STEPS * size
+        arrays["residual"], limits = (residual, ROW), {"steps": steps, "tolerance": TOLERANCE}
+        launch(LINE, sequences, arrays, ("o", "residual"), types, constants, grid, **options, **limits)
+        report(residual, steps)
+        return o
+    tables = dict(zip(("bounds", "parents", "factors", "scales"), polynomial(size, degree), strict=True))
+    arrays |= {name: (np.asarray(x, like=q), ROW) for name, x in tables.items()}
+    constants |= {"P": len(tables["parents"]), "DEGREE": degree, "UNDETERMINED": UNDETERMINED}
+    launch(FIT, sequences, arrays, ("o",), types, constants, grid, **options)
+    return o

@@ -1,0 +1,152 @@
+"""Softmax attention on the GPU: one launch of ``softmax_attention.cu``; few queries of a long past are two."""
+
+from __future__ import annotations
+
+from math import log
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ttr_np.notation import CacheState
+from ttr_np.solvers._cache import append, check_options, empty_cache
+
+from .._attention import DOT, Pairs, pairs_of
+from .._calls import THREADS, Grid
+from .._sequences import BOTH, ROW, Sequences
+from . import _launch
+from ._launch import Kernel, empty, launch, run
+
+__all__ = ["softmax_attention"]
+
+KERNEL = Kernel("softmax_attention", "pairs.cuh")
+MERGE = Kernel("softmax_merge", "pairs.cuh")
+TENSOR = Kernel("softmax_tensor", "pairs.cuh", "tensor.cuh")
+LANES = 16  # of a row
+SLAB = 16  # channels of keys and queries staged at a time
+COLUMNS = 4  # of the values that a thread answers for at a time
+FEW = 8  # queries of a block where there are no more
+PIECE = 512  # pairs of a piece of the past, about
+TILE = 64  # queries and pairs that meet on tensor cores
+WIDEST = 128  # value columns of a block there
+
+
+def softmax_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    sinks: int = 0,
+    log_decay: Any = None,
+    **common: Any,
+) -> Any:
+    """Softmax attention; see ``ttr_np.softmax_attention``."""
+    check_options(q, log_decay, causal, window, sinks)
+    options = {"scale": scale, "causal": bool(causal), "window": window, "sinks": sinks}
+    options["keep"] = bool(common.get("output_final_state"))
+    arrays = {"q": q, "k": k, "v": v, "log_decay": log_decay}
+    return run(core, "softmax_attention", arrays, options, start=empty_cache, **common)
+
+
+class Tiles(NamedTuple):
+    """How one call is cut: constants of the kernel, the blocks of a memory, and what these share."""
+
+    constants: dict[str, int]
+    parts: int  # blocks with the same queries, of different value columns
+    cuts: int  # blocks with the same queries, of different pieces of the past
+    grid: Grid
+
+
+def tiles(rows: int, pairs: int, width: int, real: np.dtype) -> Tiles:
+    """The cut depends on the sizes of one memory only, so that no answer depends on what else is in its batch."""
+    square = 64 if real == np.float32 else 32  # what shared memory holds
+    tall = FEW if rows <= FEW else square
+    columns = min(max(-(-width // LANES), 1), COLUMNS)
+    slabs = 1 if width <= columns * LANES else 2
+    parts = max(-(-width // (columns * LANES * slabs)), 1)
+    cuts = -(-pairs // PIECE) if tall == FEW else 1
+    constants = {"ROWS": tall, "PAIRS": square, "LANES": LANES, "SLAB": SLAB, "C": columns, "SLABS": slabs}
+    return Tiles(constants, parts, cuts, Grid(-(-rows // tall) * parts * cuts, THREADS))
+
+
+def core(
+    q: Any,
+    k: Any,
+    v: Any,
+    log_decay: Any,
+    mask: Any,
+    *,
+    scale: float | None,
+    causal: bool,
+    window: int | None,
+    sinks: int,
+    keep: bool,
+    state: CacheState,
+) -> tuple[Any, CacheState]:
+    """One launch over all pairs, or two over pieces of them; the cache grows only to be returned."""
+    pairs, width = pairs_of(state, k, v, mask), max(q.shape[-1], 1) ** -0.5 if scale is None else scale
+    options = {"causal": causal, "window": window or 0, "sinks": sinks}
+    sequences = Sequences(state.k.shape[:-2], np.broadcast_shapes(q.shape[:-2], state.k.shape[:-2]))
+    if sequences.groups * q.shape[-2] > FEW and on_tensor_cores(q.dtype, pairs):
+        o = tensor(q, pairs, log_decay, sequences, width, options)
+    else:
+        o = average(q, pairs, log_decay, state, DOT, state.k.dtype, width, options)
+    return o, append(state, k, v, log_decay, mask, window, sinks) if keep else state
+
+
+def average(
+    q: Any, pairs: Pairs, log_decay: Any, state: CacheState, code: int, real: Any, width: float, options: dict[str, int]
+) -> Any:
+    """Means of the values under a kernel of queries and keys, with sums of dtype ``real``."""
+    (tokens, channels), values = q.shape[-2:], pairs.v.shape[-1]
+    sequences = Sequences(state.k.shape[:-2], np.broadcast_shapes(q.shape[:-2], state.k.shape[:-2]))
+    cut = tiles(sequences.groups * tokens, pairs.k.shape[-2], values, real)
+    o = empty(sequences, (tokens, values), q.dtype, q)
+    pieces = empty(sequences, (cut.cuts * tokens, values + 2), real, q) if cut.cuts > 1 else None
+    arrays = {"q": (q, BOTH), **pairs.arrays, "log_decay": (log_decay, ROW), "o": (o, BOTH), "pieces": (pieces, BOTH)}
+    constants = cut.constants | {"GATED": int(log_decay is not None or pairs.cached > 0), "PLAIN": int(code == DOT)}
+    sizes = {"tokens": tokens, "columns": values, "channels": channels, "pairs": pairs.k.shape[-2]}
+    sizes |= {"cached": pairs.cached, "parts": cut.parts, "cuts": cut.cuts, "kind": code, "width": width}
+    types = {"data": q.dtype, "stored": pairs.k.dtype, "logs": state.k.dtype, "real": real}
+    written = "o" if pieces is None else "pieces"
+    launch(KERNEL, sequences, arrays, (written,), types, constants, cut.grid, **sizes, **options)
+    if pieces is not None:
+        merged = {"pieces": (pieces, BOTH), "o": (o, BOTH)}
+        launch(MERGE, sequences, merged, ("o",), types, {"LANES": LANES}, **sizes)
+    return o
+
+
+def padded(channels: int, values: int) -> tuple[int, int]:
+    """Channels and value columns in a tile, multiples of 16."""
+    return max(-(-channels // 16), 1) * 16, min(max(-(-values // 16), 1) * 16, WIDEST)
+
+
+def bytes_of(channels: int, columns: int) -> int:
+    """Shared memory of a block: its queries, and pairs twice."""
+    return 2 * TILE * (3 * (channels + 8) + 2 * (columns + 8))
+
+
+def on_tensor_cores(dtype: np.dtype, pairs: Pairs) -> bool:
+    """Whether they take the data: numbers of 16 bits whose tiles fit. A cache holds float32, which they would round."""
+    fits = bytes_of(*padded(pairs.k.shape[-1], pairs.v.shape[-1])) <= _launch.machine.device().shared
+    return dtype.itemsize == 2 and pairs.k.dtype == dtype and fits
+
+
+def tensor(
+    q: Any, pairs: Pairs, log_decay: Any, sequences: Sequences, scale: float, options: dict[str, int]
+) -> Any:
+    """Means on tensor cores."""
+    (tokens, channels), values = q.shape[-2:], pairs.v.shape[-1]
+    o = empty(sequences, (tokens, values), q.dtype, q)
+    wide, columns = padded(channels, values)
+    parts = max(-(-values // columns), 1)
+    grid = Grid(-(-sequences.groups * tokens // TILE) * parts, THREADS, bytes_of(wide, columns))
+    given = {name: x for name, x in pairs.arrays.items() if name != "left"}
+    sizes = {"tokens": tokens, "columns": values, "channels": channels, "pairs": pairs.k.shape[-2], "parts": parts}
+    types = {"data": q.dtype, "stored": q.dtype, "logs": np.float32, "real": np.float32}
+    constants = {"KD": wide, "VD": columns, "LANES": 4, "GATED": int(log_decay is not None)}
+    arrays = {"q": (q, BOTH), **given, "log_decay": (log_decay, ROW), "o": (o, BOTH)}
+    launch(TENSOR, sequences, arrays, ("o",), types, constants, grid, **sizes, width=scale / log(2), **options)
+    return o

@@ -1,0 +1,388 @@
+"""Memories that keep their pairs, on both GPU backends, executed on the CPU: tiles, tensor cores, pieces and fits."""
+
+import re
+import warnings
+from functools import partial
+
+import cudaemu
+import numpy as np
+import pytest
+from cudaemu import needed
+from cudaemu.machines import on_cpu
+from test_cuda_kernels import BARRIERS, GPU, cupy  # noqa: F401 - a fixture
+from test_operators import HALVES, half, same_bits
+
+import ttr_np
+from ttr_np.backends import first_able
+from ttr_np.notation import draw
+from ttr_np.solvers.local_polynomial import KERNELS
+
+pytestmark = [needed(cudaemu.missing()), pytest.mark.filterwarnings("ignore:overflow encountered")]
+
+every_backend = pytest.mark.parametrize("backend", GPU)
+SOFTMAX = [
+    {},
+    {"causal": False},
+    {"scale": -0.7},
+    {"window": 1},
+    {"window": 30},
+    {"window": 30, "sinks": 3},
+    {"window": 70, "sinks": 75},
+]
+SIGHT = [{}, {"causal": False}, {"window": 5}]
+
+
+def arguments(operator, rng, t, k=3, v=3, lead=(2,), dtype=np.float64, gated=False):
+    arrays = draw(operator, rng, lead=lead, t=t, k=k, v=v, dtype=dtype)
+    if gated:
+        arrays["log_decay"] = -rng.exponential(0.1, lead + (t,)).astype(np.result_type(dtype, np.float32))
+    return arrays
+
+
+def run(operator, backend, arrays, check=False, **options):
+    with on_cpu(backend, check=check):
+        return getattr(ttr_np, operator)(**arrays, **options, backend=backend)
+
+
+def solved(operator, arrays, **options):
+    """In double precision, and in that of the data."""
+    wide = {name: x.astype(np.float64) for name, x in arrays.items()}
+    exact = getattr(ttr_np, operator)(**wide, **options, backend="numpy")
+    return exact, getattr(ttr_np, operator)(**arrays, **options, backend="numpy")
+
+
+def as_good(found, exact, plain, floor=4.0):
+    """No worse than twice the solver in the same precision, or a few units in the last place."""
+    eps = {"float16": 2.0**-11, "bfloat16": 2.0**-8}.get(found.dtype.name) or np.finfo(found.dtype).eps
+    error, others = (np.max(np.abs(x.astype(np.float64) - exact), initial=0) for x in (found, plain))
+    assert error <= max(2 * others, floor * eps * np.max(np.abs(exact), initial=0)), (error, others)
+
+
+# ---- softmax attention -----------------------------------------------------------------------------------------------
+
+
+@every_backend
+@pytest.mark.parametrize("options", SOFTMAX, ids=str)
+def test_every_border_of_a_tile(backend, options):
+    rng = np.random.default_rng(0)
+    for t in (1, 8, 9, 15, 16, 17, 63, 64, 65, 129):
+        gated = t % 2 == 1 and options.get("causal", True)
+        arrays = arguments("softmax_attention", rng, t, dtype=np.float32, gated=gated)
+        as_good(run("softmax_attention", backend, arrays, **options), *solved("softmax_attention", arrays, **options))
+
+
+def drawn_call(rng, dtypes):
+    """Random arguments and options of softmax attention, cut in two by a carried state as often as not."""
+    causal, groups, t = bool(rng.integers(4)), int(rng.choice([1, 1, 3])), int(rng.integers(1, 100))
+    options = {"causal": causal, "window": int(rng.integers(1, 80)) if causal and rng.integers(2) else None}
+    options["sinks"] = int(rng.choice([0, 0, 2, 70])) if options["window"] else 0
+    options["scale"] = float(rng.choice([0.1, 1.0, 30.0])) if rng.integers(2) else None
+    dtype = dtypes[rng.integers(len(dtypes))]
+    k, gated = int(rng.choice([1, 3, 33, 40])), bool(causal and rng.integers(2))
+    arrays = arguments("softmax_attention", rng, t, k=k, lead=(2, 1), dtype=dtype, gated=gated)
+    arrays["q"] = rng.standard_normal((2, groups, t, k)).astype(dtype)
+    mask = rng.random((2, 1, t)) < rng.choice([0.1, 0.7]) if rng.integers(2) else np.ones((2, 1, t), bool)
+    return arrays, options, mask, int(rng.integers(0, t + 1)) if rng.integers(2) else 0
+
+
+def in_two(operator, backend, arrays, options, mask, at):
+    """All steps, with a carried state at one of them."""
+    outputs, state = [], None
+    for here in [slice(0, at), slice(at, None)] if at else [slice(0, None)]:
+        cut = {name: x[..., here] if name == "log_decay" else x[..., here, :] for name, x in arrays.items()}
+        o, state = getattr(ttr_np, operator)(
+            **cut, **options, mask=mask[..., here], initial_state=state, output_final_state=True, backend=backend
+        )
+        outputs.append(o)
+    return np.concatenate(outputs, axis=-2)
+
+
+@every_backend
+@pytest.mark.parametrize("seed", range(10))
+def test_softmax_attention_of_anything(backend, seed):
+    rng = np.random.default_rng(seed)
+    for _ in range(15):
+        arrays, options, mask, at = drawn_call(rng, [np.float32, np.float64])
+        with on_cpu(backend, check=False):
+            found = in_two("softmax_attention", backend, arrays, options, mask, at)
+        wide = {name: x.astype(np.float64) for name, x in arrays.items()}
+        exact, plain = (in_two("softmax_attention", "numpy", x, options, mask, at) for x in (wide, arrays))
+        as_good(found, exact, plain, floor=8 * max(options["scale"] or 1, 1))  # a logit of 30 has 5 digits less
+
+
+def last_of_many(dtype, t=4096):
+    """The last few queries of a long past: arguments, and the state before them."""
+    rng = np.random.default_rng(0)
+    arrays = arguments("softmax_attention", rng, t, k=16, v=5, lead=(1, 1), dtype=dtype, gated=True)
+    arrays["v"] += dtype(3)
+    before, after = ({n: x[..., s] if x.ndim == 3 else x[..., s, :] for n, x in arrays.items()} for s in CUT(t))
+    state = ttr_np.softmax_attention(**before, output_final_state=True, backend="numpy")[1]
+    return after, state
+
+
+def CUT(t):
+    return slice(0, t - 6), slice(t - 6, t)
+
+
+@every_backend
+@pytest.mark.parametrize("groups", [1, 5])
+def test_float_keeps_its_digits_after_4096_tokens(backend, groups):
+    arrays, state = last_of_many(np.float32)
+    arrays["q"] = np.repeat(arrays["q"], groups, axis=1)
+    exact, plain = solved("softmax_attention", arrays, initial_state=state)
+    as_good(run("softmax_attention", backend, arrays, initial_state=state), exact, plain, floor=1)
+
+
+def test_few_queries_of_a_long_past_take_two_launches():
+    arrays, state = last_of_many(np.float64, t=1500)
+    with on_cpu("cupy") as machine:
+        o, after = ttr_np.softmax_attention(**arrays, initial_state=state, output_final_state=True, backend="cupy")
+        assert machine.launches == ["softmax_attention", "softmax_merge"]
+    wanted, end = ttr_np.softmax_attention(**arrays, initial_state=state, output_final_state=True, backend="numpy")
+    np.testing.assert_allclose(o, wanted, rtol=1e-13)
+    for x, y in zip(after, end, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@every_backend
+def test_logits_far_apart_and_first_tiles_unseen(backend):
+    arrays = arguments("softmax_attention", np.random.default_rng(0), 100)
+    arrays["k"] = arrays["k"] * 1e4
+    mask = np.broadcast_to(np.arange(100) < 3, (2, 100))
+    for options in ({}, {"mask": mask}, {"mask": ~mask}, {"mask": mask & ~mask}):
+        exact = ttr_np.softmax_attention(**arrays, **options, backend="numpy")
+        np.testing.assert_allclose(run("softmax_attention", backend, arrays, **options), exact, rtol=1e-9, atol=1e-12)
+    assert not np.any(run("softmax_attention", backend, arrays, mask=mask & ~mask))
+
+
+# ---- on tensor cores -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", HALVES)
+@pytest.mark.parametrize("seed", range(6))
+def test_halves_on_tensor_cores_are_as_good_as_the_solver(name, seed):
+    rng = np.random.default_rng(seed)
+    for _ in range(8):
+        arrays, options, mask, _ = drawn_call(rng, [half(name)])
+        common = options | {"mask": mask} if seed % 2 else options
+        with on_cpu("cupy", check=False) as machine:
+            found = ttr_np.softmax_attention(**arrays, **common, backend="cupy")
+        rows = arrays["q"].shape[1] * arrays["q"].shape[2]
+        assert machine.launches == ["softmax_tensor" if rows > 8 else "softmax_attention"]
+        as_good(found, *solved("softmax_attention", arrays, **common), floor=2)
+
+
+@pytest.mark.parametrize("sizes", [(128, 150), (256, 16), (7, 1)], ids=str)
+def test_heads_of_any_size_on_tensor_cores(sizes):
+    k, v = sizes
+    arrays = arguments("softmax_attention", np.random.default_rng(0), 70, k=k, v=v, dtype=np.float16)
+    found = run("softmax_attention", "cupy", arrays, check=True)
+    as_good(found, *solved("softmax_attention", arrays), floor=2)
+    strided = {name: np.repeat(x, 2, axis=-1)[..., ::2] for name, x in arrays.items()}  # no copies of 16 bytes
+    same_bits(run("softmax_attention", "cupy", strided, check=True), found)
+
+
+def test_tiles_that_do_not_fit_go_without_tensor_cores():
+    arrays = arguments("softmax_attention", np.random.default_rng(0), 20, k=700, dtype=np.float16)
+    with on_cpu("cupy", check=False) as machine:
+        found = ttr_np.softmax_attention(**arrays, backend="cupy")
+    assert machine.launches == ["softmax_attention"]
+    as_good(found, *solved("softmax_attention", arrays))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_a_bad_number_reaches_what_it_must_on_tensor_cores(name, bad):
+    arrays = arguments("softmax_attention", np.random.default_rng(0), 150, k=5, dtype=np.float16)
+    spoilt = arrays | {name: arrays[name].copy()}
+    spoilt[name][0, 70, 1] = bad
+    with np.errstate(invalid="ignore"):
+        clean, found = (run("softmax_attention", "cupy", x) for x in (arrays, spoilt))
+        wanted = ttr_np.softmax_attention(**spoilt, backend="numpy")
+    same_bits(found[:, :70], clean[:, :70])
+    same_bits(found[1], clean[1])
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(wanted))
+
+
+@pytest.mark.parametrize("gate", [-np.inf, -1e30, -1e4])
+def test_a_reset_on_tensor_cores_forgets_and_costs_the_gates_after_it_nothing(gate):
+    arrays = arguments("softmax_attention", np.random.default_rng(0), 200, k=5, dtype=np.float16, gated=True)
+    arrays["log_decay"][:, [20, 100]] = gate
+    if gate < -1e29:
+        arrays["v"][:, [3, 90]] = np.nan
+    found, wanted = run("softmax_attention", "cupy", arrays), ttr_np.softmax_attention(**arrays, backend="numpy")
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(wanted))
+    fresh = {name: x[:, 100:] for name, x in arrays.items()}
+    as_good(found[:, 100:], *solved("softmax_attention", fresh), floor=2)
+
+
+def test_bits_on_tensor_cores_depend_on_no_neighbour_and_no_order():
+    arrays = arguments("softmax_attention", np.random.default_rng(0), 70, k=20, v=20, lead=(7,), dtype=np.float16)
+    among = run("softmax_attention", "cupy", arrays)
+    for i in (0, 6):
+        same_bits(run("softmax_attention", "cupy", {name: x[i] for name, x in arrays.items()}), among[i])
+    for options in ({"order": "reverse"}, {"order": "random", "seed": 1}):
+        with on_cpu("cupy", **options):
+            same_bits(ttr_np.softmax_attention(**arrays, backend="cupy"), among)
+
+
+# ---- local polynomials -----------------------------------------------------------------------------------------------
+
+FITS = [(kernel, degree) for degree in range(3) for kernel in ("exponential", *KERNELS)]
+
+
+SLOW = {("numba-cuda", 2)}  # five seconds to compile
+
+
+@pytest.mark.parametrize(
+    "backend, kernel, degree",
+    [pytest.param(b, *fit, marks=pytest.mark.slow if (b, fit[1]) in SLOW else []) for b in GPU for fit in FITS],
+)
+def test_every_kernel_and_degree(backend, kernel, degree):
+    rng = np.random.default_rng(0)
+    shape = {} if kernel == "exponential" else {"bandwidth": 1.5}
+    for t, ridge in ((1, 1e-6), (7, 0.0), (40, 0.1)):
+        options = {"kernel": kernel, "degree": degree, "ridge": ridge, **shape, **SIGHT[t % 3]}
+        arrays = arguments("local_polynomial", rng, t, gated=options.get("causal", True))
+        if t == 40:
+            options["mask"] = rng.random((2, t)) < 0.7
+        found = run("local_polynomial", backend, arrays, **options)
+        exact = ttr_np.local_polynomial(**arrays, **options, backend="numpy")
+        np.testing.assert_allclose(found, exact, rtol=0, atol=1e-9 * max(1, np.max(np.abs(exact))))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_local_polynomials_of_anything(seed):
+    rng = np.random.default_rng(seed)
+    for _ in range(8):
+        arrays, sight, mask, at = drawn_call(rng, [np.float32])
+        arrays = {n: x[..., :50] if n == "log_decay" else x[..., :50, :3] for n, x in arrays.items()}
+        if arrays["k"].shape[-1] < 3:
+            continue
+        options = {"degree": int(rng.integers(3)), "ridge": float(rng.choice([0.01, 1.0]))}
+        options |= {"causal": sight["causal"], "window": sight["window"]}
+        mask, at = mask[..., :50], min(at, arrays["k"].shape[-2] - 1)
+        with on_cpu("cupy", check=False):
+            found = in_two("local_polynomial", "cupy", arrays, options, mask, at)
+        wide = {name: x.astype(np.float64) for name, x in arrays.items()}
+        exact, plain = (in_two("local_polynomial", "numpy", x, options, mask, at) for x in (wide, arrays))
+        as_good(found, exact, plain, floor=2)
+
+
+@every_backend
+def test_too_few_or_collinear_neighbours_are_fitted_with_a_lower_degree(backend):
+    arrays = arguments("local_polynomial", np.random.default_rng(0), 20)
+    mean = ttr_np.local_polynomial(**arrays, degree=0, backend="numpy")
+    for degree in (1, 2):
+        found = run("local_polynomial", backend, arrays, degree=degree, ridge=0.0)
+        np.testing.assert_allclose(found[:, :3], mean[:, :3], rtol=1e-12)  # four neighbours make a plane
+        same = ttr_np.local_polynomial(**arrays, degree=degree, ridge=0.0, backend="numpy")
+        np.testing.assert_allclose(found, same, rtol=0, atol=1e-6 * np.max(np.abs(same)))
+    arrays["k"] = np.arange(20.0)[:, None] * np.array([1.0, 2.0, 3.0]) / 20 + np.zeros((2, 1, 1))
+    found = run("local_polynomial", backend, arrays, degree=1, ridge=0.0)
+    np.testing.assert_allclose(found, ttr_np.local_polynomial(**arrays, degree=0, backend="numpy"), rtol=1e-9)
+
+
+@every_backend
+def test_lines_of_many_channels_by_conjugate_gradients(backend):
+    rng = np.random.default_rng(0)
+    for ridge, offset in ((1e-6, 0.0), (0.1, 100.0)):
+        arrays = arguments("local_polynomial", rng, 40, k=60, v=5, dtype=np.float32, gated=True)
+        arrays["k"] += np.float32(offset)
+        options = {"ridge": ridge, "kernel": "gaussian", "bandwidth": 8.0}
+        mask = rng.random((2, 40)) < 0.8
+        found = run("local_polynomial", backend, arrays, check=ridge == 0.1, mask=mask, **options)
+        as_good(found, *solved("local_polynomial", arrays, mask=mask, **options), floor=2)
+
+
+def test_fits_of_arrays_on_the_device_stay_there(cupy):  # noqa: F811
+    for k, degree in ((60, 1), (3, 2), (3, 0)):
+        arrays = arguments("local_polynomial", np.random.default_rng(0), 40, k=k, v=5)
+        there = {name: cupy.ndarray(x) for name, x in arrays.items()}
+        found = ttr_np.local_polynomial(**there, degree=degree)
+        assert isinstance(found, cupy.ndarray)
+        same_bits(found.get(), ttr_np.local_polynomial(**arrays, degree=degree, backend="cupy"))
+
+
+@every_backend
+def test_conjugate_gradients_that_stop_early_say_so(backend, monkeypatch):
+    from importlib import import_module
+
+    module = import_module(f"cuda_kernels.{'cupy_raw' if backend == 'cupy' else 'numba_cuda'}.local_polynomial")
+    arrays = arguments("local_polynomial", np.random.default_rng(0), 40, k=60, v=5, dtype=np.float32)
+    monkeypatch.setattr(module, "STEPS", 0)
+    with pytest.warns(RuntimeWarning, match=r"stopped after 0 steps at a relative residual of 1\.0e\+00"):
+        found = run("local_polynomial", backend, arrays)
+    np.testing.assert_allclose(found, ttr_np.local_polynomial(**arrays, degree=0, backend="numpy"), atol=1e-6)
+
+
+@every_backend
+def test_what_a_backend_cannot_fit_is_refused(backend):
+    q = np.zeros((2, 60))
+    for options, words in (
+        ({"kernel": np.cos, "bandwidth": 1.0}, "cannot compile the function given as kernel: it has exponential"),
+        ({"degree": 2}, "has no room for the 1891 coefficients of degree 2 in 60 channels"),
+        ({"ridge": 0.0}, "fits lines in 60 channels by conjugate gradients, which need ridge > 0"),
+    ):
+        with on_cpu(backend), pytest.raises(NotImplementedError, match=f"backend '{backend}' {words}"):
+            ttr_np.local_polynomial(q, q, q, **options, backend=backend)
+        with on_cpu(backend), pytest.warns(RuntimeWarning, match=words):
+            assert first_able("local_polynomial", (backend, "numpy"), "cpu", {"q": q, **options}) == "numpy"
+    with on_cpu(backend):
+        assert first_able("local_polynomial", (backend, "numpy"), "cpu", {"q": q, "ridge": 1e-6}) == backend
+
+
+@every_backend
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_bad_number_in_a_fit_reaches_what_it_must(backend):
+    for name in ("q", "k", "v"):
+        arrays = arguments("local_polynomial", np.random.default_rng(0), 40)
+        spoilt = arrays | {name: arrays[name].copy()}
+        spoilt[name][0, 20, 1] = np.nan
+        clean, found = (run("local_polynomial", backend, x, ridge=0.1) for x in (arrays, spoilt))
+        same_bits(found[:, :20], clean[:, :20])
+        same_bits(found[1], clean[1])
+        wanted = ttr_np.local_polynomial(**spoilt, ridge=0.1, backend="numpy")
+        np.testing.assert_array_equal(np.isnan(found), np.isnan(wanted))
+
+
+# ---- barriers --------------------------------------------------------------------------------------------------------
+
+HALF = {"dtype": np.float16, "lead": (), "gated": True}
+CALLS = {
+    "tiles": ("softmax_attention", {"t": 70, "k": 40, "v": 70, "dtype": np.float32, "gated": True}, {}),
+    "tensor cores": ("softmax_attention", HALF | {"t": 200, "k": 24, "v": 16}, {}),
+    "fit": ("local_polynomial", {"t": 40, "lead": ()}, {"degree": 2}),
+    "line": ("local_polynomial", {"t": 40, "k": 60, "lead": ()}, {}),
+}
+FAULTS = (cudaemu.RaceFault, cudaemu.UnsetFault, cudaemu.BoundsFault)  # a lane that goes astray may leave an array
+PLACES = {"cupy": rf"{BARRIERS['cupy']}|finish_copies<\d>\(\);|close_copies\(\);", "numba-cuda": BARRIERS["numba-cuda"]}
+
+
+def barriers():
+    for backend in GPU:
+        for name in CALLS:
+            if (backend, name) != ("numba-cuda", "tensor cores"):
+                slow = backend == "numba-cuda" and name != "tiles"  # seconds for each of many texts
+                yield pytest.param(backend, name, marks=pytest.mark.slow if slow else [], id=f"{name}-{backend}")
+
+
+@pytest.mark.parametrize("backend, name", list(barriers()))
+def test_each_barrier_and_each_wait_is_needed(backend, name, monkeypatch):
+    operator, sizes, options = CALLS[name]
+    arrays = arguments(operator, np.random.default_rng(0), **sizes)
+    with on_cpu(backend) as machine:
+        call = partial(getattr(ttr_np, operator), **arrays, **options, backend=backend)
+        built, texts = machine.build, []
+        monkeypatch.setattr(machine, "build", lambda text, *rest: (texts.append(text), built(text, *rest))[1])
+        call()
+        begin = texts[0].find("struct Pairs") if backend == "cupy" else 0  # where headers of other kernels end
+        places = [x for x in re.finditer(PLACES[backend], texts[0]) if x.start() > begin]
+        assert len(places) >= 3
+        for place in places:
+            without = texts[0][: place.start()] + ";" + texts[0][place.end() :]
+            monkeypatch.setattr(machine, "build", lambda text, *rest, without=without: built(without, *rest))
+            with warnings.catch_warnings(), pytest.raises(FAULTS):
+                warnings.simplefilter("ignore")
+                call()
+                pytest.fail(f"nobody misses {place[0]}{texts[0][place.end() : place.end() + 60]}")
