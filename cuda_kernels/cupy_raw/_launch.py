@@ -35,10 +35,10 @@ class Parameter(NamedTuple):
 
 
 class Kernel:
-    """The kernel of one ``.cu`` file of this folder, named like it."""
+    """The kernel of one ``.cu`` file of this folder, named like it, and the headers it needs besides those of all."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, *headers: str) -> None:
+        self.name, self.headers = name, headers
 
     @cache  # noqa: B019 - kernels live as long as the module
     def text(self) -> str:
@@ -57,8 +57,8 @@ class Kernel:
         lines = [f"typedef {kind} {name};" for name, kind in types.items() if kind not in ("float16", "bfloat16")]
         lines += [f"#define {name} {value}" for name, value in constants.items()]
         halves = [f"typedef {kind} {name};" for name, kind in types.items() if kind in ("float16", "bfloat16")]
-        numbers, sequences = ((FOLDER / header).read_text() for header in HEADERS)
-        return "\n".join([*lines, numbers, *halves, sequences, f'#line 1 "{self.name}.cu"', self.text()])
+        numbers, *others = ((FOLDER / header).read_text() for header in HEADERS + self.headers)
+        return "\n".join([*lines, numbers, *halves, *others, f'#line 1 "{self.name}.cu"', self.text()])
 
     def typed(self, arguments: Mapping[str, Any], types: Mapping[str, str]) -> list[Any]:
         """Arguments in their order, each of the type that its parameter declares.
