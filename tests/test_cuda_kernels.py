@@ -23,6 +23,7 @@ pytestmark = [needed(cudaemu.missing()), pytest.mark.filterwarnings("ignore:over
 GPU = [backend for backend in PACKAGES if backend == "cupy" or not cudaemu.numba_cuda()]
 OPTIONS = {"linear_attention": [{"scale": 0.3}, {"normalize": True}], "short_convolution": [{"activation": "silu"}]}
 OPTIONS |= {name: [{"scale": 0.3}] for name in ("delta_rule", "dplr")}
+OPTIONS |= {name: sentences.OPTIONS[name] for name in ("recursive_least_squares",)}
 
 
 def cases() -> list[Case]:

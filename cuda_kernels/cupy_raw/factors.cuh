@@ -1,18 +1,22 @@
 // Factors of symmetric matrices by the threads of a block. A matrix is (n, n), row by row; all threads call together.
 
-// A = L L^T in place, its lower triangle only; false if a pivot is not positive.
+// A = L L^T in place, its lower triangle only; false if a pivot is not positive. Products are summed before they are
+// taken off a number that may be much larger.
 __device__ bool cholesky(real* A, int n) {
     for (int j = 0; j < n; j++) {
-        __syncthreads();  // the columns before j have been taken off
+        __syncthreads();  // the columns before j are whole
+        for (int i = j + threadIdx.x / 32; i < n; i += blockDim.x / 32) {
+            const real taken = dot_of_warp(A + i * n, A + j * n, j);
+            if (threadIdx.x % 32 == 0) A[i * n + j] -= taken;
+        }
+        __syncthreads();  // the pivot is there
         const real pivot = A[j * n + j];
         if (!(pivot > 0)) return false;
         for (int i = j + 1 + threadIdx.x; i < n; i += blockDim.x) A[i * n + j] /= sqrt(pivot);
-        __syncthreads();  // column j is whole, and everyone knows the pivot
-        if (threadIdx.x == 0) A[j * n + j] = sqrt(pivot);
-        for (int m = j + 1 + threadIdx.x; m < n; m += blockDim.x)
-            for (int i = m; i < n; i++) A[i * n + m] = fma(-A[i * n + j], A[m * n + j], A[i * n + m]);
     }
-    __syncthreads();  // the last pivot is there
+    __syncthreads();  // everyone has seen the last pivot
+    for (int j = threadIdx.x; j < n; j += blockDim.x) A[j * n + j] = sqrt(A[j * n + j]);
+    __syncthreads();  // the factor is whole
     return true;
 }
 

@@ -2,12 +2,12 @@
 //
 // A block has one memory and some of its value columns. PARTS neighbouring lanes share a column: lane `part` owns the
 // rows part, part + PARTS, ... of it, in registers, from the first token to the last. A pair of weight zero is not even
-// looked at.
+// looked at. `real` is double whatever the data, as in recursive_least_squares.cu.
 
 enum { Q, KEY, V, BETA, GAINS, STATE, O };
 
 extern "C" __global__ void __launch_bounds__(128)
-innovations(const data* q, const data* k, const data* v, const real* beta, const real* gains, real* S, data* o,
+innovations(const data* q, const data* k, const data* v, const gate* beta, const real* gains, real* S, data* o,
             const long long* table, int axes, int tokens, int columns, int groups, int blocks) {
     __shared__ real keys[2][ROWS * PARTS];
     __shared__ real shares[2][ROWS * PARTS];
@@ -48,7 +48,7 @@ innovations(const data* q, const data* k, const data* v, const real* beta, const
                 if (row < K) recalled = fma(keys[t % 2][row], own[r], recalled);
             }
             recalled = over_parts(recalled);
-            const real error = mine ? widened(value.at(t, column)) - recalled : real(0);
+            const real error = mine ? real(widened(value.at(t, column))) - recalled : real(0);
             for (int r = 0; r < ROWS; r++) {
                 const int row = part + r * PARTS;
                 if (row < K) own[r] = fma(shares[t % 2][row], error, own[r]);
@@ -61,10 +61,10 @@ innovations(const data* q, const data* k, const data* v, const real* beta, const
             real total = 0;
             for (int r = 0; r < ROWS; r++) {
                 const int row = part + r * PARTS;
-                if (row < K) total = fma(widened(asked[row]), own[r], total);
+                if (row < K) total = fma(real(widened(asked[row])), own[r], total);
             }
             total = over_parts(total);
-            if (mine && part == 0) put(answer.of(g).at(t, column), total);
+            if (mine && part == 0) put(answer.of(g).at(t, column), gate(total));
         }
     }
 

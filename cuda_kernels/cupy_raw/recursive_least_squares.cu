@@ -6,12 +6,13 @@
 //
 // reflections, which a segment of up to CHUNK tokens applies together. Its three products with R read each number of R
 // once; a_i, and the products of the a by which the w follow, are found in shared memory. Nothing is subtracted from P.
-// A segment ends where a decay or a cap has to act on R. One block per memory; innovations.cu does the rest.
+// A segment ends where a decay or a cap has to act on R. One block per memory; innovations.cu does the rest. `real` is
+// double whatever the data: R is rounded at every step, and nothing forgets what is lost there.
 
 enum { KEY, GATE, BETA, COVARIANCE, ROOT, SCRATCH, GAINS, BAD };
 
 constexpr double LARGEST = 1e28, SLACK = 16;  // as in the solver
-constexpr real FAINTEST = -60, FADED = real(0.25);
+constexpr real FAINTEST = -60, FADED = 0.25;
 
 // The cap on P before a pair of this energy.
 __device__ double largest_before(double energy, double limit) {
@@ -54,7 +55,7 @@ __device__ bool finite(Rows<real> P) {
 }
 
 // The lower triangle of P into R; false if P is not symmetric up to rounding.
-__device__ bool load(real* R, Rows<real> P) {
+__device__ bool load(real* R, Rows<real> P, double eps) {
     __shared__ real largest[128], gaps[128];
     real size = 0, gap = 0;
     for (int j = threadIdx.x; j < K; j += blockDim.x)
@@ -66,40 +67,40 @@ __device__ bool load(real* R, Rows<real> P) {
     largest[threadIdx.x] = size, gaps[threadIdx.x] = gap;
     __syncthreads();  // the largest is among them
     for (int i = 0; i < int(blockDim.x); i++) size = fmax(size, largest[i]), gap = fmax(gap, gaps[i]);
-    return gap <= 1000 * EPS * size;
+    return gap <= 1000 * eps * size;
 }
 
-// P = R R^T, exactly symmetric, and its norm. Sums of many small numbers and a large one: in double precision.
+// P = R R^T, exactly symmetric, and its norm.
 __device__ double store(Rows<real> P, const real* R, real* X) {
     transpose(R, X, K);
     double norm = 0;
     for (int j = threadIdx.x; j < K; j += blockDim.x)
         for (int i = 0; i <= j; i++) {
-            double total = 0;
-            for (int m = 0; m < K; m++) total = fma(double(X[m * K + i]), double(X[m * K + j]), total);
-            P.at(i, j) = P.at(j, i) = real(total);
+            real total = 0;
+            for (int m = 0; m < K; m++) total = fma(X[m * K + i], X[m * K + j], total);
+            P.at(i, j) = P.at(j, i) = total;
             norm += (i < j ? 2.0 : 1.0) * total * total;
         }
     return sqrt(over_block(norm));
 }
 
 extern "C" __global__ void __launch_bounds__(128)
-recursive_least_squares(const data* k, const real* log_decay, const real* beta, real* P, real* root, real* scratch,
-                        real* gains, bool* bad, const long long* table, int axes, int tokens, double limit) {
+recursive_least_squares(const data* k, const gate* log_decay, const gate* beta, real* P, real* root, real* scratch,
+                        real* gains, bool* bad, const long long* table, int axes, int tokens, double limit, double eps) {
     __shared__ real keys[CHUNK][K];     // weighted
     __shared__ real vectors[CHUNK][K];  // k_i as the reflections before it leave it, then a_i
     __shared__ real shifts[CHUNK][K];   // w_i
     __shared__ real products[CHUNK][CHUNK], energies[CHUNK], left[CHUNK], roots[CHUNK];
     const int memory = blockIdx.x, thread = threadIdx.x, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const auto key = rows(k, table, axes, KEY, memory);
-    const auto gate = rows(log_decay, table, axes, GATE, memory);
+    const auto decay = rows(log_decay, table, axes, GATE, memory);
     const auto weight = rows(beta, table, axes, BETA, memory);
     const auto covariance = rows(P, table, axes, COVARIANCE, memory);
     const auto gain = rows(gains, table, axes, GAINS, memory);
     real* R = rows(root, table, axes, ROOT, memory).begin;
     real* X = rows(scratch, table, axes, SCRATCH, memory).begin;
 
-    const bool whole = finite(covariance), even = load(R, covariance);
+    const bool whole = finite(covariance), even = load(R, covariance, eps);
     if (whole && !(even && cholesky(R, K))) {
         if (thread == 0) rows(bad, table, axes, BAD, memory).at(0, 0) = true;
         return;
@@ -114,15 +115,15 @@ recursive_least_squares(const data* k, const real* log_decay, const real* beta, 
     for (int low = 0, n; low < tokens; low += n) {
         n = tokens - low < CHUNK ? tokens - low : CHUNK;
         for (int i = 0; i < CHUNK; i++) {
-            const real share = i < n && beta ? sqrt(weight.at(low + i, 0)) : real(1);
+            const real share = i < n && beta ? sqrt(real(weight.at(low + i, 0))) : real(1);
             for (int j = thread; j < K; j += blockDim.x)  // a pair of weight zero is not even looked at
-                keys[i][j] = i < n && share != 0 ? share * widened(key.at(low + i, j)) : real(0);
+                keys[i][j] = i < n && share != 0 ? share * real(widened(key.at(low + i, j))) : real(0);
         }
         for (int i = thread; i < n; i += blockDim.x) {
             real total = 0;
-            for (int j = 0; j <= i && log_decay; j++) total += fmax(gate.at(low + j, 0), FAINTEST);
+            for (int j = 0; j <= i && log_decay; j++) total += fmax(real(decay.at(low + j, 0)), FAINTEST);
             left[i] = exp(total);
-            roots[i] = beta ? sqrt(weight.at(low + i, 0)) : real(1);
+            roots[i] = beta ? sqrt(real(weight.at(low + i, 0))) : real(1);
         }
         __syncthreads();  // keys are there
         for (int i = warp; i < n; i += warps) {
@@ -191,9 +192,9 @@ recursive_least_squares(const data* k, const real* log_decay, const real* beta, 
             for (int i = 0; i < CHUNK; i++) own[i] = i < n ? vectors[i][j] : real(0);
             #pragma unroll 1
             for (int p = 0; p < K; p++) {
-                real r = R[p * K + j];
-                for (int i = 0; i < CHUNK; i++) r = i < n ? fma(-shifts[i][p], own[i], r) : r;
-                R[p * K + j] = rest * r;
+                real taken = 0;  // summed before they are taken off: R is rounded once
+                for (int i = 0; i < CHUNK; i++) taken = i < n ? fma(shifts[i][p], own[i], taken) : taken;
+                R[p * K + j] = rest * (R[p * K + j] - taken);
             }
         }
     }

@@ -39,22 +39,23 @@ def recursive_least_squares(
 def core(
     q: Any, k: Any, v: Any, log_decay: Any, beta: Any, *, state: RecursiveLeastSquaresState
 ) -> tuple[Any, RecursiveLeastSquaresState]:
-    """Two launches."""
-    (S, P), (tokens, rows), columns = state, q.shape[-2:], v.shape[-1]
+    """Two launches, with the state in double precision."""
+    (tokens, rows), columns, gate = q.shape[-2:], v.shape[-1], state.S.dtype
+    S, P = (x.astype(np.float64) for x in state)
+    gains = gains_of(k, log_decay, beta, P, gate)
     sequences = Sequences(S.shape[:-2], np.broadcast_shapes(q.shape[:-2], S.shape[:-2]))
     o = empty(sequences, (tokens, columns), q.dtype, q)
-    split_rows, parts = split("k", rows)
-    gains = gains_of(k, log_decay, beta, P)
     arrays = {"q": (q, BOTH), "k": (k, BOTH), "v": (v, BOTH), "beta": (beta, ROW), "gains": (gains, BOTH)}
     arrays |= {"S": (S, BOTH), "o": (o, BOTH)}
-    constants = {"K": rows, "ROWS": split_rows, "PARTS": parts, "EVEN": even(q)}
-    types = {"data": q.dtype, "real": S.dtype}
+    per_thread, parts = split("k", rows)
+    constants = {"K": rows, "ROWS": per_thread, "PARTS": parts, "EVEN": even(q)}
+    types = {"data": q.dtype, "gate": gate, "real": S.dtype}
     launch(SOLUTION, sequences, arrays, ("S", "o"), types, constants, tokens=tokens, columns=columns)
-    return o, RecursiveLeastSquaresState(S, P)
+    return o, RecursiveLeastSquaresState(S.astype(gate), P.astype(gate))
 
 
-def gains_of(k: Any, log_decay: Any, beta: Any, P: Any) -> Any:
-    """The gains of all tokens; P becomes that of the last one."""
+def gains_of(k: Any, log_decay: Any, beta: Any, P: Any, gate: Any) -> Any:
+    """The gains of all tokens; P becomes that of the last one. ``gate`` is the dtype of gates and of the caller's P."""
     lead, (tokens, rows) = P.shape[:-2], k.shape[-2:]
     sequences, original = Sequences(lead, lead), P.copy()
     gains, bad = empty(sequences, (tokens, rows), P.dtype, P), np.zeros_like(P, shape=(*lead, 1), dtype=bool)
@@ -62,8 +63,8 @@ def gains_of(k: Any, log_decay: Any, beta: Any, P: Any) -> Any:
     arrays = {"k": (k, BOTH), "log_decay": (log_decay, ROW), "beta": (beta, ROW), "P": (P, BOTH), "root": (root, BOTH)}
     arrays |= {"scratch": (scratch, BOTH), "gains": (gains, BOTH), "bad": (bad, COLUMN)}
     constants = {"K": rows, "CHUNK": together(tokens, 3 * rows * P.itemsize)}
-    types, number = {"data": k.dtype, "real": P.dtype}, limit(P.dtype)
-    written = ("P", "gains", "bad")
-    launch(CHAIN, sequences, arrays, written, types, constants, tokens=tokens, columns=few(rows), limit=number)
-    refuse_covariance(bad, original)
+    types, written = {"data": k.dtype, "gate": gate, "real": P.dtype}, ("P", "gains", "bad")
+    numbers = {"limit": limit(gate), "eps": float(np.finfo(gate).eps)}
+    launch(CHAIN, sequences, arrays, written, types, constants, tokens=tokens, columns=few(rows), **numbers)
+    refuse_covariance(bad, original.astype(gate))
     return gains

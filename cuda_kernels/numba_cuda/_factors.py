@@ -41,22 +41,30 @@ def over_block(x, parts):
 
 @cuda.jit(device=True)
 def cholesky(A):
-    """A = L L^T in place, its lower triangle only; False if a pivot is not positive."""
-    n = A.shape[0]
+    """A = L L^T in place, its lower triangle only; False if a pivot is not positive.
+
+    Products are summed before they are taken off a number that may be much larger.
+    """
+    n, lane, warp = A.shape[0], cuda.threadIdx.x % 32, cuda.threadIdx.x // 32
     for j in range(n):
-        cuda.syncthreads()  # the columns before j have been taken off
+        cuda.syncthreads()  # the columns before j are whole
+        for i in range(j + warp, n, cuda.blockDim.x // 32):
+            taken = A.dtype.type(0)
+            for m in range(lane, j, 32):
+                taken += A[i, m] * A[j, m]
+            taken = over_warp(taken)
+            if lane == 0:
+                A[i, j] -= taken
+        cuda.syncthreads()  # the pivot is there
         pivot = A[j, j]
         if not pivot > 0:
             return False
         for i in range(j + 1 + cuda.threadIdx.x, n, cuda.blockDim.x):
             A[i, j] /= sqrt(pivot)
-        cuda.syncthreads()  # column j is whole, and everyone knows the pivot
-        if cuda.threadIdx.x == 0:
-            A[j, j] = sqrt(pivot)
-        for m in range(j + 1 + cuda.threadIdx.x, n, cuda.blockDim.x):
-            for i in range(m, n):
-                A[i, m] -= A[i, j] * A[m, j]
-    cuda.syncthreads()  # the last pivot is there
+    cuda.syncthreads()  # everyone has seen the last pivot
+    for j in range(cuda.threadIdx.x, n, cuda.blockDim.x):
+        A[j, j] = sqrt(A[j, j])
+    cuda.syncthreads()  # the factor is whole
     return True
 
 
@@ -66,7 +74,7 @@ def trace_of_inverse(L, X, parts):
     total = float64(0)
     for j in range(cuda.threadIdx.x, L.shape[0], cuda.blockDim.x):
         for i in range(j, L.shape[0]):
-            x = L[i, i] / L[i, i] if i == j else L[i, i] * 0
+            x = L.dtype.type(i == j)
             for m in range(j, i):
                 x -= L[i, m] * X[m, j]
             x /= L[i, i]
