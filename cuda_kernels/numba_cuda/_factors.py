@@ -12,7 +12,10 @@ from numba import float64
 
 from ._launch import cuda
 
-__all__ = ["cholesky", "orthogonalise", "over_block", "over_warp", "trace_of_inverse", "transpose"]
+__all__ = [
+    "along_columns", "along_rows", "cholesky", "dot", "orthogonalise", "over_block", "over_warp", "trace_of_inverse",
+    "transpose",
+]  # fmt: skip
 
 
 @cuda.jit(device=True)
@@ -37,6 +40,36 @@ def over_block(x, parts):
         total += parts[i]
     cuda.syncthreads()  # everyone has read them before the next sum
     return total
+
+
+@cuda.jit(device=True)
+def dot(x, y, parts):
+    """Of two vectors of which each thread has its own numbers; those of the others are there when it returns."""
+    total = float64(0)
+    for i in range(cuda.threadIdx.x, x.shape[0], cuda.blockDim.x):
+        total += x[i] * y[i]
+    return over_block(total, parts)
+
+
+@cuda.jit(device=True)
+def along_columns(A, x, j):
+    """x A at place j."""
+    total = float64(0)
+    for i in range(A.shape[0]):
+        total += A[i, j] * x[i]
+    return total
+
+
+@cuda.jit(device=True)
+def along_rows(A, x, into):
+    """A x: a warp takes a row."""
+    for i in range(cuda.threadIdx.x // 32, A.shape[0], cuda.blockDim.x // 32):
+        total = float64(0)
+        for j in range(cuda.threadIdx.x % 32, A.shape[1], 32):
+            total += A[i, j] * x[j]
+        total = over_warp(total)
+        if cuda.threadIdx.x % 32 == 0:
+            into[i] = total
 
 
 @cuda.jit(device=True)
