@@ -43,10 +43,10 @@ def over_block(x, parts):
 
 
 @cuda.jit(device=True)
-def dot(x, y, parts):
-    """Of two vectors of which each thread has its own numbers; those of the others are there when it returns."""
+def dot(x, y, n, parts):
+    """Of the first n numbers of two vectors of which each thread has its own numbers; those of the others are there when it returns."""
     total = float64(0)
-    for i in range(cuda.threadIdx.x, x.shape[0], cuda.blockDim.x):
+    for i in range(cuda.threadIdx.x, n, cuda.blockDim.x):
         total += x[i] * y[i]
     return over_block(total, parts)
 

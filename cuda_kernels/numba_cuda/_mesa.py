@@ -176,7 +176,7 @@ def carry(Y, key, along, left, parts):
     """The same after one more pair and one more decay, by the recursion of least squares."""
     along_rows(Y, key, along)
     cuda.syncthreads()  # a = Y k is there
-    s = left + dot(along, along, parts)
+    s = left + dot(along, along, Y.shape[0], parts)
     share = 1 / (s + sqrt(left * s))
     for j in range(cuda.threadIdx.x, Y.shape[0], cuda.blockDim.x):
         total = along_columns(Y, along, j)
@@ -233,19 +233,19 @@ def cg(q, k, log_decay, beta, ridge, H, factors, worst, x, iterations, tolerance
             precondition(Y, r, z, along, factored)
             for j in range(cuda.threadIdx.x, n, cuda.blockDim.x):
                 p[j] = z[j]
-            start, slope, step = dot(r, r, parts), dot(r, z, parts), 0
+            start, slope, step = dot(r, r, n, parts), dot(r, z, n, parts), 0
             error = start
             while step < iterations and error > tolerance * tolerance * start:
                 cuda.syncthreads()  # p is there
                 for j in range(cuda.threadIdx.x, n, cuda.blockDim.x):
                     shift[j] = along_columns(G, p, j) + weights[j] * p[j]
-                length = ratio(slope, dot(p, shift, parts))
+                length = ratio(slope, dot(p, shift, n, parts))
                 for j in range(cuda.threadIdx.x, n, cuda.blockDim.x):
                     found[j] += length * p[j]
                     r[j] -= length * shift[j]
                 precondition(Y, r, z, along, factored)
-                error, before = dot(r, r, parts), slope
-                slope = dot(r, z, parts)
+                error, before = dot(r, r, n, parts), slope
+                slope = dot(r, z, n, parts)
                 for j in range(cuda.threadIdx.x, n, cuda.blockDim.x):
                     p[j] = z[j] + ratio(slope, before) * p[j]
                 step += 1
@@ -287,7 +287,7 @@ def chebyshev(q, k, log_decay, beta, ridge, H, factors, worst, x, iterations, to
             for j in range(cuda.threadIdx.x, n, cuda.blockDim.x):
                 r[j] = q[b, h, g, t, j]
                 found[j], d[j] = 0, r[j] / middle
-            start, rho, step = dot(r, r, parts), half / middle, 0
+            start, rho, step = dot(r, r, n, parts), half / middle, 0
             error = start
             while step < most and error > tolerance * tolerance * start:
                 for j in range(cuda.threadIdx.x, n, cuda.blockDim.x):
@@ -298,7 +298,7 @@ def chebyshev(q, k, log_decay, beta, ridge, H, factors, worst, x, iterations, to
                 cuda.syncthreads()  # nobody reads d any more
                 for j in range(cuda.threadIdx.x, n, cuda.blockDim.x):
                     d[j] = rho * before * d[j] + 2 * rho / half * r[j]
-                error = dot(r, r, parts)
+                error = dot(r, r, n, parts)
                 step += 1
             rest = sqrt(ratio(error, start))
             residual = max(residual, rest)

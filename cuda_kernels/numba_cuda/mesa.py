@@ -77,7 +77,7 @@ def core(
     if beta is not None:
         weight = beta[..., None]
         k, v = (np.where(weight == 0, x.dtype.type(0), x) for x in (k, v))
-        v = weight * v
+        v = weight.astype(np.float64) * v
     o = empty(sequences, (tokens, width), dtype, q)
     arrays = {"q": (x, BOTH), "k": (k, BOTH), "v": (v, BOTH), "log_decay": (per_channel(log_decay, q), BOTH)}
     arrays |= {"bonus": (None, COLUMN), "S": (G, BOTH), "z": (None, COLUMN), "z_next": (None, COLUMN), "o": (o, BOTH)}
