@@ -19,11 +19,13 @@ from ttr_np.backends import has_operator
 from ttr_np.notation import OPERATORS, draw
 
 pytestmark = [needed(cudaemu.missing()), pytest.mark.filterwarnings("ignore:overflow encountered")]
+pytestmark += [pytest.mark.filterwarnings("ignore:solver '.*' stopped after")]
 
 GPU = [backend for backend in PACKAGES if backend == "cupy" or not cudaemu.numba_cuda()]
 OPTIONS = {"linear_attention": [{"scale": 0.3}, {"normalize": True}], "short_convolution": [{"activation": "silu"}]}
 OPTIONS |= {name: [{"scale": 0.3}] for name in ("delta_rule", "dplr")}
-OPTIONS |= {name: sentences.OPTIONS[name] for name in ("recursive_least_squares",)}
+SQUARES = ("recursive_least_squares", "mesa", "kernel_ridge", "test_time_training")  # more in test_cuda_squares.py
+OPTIONS |= {name: sentences.OPTIONS[name] for name in SQUARES}
 
 
 def cases() -> list[Case]:

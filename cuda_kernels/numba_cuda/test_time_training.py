@@ -248,8 +248,7 @@ def kernel_for(
     ):  # fmt: skip
         parts = cuda.shared.array(32, float64)
         b, h, keys, values = cuda.blockIdx.x // k.shape[1], cuda.blockIdx.x % k.shape[1], k.shape[4], v.shape[4]
-        M, A = parameters[b, h, 0], anchor[b, h, 0]
-        S = roll[b, h, 0] if roll.size else roll[0:0, 0:0, 0:0]
+        M, S, A = parameters[b, h, 0], roll[b, h, 0], anchor[b, h, 0]
         inner = (layers - 1) * hidden
         x, sums = vectors[b, h, 0, : keys + inner], vectors[b, h, 0, keys + inner : keys + 2 * inner + values]
         slopes = vectors[b, h, 0, keys + 2 * inner + values :]

@@ -32,7 +32,7 @@ class ndarray(NDArrayOperatorsMixin):  # noqa: N801 - CuPy's name
     """An array on the device."""
 
     __cuda_array_interface__ = {"version": 3}
-    METHODS = ("reshape", "transpose", "swapaxes", "astype", "copy", "any")
+    METHODS = ("reshape", "transpose", "swapaxes", "astype", "copy", "any", "all", "max", "sum")
 
     def __init__(self, held: Any) -> None:
         self.held = np.asarray(held)

@@ -1,7 +1,8 @@
 """What all memories that keep their pairs share: the cache, and what a block of queries sees of it.
 
 A pair j is weighed at step i by its kernel and by what the gates have left of it, exp(sum of log_decay over (j, i]).
-Those sums only ever add numbers of one sign, so no gate, however strong, costs the mild ones after it a digit.
+Those sums only ever add numbers of one sign, so no gate, however strong, costs the mild ones after it a digit. The cache
+itself (``positions``, ``append``, ``join``) asks of arrays only what CuPy's can do as well.
 """
 
 from __future__ import annotations
@@ -74,14 +75,15 @@ def segments(log_decay: np.ndarray) -> np.ndarray:
 
 def memorised_before(state: CacheState) -> Any:
     """How many pairs were memorised so far, ``(..., 1)``; 0 for a cache without slots."""
-    return state.position.max(axis=-1, initial=-1, keepdims=True) + 1 if state.position.shape[-1] else 0
+    return state.position.max(axis=-1, keepdims=True) + 1 if state.position.shape[-1] else 0
 
 
 def positions(state: CacheState, t: int, mask: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """Position of each new pair (-1 if masked), and the number memorised up to and with each step; ``(..., t)``."""
     before = memorised_before(state)
     if mask is None:
-        return before + np.arange(t), before + np.arange(1, t + 1)
+        steps = np.arange(t, like=state.position)
+        return before + steps, before + steps + 1
     counts = before + np.cumsum(mask, axis=-1)
     return np.where(mask, counts - 1, -1), counts
 
@@ -97,7 +99,7 @@ def append(
 ) -> CacheState:
     """The cache after the pairs of some steps: old pairs age, unmasked ones join, those out of the window leave."""
     position, _ = positions(state, k.shape[-2], mask)
-    aged, fresh = state.log_weight, np.zeros(position.shape)
+    aged, fresh = state.log_weight, np.zeros_like(position, dtype=np.float64)
     if log_decay is not None:
         total = np.maximum(log_decay, NO_PAST).sum(axis=-1, keepdims=True, dtype=np.float64)
         aged, fresh = forget(aged + total), forget(left_at_end(log_decay))
@@ -117,7 +119,7 @@ def append(
 def join(old: np.ndarray, new: np.ndarray, own: int) -> np.ndarray:
     """New entries behind old ones, in the old ones' leading shape and dtype."""
     lead, n = old.shape[: old.ndim - own], old.shape[old.ndim - own]
-    joined = np.empty(lead + (n + new.shape[new.ndim - own],) + old.shape[old.ndim - own + 1 :], old.dtype)
+    joined = np.empty_like(old, shape=lead + (n + new.shape[new.ndim - own],) + old.shape[old.ndim - own + 1 :])
     tail = (slice(None),) * (own - 1)
     joined[(..., slice(None, n)) + tail] = old
     joined[(..., slice(n, None)) + tail] = new
@@ -128,10 +130,10 @@ def trim(state: CacheState, window: int | None, sinks: int) -> CacheState:
     """Only the pairs that a later query can see, oldest first, empty slots (if sequences differ) in front."""
     keep = state.position >= 0
     if window is not None:
-        keep &= (state.position >= memorised_before(state) - window) | (state.position < sinks)
+        keep = keep & ((state.position >= memorised_before(state) - window) | (state.position < sinks))
     if keep.all():
         return state
-    n = int(keep.sum(axis=-1).max(initial=0))
+    n = int(keep.sum(axis=-1).max()) if keep.size else 0
     order = np.argsort(keep, axis=-1, kind="stable")[..., keep.shape[-1] - n :]
     kept = np.take_along_axis(keep, order, axis=-1)
 
