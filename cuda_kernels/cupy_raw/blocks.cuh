@@ -1,5 +1,13 @@
 // What the threads of a block do together.
 
+__device__ __forceinline__ double of_bits(unsigned long long bits) {
+    double x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+__device__ __forceinline__ double infinity() { return of_bits(0x7ffull << 52); }
+__device__ __forceinline__ double not_a_number() { return of_bits(0xfffull << 51); }
+
 constexpr real EPS = sizeof(real) == 4 ? real(0x1p-23) : real(0x1p-52);
 
 __device__ real over_warp(real x) {  // a sum over the lanes, the same for each

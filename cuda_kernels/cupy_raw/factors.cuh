@@ -2,7 +2,7 @@
 
 // A = L L^T in place, its lower triangle only; false if a pivot is not positive. Products are summed before they are
 // taken off a number that may be much larger.
-__device__ bool cholesky(real* A, long long n) {
+__device__ __forceinline__ bool cholesky(real* A, long long n) {
     for (int j = 0; j < n; j++) {
         __syncthreads();  // the columns before j are whole
         for (int i = j + threadIdx.x / 32; i < n; i += blockDim.x / 32) {

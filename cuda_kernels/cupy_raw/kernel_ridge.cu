@@ -21,7 +21,13 @@ kernel_ridge(const real* k, const bool* present, real* factor, real* Y, bool* ba
             const real alike = both ? similar(key + (long long)i * K, key + (long long)j * K, width) : real(0);
             L[(long long)i * pairs + j] = alike + (i != j ? real(0) : both ? ridge : real(1));
         }
-    if (!cholesky(L, pairs)) {
+    double lost = !cholesky(L, pairs);
+    for (int j = threadIdx.x; j < pairs && lost == 0; j += blockDim.x) {  // a pivot that is but rounding
+        const real* own = key + (long long)j * K;
+        const real pivot = L[(long long)j * (pairs + 1)], whole = here.at(0, j) ? similar(own, own, width) + ridge : real(1);
+        lost += pivot * pivot <= 4 * EPS * whole;
+    }
+    if (over_block(lost) > 0) {
         if (threadIdx.x == 0) rows(bad, table, axes, BAD, memory).at(0, 0) = true;
         return;
     }

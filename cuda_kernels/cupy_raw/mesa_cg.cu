@@ -16,17 +16,17 @@ struct Vectors {
 };
 
 // Y = L^-1 for H + ridge / reference = L L^T, so that Y^T Y is its inverse; false if there is none.
-__device__ bool factorise(real* L, real* Y, const real* H, const Vectors& all, real reference) {
+__device__ __forceinline__ bool factorise(real* L, real* Y, const real* H, const Vectors& all, real reference) {
     for (int i = 0; i < K; i++)
         for (int j = threadIdx.x; j < K; j += blockDim.x) {
             L[i * K + j] = H[i * K + j] + (i == j ? all.ridge[i] / reference : real(0));
             if (i < j) Y[i * K + j] = 0;
         }
-    return cholesky(L, K) && trace_of_inverse(L, Y, K) < INFINITY;
+    return cholesky(L, K) && trace_of_inverse(L, Y, K) < infinity();
 }
 
 // The same after one more pair and one more decay.
-__device__ void carry(real* Y, Vectors& all, real left) {
+__device__ __forceinline__ void carry(real* Y, Vectors& all, real left) {
     for (int i = threadIdx.x / 32; i < K; i += blockDim.x / 32) {
         const real a = dot_of_warp(Y + i * K, all.key, K);
         if (threadIdx.x % 32 == 0) all.along[i] = a;
@@ -41,7 +41,7 @@ __device__ void carry(real* Y, Vectors& all, real left) {
 }
 
 // z = Y^T Y r, or r itself.
-__device__ void precondition(const real* Y, Vectors& all, bool factored) {
+__device__ __forceinline__ void precondition(const real* Y, Vectors& all, bool factored) {
     __syncthreads();  // r is there
     for (int i = threadIdx.x / 32; i < K && factored; i += blockDim.x / 32) {
         const real known = dot_of_warp(Y + i * K, all.r, K);
@@ -55,14 +55,14 @@ __device__ void precondition(const real* Y, Vectors& all, bool factored) {
     }
 }
 
-__device__ real dot(const real* x, const real* y) {  // of what each thread has itself
+__device__ __forceinline__ real dot(const real* x, const real* y) {  // of what each thread has itself
     real total = 0;
     for (int j = threadIdx.x; j < K; j += blockDim.x) total = fma(x[j], y[j], total);
     return over_block(total);
 }
 
 // x from zero; the relative residual.
-__device__ real solve(const real* H, const real* Y, Vectors& all, bool factored, int most, real tolerance) {
+__device__ __forceinline__ real solve(const real* H, const real* Y, Vectors& all, bool factored, int most, real tolerance) {
     precondition(Y, all, factored);
     for (int j = threadIdx.x; j < K; j += blockDim.x) all.x[j] = 0, all.p[j] = all.z[j];
     const real start = dot(all.r, all.r);
@@ -131,7 +131,7 @@ mesa_cg(const data* q, const data* k, const gate* log_decay, const gate* beta, c
             for (int p = thread; p < K; p += blockDim.x) all.r[p] = widened(query.of(g).at(t, p));
             const real rest = solve(H, Y, all, factored, iterations, tolerance);
             for (int p = thread; p < K; p += blockDim.x)
-                solution.of(g).at(t, p) = rest - rest == 0 ? all.x[p] : real(NAN);
+                solution.of(g).at(t, p) = rest - rest == 0 ? all.x[p] : real(not_a_number());
             residual = fmax(residual, rest);
         }
     }

@@ -9,7 +9,7 @@ struct Vectors {
     real ridge[K], key[K], x[K], r[K], d[K];
 };
 
-__device__ real norm(const real* H) {
+__device__ __forceinline__ real norm(const real* H) {
     real total = 0;
     for (int i = 0; i < K; i++)
         for (int j = threadIdx.x; j < K; j += blockDim.x) total = fma(H[i * K + j], H[i * K + j], total);
@@ -17,7 +17,7 @@ __device__ real norm(const real* H) {
 }
 
 // x from zero; the relative residual.
-__device__ real solve(const real* H, Vectors& all, real least, real largest, real eps, int most, real tolerance) {
+__device__ __forceinline__ real solve(const real* H, Vectors& all, real least, real largest, real eps, int most, real tolerance) {
     const real middle = (largest + least) / 2, half = fmax((largest - least) / 2, eps * middle);
     real start = 0, rho = half / middle;
     for (int j = threadIdx.x; j < K; j += blockDim.x) {
@@ -60,7 +60,7 @@ mesa_chebyshev(const data* q, const data* k, const gate* log_decay, const gate* 
     const auto report = rows(worst, table, axes, WORST, memory);
     real* H = rows(starts, table, axes, STARTS, memory).begin + piece * K * K;
     for (int p = thread; p < K; p += blockDim.x) all.ridge[p] = fixed.at(0, p);
-    real least = INFINITY, largest = 0, residual = 0, needed = iterations;
+    real least = infinity(), largest = 0, residual = 0, needed = iterations;
     for (int p = 0; p < K; p++) least = fmin(least, fixed.at(0, p)), largest = fmax(largest, fixed.at(0, p));
 
     #pragma unroll 1
@@ -73,7 +73,7 @@ mesa_chebyshev(const data* q, const data* k, const gate* log_decay, const gate* 
         const real bound = norm(H) + largest;
         real most = iterations;
         if (!iterations) {  // what the bounds ask for
-            const real spread = (bound < INFINITY ? bound : least) / least;
+            const real spread = (bound < infinity() ? bound : least) / least;
             most = fmin(ceil(sqrt(spread) / 2 * log(2 / fmax(tolerance, eps))) + 1, real(1000));
         }
         needed = fmax(needed, most);
@@ -82,7 +82,7 @@ mesa_chebyshev(const data* q, const data* k, const gate* log_decay, const gate* 
             for (int p = thread; p < K; p += blockDim.x) all.r[p] = widened(query.of(g).at(t, p));
             const real rest = solve(H, all, least, bound, eps, int(most), tolerance);
             for (int p = thread; p < K; p += blockDim.x)
-                solution.of(g).at(t, p) = rest - rest == 0 ? all.x[p] : real(NAN);
+                solution.of(g).at(t, p) = rest - rest == 0 ? all.x[p] : real(not_a_number());
             residual = fmax(residual, rest);
         }
     }

@@ -106,9 +106,9 @@ recursive_least_squares(const data* k, const gate* log_decay, const gate* beta, 
         return;
     }
     for (int i = 0; i < K && !whole; i++)  // a bad number spoils the whole memory
-        for (int j = thread; j < K; j += blockDim.x) R[i * K + j] = NAN;
+        for (int j = thread; j < K; j += blockDim.x) R[i * K + j] = not_a_number();
     // What P tells of the trace of its inverse, a bound of its mean eigenvalue, and whether anything moves it.
-    double information = whole ? trace_of_inverse(R, X, K) : INFINITY, size = spread(R);
+    double information = whole ? trace_of_inverse(R, X, K) : infinity(), size = spread(R);
     bool moved = !whole;
 
     #pragma unroll 1
@@ -134,9 +134,9 @@ recursive_least_squares(const data* k, const gate* log_decay, const gate* beta, 
 
         const double most = largest_before(energies[0], limit) * left[0];
         if (size > SLACK * most) size = spread(R);
-        if (size > SLACK * most && size < INFINITY) {
-            cap(R, X, most, INFINITY);
-            size = spread(R), information = INFINITY;
+        if (size > SLACK * most && size < infinity()) {
+            cap(R, X, most, infinity());
+            size = spread(R), information = infinity();
         }
         int end = 1;
         while (end < n && left[end] >= FADED && !(size > SLACK * largest_before(energies[end], limit) * left[end])) end++;
@@ -201,6 +201,6 @@ recursive_least_squares(const data* k, const gate* log_decay, const gate* beta, 
 
     if (!moved) return;
     if (2 * store(covariance, R, X) * information < limit) return;
-    cap(R, X, INFINITY, limit);
+    cap(R, X, infinity(), limit);
     store(covariance, R, X);
 }

@@ -21,10 +21,12 @@ from ttr_np.solvers._cache import append, empty_cache
 from .._ridge import NAMES, check, kernel_refusal, lanes_for, pairs_of, refuse_singular, spoil
 from .._sequences import BOTH, COLUMN, Sequences
 from .._squares import few
-from ._factors import cholesky
+from ._factors import cholesky, over_block
 from ._launch import cuda, empty, launch, run
 
 __all__ = ["kernel_ridge", "refusal"]
+
+EPS = 2.0**-50  # share of a diagonal that is but rounding
 
 def kernel_ridge(
     q: Any,
@@ -92,6 +94,7 @@ def kernels_for(name: str) -> tuple[Any, Any]:
         return (1 + total) * (1 + total) if name == "polynomial" else total
 
     def factorise(k, present, factor, values, bad, ridge, width, blocks):
+        parts = cuda.shared.array(32, float64)
         b, h = cuda.blockIdx.x // k.shape[1], cuda.blockIdx.x % k.shape[1]
         L, Y, here = factor[b, h, 0], values[b, h, 0], present[b, h, 0]
         for i in range(L.shape[0]):
@@ -101,7 +104,12 @@ def kernels_for(name: str) -> tuple[Any, Any]:
                 if i == j:
                     alike += ridge if both else float64(1)
                 L[i, j] = alike
-        if not cholesky(L):
+        lost = 0 if cholesky(L) else 1
+        for j in range(cuda.threadIdx.x, 0 if lost else L.shape[0], cuda.blockDim.x):  # a pivot that is but rounding
+            whole = similar(k[b, h, 0, j], k[b, h, 0, j], width) + ridge if here[j] else float64(1)
+            if L[j, j] * L[j, j] <= EPS * whole:
+                lost = 1
+        if over_block(lost, parts) > 0:
             if cuda.threadIdx.x == 0:
                 bad[b, h, 0, 0] = True
             return
