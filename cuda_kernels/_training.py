@@ -15,7 +15,7 @@ SQUARED, HUBER, EACH, POWER = range(4)
 
 
 def memory_refusal(backend: str, memory: Any, k: Any = None, v: Any = None) -> str | None:
-    """Why a backend has no kernel for a memory, or None: kernels cannot call Python, nor share a layer norm unevenly."""
+    """Why a backend has no kernel for a memory, or None: no kernel calls Python, or has a layer norm per query."""
     for name in ("scale", "offset"):
         own = np.shape(getattr(memory, name, None))[:-1]
         lead = np.broadcast_shapes(np.shape(k)[:-2], np.shape(v)[:-2]) if own and k is not None else own

@@ -1,7 +1,6 @@
 """Exact least squares and test-time training on both GPU backends, executed on the CPU: what is special about them."""
 
 import ctypes
-import importlib
 import re
 import warnings
 from functools import partial
@@ -61,7 +60,7 @@ def test_both_backends_have_exact_least_squares_and_training():
         assert all(has_operator(backend, operator) for operator in SQUARES)
 
 
-# ---- kernels and solvers -----------------------------------------------------------------------------------------------
+# ---- kernels and solvers ---------------------------------------------------------------------------------------------
 
 
 def fuzzed(operator, seed):
@@ -85,7 +84,7 @@ def fuzzed(operator, seed):
 
 
 def calls():
-    """Numba compiles each kernel for seconds: the first option of each operator always, the others with the slow tests."""
+    """Numba compiles each kernel for seconds: the first option of each operator always, others with the slow tests."""
     for backend in GPU:
         for operator, options in EACH:
             slow = backend == "numba-cuda" and options is not OPTIONS[operator][0]
@@ -144,7 +143,7 @@ def test_sizes_that_hurt(operator, options, k):
     sentences.same_state(case, state, end, partial(sentences.close, tol=1e-9))
 
 
-# ---- recursive least squares -------------------------------------------------------------------------------------------
+# ---- recursive least squares -----------------------------------------------------------------------------------------
 
 
 @on_gpu
@@ -191,7 +190,7 @@ def test_a_pair_without_weight_is_not_looked_at(backend):
             sentences.same_bits(x, y)
 
 
-# ---- mesa --------------------------------------------------------------------------------------------------------------
+# ---- mesa ------------------------------------------------------------------------------------------------------------
 
 
 def steps(backend, gate, tolerance=1e-6, t=40):
@@ -218,7 +217,7 @@ def test_the_factor_of_one_token_serves_those_that_follow():
 def test_a_limit_on_the_steps_is_reported(backend):
     arrays = inputs("mesa", t=9, k=12, optional=("log_decay",))
     for solver in ("cg", "chebyshev") if backend == "cupy" else ("chebyshev",):
-        words = f"solver '{solver}' stopped after 2 iterations at a relative residual of .*, above the tolerance 1.0e-12"
+        words = f"solver '{solver}' stopped after 2 iterations at a relative residual of .*, above the tolerance 1"
         with pytest.warns(RuntimeWarning, match=words):
             o, _ = run("mesa", backend, arrays, solver=solver, ridge=1e-3, iterations=2, tolerance=1e-12)
         assert np.all(np.isfinite(o))
@@ -233,7 +232,7 @@ def test_a_ridge_lost_in_rounding_says_which_solution():
         sentences.close(o, wanted, 1e-7)
 
 
-# ---- what is refused ---------------------------------------------------------------------------------------------------
+# ---- what is refused -------------------------------------------------------------------------------------------------
 
 
 @on_gpu
@@ -242,7 +241,7 @@ def test_what_has_no_kernel_is_said(backend):
     training, ridge = inputs("test_time_training", t=3), inputs("kernel_ridge", t=3)
     refused = [
         ("mesa", pairs | {"q": asked}, {"ridge": np.ones((4, 5))}, "'mesa' whose ridge differs among queries"),
-        ("test_time_training", training, {"memory": Linear(retention=LqRetention())}, "retention LqRetention: it has L2"),
+        ("test_time_training", training, {"memory": Linear(retention=LqRetention())}, "LqRetention: it has L2"),
         ("test_time_training", training, {"memory": object()}, "memory object: it has Linear, MLP"),
         ("kernel_ridge", ridge, {"kernel": lambda x, y: x @ y.T}, "function given as kernel: it has gaussian"),
     ]
@@ -259,78 +258,77 @@ def test_keys_that_repeat_need_a_ridge(backend):
         run("kernel_ridge", backend, arrays, ridge=0.0)
 
 
-# ---- barriers ----------------------------------------------------------------------------------------------------------
+# ---- barriers --------------------------------------------------------------------------------------------------------
 
-SKIP = """
+SWITCH = """
+extern "C" {
 __attribute__((visibility("default"))) int skipped_barrier = -1;
 __attribute__((noinline, no_sanitize("thread"))) static bool waits(int barrier) { return barrier != skipped_barrier; }
+}
 """
 
 
-def with_switches(monkeypatch):
-    """Build kernels whose barriers can be left out one by one; the kernels, and how many barriers each has."""
-    made = {}
-
-    def cupy(text, name, check=True):
-        places = re.split(r"__syncthreads\(\);", text)
-        marked = "".join(f"{a}if (waits({i})) __syncthreads();" for i, a in enumerate(places[:-1])) + places[-1]
-        kernel = cudaemu.source(f'extern "C" {{{SKIP}}}\n{marked}', name)
-        made[name] = kernel, len(places) - 1
-        return kernel
-
-    def numba(text):
-        translation = importlib.import_module("cudaemu.ptx").Translation
-        plain, whole, count = translation.do_bar, translation.source, iter(range(1000))
-        with monkeypatch.context() as patch:
-            patch.setattr(translation, "do_bar", lambda *a: f"if (waits({next(count)})) {plain(*a)}")
-            patch.setattr(translation, "source", lambda self: f'#include "ptx.h"\nextern "C" {{{SKIP}}}\n{whole(self)}')
-            kernel = cudaemu.ptx(text)
-        made[text] = kernel, next(count)
-        return kernel
-
-    return made, {"cupy": cupy, "numba-cuda": numba}
+def with_switch(text, name, check=True):
+    """A kernel that may leave out one barrier, and why each of its barriers is there."""
+    *before, rest = re.split(r"__syncthreads\(\);", text)
+    switched = "".join(f"{code}if (waits({i})) __syncthreads();" for i, code in enumerate(before)) + rest
+    reasons = re.findall(r"__syncthreads\(\);  // (.*)", text)
+    assert len(reasons) == len(before)
+    return cudaemu.source(SWITCH + switched, name), reasons
 
 
 def uneven():
-    """A covariance that calls for a cap before the first pair and at the end, and tokens enough for two chunks."""
-    arrays = inputs("recursive_least_squares", t=40, k=5, optional=("log_decay", "beta"))
-    turned = np.linalg.qr(np.random.default_rng(1).standard_normal((5, 5)))[0]
-    P = (turned * [1e13, 1e4, 1.0, 1.0, 1e-2]) @ turned.T
-    return arrays | {"initial_state": (np.zeros((5, 5)), (P + P.T) / 2)}
+    """A covariance that calls for a cap before the first pair and at the end, and tokens enough for several chunks."""
+    arrays = inputs("recursive_least_squares", t=40, k=40)
+    turned = np.linalg.qr(np.random.default_rng(1).standard_normal((40, 40)))[0]
+    P = (turned * np.r_[1e15, 1e4, np.ones(37), 1e-2]) @ turned.T
+    return arrays, {"initial_state": (np.zeros((40, 5)), (P + P.T) / 2)}
 
 
 WIDE = {"memory": MLP(hidden=40, layer_norm=True, loss=Huber(0.5)), "batch_size": 2}
-SCENES = {
-    "recursive_least_squares": [("recursive_least_squares", uneven(), {})],
-    "mesa exact": [("mesa", inputs("mesa", t=6, k=40), {"ridge": ridge}) for ridge in (0.3, 0.0, 1e-300)],
-    "mesa cg": [("mesa", inputs("mesa", t=12, k=40), {"solver": "cg", "ridge": 0.1})],
-    "mesa chebyshev": [("mesa", inputs("mesa", t=4, k=40), {"solver": "chebyshev"})],
-    "kernel_ridge": [("kernel_ridge", inputs("kernel_ridge", t=40), {})],
-    "test_time_training": [("test_time_training", inputs("test_time_training", t=5, k=40, v=40), WIDE)],
-}
+SCENES = [
+    ("recursive_least_squares", *uneven()),
+    ("mesa", inputs("mesa", t=3, k=40), {}),
+    ("mesa", inputs("mesa", t=2, k=33), {"ridge": 0.0}),
+    ("mesa", inputs("mesa", t=10, k=40), {"solver": "cg", "ridge": 0.1}),
+    ("mesa", inputs("mesa", t=3, k=40), {"solver": "chebyshev"}),
+    ("kernel_ridge", inputs("kernel_ridge", t=40), {}),
+    ("test_time_training", inputs("test_time_training", t=3, k=40, v=40), WIDE),
+    ("test_time_training", inputs("test_time_training", t=3, k=40, v=40), {"memory": Linear()}),
+]
 
 
 @pytest.mark.slow
-@on_gpu
-@pytest.mark.parametrize("scene", SCENES)
-def test_each_barrier_is_needed(scene, backend, monkeypatch):
-    made, builders = with_switches(monkeypatch)
-    with on_cpu(backend) as machine:
-        kept = {}
-        build = builders[backend]
-        machine.build = lambda *key: kept[key] if key in kept else kept.setdefault(key, build(*key))
+def test_each_barrier_is_needed():
+    """In one kernel at least: what blocks share is not needed by all."""
+    needed_somewhere = {}
+    for operator, arrays, options in SCENES:
+        with on_cpu("cupy") as machine:
+            built = {}
+            machine.build = partial(switched, built)
+            play = partial(getattr(ttr_np, operator), **arrays, **options, backend="cupy")
+            play()
+            for kernel, reasons in list(built.values()):
+                skipped = ctypes.c_int.in_dll(ctypes.CDLL(str(kernel.library)), "skipped_barrier")
+                for skipped.value, reason in enumerate(reasons):
+                    if not needed_somewhere.get(reason):
+                        needed_somewhere[reason] = faults(play)
+                skipped.value = -1
+    assert len(needed_somewhere) > 30
+    assert [reason for reason, caught in needed_somewhere.items() if not caught] == []
 
-        def play():
-            for operator, arrays, options in SCENES[scene]:
-                getattr(ttr_np, operator)(**arrays, **options, backend=backend)
 
+def switched(built, *key):
+    """A kernel, built once."""
+    if key not in built:
+        built[key] = with_switch(*key)
+    return built[key][0]
+
+
+def faults(play):
+    """Whether a call reads or writes what others have not left."""
+    try:
         play()
-        assert sum(barriers for _, barriers in made.values()) > 0
-        for name, (kernel, barriers) in made.items():
-            skipped = ctypes.c_int.in_dll(ctypes.CDLL(str(kernel.library)), "skipped_barrier")
-            for barrier in range(barriers):
-                skipped.value = barrier
-                with pytest.raises((cudaemu.RaceFault, cudaemu.UnsetFault)):
-                    play()
-                    pytest.fail(f"barrier {barrier} of {str(name)[:40]} is not needed", pytrace=False)
-            skipped.value = -1
+    except (cudaemu.RaceFault, cudaemu.UnsetFault):
+        return True
+    return False

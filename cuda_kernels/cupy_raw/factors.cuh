@@ -2,7 +2,7 @@
 
 // A = L L^T in place, its lower triangle only; false if a pivot is not positive. Products are summed before they are
 // taken off a number that may be much larger.
-__device__ __forceinline__ bool cholesky(real* A, long long n) {
+__device__ bool cholesky(real* A, long long n) {
     for (int j = 0; j < n; j++) {
         __syncthreads();  // the columns before j are whole
         for (int i = j + threadIdx.x / 32; i < n; i += blockDim.x / 32) {
@@ -33,11 +33,11 @@ __device__ double trace_of_inverse(const real* L, real* X, int n) {
     return over_block(total);
 }
 
+// B = A^T; a thread reads columns of A, and may do so while others still write theirs.
 __device__ void transpose(const real* A, real* B, int n) {
-    __syncthreads();  // A is written
     for (int i = 0; i < n; i++)
         for (int j = threadIdx.x; j < n; j += blockDim.x) B[j * n + i] = A[i * n + j];
-    __syncthreads();  // B is
+    __syncthreads();  // B is there
 }
 
 // One warp rotates two rows until they are orthogonal; false if they are, or if they hold a bad number.

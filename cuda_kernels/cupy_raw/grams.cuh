@@ -9,7 +9,7 @@ __device__ __forceinline__ real decay_of(Rows<const gate> log_decay, bool decays
 }
 
 // H = left H + key key^T; a thread has the same columns every time.
-__device__ __forceinline__ void learn(real* H, const real* key, real left) {
+__device__ void learn(real* H, const real* key, real left) {
     for (int i = 0; i < K; i++)
         for (int j = threadIdx.x; j < K; j += blockDim.x)
             H[i * K + j] = fma(key[i], key[j], kept(left, H[i * K + j]));

@@ -16,7 +16,7 @@ struct Vectors {
 };
 
 // Y = L^-1 for H + ridge / reference = L L^T, so that Y^T Y is its inverse; false if there is none.
-__device__ __forceinline__ bool factorise(real* L, real* Y, const real* H, const Vectors& all, real reference) {
+__device__ bool factorise(real* L, real* Y, const real* H, const Vectors& all, real reference) {
     for (int i = 0; i < K; i++)
         for (int j = threadIdx.x; j < K; j += blockDim.x) {
             L[i * K + j] = H[i * K + j] + (i == j ? all.ridge[i] / reference : real(0));
@@ -26,7 +26,7 @@ __device__ __forceinline__ bool factorise(real* L, real* Y, const real* H, const
 }
 
 // The same after one more pair and one more decay.
-__device__ __forceinline__ void carry(real* Y, Vectors& all, real left) {
+__device__ void carry(real* Y, Vectors& all, real left) {
     for (int i = threadIdx.x / 32; i < K; i += blockDim.x / 32) {
         const real a = dot_of_warp(Y + i * K, all.key, K);
         if (threadIdx.x % 32 == 0) all.along[i] = a;
@@ -41,7 +41,7 @@ __device__ __forceinline__ void carry(real* Y, Vectors& all, real left) {
 }
 
 // z = Y^T Y r, or r itself.
-__device__ __forceinline__ void precondition(const real* Y, Vectors& all, bool factored) {
+__device__ void precondition(const real* Y, Vectors& all, bool factored) {
     __syncthreads();  // r is there
     for (int i = threadIdx.x / 32; i < K && factored; i += blockDim.x / 32) {
         const real known = dot_of_warp(Y + i * K, all.r, K);
@@ -55,14 +55,14 @@ __device__ __forceinline__ void precondition(const real* Y, Vectors& all, bool f
     }
 }
 
-__device__ __forceinline__ real dot(const real* x, const real* y) {  // of what each thread has itself
+__device__ real dot(const real* x, const real* y) {  // of what each thread has itself
     real total = 0;
     for (int j = threadIdx.x; j < K; j += blockDim.x) total = fma(x[j], y[j], total);
     return over_block(total);
 }
 
 // x from zero; the relative residual.
-__device__ __forceinline__ real solve(const real* H, const real* Y, Vectors& all, bool factored, int most, real tolerance) {
+__device__ real solve(const real* H, const real* Y, Vectors& all, bool factored, int most, real tolerance) {
     precondition(Y, all, factored);
     for (int j = threadIdx.x; j < K; j += blockDim.x) all.x[j] = 0, all.p[j] = all.z[j];
     const real start = dot(all.r, all.r);

@@ -9,7 +9,7 @@ struct Vectors {
     real ridge[K], key[K], x[K], r[K], d[K];
 };
 
-__device__ __forceinline__ real norm(const real* H) {
+__device__ real norm(const real* H) {
     real total = 0;
     for (int i = 0; i < K; i++)
         for (int j = threadIdx.x; j < K; j += blockDim.x) total = fma(H[i * K + j], H[i * K + j], total);
@@ -17,7 +17,7 @@ __device__ __forceinline__ real norm(const real* H) {
 }
 
 // x from zero; the relative residual.
-__device__ __forceinline__ real solve(const real* H, Vectors& all, real least, real largest, real eps, int most, real tolerance) {
+__device__ real solve(const real* H, Vectors& all, real least, real largest, real eps, int most, real tolerance) {
     const real middle = (largest + least) / 2, half = fmax((largest - least) / 2, eps * middle);
     real start = 0, rho = half / middle;
     for (int j = threadIdx.x; j < K; j += blockDim.x) {

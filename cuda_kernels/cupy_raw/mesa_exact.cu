@@ -12,7 +12,7 @@ struct Vectors {
 };
 
 // A = (H + ridge) in units of the channels.
-__device__ __forceinline__ void load(real* A, const real* H, const Vectors& all, bool scaled) {
+__device__ void load(real* A, const real* H, const Vectors& all, bool scaled) {
     for (int i = 0; i < K; i++)
         for (int j = threadIdx.x; j < K; j += blockDim.x) {
             const real here = H[i * K + j] + (i == j ? all.ridge[i] : real(0));
@@ -21,7 +21,7 @@ __device__ __forceinline__ void load(real* A, const real* H, const Vectors& all,
 }
 
 // Whether no eigenvalue can be lost in rounding: with a unit diagonal, none is below the share of the ridge.
-__device__ __forceinline__ bool safe(const real* H, const Vectors& all, real eps) {
+__device__ bool safe(const real* H, const Vectors& all, real eps) {
     real lost = 0;
     for (int p = threadIdx.x; p < K; p += blockDim.x)
         lost += !(all.ridge[p] >= K * K * eps * (H[p * K + p] + all.ridge[p])) || all.ridge[p] == 0;
@@ -29,7 +29,7 @@ __device__ __forceinline__ bool safe(const real* H, const Vectors& all, real eps
 }
 
 // Eigenvectors of H + ridge as unit rows of A, and the eigenvalues, zero where they count as zero; whether none does.
-__device__ __forceinline__ bool diagonalise(real* A, const real* H, Vectors& all, real eps) {
+__device__ bool diagonalise(real* A, const real* H, Vectors& all, real eps) {
     __syncthreads();  // units are there
     load(A, H, all, true);
     __syncthreads();  // rows are there
@@ -53,7 +53,7 @@ __device__ __forceinline__ bool diagonalise(real* A, const real* H, Vectors& all
 }
 
 // Units in which the matrix has a unit diagonal; or, `by_ridge`, those in which all ridges are the same.
-__device__ __forceinline__ void measure(const real* H, Vectors& all, bool by_ridge) {
+__device__ void measure(const real* H, Vectors& all, bool by_ridge) {
     real largest = 0;
     for (int p = 0; p < K; p++) largest = fmax(largest, all.ridge[p]);
     for (int p = threadIdx.x; p < K; p += blockDim.x)
@@ -61,7 +61,7 @@ __device__ __forceinline__ void measure(const real* H, Vectors& all, bool by_rid
 }
 
 // x = what a pseudoinverse makes of the right side, refined once.
-__device__ __forceinline__ void solve_least(const real* A, const real* H, Vectors& all) {
+__device__ void solve_least(const real* A, const real* H, Vectors& all) {
     for (int p = threadIdx.x; p < K; p += blockDim.x) all.x[p] = 0;
     for (int round = 0; round < 2; round++) {
         __syncthreads();  // x is there
@@ -85,7 +85,7 @@ __device__ __forceinline__ void solve_least(const real* A, const real* H, Vector
 }
 
 // x = L^-T L^-1 right.
-__device__ __forceinline__ void solve_factored(const real* L, Vectors& all) {
+__device__ void solve_factored(const real* L, Vectors& all) {
     for (int j = 0; j < K; j++) {
         __syncthreads();  // right side j is what the numbers before it left
         const real x = all.right[j] / L[j * K + j];

@@ -1,7 +1,7 @@
 """Recursive least squares on the GPU: the chain of covariances in chunks, then the solution token by token.
 
-P does not depend on the values: ``recursive_least_squares.cu`` walks it alone, one block per memory, and leaves the gain
-of every token; ``innovations.cu`` follows with as many blocks as the values need. See
+P does not depend on the values: ``recursive_least_squares.cu`` walks over it alone, one block per memory, and leaves
+the gain of every token; ``innovations.cu`` follows with as many blocks as the values need. See
 ``ttr_np.solvers.recursive_least_squares`` for the mathematics, the two caps, and the sources.
 """
 

@@ -37,7 +37,7 @@ __device__ real slope(real x) {  // of the activation
 }
 
 // What every layer is given and sums, from the inputs of the first.
-__device__ __forceinline__ void forward(const real* parameters, real* vectors) {
+__device__ void forward(const real* parameters, real* vectors) {
     for (int layer = 0; layer < LAYERS; layer++) {
         const int rows = width(layer), columns = width(layer + 1);
         const real* weight = parameters + first(layer);
@@ -53,7 +53,7 @@ __device__ __forceinline__ void forward(const real* parameters, real* vectors) {
 
 // Sum over the values of what each thread finds for its own; their deviation around a mean.
 template <class F>
-__device__ __forceinline__ real over_values(F number) {
+__device__ real over_values(F number) {
     real total = 0;
     for (int j = threadIdx.x; j < VALUES; j += blockDim.x) total += number(j);
     return over_block(total);
@@ -63,7 +63,7 @@ struct Normal {
     real mean, deviation;
 };
 
-__device__ __forceinline__ Normal normal(const real* z) {
+__device__ Normal normal(const real* z) {
     if (!LAYER_NORM) return {0, 1};
     const real mean = over_values([&](int j) { return z[j]; }) / VALUES;
     const real variance = over_values([&](int j) { return (z[j] - mean) * (z[j] - mean); }) / VALUES;
@@ -83,7 +83,7 @@ struct Affine {  // of the layer norm
 };
 
 // Slope of the loss in what the last layer sums; `error` holds the error and then the slope.
-__device__ __forceinline__ void last_slope(const real* z, real* error, Normal n, const Affine& affine, real number) {
+__device__ void last_slope(const real* z, real* error, Normal n, const Affine& affine, real number) {
     real length = 1;
     if (LOSS == HUBER) length = fmax(sqrt(over_values([&](int j) { return error[j] * error[j]; })), number);
     for (int j = threadIdx.x; j < VALUES; j += blockDim.x) {
@@ -101,7 +101,7 @@ __device__ __forceinline__ void last_slope(const real* z, real* error, Normal n,
 }
 
 // Slopes of all layers before the last, from the last to the first.
-__device__ __forceinline__ void backward(const real* parameters, const real* vectors, real* slopes) {
+__device__ void backward(const real* parameters, const real* vectors, real* slopes) {
     for (int layer = LAYERS - 1; layer > 0; layer--) {
         const int columns = width(layer + 1);
         const real* weight = parameters + first(layer);
@@ -115,7 +115,7 @@ __device__ __forceinline__ void backward(const real* parameters, const real* vec
 }
 
 // One step of the descent; `columns` numbers at a time belong to the same thread.
-__device__ __forceinline__ void step(real& m, real* roll, real gradient, real size, real again, real keep) {
+__device__ void step(real& m, real* roll, real gradient, real size, real again, real keep) {
     const real pushed = roll ? fma(again, *roll, -size * gradient) : -size * gradient;
     if (roll) *roll = pushed;
     m = fma(keep, m, pushed);

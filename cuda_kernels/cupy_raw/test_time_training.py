@@ -82,7 +82,8 @@ def core(
     constants |= {"LAYER_NORM": int(memory.layer_norm), "RESIDUAL": int(memory.residual), "LOSS": loss}
     constants |= {"ACTIVATION": ACTIVATIONS.index(memory.activation)}
     types = {"data": q.dtype, "gate": gate, "real": M.dtype}
-    written, sizes = ("parameters", "roll", "anchor", "count", "o"), {"tokens": tokens, "columns": few(max(rows, columns))}
+    written = ("parameters", "roll", "anchor", "count", "o")
+    sizes = {"tokens": tokens, "columns": few(max(rows, columns))}
     launch(KERNEL, sequences, arrays, written, types, constants, **sizes, batch_size=batch_size, number=number)
     M, S, A = (None if x is None else x.astype(gate) for x in (M, S, A))
     return o, TestTimeTrainingState(M, S, A, state.count)

@@ -44,7 +44,7 @@ def over_block(x, parts):
 
 @cuda.jit(device=True)
 def dot(x, y, n, parts):
-    """Of the first n numbers of two vectors of which each thread has its own numbers; those of the others are there when it returns."""
+    """Of the first n numbers of two vectors; a thread may bring its own, and finds all when this returns."""
     total = float64(0)
     for i in range(cuda.threadIdx.x, n, cuda.blockDim.x):
         total += x[i] * y[i]
@@ -118,12 +118,11 @@ def trace_of_inverse(L, X, parts):
 
 @cuda.jit(device=True)
 def transpose(A, B):
-    """B = A^T."""
-    cuda.syncthreads()  # A is written
+    """B = A^T; a thread reads columns of A, and may do so while others still write theirs."""
     for i in range(A.shape[0]):
         for j in range(cuda.threadIdx.x, A.shape[1], cuda.blockDim.x):
             B[j, i] = A[i, j]
-    cuda.syncthreads()  # B is
+    cuda.syncthreads()  # B is there
 
 
 @cuda.jit(device=True)

@@ -57,7 +57,7 @@ def core(
     q: Any, k: Any, v: Any, mask: Any, *, kernel: str, bandwidth: float, ridge: float, causal: bool, state: CacheState
 ) -> tuple[Any, CacheState]:
     """Two launches."""
-    (tokens, rows), columns, lead = q.shape[-2:], v.shape[-1], state.position.shape[:-1]
+    tokens, columns, lead = q.shape[-2], v.shape[-1], state.position.shape[:-1]
     past, pairs = state.k.shape[-2], pairs_of(state, k, v, mask)
     n, memories, Y = past + tokens, Sequences(lead, lead), pairs.v.copy()
     factor = empty(memories, (n, n), Y.dtype, Y)

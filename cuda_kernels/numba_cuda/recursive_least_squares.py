@@ -3,9 +3,10 @@
     a = R^T k_t,  s = g_t + |a|^2,    gain_t = R a / s,    R = (R - R a a^T / (s + sqrt(g_t s))) / sqrt(g_t)
     S = S + gain_t (v_t - S^T k_t)^T,    o_t = S^T q_t
 
-R R^T = P, which nothing is subtracted from, and both S and R are in double precision whatever the data: they are rounded
-at every token, and nothing forgets what is lost there. P does not depend on the values: one block per memory walks it and leaves
-the gains; then S is that of a delta rule. See ``ttr_np.solvers.recursive_least_squares`` for the caps and the sources.
+R R^T = P, which nothing is subtracted from. S and R are in double precision whatever the data: they are rounded at
+every token, and nothing forgets what is lost there. P does not depend on the values: one block per memory walks over
+it and leaves the gains; then S is that of a delta rule. See ``ttr_np.solvers.recursive_least_squares`` for the caps
+and the sources.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ def cap(R, X, largest, ratio, values, parts):
 
 @cuda.jit(device=True)
 def store(P, R, X, parts):
-    """P = R R^T, exactly symmetric, and its norm. Sums of many small numbers and a large one: in double precision."""
+    """P = R R^T, exactly symmetric, and its norm."""
     norm = float64(0)
     transpose(R, X)
     for j in range(cuda.threadIdx.x, R.shape[0], cuda.blockDim.x):

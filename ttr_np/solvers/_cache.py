@@ -1,8 +1,9 @@
 """What all memories that keep their pairs share: the cache, and what a block of queries sees of it.
 
 A pair j is weighed at step i by its kernel and by what the gates have left of it, exp(sum of log_decay over (j, i]).
-Those sums only ever add numbers of one sign, so no gate, however strong, costs the mild ones after it a digit. The cache
-itself (``positions``, ``append``, ``join``) asks of arrays only what CuPy's can do as well.
+Those sums only ever add numbers of one sign, so no gate, however strong, costs the mild ones after it a digit.
+
+The cache itself (``positions``, ``append``, ``join``) asks of arrays only what CuPy's can do as well.
 """
 
 from __future__ import annotations
