@@ -281,7 +281,7 @@ def uneven():
     """A covariance that calls for a cap before the first pair and at the end, and tokens enough for several chunks."""
     arrays = inputs("recursive_least_squares", t=40, k=40)
     turned = np.linalg.qr(np.random.default_rng(1).standard_normal((40, 40)))[0]
-    P = (turned * np.r_[1e15, 1e4, np.ones(37), 1e-2]) @ turned.T
+    P = (turned * np.r_[1e14, 1e4, np.full(38, 10.0)]) @ turned.T
     return arrays, {"initial_state": (np.zeros((40, 5)), (P + P.T) / 2)}
 
 
