@@ -120,6 +120,20 @@ def solve_factored(L, right, x, along):
             x[j] = here
 
 
+@cuda.jit(device=True)
+def find_eigenvectors(A, G, weights, units, values, eps, parts):
+    """Eigenvectors with a unit diagonal and, if an eigenvalue is lost, with all ridges the same; plain for no ridge."""
+    largest, unbound, attempt = float64(0), False, 1
+    for p in range(G.shape[0]):
+        largest, unbound = max(largest, weights[p]), unbound or weights[p] == 0
+    while attempt:
+        for p in range(cuda.threadIdx.x, G.shape[0], cuda.blockDim.x):
+            unit = 1 / sqrt(G[p, p] + weights[p]) if attempt == 1 else sqrt(largest / weights[p])
+            units[p] = float64(1) if unbound else unit
+        regular = diagonalise(A, G, weights, units, values, eps, parts)
+        attempt = 0 if regular or unbound or attempt == 2 else 2
+
+
 def exact(q, k, log_decay, beta, ridge, H, factors, worst, x, iterations, tolerance, eps, blocks):
     """A Cholesky factor per token; eigenvectors where a ridge is zero or lost in rounding."""
     key = cuda.shared.array(LONGEST, float64)
@@ -131,9 +145,6 @@ def exact(q, k, log_decay, beta, ridge, H, factors, worst, x, iterations, tolera
     parts = cuda.shared.array(32, float64)
     b, h = cuda.blockIdx.x // k.shape[1], cuda.blockIdx.x % k.shape[1]
     G, A, n, weights = H[b, h, 0], factors[b, h, 0, 0], k.shape[4], ridge[b, h, 0]
-    largest, unbound = float64(0), False
-    for p in range(n):
-        largest, unbound = max(largest, weights[p]), unbound or weights[p] == 0
     for t in range(k.shape[3]):
         learn(G, key, k[b, h, 0], log_decay[b, h, 0], beta[b, h, 0], t)
         factored = safe(G, weights, eps, parts)
@@ -142,13 +153,8 @@ def exact(q, k, log_decay, beta, ridge, H, factors, worst, x, iterations, tolera
                 for j in range(cuda.threadIdx.x, n, cuda.blockDim.x):
                     A[i, j] = G[i, j] + (weights[i] if i == j else float64(0))
             factored = cholesky(A)
-        attempt = 0 if factored else 1
-        while attempt:  # first with a unit diagonal, then, if an eigenvalue is lost, with all ridges the same
-            for p in range(cuda.threadIdx.x, n, cuda.blockDim.x):
-                unit = 1 / sqrt(G[p, p] + weights[p]) if attempt == 1 else sqrt(largest / weights[p])
-                units[p] = float64(1) if unbound else unit
-            regular = diagonalise(A, G, weights, units, values, eps, parts)
-            attempt = 0 if regular or unbound or attempt == 2 else 2
+        if not factored:
+            find_eigenvectors(A, G, weights, units, values, eps, parts)
         for g in range(q.shape[2]):  # the queries that share this memory
             for p in range(cuda.threadIdx.x, n, cuda.blockDim.x):
                 right[p] = q[b, h, g, t, p]
@@ -195,6 +201,32 @@ def precondition(Y, r, z, along, factored):
         z[j] = along_columns(Y, along, j) if factored else r[j]
 
 
+@cuda.jit(device=True)
+def conjugate_gradients(G, weights, Y, factored, r, x, p, z, along, shift, parts, most, tolerance):
+    """x from zero, with what is left of the right side in r; the relative residual."""
+    n = G.shape[0]
+    precondition(Y, r, z, along, factored)
+    for j in range(cuda.threadIdx.x, n, cuda.blockDim.x):
+        x[j], p[j] = 0, z[j]
+    start, slope, step = dot(r, r, n, parts), dot(r, z, n, parts), 0
+    error = start
+    while step < most and error > tolerance * tolerance * start:
+        cuda.syncthreads()  # p is there
+        for j in range(cuda.threadIdx.x, n, cuda.blockDim.x):
+            shift[j] = along_columns(G, p, j) + weights[j] * p[j]
+        length = ratio(slope, dot(p, shift, n, parts))
+        for j in range(cuda.threadIdx.x, n, cuda.blockDim.x):
+            x[j] += length * p[j]
+            r[j] -= length * shift[j]
+        precondition(Y, r, z, along, factored)
+        error, before = dot(r, r, n, parts), slope
+        slope = dot(r, z, n, parts)
+        for j in range(cuda.threadIdx.x, n, cuda.blockDim.x):
+            p[j] = z[j] + ratio(slope, before) * p[j]
+        step += 1
+    return sqrt(ratio(error, start))
+
+
 def cg(q, k, log_decay, beta, ridge, H, factors, worst, x, iterations, tolerance, eps, blocks):
     """Conjugate gradients, preconditioned by a factor of one token that is carried to the next ones.
 
@@ -217,8 +249,7 @@ def cg(q, k, log_decay, beta, ridge, H, factors, worst, x, iterations, tolerance
         regular = regular and weights[j] > 0
     for t in range(k.shape[3]):
         left = learn(G, key, k[b, h, 0], log_decay[b, h, 0], beta[b, h, 0], t)
-        known *= left
-        age += 1
+        known, age = known * left, age + 1
         if factored and known >= HALF:
             carry(Y, key, along, left, parts)
         elif regular and age > FRESH:
@@ -229,32 +260,47 @@ def cg(q, k, log_decay, beta, ridge, H, factors, worst, x, iterations, tolerance
         for g in range(q.shape[2]):  # the queries that share this memory
             for j in range(cuda.threadIdx.x, n, cuda.blockDim.x):
                 r[j] = q[b, h, g, t, j]
-                found[j] = 0
-            precondition(Y, r, z, along, factored)
-            for j in range(cuda.threadIdx.x, n, cuda.blockDim.x):
-                p[j] = z[j]
-            start, slope, step = dot(r, r, n, parts), dot(r, z, n, parts), 0
-            error = start
-            while step < iterations and error > tolerance * tolerance * start:
-                cuda.syncthreads()  # p is there
-                for j in range(cuda.threadIdx.x, n, cuda.blockDim.x):
-                    shift[j] = along_columns(G, p, j) + weights[j] * p[j]
-                length = ratio(slope, dot(p, shift, n, parts))
-                for j in range(cuda.threadIdx.x, n, cuda.blockDim.x):
-                    found[j] += length * p[j]
-                    r[j] -= length * shift[j]
-                precondition(Y, r, z, along, factored)
-                error, before = dot(r, r, n, parts), slope
-                slope = dot(r, z, n, parts)
-                for j in range(cuda.threadIdx.x, n, cuda.blockDim.x):
-                    p[j] = z[j] + ratio(slope, before) * p[j]
-                step += 1
-            rest = sqrt(ratio(error, start))
+            rest = conjugate_gradients(
+                G, weights, Y, factored, r, found, p, z, along, shift, parts, iterations, tolerance
+            )
             residual = max(residual, rest)
             for j in range(cuda.threadIdx.x, n, cuda.blockDim.x):
                 x[b, h, g, t, j] = found[j] if isfinite(rest) else nan
     if cuda.threadIdx.x == 0:
         worst[b, h, 0, 0], worst[b, h, 0, 1] = residual, iterations
+
+
+@cuda.jit(device=True)
+def norm(G, parts):
+    """|G|_F."""
+    total = float64(0)
+    for i in range(G.shape[0]):
+        for j in range(cuda.threadIdx.x, G.shape[0], cuda.blockDim.x):
+            total += G[i, j] * G[i, j]
+    return sqrt(over_block(total, parts))
+
+
+@cuda.jit(device=True)
+def iterate(G, weights, least, bound, r, x, d, parts, most, tolerance, eps):
+    """x from zero by Chebyshev's iteration, with what is left of the right side in r; the relative residual."""
+    n, middle = G.shape[0], (bound + least) / 2
+    half = max((bound - least) / 2, eps * middle)
+    for j in range(cuda.threadIdx.x, n, cuda.blockDim.x):
+        x[j], d[j] = 0, r[j] / middle
+    start, rho, step = dot(r, r, n, parts), half / middle, 0
+    error = start
+    while step < most and error > tolerance * tolerance * start:
+        for j in range(cuda.threadIdx.x, n, cuda.blockDim.x):
+            x[j] += d[j]
+            r[j] -= along_columns(G, d, j) + weights[j] * d[j]
+        before = rho
+        rho = 1 / (2 * middle / half - before)
+        cuda.syncthreads()  # nobody reads d any more
+        for j in range(cuda.threadIdx.x, n, cuda.blockDim.x):
+            d[j] = rho * before * d[j] + 2 * rho / half * r[j]
+        error = dot(r, r, n, parts)
+        step += 1
+    return sqrt(ratio(error, start))
 
 
 def chebyshev(q, k, log_decay, beta, ridge, H, factors, worst, x, iterations, tolerance, eps, blocks):
@@ -271,36 +317,15 @@ def chebyshev(q, k, log_decay, beta, ridge, H, factors, worst, x, iterations, to
         least, largest = min(least, weights[j]), max(largest, weights[j])
     for t in range(k.shape[3]):
         learn(G, key, k[b, h, 0], log_decay[b, h, 0], beta[b, h, 0], t)
-        total = float64(0)
-        for i in range(n):
-            for j in range(cuda.threadIdx.x, n, cuda.blockDim.x):
-                total += G[i, j] * G[i, j]
-        bound = sqrt(over_block(total, parts)) + largest
-        most = float64(iterations)
+        bound, most = norm(G, parts) + largest, float64(iterations)
         if iterations == 0:  # what the bounds ask for
             spread = (bound if bound < inf else least) / least
             most = min(ceil(sqrt(spread) / 2 * log(2 / max(tolerance, eps))) + 1.0, 1000.0)
         needed = max(needed, most)
-        middle = (bound + least) / 2
-        half = max((bound - least) / 2, eps * middle)
         for g in range(q.shape[2]):  # the queries that share this memory
             for j in range(cuda.threadIdx.x, n, cuda.blockDim.x):
                 r[j] = q[b, h, g, t, j]
-                found[j], d[j] = 0, r[j] / middle
-            start, rho, step = dot(r, r, n, parts), half / middle, 0
-            error = start
-            while step < most and error > tolerance * tolerance * start:
-                for j in range(cuda.threadIdx.x, n, cuda.blockDim.x):
-                    found[j] += d[j]
-                    r[j] -= along_columns(G, d, j) + weights[j] * d[j]
-                before = rho
-                rho = 1 / (2 * middle / half - before)
-                cuda.syncthreads()  # nobody reads d any more
-                for j in range(cuda.threadIdx.x, n, cuda.blockDim.x):
-                    d[j] = rho * before * d[j] + 2 * rho / half * r[j]
-                error = dot(r, r, n, parts)
-                step += 1
-            rest = sqrt(ratio(error, start))
+            rest = iterate(G, weights, least, bound, r, found, d, parts, most, tolerance, eps)
             residual = max(residual, rest)
             for j in range(cuda.threadIdx.x, n, cuda.blockDim.x):
                 x[b, h, g, t, j] = found[j] if isfinite(rest) else nan

@@ -63,9 +63,9 @@ def core(
     factor = empty(memories, (n, n), Y.dtype, Y)
     bad = np.zeros_like(Y, shape=(*lead, 1), dtype=bool)
     kept = {"k": (pairs.k, BOTH), "present": (pairs.present, COLUMN), "factor": (factor, BOTH), "Y": (Y, BOTH)}
-    factorise, answer = kernels_for(kernel)
-    written, numbers = ("factor", "Y", "bad"), (np.float64(ridge), np.float64(1 / bandwidth**2))
-    launch(factorise, memories, kept | {"bad": (bad, COLUMN)}, written, tokens, few(max(n, columns)), 1, *numbers)
+    arrays, written = kept | {"bad": (bad, COLUMN)}, ("factor", "Y", "bad")
+    numbers = (np.float64(ridge), np.float64(1 / bandwidth**2))
+    launch(factor_for(kernel), memories, arrays, written, tokens, few(max(n, columns)), 1, *numbers)
     refuse_singular(bad)
 
     sequences = Sequences(lead, np.broadcast_shapes(q.shape[:-2], lead))
@@ -73,13 +73,13 @@ def core(
     scratch = empty(memories, (n, -(-lanes // 128) * 128), Y.dtype, Y)
     o = empty(sequences, (tokens, columns), q.dtype, q)
     arrays = {"q": (q, BOTH)} | kept | {"scratch": (scratch, BOTH), "o": (o, BOTH)}
-    launch(answer, sequences, arrays, ("scratch", "o"), tokens, lanes, 1, past, int(causal), numbers[1])
+    launch(answers_for(kernel), sequences, arrays, ("scratch", "o"), tokens, lanes, 1, past, int(causal), numbers[1])
     return spoil(o, pairs.spoilt, past, causal), append(state, k, v, None, mask)
 
 
 @cache
-def kernels_for(name: str) -> tuple[Any, Any]:
-    """The factor and the answers for one kernel function; ``width`` is 1 / bandwidth^2."""
+def similar_for(name: str) -> Any:
+    """One kernel function; ``width`` is 1 / bandwidth^2."""
 
     @cuda.jit(device=True)
     def similar(key, point, width):
@@ -92,6 +92,14 @@ def kernels_for(name: str) -> tuple[Any, Any]:
         if name == "exponential":
             return exp(total * width)
         return (1 + total) * (1 + total) if name == "polynomial" else total
+
+    return similar
+
+
+@cache
+def factor_for(name: str) -> Any:
+    """The kernel that makes the factor: one block per memory."""
+    similar = similar_for(name)
 
     def factorise(k, present, factor, values, bad, ridge, width, blocks):
         parts = cuda.shared.array(32, float64)
@@ -120,6 +128,14 @@ def kernels_for(name: str) -> tuple[Any, Any]:
                     y -= L[i, m] * Y[m, j]
                 Y[i, j] = y / L[i, i]
 
+    return factorise
+
+
+@cache
+def answers_for(name: str) -> Any:
+    """The kernel that answers queries: a thread has one after another."""
+    similar = similar_for(name)
+
     def answer(q, k, present, factor, values, scratch, o, past, causal, width, blocks):
         memory, groups = cuda.blockIdx.x // blocks, q.shape[2]
         b, h, lanes = memory // q.shape[1], memory % q.shape[1], blocks * cuda.blockDim.x
@@ -139,4 +155,4 @@ def kernels_for(name: str) -> tuple[Any, Any]:
                     total += x[i] * Y[i, j]
                 o[b, h, g, t, j] = total
 
-    return factorise, answer
+    return answer

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from functools import cache, partial
 from math import copysign, exp, sqrt, tanh
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import float64
@@ -22,7 +22,7 @@ from ttr_np.solvers.test_time_training import check_batch_size, start
 
 from .._sequences import BOTH, COLUMN, ROW, Sequences
 from .._squares import few
-from .._training import ACTIVATIONS, EACH, HUBER, POWER, fixed, hidden_layers, loss_of, memory_refusal
+from .._training import EACH, HUBER, POWER, fixed, hidden_layers, loss_of, memory_refusal
 from ._factors import over_block, over_warp
 from ._launch import cuda, empty, launch, run
 
@@ -90,13 +90,24 @@ def core(
     arrays |= {"scale": (scale, COLUMN), "offset": (offset, COLUMN), "parameters": (M, COLUMN), "roll": (S, COLUMN)}
     arrays |= {"anchor": (A, COLUMN), "count": (state.count, ()), "vectors": (vectors, COLUMN), "o": (o, BOTH)}
     loss, number = loss_of(memory.loss)
-    kernel = kernel_for(
-        layers, hidden, ACTIVATIONS.index(memory.activation), memory.bias, memory.layer_norm, memory.residual, loss
-    )
+    kind = Kind(layers, hidden, memory.activation, bool(memory.bias), memory.layer_norm, memory.residual, loss)
     written = ("parameters", "roll", "anchor", "count", "vectors", "o")
-    launch(kernel, sequences, arrays, written, tokens, few(max(rows, columns)), 1, int(batch_size), np.float64(number))
+    numbers = (int(batch_size), np.float64(number))
+    launch(kernel_for(kind), sequences, arrays, written, tokens, few(max(rows, columns)), 1, *numbers)
     M, S, A = (None if x is None else x.astype(gate) for x in (M, S, A))
     return o, TestTimeTrainingState(M, S, A, state.count)
+
+
+class Kind(NamedTuple):
+    """What a kernel is compiled for."""
+
+    layers: int
+    hidden: int
+    activation: str
+    bias: bool
+    layer_norm: bool
+    residual: bool
+    loss: int
 
 
 @cuda.jit(device=True)
@@ -106,9 +117,8 @@ def sigmoid(x):
 
 
 @cache
-def activation_for(which: int) -> tuple[Any, Any]:
+def activation_for(name: str) -> tuple[Any, Any]:
     """An activation and its slope."""
-    name = ACTIVATIONS[which]
 
     @cuda.jit(device=True)
     def activated(x):
@@ -134,12 +144,10 @@ def activation_for(which: int) -> tuple[Any, Any]:
 
 
 @cache
-def kernel_for(
-    layers: int, hidden: int, activation: int, bias: bool, layer_norm: bool, residual: bool, loss: int
-) -> Any:
-    """The kernel for memories of one kind."""
-    activated, slope = activation_for(activation)
-    extra = int(bias)
+def forward_for(kind: Kind) -> Any:
+    """The way forward through a memory."""
+    layers, hidden, bias, extra = kind.layers, kind.hidden, kind.bias, int(kind.bias)
+    activated, _ = activation_for(kind.activation)
 
     @cuda.jit(device=True)
     def forward(parameters, x, sums, keys, values):
@@ -156,6 +164,14 @@ def kernel_for(
                 if layer < layers - 1:
                     x[given + rows + j] = activated(total)
             first, given = first + (rows + extra) * columns, given + rows
+
+    return forward
+
+
+@cache
+def finish_for(kind: Kind) -> Any:
+    """From the sums of the last layer to answers, and first their mean and deviation."""
+    layer_norm, residual = kind.layer_norm, kind.residual
 
     @cuda.jit(device=True)
     def normal(z, parts):
@@ -181,6 +197,14 @@ def kernel_for(
             if offset.size:
                 y += offset[j]
         return y + key[j] if residual else y
+
+    return normal, answered
+
+
+@cache
+def last_slope_for(kind: Kind) -> Any:
+    """The way back through the loss and the layer norm."""
+    layer_norm, loss = kind.layer_norm, kind.loss
 
     @cuda.jit(device=True)
     def last_slope(z, error, mean, deviation, scale, number, parts):
@@ -209,6 +233,15 @@ def kernel_for(
             for j in range(cuda.threadIdx.x, z.shape[0], cuda.blockDim.x):
                 error[j] = (error[j] - total - (z[j] - mean) / deviation * along) / deviation
 
+    return last_slope
+
+
+@cache
+def backward_for(kind: Kind) -> Any:
+    """The way back through the layers."""
+    layers, hidden, extra = kind.layers, kind.hidden, int(kind.bias)
+    _, slope = activation_for(kind.activation)
+
     @cuda.jit(device=True)
     def backward(parameters, sums, slopes, keys, values):
         """Slopes of all layers before the last, from the last to the first."""
@@ -223,6 +256,14 @@ def kernel_for(
                 total = over_warp(total)
                 if cuda.threadIdx.x % 32 == 0:
                     slopes[(layer - 1) * hidden + i] = total * slope(sums[(layer - 1) * hidden + i])
+
+    return backward
+
+
+@cache
+def descend_for(kind: Kind) -> Any:
+    """The step of all parameters."""
+    layers, hidden, extra = kind.layers, kind.hidden, int(kind.bias)
 
     @cuda.jit(device=True)
     def descend(M, S, A, x, slopes, keys, values, size, again, keep, full):
@@ -242,6 +283,16 @@ def kernel_for(
                         A[at] = M[at]
             first, given = first + (rows + extra) * columns, given + rows
 
+    return descend
+
+
+@cache
+def kernel_for(kind: Kind) -> Any:
+    """The kernel for memories of one kind: a block has one memory."""
+    inner, (normal, answered) = (kind.layers - 1) * kind.hidden, finish_for(kind)
+    forward, last_slope = forward_for(kind), last_slope_for(kind)
+    backward, descend = backward_for(kind), descend_for(kind)
+
     def test_time_training(
         q, k, v, step_size, momentum, weight_decay, mask, scale, offset, parameters, roll, anchor, count, vectors, o,
         batch_size, number, blocks,
@@ -249,7 +300,6 @@ def kernel_for(
         parts = cuda.shared.array(32, float64)
         b, h, keys, values = cuda.blockIdx.x // k.shape[1], cuda.blockIdx.x % k.shape[1], k.shape[4], v.shape[4]
         M, S, A = parameters[b, h, 0], roll[b, h, 0], anchor[b, h, 0]
-        inner = (layers - 1) * hidden
         x, sums = vectors[b, h, 0, : keys + inner], vectors[b, h, 0, keys + inner : keys + 2 * inner + values]
         slopes = vectors[b, h, 0, keys + 2 * inner + values :]
         z, error, batch = sums[inner:], slopes[inner:], count[b, h, 0]
@@ -261,8 +311,7 @@ def kernel_for(
                 forward(A, x, sums, keys, values)
                 mean, deviation = normal(z, parts)
                 for j in range(cuda.threadIdx.x, values, cuda.blockDim.x):
-                    y = answered(z, mean, deviation, scale[b, h, 0], offset[b, h, 0], x, j)
-                    error[j] = y - v[b, h, 0, t, j]
+                    error[j] = answered(z, mean, deviation, scale[b, h, 0], offset[b, h, 0], x, j) - v[b, h, 0, t, j]
                 last_slope(z, error, mean, deviation, scale[b, h, 0], number, parts)
                 backward(A, sums, slopes, keys, values)
                 cuda.syncthreads()  # all slopes are there
