@@ -163,6 +163,18 @@ def test_directions_without_keys_do_not_wind_up(backend):
 
 
 @on_gpu
+@pytest.mark.parametrize("gate", [-3.0, -1e4])
+def test_steep_gates_forget_what_the_solver_forgets(gate, backend):
+    arrays = inputs("recursive_least_squares", t=40, k=4)
+    arrays["log_decay"][5:35] = gate if gate > -60 else 0
+    arrays["log_decay"][20] = gate
+    wanted, (_, end) = run("recursive_least_squares", "numpy", arrays)
+    o, (_, P) = run("recursive_least_squares", backend, arrays, check=False)
+    sentences.close(o, wanted, 1e-6)
+    sentences.close(P, end, 1e-6)
+
+
+@on_gpu
 def test_a_covariance_is_checked(backend):
     arrays = inputs("recursive_least_squares", lead=(2,), k=3, v=5)
     S = np.zeros((2, 3, 5))
@@ -210,6 +222,7 @@ def test_the_factor_of_one_token_serves_those_that_follow():
     assert steps("cupy", 0.0) == 1
     assert steps("cupy", np.log(0.998)) <= 4
     assert steps("cupy", np.log(0.98)) <= 8
+    assert steps("cupy", np.log(0.5)) <= 12
     assert steps("numpy", np.log(0.98)) > 8
 
 
@@ -224,12 +237,16 @@ def test_a_limit_on_the_steps_is_reported(backend):
 
 
 def test_a_ridge_lost_in_rounding_says_which_solution():
-    for ridge in (0.0, 1e-300, np.array([0.0, 1e-3, 1.0, 1.0, 1e-3])):
-        arrays = inputs("mesa", t=7, lead=(2,), optional=())
-        arrays["k"][:, 3] = arrays["k"][:, 2]
-        wanted, _ = run("mesa", "numpy", arrays, ridge=ridge)
-        o, _ = run("mesa", "cupy", arrays, ridge=ridge)
-        sentences.close(o, wanted, 1e-7)
+    for ridge in (0.0, 1e-200, np.array([0.0, 1e-3, 1.0, 1.0, 1e-3])):
+        for units in (np.ones(5), np.array([1e-5, 1e-3, 1.0, 1e3, 1e5])):
+            arrays = inputs("mesa", t=7, lead=(2,), optional=())
+            arrays["k"][:, 3] = arrays["k"][:, 2]
+            arrays["k"] *= units
+            arrays["q"] *= units
+            if np.ndim(ridge) == 0 < ridge or units[0] == 1:  # else it is rounding that says what counts as zero
+                wanted, _ = run("mesa", "numpy", arrays, ridge=ridge * units**2)
+                o, _ = run("mesa", "cupy", arrays, ridge=ridge * units**2)
+                sentences.close(o, wanted, 1e-6)
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
@@ -256,6 +273,8 @@ def test_keys_that_repeat_need_a_ridge(backend):
     arrays["k"][2] = arrays["k"][1]
     with pytest.raises(np.linalg.LinAlgError, match="keys repeat"):
         run("kernel_ridge", backend, arrays, ridge=0.0)
+    once = {"ridge": 0.0, "mask": np.array([True, True, False, True])}
+    sentences.close(run("kernel_ridge", backend, arrays, **once)[0], run("kernel_ridge", "numpy", arrays, **once)[0])
 
 
 # ---- barriers --------------------------------------------------------------------------------------------------------

@@ -60,10 +60,11 @@ def core(
     bad = np.zeros_like(Y, shape=(*lead, 1), dtype=bool)
     types = {"data": q.dtype, "gate": state.k.dtype, "real": Y.dtype}
     constants = {"K": rows, "KIND": NAMES.index(kernel), "CAUSAL": int(causal), "EVEN": even(q)}
-    kept = {"k": (pairs.k, BOTH), "present": (pairs.present, COLUMN), "factor": (factor, BOTH), "Y": (Y, BOTH)}
+    kept = {"k": (pairs.k, BOTH), "factor": (factor, BOTH), "Y": (Y, BOTH)}
     sizes = {"tokens": tokens, "pairs": n, "width_of_values": columns, "width": 1 / bandwidth**2}
     written, numbers = ("factor", "Y", "bad"), {"columns": few(max(n, columns)), "ridge": ridge}
-    launch(FACTOR, memories, kept | {"bad": (bad, COLUMN)}, written, types, constants, **sizes, **numbers)
+    arrays = {"k": kept["k"], "present": (pairs.present, COLUMN)} | kept | {"bad": (bad, COLUMN)}
+    launch(FACTOR, memories, arrays, written, types, constants, **sizes, **numbers)
     refuse_singular(bad)
 
     sequences = Sequences(lead, np.broadcast_shapes(q.shape[:-2], lead))

@@ -60,27 +60,19 @@ __device__ void measure(const real* H, Vectors& all, bool by_ridge) {
         all.units[p] = by_ridge ? sqrt(largest / all.ridge[p]) : 1 / sqrt(H[p * K + p] + all.ridge[p]);
 }
 
-// x = what a pseudoinverse makes of the right side, refined once.
-__device__ void solve_least(const real* A, const real* H, Vectors& all) {
-    for (int p = threadIdx.x; p < K; p += blockDim.x) all.x[p] = 0;
-    for (int round = 0; round < 2; round++) {
-        __syncthreads();  // x is there
-        for (int p = threadIdx.x; p < K; p += blockDim.x) {
-            real rest = fma(-all.ridge[p], all.x[p], all.right[p]);
-            for (int j = 0; j < K; j++) rest = fma(-H[j * K + p], all.x[j], rest);
-            all.key[p] = all.units[p] * rest;
-        }
-        __syncthreads();  // what is left to solve is there
-        for (int i = threadIdx.x / 32; i < K; i += blockDim.x / 32) {
-            const real known = dot_of_warp(A + i * K, all.key, K);
-            if (threadIdx.x % 32 == 0) all.along[i] = all.values[i] > 0 ? known / all.values[i] : all.values[i];
-        }
-        __syncthreads();  // so is what is known along eigenvectors
-        for (int p = threadIdx.x; p < K; p += blockDim.x) {
-            real found = 0;
-            for (int i = 0; i < K; i++) found = fma(all.along[i], A[i * K + p], found);
-            all.x[p] = fma(all.units[p], found, all.x[p]);
-        }
+// x = what a pseudoinverse makes of the right side.
+__device__ void solve_least(const real* A, Vectors& all) {
+    for (int p = threadIdx.x; p < K; p += blockDim.x) all.right[p] *= all.units[p];
+    __syncthreads();  // the right side and the values are there
+    for (int i = threadIdx.x / 32; i < K; i += blockDim.x / 32) {
+        const real known = dot_of_warp(A + i * K, all.right, K);
+        if (threadIdx.x % 32 == 0) all.along[i] = all.values[i] > 0 ? known / all.values[i] : all.values[i];
+    }
+    __syncthreads();  // what is known along eigenvectors is there
+    for (int p = threadIdx.x; p < K; p += blockDim.x) {
+        real found = 0;
+        for (int i = 0; i < K; i++) found = fma(all.along[i], A[i * K + p], found);
+        all.x[p] = all.units[p] * found;
     }
 }
 
@@ -138,7 +130,7 @@ mesa_exact(const data* q, const data* k, const gate* log_decay, const gate* beta
         for (int g = 0; g < groups; g++) {  // the queries that share this memory
             for (int p = thread; p < K; p += blockDim.x) all.right[p] = widened(query.of(g).at(t, p));
             if (factored) solve_factored(A, all);
-            else solve_least(A, H, all);
+            else solve_least(A, all);
             __syncthreads();  // x is there
             for (int p = thread; p < K; p += blockDim.x) solution.of(g).at(t, p) = all.x[p];
         }

@@ -82,22 +82,18 @@ def diagonalise(A, H, ridge, units, values, eps, parts):
 
 
 @cuda.jit(device=True)
-def solve_least(A, H, ridge, units, values, right, x, known, along):
-    """What a pseudoinverse makes of the right side, refined once."""
+def solve_least(A, units, values, right, x, along):
+    """What a pseudoinverse makes of the right side."""
     for p in range(cuda.threadIdx.x, A.shape[0], cuda.blockDim.x):
-        x[p] = 0
-    for _ in range(2):
-        cuda.syncthreads()  # x is there
-        for p in range(cuda.threadIdx.x, A.shape[0], cuda.blockDim.x):
-            known[p] = units[p] * (right[p] - ridge[p] * x[p] - along_columns(H, x, p))
-        cuda.syncthreads()  # what is left to solve is there
-        along_rows(A, known, along)
-        cuda.syncthreads()  # so is what is known along eigenvectors
-        for p in range(cuda.threadIdx.x, A.shape[0], cuda.blockDim.x):
-            found = float64(0)
-            for i in range(A.shape[0]):
-                found += A[i, p] * (along[i] / values[i] if values[i] > 0 else values[i])
-            x[p] += units[p] * found
+        right[p] *= units[p]
+    cuda.syncthreads()  # the right side and the values are there
+    along_rows(A, right, along)
+    cuda.syncthreads()  # what is known along eigenvectors is there
+    for p in range(cuda.threadIdx.x, A.shape[0], cuda.blockDim.x):
+        found = float64(0)
+        for i in range(A.shape[0]):
+            found += A[i, p] * (along[i] / values[i] if values[i] > 0 else values[i])
+        x[p] = units[p] * found
 
 
 @cuda.jit(device=True)
@@ -161,7 +157,7 @@ def exact(q, k, log_decay, beta, ridge, H, factors, worst, x, iterations, tolera
             if factored:
                 solve_factored(A, right, found, along)
             else:
-                solve_least(A, G, weights, units, values, right, found, key, along)
+                solve_least(A, units, values, right, found, along)
             cuda.syncthreads()  # x is there
             for p in range(cuda.threadIdx.x, n, cuda.blockDim.x):
                 x[b, h, g, t, p] = found[p]

@@ -62,8 +62,9 @@ def core(
     n, memories, Y = past + tokens, Sequences(lead, lead), pairs.v.copy()
     factor = empty(memories, (n, n), Y.dtype, Y)
     bad = np.zeros_like(Y, shape=(*lead, 1), dtype=bool)
-    kept = {"k": (pairs.k, BOTH), "present": (pairs.present, COLUMN), "factor": (factor, BOTH), "Y": (Y, BOTH)}
-    arrays, written = kept | {"bad": (bad, COLUMN)}, ("factor", "Y", "bad")
+    kept = {"k": (pairs.k, BOTH), "factor": (factor, BOTH), "Y": (Y, BOTH)}
+    arrays = {"k": kept["k"], "present": (pairs.present, COLUMN)} | kept | {"bad": (bad, COLUMN)}
+    written = ("factor", "Y", "bad")
     numbers = (np.float64(ridge), np.float64(1 / bandwidth**2))
     launch(factor_for(kernel), memories, arrays, written, tokens, few(max(n, columns)), 1, *numbers)
     refuse_singular(bad)
@@ -136,16 +137,16 @@ def answers_for(name: str) -> Any:
     """The kernel that answers queries: a thread has one after another."""
     similar = similar_for(name)
 
-    def answer(q, k, present, factor, values, scratch, o, past, causal, width, blocks):
+    def answer(q, k, factor, values, scratch, o, past, causal, width, blocks):
         memory, groups = cuda.blockIdx.x // blocks, q.shape[2]
         b, h, lanes = memory // q.shape[1], memory % q.shape[1], blocks * cuda.blockDim.x
         lane = cuda.blockIdx.x % blocks * cuda.blockDim.x + cuda.threadIdx.x
-        L, Y, here, x = factor[b, h, 0], values[b, h, 0], present[b, h, 0], scratch[b, h, 0, :, lane]
+        L, Y, x = factor[b, h, 0], values[b, h, 0], scratch[b, h, 0, :, lane]
         for job in range(lane, q.shape[3] * groups, lanes):
             t, g = job // groups, job % groups
             seen = past + t + 1 if causal else L.shape[0]
             for i in range(seen):
-                total = similar(k[b, h, 0, i], q[b, h, g, t], width) if here[i] else float64(0)
+                total = similar(k[b, h, 0, i], q[b, h, g, t], width)  # without a pair, its value is zero
                 for m in range(i):
                     total -= L[i, m] * x[m]
                 x[i] = total / L[i, i]
