@@ -76,7 +76,7 @@ __device__ void solve_least(const real* A, Vectors& all) {
     }
 }
 
-// x = L^-T L^-1 right.
+// x = L^-T L^-1 right. Number 0 is the last and that of the thread which wrote it: nobody waits for x.
 __device__ void solve_factored(const real* L, Vectors& all) {
     for (int j = 0; j < K; j++) {
         __syncthreads();  // right side j is what the numbers before it left
@@ -131,7 +131,6 @@ mesa_exact(const data* q, const data* k, const gate* log_decay, const gate* beta
             for (int p = thread; p < K; p += blockDim.x) all.right[p] = widened(query.of(g).at(t, p));
             if (factored) solve_factored(A, all);
             else solve_least(A, all);
-            __syncthreads();  // x is there
             for (int p = thread; p < K; p += blockDim.x) solution.of(g).at(t, p) = all.x[p];
         }
     }

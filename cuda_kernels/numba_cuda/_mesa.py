@@ -98,7 +98,7 @@ def solve_least(A, units, values, right, x, along):
 
 @cuda.jit(device=True)
 def solve_factored(L, right, x, along):
-    """x = L^-T L^-1 right."""
+    """x = L^-T L^-1 right. Number 0 is the last and that of the thread which wrote it: nobody waits for x."""
     n = L.shape[0]
     for j in range(n):
         cuda.syncthreads()  # right side j is what the numbers before it left
@@ -158,7 +158,6 @@ def exact(q, k, log_decay, beta, ridge, H, factors, worst, x, iterations, tolera
                 solve_factored(A, right, found, along)
             else:
                 solve_least(A, units, values, right, found, along)
-            cuda.syncthreads()  # x is there
             for p in range(cuda.threadIdx.x, n, cuda.blockDim.x):
                 x[b, h, g, t, p] = found[p]
 
