@@ -53,6 +53,7 @@ CASES = cases()
 every_case = pytest.mark.parametrize("case", [marked(case) for case in CASES])
 PAIRS = sorted({(c.backend, c.operator) for c in CASES if c.operator not in SQUARES})
 of_operators = pytest.mark.parametrize("backend, operator", PAIRS)
+of_far_operators = pytest.mark.parametrize("backend, operator", PAIRS + [("cupy", operator) for operator in SQUARES])
 
 
 @pytest.fixture
@@ -264,14 +265,15 @@ def test_each_barrier_is_needed(backend, operator, machine, monkeypatch):
 # ---- offsets of more than 32 bits ------------------------------------------------------------------------------------
 
 
-@of_operators
+@of_far_operators
 def test_many_sequences(backend, operator):
-    last = 65_600
+    last, options = 65_600, OPTIONS[operator][0] if operator in SQUARES else {}
     arrays = draw(operator, np.random.default_rng(0), lead=(last,), t=2, k=1, v=1, d=1, n=1, w=2, dtype=np.float32)
     with on_cpu(backend, check=False, blocks=(last - 3, last)):
-        o = getattr(ttr_np, operator)(**arrays, backend=backend)
+        o = getattr(ttr_np, operator)(**arrays, **options, backend=backend)
     tail = {n: x[-3:] if x.ndim and len(x) == last else x for n, x in arrays.items()}
-    np.testing.assert_allclose(o[-3:], getattr(ttr_np, operator)(**tail, backend="numpy"), rtol=1e-6, atol=1e-7)
+    wanted = getattr(ttr_np, operator)(**tail, **options, backend="numpy")
+    np.testing.assert_allclose(o[-3:], wanted, rtol=1e-6, atol=1e-7)
 
 
 FAR = 2**31 + 8  # numbers
@@ -286,10 +288,10 @@ def far_apart(x, axis):
     return np.moveaxis(view, 0, axis)
 
 
-@of_operators
+@of_far_operators
 @pytest.mark.parametrize("axis", ["memory", "time"])
 def test_strides_of_more_than_32_bits(backend, operator, axis, machine):
-    case = Case(operator, backend, (), False, {})
+    case = Case(operator, backend, (), False, OPTIONS[operator][0] if operator in SQUARES else {})
     arrays = case.draw(t=3, lead=(2,), dtype=np.float32)
     wanted = case(arrays)
     for name, x in arrays.items():

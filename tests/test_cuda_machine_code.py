@@ -54,7 +54,7 @@ SQUARE_BUDGET = {
     "innovations": ((128, 128, 255), 0),
     "gram": ((128, 128, 192), 0),
     "recall": ((128, 128, 255), 0),
-    "mesa_exact": ((64, 64, 64), 64),
+    "mesa_exact": ((64, 64, 64), 96),
     "mesa_cg": ((80, 80, 80), 64),
     "mesa_chebyshev": ((104, 104, 128), 96),
     "kernel_ridge": ((64, 64, 64), 0),

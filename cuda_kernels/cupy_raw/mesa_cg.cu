@@ -100,8 +100,8 @@ mesa_cg(const data* q, const data* k, const gate* log_decay, const gate* beta, c
     const auto solution = rows(x, table, axes, X, memory);
     const auto fixed = rows(ridge, table, axes, RIDGE, memory);
     const auto report = rows(worst, table, axes, WORST, memory);
-    real* H = rows(starts, table, axes, STARTS, memory).begin + piece * K * K;
-    real* L = rows(factors, table, axes, FACTORS, memory).begin + 2 * piece * K * K;
+    real* H = rows(starts, table, axes, STARTS, memory).begin + (long long)piece * K * K;
+    real* L = rows(factors, table, axes, FACTORS, memory).begin + 2LL * piece * K * K;
     real* Y = L + K * K;
     for (int p = thread; p < K; p += blockDim.x) all.ridge[p] = fixed.at(0, p);
     bool factored = false, regular = true;

@@ -58,7 +58,7 @@ mesa_chebyshev(const data* q, const data* k, const gate* log_decay, const gate* 
     const auto solution = rows(x, table, axes, X, memory);
     const auto fixed = rows(ridge, table, axes, RIDGE, memory);
     const auto report = rows(worst, table, axes, WORST, memory);
-    real* H = rows(starts, table, axes, STARTS, memory).begin + piece * K * K;
+    real* H = rows(starts, table, axes, STARTS, memory).begin + (long long)piece * K * K;
     for (int p = thread; p < K; p += blockDim.x) all.ridge[p] = fixed.at(0, p);
     real least = infinity(), largest = 0, residual = 0, needed = iterations;
     for (int p = 0; p < K; p++) least = fmin(least, fixed.at(0, p)), largest = fmax(largest, fixed.at(0, p));

@@ -103,8 +103,8 @@ mesa_exact(const data* q, const data* k, const gate* log_decay, const gate* beta
     const auto weight = rows(beta, table, axes, BETA, memory);
     const auto solution = rows(x, table, axes, X, memory);
     const auto fixed = rows(ridge, table, axes, RIDGE, memory);
-    real* H = rows(starts, table, axes, STARTS, memory).begin + piece * K * K;
-    real* A = rows(factors, table, axes, FACTORS, memory).begin + piece * K * K;
+    real* H = rows(starts, table, axes, STARTS, memory).begin + (long long)piece * K * K;
+    real* A = rows(factors, table, axes, FACTORS, memory).begin + (long long)piece * K * K;
     for (int p = thread; p < K; p += blockDim.x) all.ridge[p] = fixed.at(0, p);
     real unbound = 0;
     for (int p = 0; p < K; p++) unbound += fixed.at(0, p) == 0;

@@ -114,7 +114,7 @@ __device__ void backward(const real* parameters, const real* vectors, real* slop
     }
 }
 
-// One step of the descent; `columns` numbers at a time belong to the same thread.
+// One step of the descent, of one number; it belongs to the same thread every time.
 __device__ void step(real& m, real* roll, real gradient, real size, real again, real keep) {
     const real pushed = roll ? fma(again, *roll, -size * gradient) : -size * gradient;
     if (roll) *roll = pushed;
