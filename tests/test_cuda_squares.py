@@ -163,15 +163,15 @@ def test_directions_without_keys_do_not_wind_up(backend):
 
 
 @on_gpu
-@pytest.mark.parametrize("gate", [-3.0, -1e4])
-def test_steep_gates_forget_what_the_solver_forgets(gate, backend):
-    arrays = inputs("recursive_least_squares", t=40, k=4)
-    arrays["log_decay"][5:35] = gate if gate > -60 else 0
-    arrays["log_decay"][20] = gate
+@pytest.mark.parametrize("gate, tolerance", [(-1.5, 2e-12), (-1e4, 1e-6)])
+def test_steep_gates_forget_what_the_solver_forgets(gate, tolerance, backend):
+    arrays = inputs("recursive_least_squares", t=64, k=4)
+    arrays["q"] = arrays["k"]
+    arrays["log_decay"][slice(5, 60) if gate > -60 else 20] = gate
     wanted, (_, end) = run("recursive_least_squares", "numpy", arrays)
     o, (_, P) = run("recursive_least_squares", backend, arrays, check=False)
-    sentences.close(o, wanted, 1e-6)
-    sentences.close(P, end, 1e-6)
+    sentences.close(o, wanted, tolerance)
+    sentences.close(P, end, tolerance)
 
 
 @on_gpu
@@ -247,6 +247,13 @@ def test_a_ridge_lost_in_rounding_says_which_solution():
                 wanted, _ = run("mesa", "numpy", arrays, ridge=ridge * units**2)
                 o, _ = run("mesa", "cupy", arrays, ridge=ridge * units**2)
                 sentences.close(o, wanted, 1e-6)
+
+
+def test_channels_of_any_size_are_told_apart_without_a_ridge_to_speak_of():
+    arrays, units = inputs("mesa", t=9, optional=()), np.array([1e-5, 1e-3, 1.0, 1e3, 1e5])
+    wanted, _ = run("mesa", "numpy", arrays, ridge=1e-9)
+    o, _ = run("mesa", "cupy", arrays | {"k": units * arrays["k"], "q": units * arrays["q"]}, ridge=1e-20)
+    sentences.close(o[6:], wanted[6:], 1e-6)  # as many pairs as channels, and more
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------

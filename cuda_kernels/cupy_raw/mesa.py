@@ -3,8 +3,8 @@
     H_t = g_t H_{t-1} + beta_t k_t k_t^T,    x_t = (H_t + diag(ridge))^-1 q_t,    o_t = G_t^T x_t
 
 ``gram.cu`` walks over the keys and leaves H at the start of each piece of tokens; the kernel of the solver has a block
-per piece; ``recall.cu`` walks over keys and values. All sums are in double precision. See ``ttr_np.solvers.mesa`` for
-the solvers and the sources.
+per piece; ``recall.cu`` walks over keys and values. All sums are in double precision. Memory beside arrays and states:
+two matrices of the size of H per piece, three for ``cg``. See ``ttr_np.solvers.mesa`` for the solvers and the sources.
 """
 
 from __future__ import annotations
