@@ -81,7 +81,9 @@ def launched(backend, operator, options, data, keep):
 code_of = cache(nvrtc.machine_code)  # the solvers of mesa share two of their launches
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture", [pytest.param(a, marks=pytest.mark.slow if a != "sm_90a" else ()) for a in ARCHITECTURES]
+)
 @pytest.mark.parametrize("operator, options", LAUNCHED, ids=lambda x: str(x)[:30])
 def test_texts_of_least_squares_compile_within_their_budget(operator, options, architecture):
     data = formats()["bfloat16"]  # all between loads and stores is in double precision, whatever the data

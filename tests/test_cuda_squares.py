@@ -84,10 +84,11 @@ def fuzzed(operator, seed):
 
 
 def calls():
-    """Numba compiles each kernel for seconds: the first option of each operator always, others with the slow tests."""
+    """Numba compiles each kernel for seconds: exact least squares and ridges always, others with the slow tests."""
     for backend in GPU:
         for operator, options in EACH:
-            slow = backend == "numba-cuda" and options is not OPTIONS[operator][0]
+            usual = options is OPTIONS[operator][0] and operator != "test_time_training"
+            slow = backend == "numba-cuda" and not usual
             yield pytest.param(operator, options, backend, marks=pytest.mark.slow if slow else ())
 
 
