@@ -4,6 +4,7 @@ import re
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import cudaemu
 import numpy as np
@@ -19,12 +20,16 @@ from ttr_np.backends import has_operator
 from ttr_np.notation import OPERATORS, STATES, CacheState, draw
 
 pytestmark = [needed(cudaemu.missing()), pytest.mark.filterwarnings("ignore:overflow encountered")]
+pytestmark += [pytest.mark.filterwarnings("ignore:solver '.*' stopped after")]
 
 GPU = [backend for backend in PACKAGES if backend == "cupy" or not cudaemu.numba_cuda()]
 OPTIONS = {"linear_attention": [{"scale": 0.3}, {"normalize": True}], "short_convolution": [{"activation": "silu"}]}
 OPTIONS |= {name: [{"scale": 0.3}] for name in ("delta_rule", "dplr")}
 OPTIONS |= {"softmax_attention": [{}, {"window": 3, "sinks": 1, "scale": 4.0}]}
 OPTIONS |= {"local_polynomial": [{"ridge": 0.1}, {"degree": 0, "kernel": "epanechnikov", "bandwidth": 1.5}]}
+SQUARES = ("recursive_least_squares", "mesa", "kernel_ridge", "test_time_training")  # more in test_cuda_squares.py
+OPTIONS |= {name: sentences.OPTIONS[name] for name in SQUARES}
+OPTIONS["mesa"] = [{"tolerance": 1e-13} | options if "solver" in options else options for options in OPTIONS["mesa"]]
 
 
 def cases() -> list[Case]:
@@ -40,9 +45,17 @@ def cases() -> list[Case]:
     return found
 
 
+def marked(case: Case) -> Any:
+    """Numba compiles a kernel of exact least squares for seconds; ``test_cuda_squares`` has a few of each."""
+    slow = case.backend == "numba-cuda" and case.operator in SQUARES
+    return pytest.param(case, marks=pytest.mark.slow, id=str(case)) if slow else pytest.param(case, id=str(case))
+
+
 CASES = cases()
-every_case = pytest.mark.parametrize("case", CASES, ids=str)
-of_operators = pytest.mark.parametrize("backend, operator", sorted({(c.backend, c.operator) for c in CASES}))
+every_case = pytest.mark.parametrize("case", [marked(case) for case in CASES])
+PAIRS = sorted({(c.backend, c.operator) for c in CASES if c.operator not in SQUARES})
+of_operators = pytest.mark.parametrize("backend, operator", PAIRS)
+of_far_operators = pytest.mark.parametrize("backend, operator", PAIRS + [("cupy", operator) for operator in SQUARES])
 
 
 @pytest.fixture
@@ -163,6 +176,7 @@ def test_halves_are_rounded_to_nearest_with_ties_to_even(name):
 
 HURTING = {"k": (1, 3, 40, 59, 111, 130), "n": (1, 3, 16, 41), "w": (1, 2, 4, 7)}
 FEW = {"k": (40, 130), "n": (16,), "w": (1,)}  # where a kernel takes a second to build
+SOME = {"k": (1, 41)}  # where several do
 
 
 def sizes_of(case):
@@ -172,7 +186,7 @@ def sizes_of(case):
     axis = {"selective_scan": "n", "short_convolution": "w", "diagonal_scan": "d"}.get(case.operator, "k")
     if axis == "d":
         return [{"d": 1}, {"d": 130}]
-    hurting = HURTING if case.backend == "cupy" else FEW
+    hurting = SOME if case.operator in SQUARES else HURTING if case.backend == "cupy" else FEW
     others = zip((1, 33, 5) * 2, (1, 130) * 3, strict=True)
     return [{axis: size, "v": v, "d": d} for size, (v, d) in zip(hurting[axis], others, strict=False)]
 
@@ -235,13 +249,17 @@ def test_the_order_of_threads_changes_no_bit(case):
         sentences.same_state(case, state, found[0][1], sentences.same_bits)
 
 
+# Where one thing is known for all tokens before the next begins.
+LAUNCHES = {(backend, operator): 2 for backend in PACKAGES for operator in SQUARES[:3]} | {("cupy", "mesa"): 3}
+
+
 @every_case
 def test_nothing_is_launched_for_nothing(case, machine):
     case(case.draw(t=0))
     case(case.draw(t=3, lead=(0,)))
     assert machine.launches == []
     case(case.draw(t=3))
-    assert len(machine.launches) == 1
+    assert len(machine.launches) == LAUNCHES.get((case.backend, case.operator), 1)
 
 
 # ---- barriers --------------------------------------------------------------------------------------------------------
@@ -274,15 +292,16 @@ def test_each_barrier_is_needed(backend, operator, machine, monkeypatch):
 # ---- offsets of more than 32 bits ------------------------------------------------------------------------------------
 
 
-@of_operators
+@of_far_operators
 def test_many_sequences(backend, operator):
-    last = 65_600
+    last, options = 65_600, OPTIONS[operator][0] if operator in SQUARES else {}
     small = {"t": 1} if STATES[operator] is CacheState else {"t": 2, "k": 1, "v": 1, "d": 1, "n": 1, "w": 2}
     arrays = draw(operator, np.random.default_rng(0), lead=(last,), dtype=np.float32, **small)
     with on_cpu(backend, check=False, blocks=(last - 3, last)):
-        o = getattr(ttr_np, operator)(**arrays, backend=backend)
+        o = getattr(ttr_np, operator)(**arrays, **options, backend=backend)
     tail = {n: x[-3:] if x.ndim and len(x) == last else x for n, x in arrays.items()}
-    np.testing.assert_allclose(o[-3:], getattr(ttr_np, operator)(**tail, backend="numpy"), rtol=1e-6, atol=1e-7)
+    wanted = getattr(ttr_np, operator)(**tail, **options, backend="numpy")
+    np.testing.assert_allclose(o[-3:], wanted, rtol=1e-6, atol=1e-7)
 
 
 FAR = 2**31 + 8  # numbers
@@ -297,10 +316,10 @@ def far_apart(x, axis):
     return np.moveaxis(view, 0, axis)
 
 
-@of_operators
+@of_far_operators
 @pytest.mark.parametrize("axis", ["memory", "time"])
 def test_strides_of_more_than_32_bits(backend, operator, axis, machine):
-    case = Case(operator, backend, (), False, {})
+    case = Case(operator, backend, (), False, OPTIONS[operator][0] if operator in SQUARES else {})
     arrays = case.draw(t=3, lead=(2,), dtype=np.float32)
     wanted = case(arrays)
     for name, x in arrays.items():

@@ -1,5 +1,7 @@
 """Every CUDA text compiles for every architecture, within its registers and without spilling; needs no GPU."""
 
+from functools import cache
+
 import cudaemu
 import numpy as np
 import pytest
@@ -8,12 +10,15 @@ from cudaemu.machines import on_cpu
 
 import ttr_np
 from ttr_np.backends import has_operator
+from ttr_np.memories import MLP
 from ttr_np.notation import OPERATORS, STATES, CacheState, draw
 
 pytestmark = needed(nvrtc.missing())
 
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
-TEXTS = [operator for operator in OPERATORS if has_operator("cupy", operator)]
+# Operators of several launches, in double precision, whatever the data; see below.
+SQUARES = ("recursive_least_squares", "mesa", "kernel_ridge", "test_time_training")
+TEXTS = [operator for operator in OPERATORS if has_operator("cupy", operator) and operator not in SQUARES]
 SIZES = {"k": 128, "v": 128, "d": 128, "n": 16, "w": 4}  # what layers have
 
 # Registers of a thread, per architecture: with 128 threads in a block, 128 registers leave room for 4 blocks. The
@@ -55,6 +60,79 @@ def text_of(operator, dtype, **options):
         machine.run = lambda text, *rest: texts.append(text)
         getattr(ttr_np, operator)(**arrays, **options, backend="cupy")
     return texts[0]
+
+
+MEMORY = {"memory": MLP(layer_norm=True, residual=True)}
+LAUNCHED = [("recursive_least_squares", {}), ("kernel_ridge", {}), ("test_time_training", MEMORY)]
+LAUNCHED += [("mesa", {"solver": solver}) for solver in ("exact", "cg", "chebyshev")]
+# Registers of a thread and bytes of its stack, per architecture. Roots, divisions and exponentials of double precision
+# are calls, for which some registers are put aside; nothing else is. A chunk of least squares holds the sums of eight
+# tokens, and the newest compiler loads rows of a column ahead, as above.
+SQUARE_BUDGET = {
+    "recursive_least_squares": ((255, 255, 128), 0),
+    "innovations": ((128, 128, 255), 0),
+    "gram": ((128, 128, 192), 0),
+    "recall": ((128, 128, 255), 0),
+    "mesa_exact": ((64, 64, 64), 96),
+    "mesa_cg": ((80, 80, 80), 64),
+    "mesa_chebyshev": ((104, 104, 128), 96),
+    "kernel_ridge": ((64, 64, 64), 0),
+    "kernel_answers": ((80, 80, 80), 0),
+    "test_time_training": ((104, 104, 104), 64),
+}
+
+
+def launched(backend, operator, options, data, keep):
+    """What the launches of one call would compile."""
+    found = {}
+    arrays = draw(
+        operator, np.random.default_rng(0), optional=OPERATORS[operator].optional, t=20, dtype=data, per_channel=False,
+        **SIZES,
+    )  # fmt: skip
+    with on_cpu(backend) as machine:
+        machine.run = lambda *launch: found.update([keep(*launch)])
+        getattr(ttr_np, operator)(**arrays, **options, backend=backend)
+    return found
+
+
+code_of = cache(nvrtc.machine_code)  # the solvers of mesa share two of their launches
+
+
+@pytest.mark.parametrize(
+    "architecture", [pytest.param(a, marks=pytest.mark.slow if a != "sm_90a" else ()) for a in ARCHITECTURES]
+)
+@pytest.mark.parametrize("operator, options", LAUNCHED, ids=lambda x: str(x)[:30])
+def test_texts_of_least_squares_compile_within_their_budget(operator, options, architecture):
+    data = formats()["bfloat16"]  # all between loads and stores is in double precision, whatever the data
+    for name, text in launched("cupy", operator, options, data, lambda text, name, *_: (name, text)).items():
+        found, (registers, stack) = nvrtc.needs(code_of(text, architecture)), SQUARE_BUDGET[name]
+        assert found.registers <= registers[ARCHITECTURES.index(architecture)], name
+        assert found.stack <= stack and found.shared <= 48 * 1024, name
+
+
+@pytest.mark.parametrize("operator, options", LAUNCHED[:1] + LAUNCHED[3:], ids=lambda x: str(x)[:30])
+def test_the_largest_keys_of_least_squares_fit(operator, options):
+    arrays = draw(operator, np.random.default_rng(0), t=20, k=512, v=1)
+    with on_cpu("cupy") as machine:
+        texts = []
+        machine.run = lambda text, *rest: texts.append(text)
+        getattr(ttr_np, operator)(**arrays, **options, backend="cupy")
+    for text in texts:
+        assert nvrtc.needs(code_of(text, "sm_80")).shared <= 48 * 1024
+
+
+@pytest.mark.slow
+@needed(cudaemu.numba_cuda())
+@pytest.mark.parametrize("capability", [(8, 0), (10, 0)])
+@pytest.mark.parametrize("operator, options", LAUNCHED, ids=lambda x: str(x)[:30])
+def test_functions_of_least_squares_compile(operator, options, capability):
+    from cudaemu import machines
+
+    def keep(function, signature, *_):
+        return function.__name__, machines.ptx_of(function, signature, capability)
+
+    for name, text in launched("numba-cuda", operator, options, np.float32, keep).items():
+        assert ".local" not in text, name
 
 
 def formats():

@@ -13,7 +13,8 @@ from typing import Any
 from . import build
 from .launch import Kernel
 
-FLAGS = ("-O1", "-fwrapv", "-ffp-contract=off")
+FLAGS = ("-fwrapv", "-ffp-contract=off")
+LONG = 150_000  # letters: beyond it g++ takes longer to optimise a kernel than tests take to run it
 
 TYPES = {f"{kind}{bits}": f"{'' if kind == 's' else 'u'}int{bits}_t" for kind in "bus" for bits in (8, 16, 32, 64)}
 TYPES |= {"f32": "float", "f64": "double", "pred": "bool"}
@@ -363,7 +364,8 @@ def statements(body: str) -> list[str]:
 def ptx(text: str, flush: bool = False) -> Kernel:
     """Build the one kernel of a PTX text; every launch may look at all loads and stores."""
     translation = Translation(text)
-    return Kernel(build.library(translation.source(), FLAGS), flush=flush, shared=translation.shared_bytes)
+    flags = ("-O1" if len(text) < LONG else "-O0", *FLAGS)
+    return Kernel(build.library(translation.source(), flags), flush=flush, shared=translation.shared_bytes)
 
 
 def flatten(arguments: Sequence[Any]) -> list[Any]:

@@ -1,0 +1,18 @@
+// A pair of a regression with weights, in double precision whatever the data: its key times the root of its weight.
+// A pair of weight zero is not even looked at.
+__device__ __forceinline__ real root_of(Rows<const gate> beta, bool weighted, int t) {
+    return weighted ? sqrt(real(beta.at(t, 0))) : real(1);
+}
+
+__device__ __forceinline__ real decay_of(Rows<const gate> log_decay, bool decays, int t) {
+    return decays ? exp(real(log_decay.at(t, 0))) : real(1);
+}
+
+// H = left H + key key^T; a thread has the same columns every time.
+__device__ void learn(real* H, const real* key, real left) {
+    for (int i = 0; i < K; i++)
+        for (int j = threadIdx.x; j < K; j += blockDim.x)
+            H[i * K + j] = fma(key[i], key[j], kept(left, H[i * K + j]));
+}
+
+__device__ __forceinline__ real ratio(real x, real y) { return y <= 0 ? real(0) : x / y; }  // a NaN stays

@@ -1,0 +1,75 @@
+// The solution of a regression whose gains are known:  S = S + gain_t (v_t - S^T k_t)^T,  o_t = S^T q_t.
+//
+// A block has one memory and some of its value columns. PARTS neighbouring lanes share a column: lane `part` owns the
+// rows part, part + PARTS, ... of it, in registers, from the first token to the last. A pair of weight zero is not even
+// looked at. `real` is double whatever the data, as in recursive_least_squares.cu.
+
+enum { Q, KEY, V, BETA, GAINS, STATE, O };
+
+extern "C" __global__ void __launch_bounds__(128)
+innovations(const data* q, const data* k, const data* v, const gate* beta, const real* gains, real* S, data* o,
+            const long long* table, int axes, int tokens, int columns, int groups, int blocks) {
+    __shared__ real keys[2][ROWS * PARTS];
+    __shared__ real shares[2][ROWS * PARTS];
+    const int part = threadIdx.x % PARTS, memory = blockIdx.x / blocks;
+    const int column = blockIdx.x % blocks * (blockDim.x / PARTS) + threadIdx.x / PARTS;
+    const bool mine = column < columns;
+    const auto key = rows(k, table, axes, KEY, memory);
+    const auto value = rows(v, table, axes, V, memory);
+    const auto weight = rows(beta, table, axes, BETA, memory);
+    const auto gain = rows(gains, table, axes, GAINS, memory);
+    const auto query = rows(q, table, axes, Q, memory);
+    const auto answer = rows(o, table, axes, O, memory);
+    const auto state = rows(S, table, axes, STATE, memory);
+
+    real own[ROWS];
+    for (int r = 0; r < ROWS; r++) {
+        const int row = part + r * PARTS;
+        own[r] = row < K && mine ? state.at(row, column) : real(0);
+    }
+
+    auto stage = [&](int t) {
+        #pragma unroll 1
+        for (int row = threadIdx.x; row < K; row += blockDim.x) {
+            keys[t % 2][row] = widened(key.at(t, row));
+            shares[t % 2][row] = gain.at(t, row);
+        }
+    };
+    stage(0);
+    #pragma unroll 1
+    for (int t = 0; t < tokens; t++) {
+        __syncthreads();  // token t is staged, and nobody is left at t - 1, in whose place t + 1 goes
+        if (t + 1 < tokens) stage(t + 1);
+
+        if (!beta || weight.at(t, 0) != 0) {
+            real recalled = 0;
+            for (int r = 0; r < ROWS; r++) {
+                const int row = part + r * PARTS;
+                if (row < K) recalled = fma(keys[t % 2][row], own[r], recalled);
+            }
+            recalled = over_parts(recalled);
+            const real error = mine ? real(widened(value.at(t, column))) - recalled : real(0);
+            for (int r = 0; r < ROWS; r++) {
+                const int row = part + r * PARTS;
+                if (row < K) own[r] = fma(shares[t % 2][row], error, own[r]);
+            }
+        }
+
+        #pragma unroll 1
+        for (int g = 0; g < groups; g++) {  // the queries that share this memory
+            const auto asked = query.of(g).line(t);
+            real total = 0;
+            for (int r = 0; r < ROWS; r++) {
+                const int row = part + r * PARTS;
+                if (row < K) total = fma(real(widened(asked[row])), own[r], total);
+            }
+            total = over_parts(total);
+            if (mine && part == 0) put(answer.of(g).at(t, column), gate(total));
+        }
+    }
+
+    for (int r = 0; r < ROWS; r++) {
+        const int row = part + r * PARTS;
+        if (row < K && mine) state.at(row, column) = own[r];
+    }
+}
