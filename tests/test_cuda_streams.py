@@ -13,7 +13,7 @@ from test_cuda_kernels import CASES as EVERY
 import ttr_np
 from ttr_np.notation import GATES, draw
 
-pytestmark = needed(cudaemu.missing())
+pytestmark = [needed(cudaemu.missing()), pytest.mark.filterwarnings("ignore:solver '.*' stopped after")]
 
 # Where the memory is the past itself, a stream takes the operator's own way.
 CASES = [case for case in EVERY if not any(axes.startswith("n") for axes in case.signature.state.values())]
