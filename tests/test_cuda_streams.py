@@ -12,11 +12,11 @@ from test_cuda_kernels import CASES as EVERY
 
 import ttr_np
 from ttr_np.notation import GATES, draw
+from ttr_np.streaming import LAUNCHED
 
 pytestmark = [needed(cudaemu.missing()), pytest.mark.filterwarnings("ignore:solver '.*' stopped after")]
 
-# Where the memory is the past itself, a stream takes the operator's own way.
-CASES = [case for case in EVERY if not any(axes.startswith("n") for axes in case.signature.state.values())]
+CASES = [case for case in EVERY if case.operator in LAUNCHED]  # others take the operator's own way
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 SENTENCES = [
     sentences.test_a_stream_is_the_operator_token_by_token_to_the_bit,

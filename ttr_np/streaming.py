@@ -34,6 +34,10 @@ USUAL = {
     "momentum": (0.0, 1.0),
     "weight_decay": (0.0, 1.0),
 }
+# Operators whose step on a GPU is launches and nothing else.
+LAUNCHED = frozenset(
+    {"linear_attention", "delta_rule", "dplr", "diagonal_scan", "selective_scan", "short_convolution"}
+)
 
 
 class Loop(NamedTuple):
@@ -153,7 +157,9 @@ class Stream:
 
     @property
     def _grows(self) -> bool:
-        """Whether the memory is the past itself."""
+        """Whether the memory is the past itself, or a step on the GPU more than launches: then nothing is kept."""
+        if self._backend in ON_GPU and self.operator not in LAUNCHED:
+            return True
         return any(axes.startswith("n") for axes in OPERATORS[self.operator].state.values())
 
     def _format(self, name: str) -> np.dtype:
