@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cudaemu import needed
 from cudaemu.machines import on_cpu
-from test_cuda_kernels import BARRIERS, GPU, cupy  # noqa: F401 - a fixture
+from test_cuda_kernels import BARRIERS, GPU
 from test_operators import HALVES, half, same_bits
 
 import ttr_np
@@ -295,7 +295,7 @@ def test_lines_of_many_channels_by_conjugate_gradients(backend):
         as_good(found, *solved("local_polynomial", arrays, mask=mask, **options), floor=2)
 
 
-def test_fits_of_arrays_on_the_device_stay_there(cupy):  # noqa: F811
+def test_fits_of_arrays_on_the_device_stay_there(cupy):
     for k, degree in ((60, 1), (3, 2), (3, 0)):
         arrays = arguments("local_polynomial", np.random.default_rng(0), 40, k=k, v=5)
         there = {name: cupy.ndarray(x) for name, x in arrays.items()}

@@ -446,15 +446,25 @@ static bool refused(const unsigned* grid, const unsigned* block) {
     return true;
 }
 
+// Stacks live as long as a launch: each guarded page is a mapping, a process may have 65530 of them, and every library
+// has a runtime of its own.
+static bool make_stacks(size_t count) {
+    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    void* made = mmap(nullptr, count * STACK, PROT_READ | PROT_WRITE, flags, -1, 0);
+    if (made == MAP_FAILED) return false;
+    machine.stacks = static_cast<char*>(made), machine.stack_count = count;
+    bool guarded = true;
+    for (size_t i = 0; i < count; i++) guarded &= mprotect(machine.stacks + i * STACK, PAGE, PROT_NONE) == 0;
+    return guarded;
+}
+
+static void forget_stacks() {
+    if (machine.stacks) munmap(machine.stacks, machine.stack_count * STACK);
+    machine.stacks = nullptr, machine.stack_count = 0;
+}
+
 static void make_threads(const unsigned* block) {
     const size_t count = size_t(block[0]) * block[1] * block[2];
-    if (machine.stack_count < count) {
-        if (machine.stacks) munmap(machine.stacks, machine.stack_count * STACK);
-        const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
-        machine.stacks = static_cast<char*>(mmap(nullptr, count * STACK, PROT_READ | PROT_WRITE, flags, -1, 0));
-        machine.stack_count = count;
-        for (size_t i = 0; i < count; i++) mprotect(machine.stacks + i * STACK, PAGE, PROT_NONE);
-    }
     machine.threads.assign(count, Thread());
     machine.warps.assign((count + 31) / 32, Warp());
     machine.order.resize(count);
@@ -541,6 +551,12 @@ int runner::run_grid(Call call, void** arguments, const unsigned* grid, const un
     builtins.block_size = {block[0], block[1], block[2]};
     builtins.grid_size = {grid[0], grid[1], grid[2]};
     machine.chance.seed(options->seed);
+    if (!make_stacks(size_t(block[0]) * block[1] * block[2])) {
+        forget_stacks();
+        machine.code = LAUNCH;
+        say(0, "no memory for the stacks of %u threads", block[0] * block[1] * block[2]);
+        return machine.code;
+    }
     make_threads(block);
     make_memory(regions, count);
     const unsigned rounding = _mm_getcsr();
@@ -552,6 +568,7 @@ int runner::run_grid(Call call, void** arguments, const unsigned* grid, const un
     _mm_setcsr(rounding);
     machine.current = nullptr;
     forget_memory();
+    forget_stacks();
     return machine.code;
 }
 
