@@ -39,6 +39,7 @@ NAIVE: dict[str, Naive] = {
     "mesa scalar": Naive("mesa_net", "naive_mesa_net_CG", {"log_decay": "g"}),
     "mesa scalar, cg": Naive("mesa_net", "naive_mesa_net_CG", {"log_decay": "g"}),
 }
+CHUNK = 64  # of those that take chunks
 
 
 def fla_peers(case: Case) -> list[Contender | Skipped]:
@@ -47,6 +48,8 @@ def fla_peers(case: Case) -> list[Contender | Skipped]:
     if kind not in NAIVE:
         return []
     naive = NAIVE[kind]
+    if "recurrent" not in naive.function and case.arrays["q"].shape[-2] % CHUNK:
+        return [Skipped("fla naive", f"{naive.function} takes whole chunks of {CHUNK} tokens")]
     try:
         function = getattr(import_module(f"fla.ops.{naive.module}.naive"), naive.function)
     except Exception as problem:  # without Triton, or with another torch, it fails in its own ways
@@ -77,5 +80,5 @@ def options_of(function: Callable[..., Any], case: Case) -> dict[str, Any]:
 
     if case.operator == "mesa":
         heads, k = np.shape(case.arrays["q"])[1::2]
-        return {"lamb": torch.full((heads, k), float(case.options["ridge"])), "chunk_size": 64}
+        return {"lamb": torch.full((heads, k), float(case.options["ridge"])), "chunk_size": CHUNK}
     return {"scale": 1.0} if "scale" in signature(function).parameters else {}

@@ -135,8 +135,8 @@ softmax_tensor(const data* q, const data* k, const data* v, const long long* pos
             for (int n = 0; n < PAIRS / 16; n++) {
                 Right<data, 1> right[2];
                 load_right_transposed(right, keys, n * 16, c);
-                multiply(score[2 * n], left, right[0]);
-                multiply(score[2 * n + 1], left, right[1]);
+                multiply_onto(score[2 * n], left, right[0]);
+                multiply_onto(score[2 * n + 1], left, right[1]);
             }
         }
 
@@ -180,8 +180,8 @@ softmax_tensor(const data* q, const data* k, const data* v, const long long* pos
             for (int n = 0; n < VD / 16; n++) {
                 Right<data, 1> right[2];
                 load_right(right, values, m * 16, n * 16);
-                multiply(answer[2 * n], left, right[0]);
-                multiply(answer[2 * n + 1], left, right[1]);
+                multiply_onto(answer[2 * n], left, right[0]);
+                multiply_onto(answer[2 * n + 1], left, right[1]);
             }
         }
         if (!all) {  // a value that is not finite turns to NaN those queries that see it, and no others

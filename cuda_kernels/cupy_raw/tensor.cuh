@@ -145,6 +145,12 @@ __device__ __forceinline__ void multiply(Sum& sum, const Left<T, M>& left, const
     for (int i = 0; i < 4; i++) sum.x[i] += part.x[i];
 }
 
+// The same in the sums of the tensor cores: fewer registers, for weights that are rounded to 16 bits anyway.
+template <class T>
+__device__ __forceinline__ void multiply_onto(Sum& sum, const Left<T, 1>& left, const Right<T, 1>& right) {
+    multiply_once<T>(sum, left.x[0], right.x[0]);
+}
+
 // A Sum of 16 x 16, as two of 16 x 8, as the left matrix of the next product.
 template <class T, int TERMS>
 __device__ __forceinline__ void left_of(Left<T, TERMS>& left, const Sum& first, const Sum& second) {
