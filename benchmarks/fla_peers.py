@@ -48,12 +48,12 @@ def fla_peers(case: Case) -> list[Contender | Skipped]:
     if kind not in NAIVE:
         return []
     naive = NAIVE[kind]
-    if "recurrent" not in naive.function and case.arrays["q"].shape[-2] % CHUNK:
-        return [Skipped("fla naive", f"{naive.function} takes whole chunks of {CHUNK} tokens")]
     try:
         function = getattr(import_module(f"fla.ops.{naive.module}.naive"), naive.function)
     except Exception as problem:  # without Triton, or with another torch, it fails in its own ways
         return [Skipped("fla naive", f"flash-linear-attention does not import: {first_line(problem)}")]
+    if "recurrent" not in naive.function and case.arrays["q"].shape[-2] % CHUNK:
+        return [Skipped("fla naive", f"{naive.function} takes whole chunks of {CHUNK} tokens")]
     return [Contender("fla naive", bound(function, naive, case), detail=naive.function)]
 
 
