@@ -35,15 +35,16 @@ OPTIONS["mesa"] = [{"tolerance": 1e-13} | options if "solver" in options else op
 def cases() -> list[Case]:
     """All operators that the GPU backends have: each option, with no optional array and with all of them.
 
-    Numba compiles each option of exact least squares for seconds: here one, all of them in ``test_cuda_squares``.
+    Numba compiles each option of exact least squares for seconds: here one with all arrays, the others in
+    ``test_cuda_squares``.
     """
     found = []
     for backend in GPU:
         for operator in filter(partial(has_operator, backend), OPERATORS):
             every = OPERATORS[operator].optional
-            given = OPTIONS.get(operator, [{}])
-            for options in given[:1] if backend == "numba-cuda" and operator in SQUARES else given:
-                for optional in {(): 0, every: 0}:
+            given, slow = OPTIONS.get(operator, [{}]), backend == "numba-cuda" and operator in SQUARES
+            for options in given[:1] if slow else given:
+                for optional in {every: 0} if slow else {(): 0, every: 0}:
                     per_channel = "log_decay" in optional and operator in sentences.GATE_PER_CHANNEL
                     found.append(Case(operator, backend, optional, per_channel, options))
     return found
