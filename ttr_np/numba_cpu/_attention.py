@@ -19,7 +19,9 @@ from numba.extending import intrinsic
 from ..notation import CacheState
 from ..solvers._cache import join, positions
 from ._cache import compiled
-from ._powers import VECTOR, constant, exp2
+from ._compile import inner
+from ._powers import exp2
+from ._vectors import Vectors, per_vector
 
 __all__ = ["Pairs", "pairs_of", "weigh", "width"]
 
@@ -41,20 +43,10 @@ def weigh(typingctx: Any, logits: Any, step: Any, rows: Any, top: Any, weight: A
     left
         Written: what is left of weights under the old top.
     """
-    bits = logits.dtype.bitwidth
-    number = ir.FloatType() if bits == 32 else ir.DoubleType()
-    vector = ir.VectorType(number, VECTOR // bits)
-
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         logits, step, rows, top, weight, left = args
-        word, group = ir.IntType(64), range(GROUP)
-
-        def part(base: Any, j: int) -> Any:
-            return builder.bitcast(builder.gep(base, [word(j * vector.count)]), vector.as_pointer())
-
-        def fetch(base: Any, j: int) -> Any:
-            return builder.load(part(base, j), align=bits // 8)
-
+        vectors, word, group = Vectors(builder, signature.args[0].dtype), ir.IntType(64), range(GROUP)
+        fetch, give, constant = vectors.load, vectors.store, vectors.constant
         old = [fetch(top, j) for j in group]
         tops = [cgutils.alloca_once_value(builder, x) for x in old]
         with cgutils.for_range(builder, rows, intp=word) as loop:
@@ -65,32 +57,30 @@ def weigh(typingctx: Any, logits: Any, step: Any, rows: Any, top: Any, weight: A
         shifts, earlier, sums = [], [], []
         for j in group:
             new = builder.load(tops[j])
-            some = builder.fcmp_ordered(">", new, constant(vector, -math.inf))
-            shifts.append(builder.select(some, new, constant(vector, 0.0)))
-            kept = exp2(builder, builder.fsub(old[j], shifts[j]), bits)
+            some = builder.fcmp_ordered(">", new, constant(-math.inf))
+            shifts.append(builder.select(some, new, constant(0.0)))
+            kept = exp2(vectors, builder.fsub(old[j], shifts[j]))
             earlier.append(builder.fmul(kept, fetch(weight, j)))
-            sums.append(cgutils.alloca_once_value(builder, constant(vector, 0.0)))
-            builder.store(new, part(top, j), align=bits // 8)
-            builder.store(kept, part(left, j), align=bits // 8)
+            sums.append(cgutils.alloca_once_value(builder, constant(0.0)))
+            give(new, top, j)
+            give(kept, left, j)
         with cgutils.for_range(builder, rows, intp=word) as loop:
             line = builder.gep(logits, [builder.mul(loop.index, step)])
             for j in group:
-                p = exp2(builder, builder.fsub(fetch(line, j), shifts[j]), bits)
-                builder.store(p, part(line, j), align=bits // 8)
+                p = exp2(vectors, builder.fsub(fetch(line, j), shifts[j]))
+                give(p, line, j)
                 builder.store(builder.fadd(builder.load(sums[j]), p), sums[j])
         for j in group:
-            builder.store(builder.fadd(earlier[j], builder.load(sums[j])), part(weight, j), align=bits // 8)
+            give(builder.fadd(earlier[j], builder.load(sums[j])), weight, j)
         return context.get_dummy_value()
 
     return types.void(logits, types.intp, types.intp, top, weight, left), codegen
 
 
-@intrinsic
-def width(typingctx: Any, like: Any) -> Any:
+@inner
+def width(like):
     """Queries that ``weigh`` takes at a time."""
-    return types.intp(like), lambda context, builder, signature, args: context.get_constant(
-        types.intp, GROUP * VECTOR // like.bitwidth
-    )
+    return GROUP * per_vector(like)
 
 
 class Pairs(NamedTuple):

@@ -21,8 +21,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ._compile import inner
-from ._lanes import CHAINS, Vectors, in_fours, padded
-from ._panels import spread_out
+from ._lanes import CHAINS, in_fours, padded
+from ._vectors import Vectors
 
 __all__ = ["learn_factors", "numbers_of", "place_of"]
 
@@ -58,26 +58,17 @@ def repeat(builder: Any, low: Any, high: Any, body: Callable[[Any], None]) -> No
         body(i)
 
 
-def totals_of(builder: Any, vector: Any, count: int) -> list[Any]:
-    """Sums that start at zero."""
-    zero = ir.Constant(vector, [0.0] * vector.count)
-    totals = [cgutils.alloca_once(builder, vector) for _ in range(count)]
-    for total in totals:
-        builder.store(zero, total)
-    return totals
-
-
 def products_side(vectors: Vectors, U: Any, k: Any, block: Any) -> list[Any]:
     """f of the columns of one block, a vector of sequences for each."""
     builder, word = vectors.builder, ir.IntType(64)
-    totals = totals_of(builder, vectors.vector, CHAINS * CHAINS)
+    totals = vectors.totals(CHAINS * CHAINS)
     first = tile_at(builder, word(0), block)
     with cgutils.for_range(builder, builder.add(block, word(1)), intp=word) as loop:
         keys = [vectors.load(k, in_fours(builder, loop.index, r)) for r in range(CHAINS)]
         tile = builder.add(first, builder.mul(loop.index, word(CHAINS * CHAINS)))
         for i, total in enumerate(totals):
             u = vectors.load(U, builder.add(tile, word(i)))
-            builder.store(vectors.multiply_add(u, keys[i % CHAINS], builder.load(total)), total)
+            vectors.accumulate(total, u, keys[i % CHAINS])
     sums = [builder.load(total) for total in totals]
     while len(sums) > CHAINS:
         sums = [vectors.add(one, other) for one, other in zip(sums[::2], sums[1::2], strict=True)]
@@ -87,20 +78,18 @@ def products_side(vectors: Vectors, U: Any, k: Any, block: Any) -> list[Any]:
 def products_alone(vectors: Vectors, U: Any, k: Any, block: Any) -> Any:
     """f of the columns of one block of one sequence, as one vector: the sums of ``products_side``."""
     builder, word = vectors.builder, ir.IntType(64)
-    totals = totals_of(builder, vectors.vector, CHAINS)
+    totals = vectors.totals(CHAINS)
 
     def add(i: Any) -> None:
         key, tile = vectors.load(k, i), builder.udiv(tile_at(builder, i, block), word(CHAINS))
         for c, total in enumerate(totals):
             u = vectors.load(U, builder.add(tile, word(c)))
-            builder.store(vectors.multiply_add(u, key, builder.load(total)), total)
+            vectors.accumulate(total, u, key)
 
     end = block.constant + 1 if isinstance(block, ir.Constant) else builder.add(block, word(1))
     repeat(builder, word(0), end, add)
     sums = [builder.load(total) for total in totals]
-    pairs = [vectors.sum_pairs(one, other) for one, other in zip(sums[::2], sums[1::2], strict=True)]
-    low, high = (vectors.shuffle(*pairs, places) for places in ([0, 1, 4, 5], [2, 3, 6, 7]))
-    return vectors.add(low, high)
+    return vectors.sums_across(sums)
 
 
 def variances_side(vectors: Vectors, terms: list[Any], before: Any) -> list[Any]:
@@ -113,7 +102,7 @@ def variances_side(vectors: Vectors, terms: list[Any], before: Any) -> list[Any]
 
 def variances_alone(vectors: Vectors, terms: Any, before: Any) -> tuple[Any, Any, Any]:
     """The same sums of one sequence: those before each term, those after each, and the last everywhere."""
-    zero = ir.Constant(vectors.vector, [0.0] * CHAINS)
+    zero = vectors.constant(0.0)
     pairs = vectors.add(terms, vectors.shuffle(terms, zero, [4, 0, 4, 2]))
     sums = vectors.add(pairs, vectors.shuffle(pairs, zero, [4, 4, 1, 1]))
     after = vectors.add(before, sums)
@@ -127,7 +116,7 @@ def weights_side(typingctx, U, D, k, grow, shrink, variance, blocks):
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         U, D, k, grow, shrink, variance, blocks = args
         vectors, word = Vectors(builder, signature.args[0].dtype), ir.IntType(64)
-        before = cgutils.alloca_once_value(builder, ir.Constant(vectors.vector, [1.0] * vectors.vector.count))
+        before = cgutils.alloca_once_value(builder, vectors.constant(1.0))
         with cgutils.for_range(builder, blocks, intp=word) as loop:
             f = products_side(vectors, U, k, loop.index)
             at = [in_fours(builder, loop.index, i) for i in range(CHAINS)]
@@ -158,7 +147,7 @@ def weights_alone(typingctx, U, D, k, grow, shrink, variance, blocks):
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         U, D, k, grow, shrink, variance, count = args
         vectors, word = Vectors(builder, signature.args[0].dtype, CHAINS), ir.IntType(64)
-        total = cgutils.alloca_once_value(builder, ir.Constant(vectors.vector, [1.0] * CHAINS))
+        total = cgutils.alloca_once_value(builder, vectors.constant(1.0))
 
         def weigh(block: Any) -> None:
             f, old = products_alone(vectors, U, k, block), vectors.load(D, block)
@@ -191,7 +180,7 @@ def turn_side(typingctx, U, grow, shrink, gain, blocks):
         U, grow, shrink, gain, blocks = args
         vectors, word = Vectors(builder, signature.args[0].dtype), ir.IntType(64)
         with cgutils.for_range(builder, blocks, intp=word) as rows:
-            totals = totals_of(builder, vectors.vector, CHAINS)
+            totals = vectors.totals(CHAINS)
             with cgutils.for_range_slice(builder, rows.index, blocks, word(1), intp=word) as (block, _):
                 tile = tile_at(builder, rows.index, block)
                 for i in range(CHAINS):
@@ -214,13 +203,13 @@ def turn_alone(typingctx, U, grow, shrink, gain, blocks):
         vectors, word = Vectors(builder, signature.args[0].dtype, CHAINS), ir.IntType(64)
 
         def turn(rows: Any) -> None:
-            (total,) = totals_of(builder, vectors.vector, 1)
+            (total,) = vectors.totals(1)
 
             def turn_tile(block: Any) -> None:
                 tile = builder.udiv(tile_at(builder, rows, block), word(CHAINS))
                 for i in range(CHAINS):
                     numbers = (builder.load(builder.gep(x, [in_fours(builder, block, i)])) for x in (grow, shrink))
-                    factors = tuple(spread_out(builder, number, vectors.vector) for number in numbers)
+                    factors = tuple(vectors.everywhere(number) for number in numbers)
                     turn_column(vectors, U, builder.add(tile, word(i)), factors, total)
 
             repeat(builder, rows, known(blocks, count), turn_tile)

@@ -19,23 +19,21 @@ from ._compile import apart, inner
 from ._gates import NO_PAST, exp, exponentials
 from ._panels import (
     ROWS,
-    VECTOR,
     add_scaled,
     below,
     copy,
     fill,
     full,
     gather,
-    interleave_pair,
     load_transposed,
     move,
     multiply,
     panel,
     real,
     row,
-    row_of,
     times,
 )
+from ._vectors import Vectors, row_of
 
 __all__ = ["Channels", "carry_keys", "channel_decays", "channel_products", "channel_shapes", "channels_of", "meetings"]
 
@@ -187,45 +185,23 @@ def multiply_block(scores, x, keys, first, last, n, k, decays, late, like):
         fill(move(line, end), real(like, 0), min(i + ROWS, n) - end)
 
 
-class Block:
+class Block(Vectors):
     """Rows of a block in code: left factors, keys, decays; those from m on repeat the last one."""
 
     def __init__(self, builder: Any, like: Any, m: Any, *rows: tuple[Any, Any]) -> None:
-        self.builder, self.align = builder, like.bitwidth // 8
-        number = ir.FloatType() if like.bitwidth == 32 else ir.DoubleType()
-        self.vector = ir.VectorType(number, VECTOR // like.bitwidth)
-        kind, name = ir.FunctionType(self.vector, [self.vector] * 3), f"v{self.vector.count}f{like.bitwidth}"
-        self.fma = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fmuladd.{name}")
+        super().__init__(builder, like)
         places = [[row_of(builder, base, i, m, step) for i in range(BLOCK)] for base, step in rows]
         self.x, self.keys, self.steps = places
 
-    def load(self, base: Any, index: Any) -> Any:
-        """Vector ``index`` of a row."""
-        place = self.builder.gep(base, [self.builder.mul(index, ir.IntType(64)(self.vector.count))])
-        return self.builder.load(self.builder.bitcast(place, self.vector.as_pointer()), align=self.align)
-
     def products(self, j: int, vectors: Any) -> list[Any]:
         """Sums, place by place, of key j decayed up to each row times that row; zero before it."""
-        zero = ir.Constant(self.vector, [0.0] * self.vector.count)
-        totals = [cgutils.alloca_once(self.builder, self.vector) for _ in range(BLOCK)]
-        for total in totals:
-            self.builder.store(zero, total)
+        totals = self.totals(BLOCK)
         with cgutils.for_range(self.builder, vectors, intp=ir.IntType(64)) as loop:
             way = self.load(self.keys[j], loop.index)
             for i in range(j, BLOCK):
                 way = self.builder.fmul(way, self.load(self.steps[i], loop.index)) if i > j else way
-                met = [way, self.load(self.x[i], loop.index), self.builder.load(totals[i])]
-                self.builder.store(self.builder.call(self.fma, met), totals[i])
+                self.accumulate(totals[i], way, self.load(self.x[i], loop.index))
         return [self.builder.load(total) for total in totals]
-
-
-def sums_across(builder: Any, lines: list[Any]) -> Any:
-    """The sums of as many vectors as a vector has places, in one."""
-    size = 1
-    while len(lines) > 1:
-        mixed = [interleave_pair(builder, one, other, size) for one, other in zip(lines[::2], lines[1::2], strict=True)]
-        lines, size = [builder.fadd(low, high) for low, high in mixed], 2 * size
-    return lines[0]
 
 
 @intrinsic
@@ -235,13 +211,12 @@ def meet(typingctx, met, met_step, x, x_step, keys, keys_step, steps, steps_step
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         met, met_step, x, x_step, keys, keys_step, steps, steps_step, m, k = args
         block = Block(builder, signature.args[0].dtype, m, (x, x_step), (keys, keys_step), (steps, steps_step))
-        word, count = ir.IntType(64), block.vector.count
+        word, count = ir.IntType(64), block.count
         vectors = builder.udiv(builder.add(k, word(count - 1)), word(count))
         for j in range(BLOCK):
             sums, line = block.products(j, vectors), builder.gep(met, [builder.mul(word(j), met_step)])
             for i in range(j // count * count, BLOCK, count):
-                place = builder.bitcast(builder.gep(line, [word(i)]), block.vector.as_pointer())
-                builder.store(sums_across(builder, sums[i : i + count]), place, align=block.align)
+                block.store_to(block.sums_across(sums[i : i + count]), line, word(i))
         return context.get_dummy_value()
 
     word = types.intp

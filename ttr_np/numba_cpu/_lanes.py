@@ -10,7 +10,6 @@ vector then holding CHAINS numbers of one: the same sums, side by side instead o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,13 +20,13 @@ from numba.extending import intrinsic
 
 from ._compile import apart, inner
 from ._gates import exp
-from ._panels import WIDE, gather, interleave, matrix, move, real, row, spread_out
+from ._panels import gather, matrix, move, row
+from ._vectors import BYTES, Vectors, per_vector
 
 __all__ = [
     "CHAINS",
     "NARROW",
     "TOKENS",
-    "Vectors",
     "add_lanes",
     "ask_ahead",
     "collect",
@@ -43,11 +42,9 @@ __all__ = [
     "recall_lanes",
     "scale_lanes",
     "take_state",
-    "width",
     "widths",
 ]
 
-BYTES = 64 if WIDE else 32  # of a vector
 CHAINS = 4  # sums side by side, each of which must wait for itself
 TOKENS = 16  # whose numbers are brought together at a time
 NARROW = 4  # outputs of a memory up to which its recursion is faster than products of panels
@@ -76,7 +73,7 @@ class Group(NamedTuple):
 @inner
 def group_of(job, memories, like):
     """The sequences of a job: as many as a vector holds, and the last few one by one."""
-    lanes = width(like)
+    lanes = per_vector(like)
     rest = memories % lanes
     whole = memories // lanes + (rest > lanes // 2)
     if job < whole:
@@ -90,96 +87,34 @@ def padded(n):
     return (n + CHAINS - 1) // CHAINS * CHAINS
 
 
-@intrinsic
-def width(typingctx: Any, like: Any) -> Any:
-    """Sequences in a vector."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return context.get_constant(types.intp, BYTES * 8 // like.bitwidth)
-
-    return types.intp(like), codegen
-
-
-class Vectors:
-    """Vectors in memory, for the functions below."""
-
-    def __init__(self, builder: Any, number: Any, count: int | None = None) -> None:
-        kind = ir.FloatType() if number.bitwidth == 32 else ir.DoubleType()
-        self.vector = ir.VectorType(kind, count or BYTES * 8 // number.bitwidth)
-        self.builder, self.align = builder, number.bitwidth // 8
-        name = f"llvm.fmuladd.v{self.vector.count}f{number.bitwidth}"
-        self.fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(self.vector, [self.vector] * 3), name)
-
-    def place(self, base: Any, index: Any) -> Any:
-        """Pointer to a vector."""
-        offset = self.builder.mul(index, ir.IntType(64)(self.vector.count))
-        return self.builder.bitcast(self.builder.gep(base, [offset]), self.vector.as_pointer())
-
-    def load(self, base: Any, index: Any) -> Any:
-        """One vector."""
-        return self.builder.load(self.place(base, index), align=self.align)
-
-    def store(self, x: Any, base: Any, index: Any) -> None:
-        """Write one vector."""
-        self.builder.store(x, self.place(base, index), align=self.align)
-
-    def multiply_add(self, x: Any, y: Any, z: Any) -> Any:
-        """x y + z."""
-        return self.builder.call(self.fma, [x, y, z])
-
-    def add(self, x: Any, y: Any) -> Any:
-        """x + y, rounded here: the sums of plain additions are put into another order at will."""
-        return self.multiply_add(x, ir.Constant(self.vector, [1.0] * self.vector.count), y)
-
-    def multiply(self, x: Any, y: Any) -> Any:
-        """x y, rounded here."""
-        return self.multiply_add(x, y, ir.Constant(self.vector, [-0.0] * self.vector.count))
-
-    def shuffle(self, x: Any, y: Any, places: Sequence[int]) -> Any:
-        """The numbers at some places of two vectors, those of the second counted on from those of the first."""
-        return self.builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(ir.IntType(32), len(places)), places))
-
-    def sum_pairs(self, x: Any, y: Any) -> Any:
-        """Sums of neighbours of two vectors of four, theirs alternating: x0 + x1, y0 + y1, x2 + x3, y2 + y3."""
-        return self.add(self.shuffle(x, y, [0, 4, 2, 6]), self.shuffle(x, y, [1, 5, 3, 7]))
-
-
 def in_fours(builder: Any, block: Any, i: int) -> Any:
     """Number CHAINS block + i."""
     word = ir.IntType(64)
     return builder.add(builder.mul(block, word(CHAINS)), word(i))
 
 
-def sum_of(vectors: Vectors, start: Any, x: Any, y: Any, n: Any) -> Any:
-    """start + x . y for n vectors each, n a multiple of CHAINS: one sum waits for no other."""
-    builder, word = vectors.builder, ir.IntType(64)
-    zero = ir.Constant(vectors.vector, [0.0] * vectors.vector.count)
-    totals = [cgutils.alloca_once(builder, vectors.vector) for _ in range(CHAINS)]
-    for i, total in enumerate(totals):
-        builder.store(zero if i else start, total)
+def sum_of(vectors: Vectors, x: Any, y: Any, n: Any) -> Any:
+    """x . y for n vectors each, n a multiple of CHAINS: one sum waits for no other."""
+    builder, word, totals = vectors.builder, ir.IntType(64), vectors.totals(CHAINS)
     with cgutils.for_range(builder, builder.udiv(n, word(CHAINS)), intp=word) as loop:
         for i, total in enumerate(totals):
-            at = builder.add(builder.mul(loop.index, word(CHAINS)), word(i))
-            builder.store(vectors.multiply_add(vectors.load(x, at), vectors.load(y, at), builder.load(total)), total)
+            at = in_fours(builder, loop.index, i)
+            vectors.accumulate(total, vectors.load(x, at), vectors.load(y, at))
     sums = [builder.load(total) for total in totals]
     while len(sums) > 1:
-        sums = [builder.fadd(one, other) for one, other in zip(sums[::2], sums[1::2], strict=True)]
+        sums = [vectors.add(one, other) for one, other in zip(sums[::2], sums[1::2], strict=True)]
     return sums[0]
 
 
-def sum_alone(vectors: Vectors, start: Any, x: Any, y: Any, n: Any) -> Any:
+def sum_alone(vectors: Vectors, x: Any, y: Any, n: Any) -> Any:
     """As ``sum_of`` for n numbers of one sequence: the chains are the numbers of a vector."""
-    builder, word = vectors.builder, ir.IntType(64)
-    first = builder.insert_element(ir.Constant(vectors.vector, [0.0] * CHAINS), start, ir.IntType(32)(0))
-    total = cgutils.alloca_once(builder, vectors.vector)
-    builder.store(first, total)
+    builder, word, (total,) = vectors.builder, ir.IntType(64), vectors.totals(1)
     with cgutils.for_range(builder, builder.udiv(n, word(CHAINS)), intp=word) as loop:
-        product = vectors.multiply_add(vectors.load(x, loop.index), vectors.load(y, loop.index), builder.load(total))
-        builder.store(product, total)
-    sums = [builder.extract_element(builder.load(total), ir.IntType(32)(i)) for i in range(CHAINS)]
-    while len(sums) > 1:
-        sums = [builder.fadd(one, other) for one, other in zip(sums[::2], sums[1::2], strict=True)]
-    return sums[0]
+        vectors.accumulate(total, vectors.load(x, loop.index), vectors.load(y, loop.index))
+    sums = builder.load(total)
+    for places in ([1, 0, 3, 2], [2, 3, 0, 1]):
+        sums = vectors.add(sums, vectors.shuffle(sums, sums, places))
+    return builder.extract_element(sums, ir.IntType(32)(0))
 
 
 @intrinsic
@@ -189,29 +124,27 @@ def dot_side(typingctx: Any, into: Any, x: Any, y: Any, n: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         into, x, y, n = args
         vectors = Vectors(builder, signature.args[0].dtype)
-        start = ir.Constant(vectors.vector, [0.0] * vectors.vector.count)
-        vectors.store(sum_of(vectors, start, x, y, n), into, ir.IntType(64)(0))
+        vectors.store(sum_of(vectors, x, y, n), into, 0)
         return context.get_dummy_value()
 
     return types.void(into, into, into, types.intp), codegen
 
 
 @intrinsic
-def dot_alone(typingctx: Any, start: Any, x: Any, y: Any, n: Any) -> Any:
-    """start + x . y for one sequence: the sums of ``dot_side``."""
+def dot_alone(typingctx: Any, x: Any, y: Any, n: Any) -> Any:
+    """x . y for one sequence: the sums of ``dot_side``."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        start, x, y, n = args
-        return sum_alone(Vectors(builder, signature.args[0], CHAINS), start, x, y, n)
+        return sum_alone(Vectors(builder, signature.args[0].dtype, CHAINS), *args)
 
-    return start(start, x, x, types.intp), codegen
+    return x.dtype(x, x, types.intp), codegen
 
 
 @inner
-def dot_lanes(into, x, y, n, lanes, like):
+def dot_lanes(into, x, y, n, lanes):
     """into = x . y of every sequence, n numbers each."""
     if lanes == 1:
-        into[0] = dot_alone(real(like, 0), x, y, n)
+        into[0] = dot_alone(x, y, n)
     else:
         dot_side(into, x, y, n)
 
@@ -236,7 +169,7 @@ def add_alone(typingctx: Any, y: Any, factor: Any, x: Any, n: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         y, factor, x, n = args
         vectors = Vectors(builder, signature.args[1], CHAINS)
-        add_all(vectors, y, spread_out(builder, factor, vectors.vector), x, builder.udiv(n, ir.IntType(64)(CHAINS)))
+        add_all(vectors, y, vectors.everywhere(factor), x, builder.udiv(n, ir.IntType(64)(CHAINS)))
         return context.get_dummy_value()
 
     return types.void(y, factor, y, types.intp), codegen
@@ -303,7 +236,7 @@ def ask_ahead(places, steps, which, here, i, n, like):
     apart()
     for lane in range(here.count):
         start = row(matrix(places[which, here.first + lane, 0], steps[which, 0], steps[which, 1], like), i)
-        for p in range(0, n, width(like)):
+        for p in range(0, n, per_vector(like)):
             ask_for(move(start, p * steps[which, 1]))
 
 
@@ -315,11 +248,11 @@ def square(typingctx: Any, into: Any, places: Any, which: Any, first: Any, group
         into, places, which, first, group, offset = args
         vectors, word, array = Vectors(builder, signature.args[0].dtype), ir.IntType(64), signature.args[1]
         there, lines = context.make_array(array)(context, builder, places), []
-        for lane in range(vectors.vector.count):
+        for lane in range(vectors.count):
             index = [which, builder.add(first, word(lane)), group]
             start = builder.load(cgutils.get_item_pointer(context, builder, array, there, index))
             lines.append(vectors.load(builder.gep(builder.inttoptr(start, into.type), [offset]), word(0)))
-        for i, line in enumerate(interleave(builder, lines)):
+        for i, line in enumerate(vectors.transpose(lines)):
             vectors.store(line, into, word(i))
         return context.get_dummy_value()
 
@@ -403,10 +336,10 @@ def give_state(S, places, which, here, d, w, like):
 
 
 @inner
-def recall_lanes(into, S, q, deep, w, lanes, like):
+def recall_lanes(into, S, q, deep, w, lanes):
     """What the memories say to one query each: w numbers of every sequence."""
     for j in range(w):
-        dot_lanes(move(into, j * lanes), q, move(S, j * deep * lanes), deep, lanes, like)
+        dot_lanes(move(into, j * lanes), q, move(S, j * deep * lanes), deep, lanes)
 
 
 @inner

@@ -18,25 +18,25 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ._compile import apart, inner
+from ._vectors import BYTES, WIDE, Vectors, per_vector, row_of
 
 __all__ = [
-    "ROWS", "VECTOR", "Matrix", "add_scaled", "answers", "below", "clean_until", "clean_within", "copy", "count_bad_of",
-    "dot", "fill", "finite", "full", "gather", "give", "interleave", "interleave_pair", "lanes", "load",
-    "load_transposed", "lower", "matrix", "most", "move", "multiply", "panel", "panels", "real", "row", "row_of",
-    "scale", "scale_rows", "solve_unit_lower", "store", "times", "transposed", "triangle",
+    "ROWS", "Matrix", "add_scaled", "answers", "below", "clean_until", "clean_within", "copy", "count_bad_of", "dot",
+    "fill", "finite", "full", "gather", "give", "lanes", "load", "load_transposed", "lower", "matrix", "most", "move",
+    "multiply", "panel", "panels", "real", "row", "scale", "scale_rows", "solve_unit_lower", "store", "times",
+    "transposed", "triangle",
 ]  # fmt: skip
 
 # One tile of a product is held in registers: ROWS x LINE bytes of sums, which hide the latency of multiply-add. Tiles
 # of FEW rows end a product where whole ones would be half empty: 64 rows are 4 x 12 + 2 x 8.
-WIDE = binding.get_host_cpu_features().get("avx512f", False)
-ROWS, FEW, LINE = (12, 8, 128) if WIDE else (6, 4, 64)
-VECTOR = 512 if WIDE else 256  # bits
+PARTS = 2  # vectors of a row
+ROWS, FEW, LINE = *((12, 8) if WIDE else (6, 4)), PARTS * BYTES
 
 full, lower, triangle = 0, 1, 2  # see multiply
 
@@ -238,48 +238,18 @@ def count_bad_apart(x, step, n, bound):
     return bad
 
 
-def spread_out(builder: Any, x: Any, vector: Any) -> Any:
-    """A vector of one number everywhere."""
-    undefined, word = ir.Constant(vector, ir.Undefined), ir.IntType(32)
-    first = builder.insert_element(undefined, x, word(0))
-    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(word, vector.count), [0] * vector.count))
-
-
-def row_of(builder: Any, base: Any, i: int, rows: Any, step: Any) -> Any:
-    """Pointer to row i of some; rows that are not there repeat the last one."""
-    word = ir.IntType(64)
-    last = builder.sub(rows, word(1))
-    there = builder.select(builder.icmp_signed("<", word(i), last), word(i), last)
-    return builder.gep(base, [builder.mul(there, step)])
-
-
-class Tile:
+class Tile(Vectors):
     """Sums of some rows of LINE bytes in registers; rows from m on repeat the last one."""
 
     def __init__(self, builder: Any, like: Any, rows: int) -> None:
-        self.builder, self.rows, self.align = builder, rows, like.bitwidth // 8
-        self.number = ir.FloatType() if like.bitwidth == 32 else ir.DoubleType()
-        self.vector = ir.VectorType(self.number, VECTOR // like.bitwidth)
-        self.count = LINE * 8 // like.bitwidth // self.vector.count
-        kind, name = ir.FunctionType(self.vector, [self.vector] * 3), f"v{self.vector.count}f{like.bitwidth}"
-        self.fma = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fmuladd.{name}")
-        zero = ir.Constant(self.vector, [0.0] * self.vector.count)
-        self.sums = {
-            (i, j): cgutils.alloca_once_value(builder, zero) for i in range(rows) for j in range(self.count)
-        }
+        super().__init__(builder, like)
+        self.rows = rows
+        zero = self.constant(0.0)
+        self.sums = {(i, j): cgutils.alloca_once_value(builder, zero) for i in range(rows) for j in range(PARTS)}
 
     def rows_of(self, base: Any, m: Any, step: Any) -> list[Any]:
         """Pointers to the first numbers of the rows."""
         return [row_of(self.builder, base, i, m, step) for i in range(self.rows)]
-
-    def part(self, base: Any, j: int) -> Any:
-        """Pointer to vector j of a row."""
-        place = self.builder.gep(base, [ir.IntType(64)(j * self.vector.count)])
-        return self.builder.bitcast(place, self.vector.as_pointer())
-
-    def everywhere(self, number: Any) -> Any:
-        """A vector of one number."""
-        return spread_out(self.builder, number, self.vector)
 
     def add_products(self, a: Any, a_step: Any, a_column: Any, b: Any, b_step: Any, m: Any, depth: Any) -> None:
         """Add the products of some rows of a with b."""
@@ -287,12 +257,11 @@ class Tile:
         a_rows = self.rows_of(a, m, a_step)
         with cgutils.for_range(builder, depth, intp=word) as loop:
             b_row = builder.gep(b, [builder.mul(loop.index, b_step)])
-            loaded = [builder.load(self.part(b_row, j), align=self.align) for j in range(self.count)]
+            loaded = [self.load(b_row, j) for j in range(PARTS)]
             for i, a_i in enumerate(a_rows):
                 factor = self.everywhere(builder.load(builder.gep(a_i, [builder.mul(loop.index, a_column)])))
                 for j, b_j in enumerate(loaded):
-                    total = self.sums[i, j]
-                    builder.store(builder.call(self.fma, [factor, b_j, builder.load(total)]), total)
+                    self.accumulate(self.sums[i, j], factor, b_j)
 
     def scale_rows(self, factors: Any, m: Any) -> None:
         """Multiply every row by a factor of its own."""
@@ -300,21 +269,19 @@ class Tile:
         for (i, _), total in self.sums.items():
             self.builder.store(self.builder.fmul(factors[i], self.builder.load(total)), total)
 
-    def store(self, c: Any, c_step: Any, m: Any, alpha: Any) -> None:
+    def give(self, c: Any, c_step: Any, m: Any, alpha: Any) -> None:
         """c = alpha times the sums."""
         rows, alpha = self.rows_of(c, m, c_step), self.everywhere(alpha)
         for (i, j), total in self.sums.items():
-            scaled = self.builder.fmul(alpha, self.builder.load(total))
-            self.builder.store(scaled, self.part(rows[i], j), align=self.align)
+            self.store(self.builder.fmul(alpha, self.builder.load(total)), rows[i], j)
 
-    def store_onto(self, c: Any, c_step: Any, m: Any, alpha: Any, beta: Any) -> None:
+    def give_onto(self, c: Any, c_step: Any, m: Any, alpha: Any, beta: Any) -> None:
         """c = alpha times the sums + beta c; all is read before any is written: repeated rows then write the same."""
         rows, alpha, beta = self.rows_of(c, m, c_step), self.everywhere(alpha), self.everywhere(beta)
-        old = {(i, j): self.builder.load(self.part(rows[i], j), align=self.align) for i, j in self.sums}
+        old = {(i, j): self.load(rows[i], j) for i, j in self.sums}
         for (i, j), total in self.sums.items():
             scaled = self.builder.fmul(alpha, self.builder.load(total))
-            new = self.builder.call(self.fma, [beta, old[i, j], scaled])
-            self.builder.store(new, self.part(rows[i], j), align=self.align)
+            self.store(self.multiply_add(beta, old[i, j], scaled), rows[i], j)
 
 
 def tile_of(rows: int, c: Any, a: Any, b: Any) -> Any:
@@ -328,9 +295,9 @@ def tile_of(rows: int, c: Any, a: Any, b: Any) -> Any:
         nothing = ir.Constant(sums.number, 0.0)
         with builder.if_else(builder.fcmp_ordered("==", beta, nothing)) as (afresh, onto):
             with afresh:
-                sums.store(c, c_step, m, alpha)
+                sums.give(c, c_step, m, alpha)
             with onto:
-                sums.store_onto(c, c_step, m, alpha, beta)
+                sums.give_onto(c, c_step, m, alpha, beta)
         return context.get_dummy_value()
 
     return types.void(c, index, a, index, index, b, index, index, index, like, like), codegen
@@ -346,7 +313,7 @@ def answer_tile_of(rows: int, o: Any) -> Any:
         sums.add_products(q, q_step, q_column, S, S_step, m, depth)
         sums.scale_rows(since, m)
         sums.add_products(scores, scores_step, ir.IntType(64)(1), v, v_step, m, n)
-        sums.store(o, o_step, m, scale)
+        sums.give(o, o_step, m, scale)
         return context.get_dummy_value()
 
     kinds = [o, index, o, index, index, o, index, index, o, o, index, o, index, index, index, like]
@@ -381,12 +348,10 @@ def last_answer_tile(
     return answer_tile_of(FEW, o)
 
 
-@intrinsic
-def lanes(typingctx: Any, like: Any) -> Any:
+@inner
+def lanes(like):
     """Numbers in a row of a tile."""
-    return types.intp(like), lambda context, builder, signature, args: context.get_constant(
-        types.intp, LINE * 8 // like.bitwidth
-    )
+    return PARTS * per_vector(like)
 
 
 @inner
@@ -480,62 +445,29 @@ def load(into, x, low, n, start, columns):
         gather(row(into, i), move(row(x, low + i), start * x.column), x.column, columns)
 
 
-def interleave_pair(builder: Any, one: Any, other: Any, size: int) -> tuple[Any, Any]:
-    """Groups of numbers of two vectors in turn: the first of every two groups of each, then the second."""
-    n = one.type.count
-    low = [e if not e & size else n + e - size for e in range(n)]
-    high = [e + size if not e & size else n + e for e in range(n)]
-    kind = ir.VectorType(ir.IntType(32), n)
-    return tuple(builder.shuffle_vector(one, other, ir.Constant(kind, places)) for places in (low, high))
-
-
-def interleave(builder: Any, lines: list[Any]) -> list[Any]:
-    """Vectors that are the rows of a square as its columns: numbers change places, then pairs, fours, and so on."""
-    n, size = len(lines), 1
-    while size < n:
-        mixed = dict.fromkeys(range(n))
-        for i in (i for i in range(n) if not i & size):
-            mixed[i], mixed[i + size] = interleave_pair(builder, lines[i], lines[i + size], size)
-        lines, size = list(mixed.values()), 2 * size
-    return lines
-
-
 @intrinsic
 def transpose_squares(typingctx: Any, into: Any, step: Any, source: Any, source_step: Any, squares: Any) -> Any:
-    """``square_size`` rows of so many squares side by side, as columns."""
+    """``per_vector`` rows of so many squares side by side, as columns."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         into, step, source, source_step, squares = args
-        word, bits = ir.IntType(64), signature.args[0].dtype.bitwidth
-        vector = ir.VectorType(into.type.pointee, VECTOR // bits)
-
-        def line(base: Any, i: int, step: Any) -> Any:
-            return builder.bitcast(builder.gep(base, [builder.mul(word(i), step)]), vector.as_pointer())
-
+        vectors, word = Vectors(builder, signature.args[0].dtype), ir.IntType(64)
         with cgutils.for_range(builder, squares, intp=word) as loop:
-            first = builder.mul(loop.index, word(vector.count))
+            first = vectors.start(loop.index)
             start, target = builder.gep(source, [first]), builder.gep(into, [builder.mul(first, step)])
-            rows = [builder.load(line(start, i, source_step), align=bits // 8) for i in range(vector.count)]
-            for i, column in enumerate(interleave(builder, rows)):
-                builder.store(column, line(target, i, step), align=bits // 8)
+            rows = [vectors.load_from(start, builder.mul(word(i), source_step)) for i in range(vectors.count)]
+            for i, column in enumerate(vectors.transpose(rows)):
+                vectors.store_to(column, target, builder.mul(word(i), step))
         return context.get_dummy_value()
 
     return types.void(into, types.intp, into, types.intp, types.intp), codegen
-
-
-@intrinsic
-def square_size(typingctx: Any, like: Any) -> Any:
-    """Rows of a square of ``transpose_squares``."""
-    return types.intp(like), lambda context, builder, signature, args: context.get_constant(
-        types.intp, VECTOR // like.bitwidth
-    )
 
 
 @inner
 def load_transposed(into, x, low, n, columns):
     """Rows low to low + n of a matrix as the columns of a panel."""
     apart()
-    size = square_size(x.data[0])
+    size = per_vector(x.data[0])
     done = columns // size * size if x.column == 1 else 0
     for start in range(0, n, size):
         source, rows = row(x, low + start), min(size, n - start)

@@ -262,7 +262,7 @@ def learn_lanes(lines, sizes, groups, i, lanes, like):
     v, beta = move(lines.v, i * w * lanes), move(lines.beta, i * lanes)
     if sizes.gates:
         forget_lanes(lines.S, move(lines.gates, i * lanes), w * deep, lanes)
-    recall_lanes(told, lines.S, erase, deep, w, lanes, like)
+    recall_lanes(told, lines.S, erase, deep, w, lanes)
     for j in range(w):
         error = move(told, j * lanes)
         for lane in range(lanes):
@@ -271,7 +271,7 @@ def learn_lanes(lines, sizes, groups, i, lanes, like):
     for group in range(groups):
         at = group * sizes.chunk + i
         q = move(lines.q, at * deep * lanes)
-        recall_lanes(move(lines.told, at * w * lanes), lines.S, q, deep, w, lanes, like)
+        recall_lanes(move(lines.told, at * w * lanes), lines.S, q, deep, w, lanes)
 
 
 @spliced

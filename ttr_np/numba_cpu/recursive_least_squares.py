@@ -364,7 +364,7 @@ def weigh_tokens(lines, places, rows, d, w, lanes, like):
         k, v = move(lines.k, i * deep * lanes), move(lines.v, i * w * lanes)
         if places[BETA, 0, 0]:
             weigh_pairs(k, v, move(lines.beta, i * lanes), deep, w, lanes, like)
-        dot_lanes(move(lines.energy, i * lanes), k, k, deep, lanes, like)
+        dot_lanes(move(lines.energy, i * lanes), k, k, deep, lanes)
     for x in range(n):
         still &= lines.energy[x] == 0
     if places[GATE, 0, 0]:
@@ -397,7 +397,7 @@ def learn_tokens(lines, places, steps, here, since, rows, sizes, room, limit):
         for group in range(places.shape[2]):
             at = group * tokens + i
             told, q = move(lines.told, at * w * lanes), move(lines.q, at * deep * lanes)
-            recall_lanes(told, lines.S, q, deep, w, lanes, limit)
+            recall_lanes(told, lines.S, q, deep, w, lanes)
 
 
 @inner
@@ -487,7 +487,7 @@ def foretell(lines, k, v, deep, w, lanes, like):
     told = move(lines.numbers, TOLD * lanes)
     for j in range(w):
         error = move(v, j * lanes)
-        dot_lanes(told, k, move(lines.S, j * deep * lanes), deep, lanes, like)
+        dot_lanes(told, k, move(lines.S, j * deep * lanes), deep, lanes)
         for lane in range(lanes):
             error[lane] -= told[lane]
 

@@ -33,12 +33,12 @@ from ._panels import (
     real,
     row,
     scale,
-    spread_out,
     times,
 )
-from ._powers import LOG2E, VECTOR, constant, exp2
+from ._powers import LOG2E, exp2
 from ._sequences import lay_out
 from ._threads import share
+from ._vectors import Vectors
 
 __all__ = ["selective_scan"]
 
@@ -144,36 +144,27 @@ def step_all(
     c_step: Any, channels: Any, n: Any,
 ) -> Any:  # fmt: skip
     """h = 2^(delta rate) h + entered b and o = c . h, whole vectors of channels; rates are in powers of two."""
-    bits = h.dtype.bitwidth
-    vector = ir.VectorType(ir.FloatType() if bits == 32 else ir.DoubleType(), VECTOR // bits)
-
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         h, rates, step, delta, entered, o, b, b_step, c, c_step, channels, n = args
-        word, width = ir.IntType(64), ir.IntType(64)(vector.count)
-        kind = ir.FunctionType(vector, [vector] * 3)
-        fma = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fmuladd.v{vector.count}f{bits}")
-
-        def place(base: Any, offset: Any) -> Any:
-            return builder.bitcast(builder.gep(base, [offset]), vector.as_pointer())
+        vectors, word = Vectors(builder, signature.args[0].dtype), ir.IntType(64)
 
         def everywhere(base: Any, offset: Any) -> Any:
-            return spread_out(builder, builder.load(builder.gep(base, [offset])), vector)
+            return vectors.everywhere(builder.load(builder.gep(base, [offset])))
 
-        total = cgutils.alloca_once_value(builder, constant(vector, 0.0))
-        vectors = builder.udiv(builder.add(channels, builder.sub(width, word(1))), width)
-        with cgutils.for_range(builder, vectors, intp=word) as outer:
+        (total,), width = vectors.totals(1), word(vectors.count)
+        whole = builder.udiv(builder.add(channels, builder.sub(width, word(1))), width)
+        with cgutils.for_range(builder, whole, intp=word) as outer:
             first = builder.mul(outer.index, width)
-            delta_v, entered_v = (builder.load(place(x, first), align=bits // 8) for x in (delta, entered))
-            builder.store(constant(vector, 0.0), total)
+            delta_v, entered_v = (vectors.load_from(x, first) for x in (delta, entered))
+            builder.store(vectors.constant(0.0), total)
             with cgutils.for_range(builder, n, intp=word) as loop:
                 at = builder.add(builder.mul(loop.index, step), first)
-                power = builder.fmul(delta_v, builder.load(place(rates, at), align=bits // 8))
-                new = builder.fmul(exp2(builder, power, bits), builder.load(place(h, at), align=bits // 8))
-                new = builder.call(fma, [entered_v, everywhere(b, builder.mul(loop.index, b_step)), new])
-                builder.store(new, place(h, at), align=bits // 8)
-                seen = everywhere(c, builder.mul(loop.index, c_step))
-                builder.store(builder.call(fma, [seen, new, builder.load(total)]), total)
-            builder.store(builder.load(total), place(o, first), align=bits // 8)
+                power = builder.fmul(delta_v, vectors.load_from(rates, at))
+                new = builder.fmul(exp2(vectors, power), vectors.load_from(h, at))
+                new = vectors.multiply_add(entered_v, everywhere(b, builder.mul(loop.index, b_step)), new)
+                vectors.store_to(new, h, at)
+                vectors.accumulate(total, everywhere(c, builder.mul(loop.index, c_step)), new)
+            vectors.store_to(builder.load(total), o, first)
         return context.get_dummy_value()
 
     word = types.intp
