@@ -229,7 +229,7 @@ def narrow(table, places, steps, sizes, scale_, first, last):
             rows = min(sizes.chunk, sizes.t - start)
             take_tokens(lines, places, steps, sizes, here, start, rows, scale_)
             for i in range(rows):
-                learn_lanes(lines, sizes, groups, i, here.lanes, scale_)
+                learn_lanes(lines, sizes, groups, i, here.lanes)
             for group in range(groups):
                 told = move(lines.told, group * sizes.chunk * sizes.v * here.lanes)
                 give_answers(told, places, O, here, group, start, rows, sizes.v, scale_, scale_)
@@ -254,7 +254,7 @@ def take_tokens(lines, places, steps, sizes, here, start, rows, like):
 
 
 @inner
-def learn_lanes(lines, sizes, groups, i, lanes, like):
+def learn_lanes(lines, sizes, groups, i, lanes):
     """Token i of all sequences: one gradient step, then the answers."""
     deep, w = padded(sizes.k), sizes.v
     k, told = move(lines.k, i * deep * lanes), move(lines.told, i * w * lanes)

@@ -251,7 +251,7 @@ def correct(room, k, v, n, tables, sizes, ridge, answer):
     neighbours = 0
     for low in range(0, n, ROWS):
         rows = min(ROWS, n - low)
-        neighbours += take_rows(room, k, v, low, rows, tables, d, w)
+        neighbours += take_rows(room, k, v, low, rows, tables, w)
         reflect(room, rows, p, p + w)
     read, product = row(room.lines, READ), row(room.lines, PRODUCT)
     query, centre, mean = row(room.lines, QUERY), row(room.lines, CENTRE), row(room.lines, MEAN)
@@ -269,7 +269,7 @@ def correct(room, k, v, n, tables, sizes, ridge, answer):
 
 
 @inner
-def take_rows(room, k, v, low, rows, tables, d, w):
+def take_rows(room, k, v, low, rows, tables, w):
     """Rows of the fit under the roots of their weights; how many are not zero."""
     apart()
     _, parents, factors, scales = tables

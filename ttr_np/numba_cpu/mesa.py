@@ -281,7 +281,7 @@ def load_pairs(places, steps, sizes, memory, low, n, room, like):
             scale(row(room.values, i), math.sqrt(weight), w)
     clean = clean_within(room.keys, 0, n, d, False, most(like))
     clean = min(clean, clean_within(room.values, 0, n, w, False, most(like)))
-    clean = min(clean, clean_within(matrix_of(line, like), 0, n, 1, True, most(like)))
+    clean = min(clean, clean_within(matrix_of(line), 0, n, 1, True, most(like)))
     for group in range(places.shape[2]):
         q = matrix(places[Q, memory, group], steps[Q, 0], steps[Q, 1], like)
         clean = min(clean, clean_within(below(q, low), 0, n, d, False, most(like)))
@@ -289,7 +289,7 @@ def load_pairs(places, steps, sizes, memory, low, n, room, like):
 
 
 @inner
-def matrix_of(line, like):
+def matrix_of(line):
     """A row as a matrix of one column."""
     return Matrix(line, 1, 1)
 
@@ -300,7 +300,7 @@ def run_chunk(places, steps, sizes, memory, low, n, room, like, worst):
     apart()
     t, d, w, method, iterations, singular = sizes
     one, gated = real(like, 1), places[GATE, memory, 0] != 0
-    step_decays(matrix_of(row(room.gates, 0), like), 0, n, room.pairs, row(room.since, 0), like)
+    step_decays(matrix_of(row(room.gates, 0)), 0, n, room.pairs, row(room.since, 0), like)
     load_transposed(room.across, room.keys, 0, n, d)
     together = prepare(sizes, n, room, low, gated, like)
     if n == 1:  # one token reads the sum itself
@@ -667,7 +667,7 @@ def iterate(sizes, n, room, together, worst, memory, like):
                 else:
                     descend(i, d, room, like)
         if method == CG:
-            turn(n, open_tokens, together, d, room, like)
+            turn(open_tokens, together, d, room, like)
     finish(n, d, room, worst, memory, like)
 
 
@@ -705,7 +705,7 @@ def advance(i, d, room, like):
 
 
 @inner
-def turn(n, open_tokens, together, d, room, like):
+def turn(open_tokens, together, d, room, like):
     """New directions, conjugate to those before."""
     apart()
     tokens = room.tokens

@@ -393,7 +393,7 @@ def learn_tokens(lines, places, steps, here, since, rows, sizes, room, limit):
             lines.numbers[INFORMATION * lanes + lane] += lines.energy[i * lanes + lane]
         if not calm:
             cap_lanes(lines, i, room, d, lanes, limit)
-        learn_lanes(lines, i, d, w, lanes, limit)
+        learn_lanes(lines, i, d, w, lanes)
         for group in range(places.shape[2]):
             at = group * tokens + i
             told, q = move(lines.told, at * w * lanes), move(lines.q, at * deep * lanes)
@@ -468,11 +468,11 @@ def cap_lane(lines, lane, energy, room, d, lanes, limit):
 
 
 @inner
-def learn_lanes(lines, i, d, w, lanes, like):
+def learn_lanes(lines, i, d, w, lanes):
     """One pair of all memories: Bierman's update of U and D, in which nothing is subtracted from a variance."""
     deep, variance = padded(d), move(lines.numbers, VARIANCE * lanes)
     k, v = move(lines.k, i * deep * lanes), move(lines.v, i * w * lanes)
-    foretell(lines, k, v, deep, w, lanes, like)  # first, so that it need not wait for the factors
+    foretell(lines, k, v, deep, w, lanes)  # first, so that it need not wait for the factors
     learn_factors(lines.U, lines.D, k, lines.gain, lines.grow, lines.shrink, variance, d, lanes)
     for j in range(w):
         error = move(v, j * lanes)
@@ -482,7 +482,7 @@ def learn_lanes(lines, i, d, w, lanes, like):
 
 
 @inner
-def foretell(lines, k, v, deep, w, lanes, like):
+def foretell(lines, k, v, deep, w, lanes):
     """Values less what the memories say to their keys."""
     told = move(lines.numbers, TOLD * lanes)
     for j in range(w):

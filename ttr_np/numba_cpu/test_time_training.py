@@ -197,7 +197,7 @@ def kernel(table, places, steps, sizes, widths, options, number, counts, first, 
             while high < t and high - low < size and counts[memory] + seen < batch_size:
                 seen += is_seen(places, steps, memory, high, number)
                 high += 1
-            high, seen, alone = clean_part(table, places, steps, memory, widths, low, high, seen, number)
+            high, seen, alone = clean_part(places, steps, memory, widths, low, high, seen, number)
             run_part(table, places, steps, memory, widths, settings, low, high - low, alone, number)
             counts[memory] += seen
             if counts[memory] >= batch_size:
@@ -255,7 +255,7 @@ def turn_anchor(table, widths, like):
 
 
 @inner
-def clean_part(table, places, steps, memory, widths, low, high, seen, like):
+def clean_part(places, steps, memory, widths, low, high, seen, like):
     """Up to the first token with a bad number, which products would spread; such a token alone if it comes first.
 
     A token that is left over before a bad one is no token alone: what comes later must not choose how it is computed.
@@ -288,7 +288,7 @@ def run_part(table, places, steps, memory, widths, settings, low, n, alone, like
     values = matrix(places[V, memory, 0], steps[V, 0], steps[V, 1], like)
     load(panel(table, VALUES, like), values, low, n, 0, widths[-1])
     shares(table, places, steps, memory, low, n, like)
-    forward(table, places, memory, widths, settings, n, like)
+    forward(table, widths, settings, n, like)
     backward(table, places, memory, widths, settings, n, like)
     rolling = places[ROLL, memory, 0] != 0
     for layer in range(layers if alone else 0):
@@ -341,7 +341,7 @@ def shares(table, places, steps, memory, low, n, like):
 
 
 @inner
-def forward(table, places, memory, widths, settings, n, like):
+def forward(table, widths, settings, n, like):
     """What every layer is given and what it sums, at the mini-batch's start."""
     apart()
     for layer in range(len(widths) - 1):
