@@ -243,7 +243,7 @@ def correct(room, k, v, n, tables, sizes, ridge, answer):
     """Add to the mean what the slopes say."""
     apart()
     bounds, parents, factors, scales = tables
-    d, w = sizes[1], sizes[2]
+    w = sizes[2]
     p = len(parents)
     for i in range(p):
         fill(row(room.R, i), 0.0, p + w)
