@@ -97,7 +97,7 @@ HURTING = [
 
 
 def dtype_of(name):
-    return np.dtype(name) if name.startswith("float") else np.dtype(pytest.importorskip("ml_dtypes").bfloat16)
+    return np.dtype(name) if name == "float32" else sentences.half(name)
 
 
 def drawn(operator, variants, name, variant, seed=0, lead=(2,), **sizes):
