@@ -10,7 +10,7 @@ import numpy as np
 from ttr_np.notation import CacheState
 from ttr_np.solvers._cache import append, check_options, empty_cache
 
-from .._attention import DOT, Pairs, pairs_of
+from .._attention import DOT, Pairs, pairs_of, width_of
 from .._calls import THREADS, Grid
 from .._sequences import BOTH, ROW, Sequences
 from . import _launch
@@ -87,7 +87,7 @@ def core(
     state: CacheState,
 ) -> tuple[Any, CacheState]:
     """One launch over all pairs, or two over pieces of them; the cache grows only to be returned."""
-    pairs, width = pairs_of(state, k, v, mask), max(q.shape[-1], 1) ** -0.5 if scale is None else scale
+    pairs, width = pairs_of(state, k, v, mask), width_of(scale, None, q.shape[-1])
     options = {"causal": causal, "window": window or 0, "sinks": sinks}
     sequences = Sequences(state.k.shape[:-2], np.broadcast_shapes(q.shape[:-2], state.k.shape[:-2]))
     if sequences.groups * q.shape[-2] > FEW and on_tensor_cores(q.dtype, pairs):
