@@ -35,7 +35,7 @@ from .torch_peers import no_gradients
 
 __all__ = ["Clock", "SHAPES", "answered", "main", "questions_of", "table_of"]
 
-TESTS = ("tests/test_cuda_delta_chunks.py", "tests/test_cuda_fuzz.py", "tests/test_cuda_kernels.py")
+TESTS = tuple(f"tests/test_cuda_{name}.py" for name in ("chunks", "delta_chunks", "fuzz", "kernels"))
 TESTS_SHARE = 0.35  # of the time
 LEAST = 1e-3  # seconds of a sample: shorter calls are made several times
 ROUNDS, RESERVE = 50, 5.0  # samples of each contender at most; seconds that are left for the end
@@ -90,20 +90,21 @@ def tested(seconds: float, command: Sequence[str] = ()) -> dict[str, Any]:
         return {"reason": "pytest is not installed"}
     command = command or [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS]
     top, environment = Path(__file__).parent.parent, os.environ | {"TTR_TESTS_ON": "gpu", "PYTHONUNBUFFERED": "1"}
-    start = time.monotonic()
+    start, over = time.monotonic(), False
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=top, env=environment
     ) as run:
         try:
             said, _ = run.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
+            over = True
             run.kill()
             said, _ = run.communicate()
-    over = run.returncode < 0
     marks = "".join(re.findall(r"^([.FEsx]+)(?:\s+\[.*)?$", said, re.MULTILINE))
     counts = {name: marks.count(mark) for name, mark in (("passed", "."), ("failed", "F"), ("errors", "E"))}
     failures = re.findall(r"^(?:FAILED|ERROR) (.*)$", said, re.MULTILINE)
     found = counts | {"skipped": marks.count("s"), "seconds": time.monotonic() - start, "finished": not over}
+    found["code"] = run.returncode
     return found | {"failures": failures, "end": said[-4000:] if failures or run.returncode else ""}
 
 
@@ -112,8 +113,14 @@ def tests_line(found: dict[str, Any]) -> str:
     if "reason" in found:
         return f"tests on the device: skipped: {found['reason']}"
     counts = ", ".join(f"{found[name]} {name}" for name in ("passed", "failed", "errors", "skipped"))
-    cut = "" if found["finished"] else "; cut off when their time was over"
-    return "\n".join([f"tests on the device: {counts} in {found['seconds']:.0f} s{cut}", *found["failures"]])
+    end = f"; pytest ended with code {found['code']}" if found["code"] else ""
+    end = end if found["finished"] else "; cut off when their time was over"
+    return "\n".join([f"tests on the device: {counts} in {found['seconds']:.0f} s{end}", *found["failures"]])
+
+
+def all_right(found: dict[str, Any]) -> bool:
+    """Whether no test failed, as far as they came, and whatever ran them ended well."""
+    return not (found.get("failed") or found.get("errors") or found.get("finished") and found["code"])
 
 
 # ---- the times -------------------------------------------------------------------------------------------------------
@@ -308,7 +315,7 @@ def heading(result: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run everything; 2 if there is no GPU or the options were wrong, 1 if a test failed, else 0."""
+    """Run everything; 2 if there is no GPU or the options were wrong, 1 if the tests went wrong, else 0."""
     arguments = chosen(argv)
     reason = missing()
     if reason:
@@ -331,7 +338,7 @@ def main(argv: list[str] | None = None) -> int:
     times_apart(arguments, sys.argv[1:] if argv is None else argv, clock)
     unasked = json.loads(Path(arguments.json).read_text(encoding="utf-8"))["unasked"]
     print(*(f"no time was left for {name}" for name in unasked), sep="\n")
-    return int(bool(result["tests"].get("failures")))
+    return int(not all_right(result["tests"]))
 
 
 if __name__ == "__main__":

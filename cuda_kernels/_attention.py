@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ttr_np.backends import frames_of_package
+from ttr_np.backends import frames_of_package, function_refusal
 from ttr_np.notation import CacheState
 from ttr_np.solvers._cache import join, positions
 from ttr_np.solvers.local_polynomial import KERNELS
@@ -87,11 +87,9 @@ def fit_bytes(p: int, keys: int, columns: int) -> int:
 
 def refusal_of(backend: str, kernel: Any, degree: int, ridge: float, keys: int) -> str | None:
     """Why a backend cannot make a fit, or None."""
-    if callable(kernel):
-        return f"backend {backend!r} cannot compile the function given as kernel: it has {', '.join(NAMES)}"
-    p = coefficients(keys, degree)
-    if degree < 1 or fit_bytes(p, keys, 8) <= BYTES:
-        return None
+    p, problem = coefficients(keys, degree), function_refusal(backend, kernel, NAMES)
+    if problem or degree < 1 or fit_bytes(p, keys, 8) <= BYTES:
+        return problem
     if degree > 1:
         return f"backend {backend!r} has no room for the {p} coefficients of degree {degree} in {keys} channels"
     if not ridge > 0:

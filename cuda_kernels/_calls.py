@@ -58,6 +58,9 @@ class Machine(Protocol):
     def like(self, held: Any, x: Any) -> Any:
         """An argument in another's place: the memory of x, seen as the other is seen."""
 
+    def run(self, *launch: Any) -> None:
+        """Make a launch."""
+
 
 class Grid(NamedTuple):
     """How a launch is cut: so many blocks for each memory."""

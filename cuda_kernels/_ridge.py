@@ -10,7 +10,7 @@ from ttr_np.notation import CacheState
 from ttr_np.solvers._cache import join
 from ttr_np.solvers.kernel_ridge import KERNELS
 
-__all__ = ["NAMES", "Pairs", "check", "kernel_refusal", "lanes_for", "pairs_of", "refuse_singular", "spoil"]
+__all__ = ["NAMES", "Pairs", "lanes_for", "pairs_of", "refuse_singular", "spoil"]
 
 NAMES = tuple(KERNELS)
 MOST = 1024  # threads that answer the queries of one memory, each with a column of scratch
@@ -41,23 +41,6 @@ def pairs_of(state: CacheState, k: Any, v: Any, mask: Any) -> Pairs:
     used = present & ~(np.cumsum(bad_key, axis=-1) > 0)
     kept = np.where(used[..., None] & ~spoilt, values, 0.0)
     return Pairs(np.where(used[..., None], keys, 0.0), kept, used, spoilt)
-
-
-def check(kernel: Any, ridge: Any, bandwidth: Any) -> None:
-    """A ValueError that names an option and its value."""
-    if kernel not in KERNELS:
-        raise ValueError(f"kernel must be one of {', '.join(KERNELS)} or a callable, got {kernel!r}")
-    if np.ndim(ridge) or not 0 <= ridge < np.inf:
-        raise ValueError(f"ridge must be a finite number >= 0, got {ridge}")
-    if np.ndim(bandwidth) or not 0 < bandwidth < np.inf:
-        raise ValueError(f"bandwidth must be a positive finite number, got {bandwidth}")
-
-
-def kernel_refusal(backend: str, kernel: Any) -> str | None:
-    """Why a backend cannot compile a kernel function, or None."""
-    if callable(kernel):
-        return f"backend {backend!r} cannot compile the function given as kernel: it has {', '.join(NAMES)}"
-    return None
 
 
 def lanes_for(queries: int) -> int:

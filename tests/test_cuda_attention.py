@@ -182,9 +182,11 @@ def test_heads_of_any_size_on_tensor_cores(sizes):
     same_bits(run("softmax_attention", "cupy", strided, check=True), found)
 
 
-def test_tiles_that_do_not_fit_go_without_tensor_cores():
-    arrays = arguments("softmax_attention", np.random.default_rng(0), 20, k=700, dtype=np.float16)
+@pytest.mark.parametrize("k, v, shared", [(700, 3, 227), (336, 128, 163)])  # the second but for what the text declares
+def test_tiles_that_do_not_fit_go_without_tensor_cores(k, v, shared):
+    arrays = arguments("softmax_attention", np.random.default_rng(0), 20, k=k, v=v, dtype=np.float16)
     with on_cpu("cupy", check=False) as machine:
+        machine.shared = shared * 1024
         found = ttr_np.softmax_attention(**arrays, backend="cupy")
     assert machine.launches == ["softmax_attention"]
     as_good(found, *solved("softmax_attention", arrays))
@@ -311,8 +313,9 @@ def test_conjugate_gradients_that_stop_early_say_so(backend, monkeypatch):
     module = import_module(f"cuda_kernels.{'cupy_raw' if backend == 'cupy' else 'numba_cuda'}.local_polynomial")
     arrays = arguments("local_polynomial", np.random.default_rng(0), 40, k=60, v=5, dtype=np.float32)
     monkeypatch.setattr(module, "STEPS", 0)
-    with pytest.warns(RuntimeWarning, match=r"stopped after 0 steps at a relative residual of 1\.0e\+00"):
+    with pytest.warns(RuntimeWarning, match=r"stopped after 0 steps at a relative residual of 1\.0e\+00") as warned:
         found = run("local_polynomial", backend, arrays)
+    assert warned[0].filename == __file__  # the caller, not the backend
     np.testing.assert_allclose(found, ttr_np.local_polynomial(**arrays, degree=0, backend="numpy"), atol=1e-6)
 
 

@@ -434,6 +434,16 @@ def test_a_table_is_sent_once(cupy):
     assert len(_launch.machine.tables) == 1
 
 
+def test_a_text_is_compiled_once_for_each_device(cupy, monkeypatch):
+    from cuda_kernels.cupy_raw import _launch
+
+    arrays, known = draw("delta_rule", np.random.default_rng(0)), cupy.cuda.Device
+    for number, kernels in ((0, 1), (0, 1), (1, 2)):
+        monkeypatch.setattr(cupy.cuda, "Device", partial(known, number))
+        ttr_np.delta_rule(**arrays, backend="cupy")
+        assert _launch.compiled.cache_info().currsize == kernels
+
+
 def test_bad_numbers_on_the_device_are_named(cupy):
     arrays = draw("delta_rule", np.random.default_rng(0), optional=("log_decay",), per_channel=False)
     arrays["log_decay"][2] = 0.5

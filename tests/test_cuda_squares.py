@@ -232,8 +232,9 @@ def test_a_limit_on_the_steps_is_reported(backend):
     arrays = inputs("mesa", t=9, k=12, optional=("log_decay",))
     for solver in ("cg", "chebyshev") if backend == "cupy" else ("chebyshev",):
         words = f"solver '{solver}' stopped after 2 iterations at a relative residual of .*, above the tolerance 1"
-        with pytest.warns(RuntimeWarning, match=words):
+        with pytest.warns(RuntimeWarning, match=words) as warned:
             o, _ = run("mesa", backend, arrays, solver=solver, ridge=1e-3, iterations=2, tolerance=1e-12)
+        assert warned[0].filename == __file__  # the caller, not the backend
         assert np.all(np.isfinite(o))
 
 

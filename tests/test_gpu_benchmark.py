@@ -4,6 +4,7 @@ import inspect
 import json
 import sys
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -216,6 +217,31 @@ def test_tests_that_take_too_long_are_cut_off_and_what_they_said_is_kept():
     endless = [sys.executable, "-uc", "print('...  [ 1%]', flush=True)\nwhile True: pass"]
     found = gpu.tested(2, endless)
     assert (found["passed"], found["finished"]) == (3, False) and "cut off" in gpu.tests_line(found)
+
+
+TESTED = {
+    "all passed": (said("..  [100%]"), 30, True),
+    "pytest is not installed": (None, 0, True),
+    "one failed": (said("F.  [100%]", 1), 30, False),
+    "one failed before the time was over": ([sys.executable, "-uc", "print('F.')\nwhile True: pass"], 2, False),
+    "nothing could be collected": (said("no tests ran", 5), 30, False),
+    "the process crashed": ([sys.executable, "-uc", "import os; print('..'); os.kill(os.getpid(), 9)"], 30, False),
+}
+
+
+@pytest.mark.parametrize("name", TESTED)
+def test_the_exit_code_tells_of_tests_that_failed(name, monkeypatch, tmp_path, capsys):
+    command, seconds, right = TESTED[name]
+    found = gpu.tested(seconds, command) if command else {"reason": name}
+    monkeypatch.setattr(gpu, "missing", lambda: "")
+    monkeypatch.setattr(gpu, "times_apart", lambda *_: None)
+    monkeypatch.setattr(gpu, "tested", lambda _: found)
+    assert gpu.main(["--json", str(tmp_path / "gpu.json")]) == (not right)
+    assert ("ended with code" in capsys.readouterr().out) == (not right and "time was over" not in name)
+
+
+def test_the_tests_for_the_device_are_there():
+    assert all((Path(gpu.__file__).parent.parent / name).exists() for name in gpu.TESTS)
 
 
 def test_a_process_that_does_not_end_is_ended():

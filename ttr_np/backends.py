@@ -234,6 +234,13 @@ def refused(backend: str, operator: str, options: Mapping[str, Any] | None) -> s
     return module.refusal(**options) if hasattr(module, "refusal") else None
 
 
+def function_refusal(backend: str, kernel: Any, names: Sequence[str]) -> str | None:
+    """Why a backend of compiled kernels cannot take a Python function for one of those it has by name, or None."""
+    if callable(kernel):
+        return f"backend {backend!r} cannot compile the function given as kernel: it has {', '.join(names)}"
+    return None
+
+
 def refusal(backend: str, operator: str, device: str, options: Mapping[str, Any] | None) -> Exception | None:
     """The error a named backend deserves, or None if it can run the operator."""
     if reason(backend) != "ok":
@@ -290,9 +297,10 @@ def first_able(operator: str, names: Sequence[str], device: str, options: Mappin
 
 
 def frames_of_package() -> int:
-    """The ``stacklevel`` at which the caller of this function warns the first caller outside this package."""
+    """The ``stacklevel`` at which the caller of this function warns the first caller outside all backends."""
+    own = {package.split(".")[0] for package in BACKENDS.values()}
     frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == __package__:
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in own:
         frame, level = frame.f_back, level + 1
     return level
 

@@ -15,13 +15,12 @@ from .. import _calls
 from .._sequences import BOTH, ROW, Sequences
 from . import _launch, _tiles
 from ._launch import Kernel, empty, launch
-from ._tiles import LONGEST, SUM_TERMS, TERMS
+from ._tiles import LONGEST, STATIC, SUM_TERMS, TERMS
 
 __all__ = ["Tiles", "correct", "tiles"]
 
 KERNEL = Kernel("delta_rule_chunks", "tensor.cuh")
 GATES = {"none": 0, "step": 1, "channel": 2}
-PLACES = 512  # bytes of shared memory for what the text declares itself
 WIDEST = 64  # value columns of one block, 16 per warp: more blocks repeat the scores, but there are more of them
 
 
@@ -32,7 +31,7 @@ class Tiles(NamedTuple):
     keys: int  # rows of the state, rounded up to whole matrices
     values: int  # columns of the state per block
     stages: int  # places where tokens arrive
-    shared: int = 0  # bytes
+    shared: int = 0  # bytes that a launch asks for
 
 
 def tiles(dtype: Any, tokens: int, rows: int, columns: int, gate: str, erase: bool, shared: int) -> Tiles | None:
@@ -62,13 +61,13 @@ def tiles(dtype: Any, tokens: int, rows: int, columns: int, gate: str, erase: bo
     for chunk, stages, columns_of_a_block in smaller:
         found = Tiles(chunk, keys, columns_of_a_block, stages)
         found = found._replace(shared=bytes_of(found, name, gate, erase))
-        if found.shared + PLACES <= shared:
+        if found.shared + STATIC <= shared:
             return found
     return None
 
 
 def bytes_of(sizes: Tiles, name: str, gate: str, erase: bool) -> int:
-    """Shared memory of a block, as the text lays it out: rows of tiles are 8 numbers apart."""
+    """Shared memory that a block is launched with, as the text lays it out: rows of tiles are 8 numbers apart."""
     chunk, keys, values = sizes.chunk, sizes.keys + 8, sizes.values + 8
     arriving = sizes.stages * chunk * ((2 + erase) * keys + values) * (4 if name == "float32" else 2)
     split = 2 * SUM_TERMS[name] * sizes.values * (keys + chunk + 8)

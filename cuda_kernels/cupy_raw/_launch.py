@@ -159,8 +159,11 @@ class Gpu:
 
     def run(self, source: str, name: str, blocks: int, threads: int, arguments: list[Any], shared: int = 0) -> None:
         """Launch; a null pointer is the number 0."""
+        import cupy
+
         given = tuple(np.uintp(0) if x is None else x for x in arguments)
-        compiled(source, name, shared)((blocks,), (threads,), given, shared_mem=shared)
+        kernel = compiled(cupy.cuda.Device().id, source, name, shared)
+        kernel((blocks,), (threads,), given, shared_mem=shared)
 
 
 @cache
@@ -173,8 +176,11 @@ def device(number: int) -> Device:
 
 
 @cache
-def compiled(source: str, name: str, shared: int = 0) -> Any:
-    """A kernel of CuPy, which keeps its machine code on disk; beyond 48 KB shared memory must be asked for."""
+def compiled(number: int, source: str, name: str, shared: int = 0) -> Any:
+    """A kernel of CuPy on its current GPU, which has that number; beyond 48 KB shared memory must be asked for there.
+
+    CuPy keeps its machine code on disk.
+    """
     import cupy
 
     kernel = cupy.RawModule(code=source, options=("-std=c++17",)).get_function(name)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["Tiles", "pieces", "tiles"]
+__all__ = ["STATIC", "Tiles", "pieces", "tiles"]
 
 CHUNKED_FROM = 32  # tokens: below, one token after the other is faster
 WORTH_A_LAUNCH = 8  # chunks: sequences of fewer are never cut in pieces
@@ -15,6 +15,7 @@ LONGEST = 256  # state column that fits in the registers of a warp, 16 at a time
 WIDEST = 128  # value columns of one block, 16 per warp
 TERMS = {"bfloat16": 1, "float16": 2, "float32": 3}  # numbers of bfloat16 that hold one of these without a loss
 SUM_TERMS = {"bfloat16": 2, "float16": 2, "float32": 3}  # and what is computed from them, to 16 or 24 bits
+STATIC = 512  # bytes of shared memory for what a text of chunks declares itself
 CHUNK = {True: 64, False: 32}  # tokens, if they fit; by whether products read the data where they arrive
 
 
@@ -28,7 +29,7 @@ class Tiles(NamedTuple):
     data_terms: int
     key_terms: int
     sum_terms: int
-    shared: int  # bytes
+    shared: int  # bytes that a launch asks for
 
     @property
     def threads(self) -> int:
@@ -61,14 +62,14 @@ def tiles(dtype: Any, tokens: int, rows: int, columns: int, gate: str, shared: i
     while values >= 16:
         found = Tiles(chunk, keys, values, direct, TERMS[name], key_terms, SUM_TERMS[name], 0)
         found = found._replace(shared=bytes_of(found, np.dtype(dtype).itemsize, gate))
-        if found.shared <= shared:
+        if found.shared + STATIC <= shared:
             return found
         chunk, values = (chunk // 2, values) if chunk > 16 else (chunk, values // 2)
     return None
 
 
 def bytes_of(sizes: Tiles, itemsize: int, gate: str) -> int:
-    """Shared memory of a block, as the text lays it out: rows of tiles are 8 numbers apart."""
+    """Shared memory that a block is launched with, as the text lays it out: rows of tiles are 8 numbers apart."""
     chunk, keys, values = sizes.chunk, sizes.keys + 8, sizes.values + 8
     arriving = chunk * (2 * keys + values) * itemsize + (gate == "step") * 4 * (chunk + 8)
     arriving *= 1 + sizes.direct

@@ -1,4 +1,4 @@
-// What the threads of a block do together.
+// What the threads of a block do together, in double precision.
 
 __device__ __forceinline__ double of_bits(unsigned long long bits) {
     double x;
@@ -8,9 +8,9 @@ __device__ __forceinline__ double of_bits(unsigned long long bits) {
 __device__ __forceinline__ double infinity() { return of_bits(0x7ffull << 52); }
 __device__ __forceinline__ double not_a_number() { return of_bits(0xfffull << 51); }
 
-constexpr real EPS = sizeof(real) == 4 ? real(0x1p-23) : real(0x1p-52);
+constexpr double EPS = 0x1p-52;
 
-__device__ real over_warp(real x) {  // a sum over the lanes, the same for each
+__device__ double over_warp(double x) {  // a sum over the lanes, the same for each
     for (int distance = 1; distance < 32; distance *= 2) x += __shfl_xor_sync(0xffffffffu, x, distance);
     return x;
 }
@@ -22,16 +22,10 @@ __device__ real dot_of_warp(const real* x, const real* y, int n) {
     return over_warp(total);
 }
 
-// A sum over the lanes in double precision, which squares of single precision do not overflow.
-__device__ double over_warp_doubled(double x) {
-    for (int distance = 1; distance < 32; distance *= 2) x += __shfl_xor_sync(0xffffffffu, x, distance);
-    return x;
-}
-
 // The same over all threads.
 __device__ double over_block(double x) {
     __shared__ double parts[32];
-    x = over_warp_doubled(x);
+    x = over_warp(x);
     if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
     __syncthreads();  // every warp has left its part
     double total = 0;

@@ -26,10 +26,7 @@ delta_rule(const data* q, const data* k, const data* v, const real* beta, const 
     const auto state = rows(S, table, axes, STATE, memory);
 
     real own[ROWS];
-    for (int r = 0; r < ROWS; r++) {
-        const int row = part + r * PARTS;
-        own[r] = row < K && mine ? state.at(row, column) : real(0);
-    }
+    load_column(own, state, part, column, mine);
 
     auto stage = [&](int t) {
         #pragma unroll 1
@@ -72,8 +69,5 @@ delta_rule(const data* q, const data* k, const data* v, const real* beta, const 
         }
     }
 
-    for (int r = 0; r < ROWS; r++) {
-        const int row = part + r * PARTS;
-        if (row < K && mine) state.at(row, column) = own[r];
-    }
+    store_column(own, state, part, column, mine);
 }

@@ -26,10 +26,7 @@ dplr(const data* q, const data* k, const data* v, const data* a, const data* b, 
     const auto state = rows(S, table, axes, STATE, memory);
 
     real own[ROWS];
-    for (int r = 0; r < ROWS; r++) {
-        const int row = part + r * PARTS;
-        own[r] = row < K && mine ? state.at(row, column) : real(0);
-    }
+    load_column(own, state, part, column, mine);
 
     auto stage = [&](int t) {
         #pragma unroll 1
@@ -73,8 +70,5 @@ dplr(const data* q, const data* k, const data* v, const data* a, const data* b, 
         }
     }
 
-    for (int r = 0; r < ROWS; r++) {
-        const int row = part + r * PARTS;
-        if (row < K && mine) state.at(row, column) = own[r];
-    }
+    store_column(own, state, part, column, mine);
 }

@@ -48,7 +48,7 @@ __device__ bool rotate(real* x, real* y, int n) {
         b += double(y[i]) * y[i];
         c += double(x[i]) * y[i];
     }
-    a = over_warp_doubled(a), b = over_warp_doubled(b), c = over_warp_doubled(c);
+    a = over_warp(a), b = over_warp(b), c = over_warp(c);
     if (!(fabs(c) > 4 * EPS * sqrt(a) * sqrt(b))) return false;
     const double slope = (b - a) / (2 * c);
     const double tangent = copysign(1.0, slope) / (fabs(slope) + sqrt(1 + slope * slope));

@@ -8,6 +8,13 @@ __device__ __forceinline__ real decay_of(Rows<const gate> log_decay, bool decays
     return decays ? exp(real(log_decay.at(t, 0))) : real(1);
 }
 
+// The key of a pair times the root of its weight, by all threads of a block.
+__device__ __forceinline__ void stage_key(real* to, Rows<const data> key, Rows<const gate> beta, bool weighted, int t) {
+    const real root = root_of(beta, weighted, t);
+    #pragma unroll 1
+    for (int p = threadIdx.x; p < K; p += blockDim.x) to[p] = root == 0 ? real(0) : root * widened(key.at(t, p));
+}
+
 // H = left H + key key^T; a thread has the same columns every time.
 __device__ void learn(real* H, const real* key, real left) {
     for (int i = 0; i < K; i++)

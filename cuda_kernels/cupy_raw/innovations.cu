@@ -23,10 +23,7 @@ innovations(const data* q, const data* k, const data* v, const gate* beta, const
     const auto state = rows(S, table, axes, STATE, memory);
 
     real own[ROWS];
-    for (int r = 0; r < ROWS; r++) {
-        const int row = part + r * PARTS;
-        own[r] = row < K && mine ? state.at(row, column) : real(0);
-    }
+    load_column(own, state, part, column, mine);
 
     auto stage = [&](int t) {
         #pragma unroll 1
@@ -68,8 +65,5 @@ innovations(const data* q, const data* k, const data* v, const gate* beta, const
         }
     }
 
-    for (int r = 0; r < ROWS; r++) {
-        const int row = part + r * PARTS;
-        if (row < K && mine) state.at(row, column) = own[r];
-    }
+    store_column(own, state, part, column, mine);
 }

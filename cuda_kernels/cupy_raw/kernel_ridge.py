@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from ttr_np.backends import function_refusal
 from ttr_np.notation import CacheState
 from ttr_np.solvers._cache import append, empty_cache
+from ttr_np.solvers.kernel_ridge import check_options
 
-from .._ridge import NAMES, check, kernel_refusal, lanes_for, pairs_of, refuse_singular, spoil
+from .._ridge import NAMES, lanes_for, pairs_of, refuse_singular, spoil
 from .._sequences import BOTH, COLUMN, Sequences
 from .._squares import few
 from ._launch import Kernel, empty, even, launch, run
@@ -39,14 +41,14 @@ def kernel_ridge(
     problem = refusal(kernel=kernel)
     if problem:
         raise NotImplementedError(problem)
-    check(kernel, ridge, bandwidth)
+    check_options(kernel, ridge, bandwidth)
     options = {"kernel": kernel, "bandwidth": float(bandwidth), "ridge": float(ridge), "causal": bool(causal)}
     return run(core, "kernel_ridge", {"q": q, "k": k, "v": v}, options, start=empty_cache, **common)
 
 
 def refusal(*, kernel: Any = NAMES[0], **options: Any) -> str | None:
     """Why a call with these options has no kernel, or None."""
-    return kernel_refusal("cupy", kernel)
+    return function_refusal("cupy", kernel, NAMES)
 
 
 def core(

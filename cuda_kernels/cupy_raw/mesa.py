@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from ttr_np.notation import MesaState
-from ttr_np.solvers.mesa import check_leading, check_options, check_weights
+from ttr_np.solvers.mesa import check_leading, check_options, check_weights, ridge_refusal, tolerance_for
 
 from .._calls import THREADS, split
 from .._sequences import BOTH, COLUMN, ROW, Sequences
-from .._squares import ridge_refusal, tolerance_for, warn_of_limit
+from .._squares import warn_of_limit
 from ._launch import Kernel, empty, even, launch, run
 
 __all__ = ["mesa", "refusal"]

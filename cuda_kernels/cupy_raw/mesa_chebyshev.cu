@@ -65,11 +65,9 @@ mesa_chebyshev(const data* q, const data* k, const gate* log_decay, const gate* 
 
     #pragma unroll 1
     for (int t = piece * PIECE; t < tokens && t < (piece + 1) * PIECE; t++) {
-        const real root = root_of(weight, beta, t), left = decay_of(decay, log_decay, t);
-        for (int p = thread; p < K; p += blockDim.x)
-            all.key[p] = root == 0 ? real(0) : root * widened(key.at(t, p));
+        stage_key(all.key, key, weight, beta, t);
         __syncthreads();  // the key is there
-        learn(H, all.key, left);
+        learn(H, all.key, decay_of(decay, log_decay, t));
         const real bound = norm(H) + largest;
         real most = iterations;
         if (!iterations) {  // what the bounds ask for

@@ -111,9 +111,8 @@ mesa_exact(const data* q, const data* k, const gate* log_decay, const gate* beta
 
     #pragma unroll 1
     for (int t = piece * PIECE; t < tokens && t < (piece + 1) * PIECE; t++) {
-        const real root = root_of(weight, beta, t), left = decay_of(decay, log_decay, t);
-        for (int p = thread; p < K; p += blockDim.x)
-            all.key[p] = root == 0 ? real(0) : root * widened(key.at(t, p));
+        const real left = decay_of(decay, log_decay, t);
+        stage_key(all.key, key, weight, beta, t);
         __syncthreads();  // the key is there
         learn(H, all.key, left);
         load(A, H, all, false);

@@ -21,22 +21,13 @@ recall(const real* x, const data* k, const data* v, const gate* log_decay, const
     const auto state = rows(G, table, axes, STATE, memory);
 
     real own[ROWS];
-    for (int r = 0; r < ROWS; r++) {
-        const int row = part + r * PARTS;
-        own[r] = row < K && mine ? state.at(row, column) : real(0);
-    }
+    load_column(own, state, part, column, mine);
 
-    auto stage = [&](int t) {
-        const real root = root_of(weight, beta, t);
-        #pragma unroll 1
-        for (int row = threadIdx.x; row < K; row += blockDim.x)
-            keys[t % 2][row] = root == 0 ? real(0) : root * widened(key.at(t, row));
-    };
-    stage(0);
+    stage_key(keys[0], key, weight, beta, 0);
     #pragma unroll 1
     for (int t = 0; t < tokens; t++) {
         __syncthreads();  // token t is staged, and nobody is left at t - 1, in whose place t + 1 goes
-        if (t + 1 < tokens) stage(t + 1);
+        if (t + 1 < tokens) stage_key(keys[(t + 1) % 2], key, weight, beta, t + 1);
         const real left = decay_of(decay, log_decay, t), root = root_of(weight, beta, t);
         const real value_t = mine && root != 0 ? root * widened(value.at(t, column)) : real(0);
         for (int r = 0; r < ROWS; r++) {
@@ -57,8 +48,5 @@ recall(const real* x, const data* k, const data* v, const gate* log_decay, const
         }
     }
 
-    for (int r = 0; r < ROWS; r++) {
-        const int row = part + r * PARTS;
-        if (row < K && mine) state.at(row, column) = own[r];
-    }
+    store_column(own, state, part, column, mine);
 }

@@ -35,7 +35,7 @@ __device__ void cap(real* R, real* X, double largest, double ratio) {
     for (int i = threadIdx.x / 32; i < K; i += blockDim.x / 32) {
         double value = 0;
         for (int j = threadIdx.x % 32; j < K; j += 32) value += double(X[i * K + j]) * X[i * K + j];
-        value = over_warp_doubled(value);
+        value = over_warp(value);
         if (threadIdx.x % 32 == 0) values[i] = value;
     }
     __syncthreads();  // the smallest is among them

@@ -43,4 +43,21 @@ __device__ __forceinline__ real over_parts(real x) {
     for (int distance = 1; distance < PARTS; distance *= 2) x += __shfl_xor_sync(0xffffffffu, x, distance);
     return x;
 }
+
+#ifdef K
+// What lane `part` owns of a column, zero beyond the last row; and back.
+__device__ __forceinline__ void load_column(real (&own)[ROWS], Rows<real> state, int part, int column, bool mine) {
+    for (int r = 0; r < ROWS; r++) {
+        const int row = part + r * PARTS;
+        own[r] = row < K && mine ? state.at(row, column) : real(0);
+    }
+}
+
+__device__ __forceinline__ void store_column(real (&own)[ROWS], Rows<real> state, int part, int column, bool mine) {
+    for (int r = 0; r < ROWS; r++) {
+        const int row = part + r * PARTS;
+        if (row < K && mine) state.at(row, column) = own[r];
+    }
+}
+#endif
 #endif

@@ -10,7 +10,7 @@ import numpy as np
 from ttr_np.notation import CacheState
 from ttr_np.solvers._cache import append, check_options, empty_cache
 
-from .._attention import DOT, Pairs, pairs_of
+from .._attention import DOT, Pairs, pairs_of, width_of
 from .._calls import THREADS, Grid
 from .._sequences import BOTH, ROW, Sequences
 from . import _launch
@@ -28,6 +28,7 @@ FEW = 8  # queries of a block where there are no more
 PIECE = 512  # pairs of a piece of the past, about
 TILE = 64  # queries and pairs that meet on tensor cores
 WIDEST = 128  # value columns of a block there
+STATIC = 2048  # bytes of shared memory for what the text for tensor cores declares itself
 
 
 def softmax_attention(
@@ -86,7 +87,7 @@ def core(
     state: CacheState,
 ) -> tuple[Any, CacheState]:
     """One launch over all pairs, or two over pieces of them; the cache grows only to be returned."""
-    pairs, width = pairs_of(state, k, v, mask), max(q.shape[-1], 1) ** -0.5 if scale is None else scale
+    pairs, width = pairs_of(state, k, v, mask), width_of(scale, None, q.shape[-1])
     options = {"causal": causal, "window": window or 0, "sinks": sinks}
     sequences = Sequences(state.k.shape[:-2], np.broadcast_shapes(q.shape[:-2], state.k.shape[:-2]))
     if sequences.groups * q.shape[-2] > FEW and on_tensor_cores(q.dtype, pairs):
@@ -124,14 +125,14 @@ def padded(channels: int, values: int) -> tuple[int, int]:
 
 
 def bytes_of(channels: int, columns: int) -> int:
-    """Shared memory of a block: its queries, and pairs twice."""
+    """Shared memory that a block is launched with: for its queries, and for pairs twice."""
     return 2 * TILE * (3 * (channels + 8) + 2 * (columns + 8))
 
 
 def on_tensor_cores(dtype: np.dtype, pairs: Pairs) -> bool:
     """Whether they take the data: numbers of 16 bits whose tiles fit. A cache holds float32, which they would round."""
-    fits = bytes_of(*padded(pairs.k.shape[-1], pairs.v.shape[-1])) <= _launch.machine.device().shared
-    return dtype.itemsize == 2 and pairs.k.dtype == dtype and fits
+    needed = bytes_of(*padded(pairs.k.shape[-1], pairs.v.shape[-1])) + STATIC
+    return dtype.itemsize == 2 and pairs.k.dtype == dtype and needed <= _launch.machine.device().shared
 
 
 def tensor(

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from ttr_np.notation import TestTimeTrainingState
+from ttr_np.solvers._memories import ACTIVATIONS, loss_of, memory_refusal
 from ttr_np.solvers.test_time_training import check_batch_size, start
 
 from .._sequences import BOTH, COLUMN, ROW, Sequences
 from .._squares import few
-from .._training import ACTIVATIONS, fixed, hidden_layers, loss_of, memory_refusal
+from .._training import fixed, hidden_layers
 from ._launch import Kernel, empty, launch, run
 
 __all__ = ["refusal", "test_time_training"]

@@ -12,7 +12,7 @@ from .._attention import EXPONENTIAL, WARP
 from ._launch import cuda
 from ._pairs import count_of, first_steps, log_kernel, number, origin, product, sees
 
-__all__ = ["gather", "over_warp", "place", "root_of", "sight", "top_of", "weigh"]
+__all__ = ["gather", "place", "root_of", "sight", "top_of", "weigh"]
 
 
 @cuda.jit(device=True)
@@ -33,16 +33,6 @@ def sight(count, tokens, step, cached, pairs, causal, window):
     begin = first_steps(count, tokens, oldest)
     begin += cached if begin else 0  # all cached pairs are looked at: there are few where there is a window
     return last // WARP, begin // WARP, last, oldest
-
-
-@cuda.jit(device=True)
-def over_warp(x):
-    """The sum over all lanes."""
-    distance = 1
-    while distance < WARP:
-        x += cuda.shfl_xor_sync(0xFFFFFFFF, x, distance)
-        distance *= 2
-    return x
 
 
 @cuda.jit(device=True)

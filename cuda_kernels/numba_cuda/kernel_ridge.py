@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 from numba import float64
 
+from ttr_np.backends import function_refusal
 from ttr_np.notation import CacheState
 from ttr_np.solvers._cache import append, empty_cache
+from ttr_np.solvers.kernel_ridge import check_options
 
-from .._ridge import NAMES, check, kernel_refusal, lanes_for, pairs_of, refuse_singular, spoil
+from .._ridge import NAMES, lanes_for, pairs_of, refuse_singular, spoil
 from .._sequences import BOTH, COLUMN, Sequences
 from .._squares import few
 from ._factors import cholesky, over_block
@@ -27,6 +29,7 @@ from ._launch import cuda, empty, launch, run
 __all__ = ["kernel_ridge", "refusal"]
 
 EPS = 2.0**-50  # share of a diagonal that is but rounding
+
 
 def kernel_ridge(
     q: Any,
@@ -43,14 +46,14 @@ def kernel_ridge(
     problem = refusal(kernel=kernel)
     if problem:
         raise NotImplementedError(problem)
-    check(kernel, ridge, bandwidth)
+    check_options(kernel, ridge, bandwidth)
     options = {"kernel": kernel, "bandwidth": float(bandwidth), "ridge": float(ridge), "causal": bool(causal)}
     return run(core, "kernel_ridge", {"q": q, "k": k, "v": v}, options, start=empty_cache, **common)
 
 
 def refusal(*, kernel: Any = NAMES[0], **options: Any) -> str | None:
     """Why a call with these options has no kernel, or None."""
-    return kernel_refusal("numba-cuda", kernel)
+    return function_refusal("numba-cuda", kernel, NAMES)
 
 
 def core(

@@ -29,8 +29,9 @@ from ttr_np.solvers.local_polynomial import UNDETERMINED, Fit, check_fit, polyno
 from .._attention import NAMES, TOLERANCE, WARP, Pairs, pairs_of, refusal_of, report, room_of, width_of
 from .._calls import Grid
 from .._sequences import BOTH, ROW, Sequences
+from ._factors import over_warp
 from ._launch import cuda, empty, launch, run
-from ._neighbours import gather, over_warp, place, root_of, sight, top_of, weigh
+from ._neighbours import gather, place, root_of, sight, top_of, weigh
 from ._pairs import arrays_of
 from .softmax_attention import average
 

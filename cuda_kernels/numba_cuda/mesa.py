@@ -13,11 +13,11 @@ import numpy as np
 from numba import float64
 
 from ttr_np.notation import MesaState
-from ttr_np.solvers.mesa import check_leading, check_options, check_weights
+from ttr_np.solvers.mesa import check_leading, check_options, check_weights, ridge_refusal, tolerance_for
 
 from .._calls import split
 from .._sequences import BOTH, COLUMN, ROW, Sequences
-from .._squares import few, ridge_refusal, tolerance_for, warn_of_limit
+from .._squares import few, warn_of_limit
 from ._launch import empty, launch, per_channel, run
 from ._mesa import SOLVERS
 from .linear_attention import kernel_for

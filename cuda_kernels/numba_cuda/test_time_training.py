@@ -18,11 +18,12 @@ from numba import float64
 
 from ttr_np.memories import LAYER_NORM_EPS
 from ttr_np.notation import TestTimeTrainingState
+from ttr_np.solvers._memories import EACH, HUBER, POWER, loss_of, memory_refusal
 from ttr_np.solvers.test_time_training import check_batch_size, start
 
 from .._sequences import BOTH, COLUMN, ROW, Sequences
 from .._squares import few
-from .._training import EACH, HUBER, POWER, fixed, hidden_layers, loss_of, memory_refusal
+from .._training import fixed, hidden_layers
 from ._factors import over_block, over_warp
 from ._launch import cuda, empty, launch, run
 

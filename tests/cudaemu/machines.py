@@ -101,11 +101,19 @@ class NumbaCuda(OnCpu):
 
 
 class OnGpu:
-    """The GPU itself; ``launches`` lists what ran."""
+    """The GPU itself; ``launches`` lists what ran. A test may make it smaller for the launchers of ``cupy_raw``."""
+
+    multiprocessors: int | None = None
+    shared: int | None = None
 
     def __init__(self, machine: Any) -> None:
         self.machine = machine
         self.launches: list[str] = []
+
+    def device(self) -> Any:
+        """What launchers ask of it."""
+        wanted = {"multiprocessors": self.multiprocessors, "shared": self.shared}
+        return self.machine.device()._replace(**{name: x for name, x in wanted.items() if x is not None})
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.machine, name)

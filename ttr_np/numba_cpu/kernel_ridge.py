@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from ..backends import function_refusal
 from ..calling import run
 from ..notation import CacheState
 from ..solvers._cache import append, empty_cache
-from ..solvers.kernel_ridge import KERNELS, without_spoilt
+from ..solvers.kernel_ridge import KERNELS, check_options, without_spoilt
 from ._cache import compiled
 from ._compile import apart, inner
 from ._factors import BLOCK, cholesky, solve_lower
@@ -67,21 +68,14 @@ def kernel_ridge(
     problem = refusal(kernel=kernel)
     if problem:
         raise NotImplementedError(problem)
-    if kernel not in KERNELS:
-        raise ValueError(f"kernel must be one of {', '.join(KERNELS)} or a callable, got {kernel!r}")
-    if np.ndim(ridge) or not 0 <= ridge < np.inf:
-        raise ValueError(f"ridge must be a finite number >= 0, got {ridge}")
-    if np.ndim(bandwidth) or not 0 < bandwidth < np.inf:
-        raise ValueError(f"bandwidth must be a positive finite number, got {bandwidth}")
+    check_options(kernel, ridge, bandwidth)
     options = {"kernel": kernel, "bandwidth": float(bandwidth), "ridge": float(ridge), "causal": bool(causal)}
     return run(core, "kernel_ridge", {"q": q, "k": k, "v": v}, options, start=empty_cache, **common)
 
 
 def refusal(*, kernel: Any = NAMES[0], **options: Any) -> str | None:
     """Why a call with these options cannot be compiled, or None."""
-    if callable(kernel):
-        return f"backend 'numba' cannot compile the function given as kernel: it has {', '.join(NAMES)}"
-    return None
+    return function_refusal("numba", kernel, NAMES)
 
 
 def core(

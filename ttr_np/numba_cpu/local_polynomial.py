@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..backends import function_refusal
 from ..calling import run
 from ..notation import CacheState
 from ..solvers._cache import append, check_options, empty_cache
@@ -65,9 +66,7 @@ def local_polynomial(
 
 def refusal(*, kernel: Any = NAMES[0], **options: Any) -> str | None:
     """Why a call with these options cannot be compiled, or None."""
-    if callable(kernel):
-        return f"backend 'numba' cannot compile the function given as kernel: it has {', '.join(NAMES)}"
-    return None
+    return function_refusal("numba", kernel, NAMES)
 
 
 def core(

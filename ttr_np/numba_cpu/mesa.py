@@ -18,7 +18,6 @@ See ``ttr_np.solvers.mesa`` for the recurrences and the sources.
 from __future__ import annotations
 
 import math
-import warnings
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,7 +27,7 @@ from numba import types
 from ..calling import run
 from ..notation import MesaState
 from ..solvers._chunks import output_like
-from ..solvers.mesa import check_leading, check_options, check_weights
+from ..solvers.mesa import check_leading, check_options, check_weights, report, ridge_refusal, tolerance_for
 from ._cache import compiled
 from ._compile import apart, inner
 from ._factors import (
@@ -103,17 +102,9 @@ def mesa(
     return run(core, "mesa", arrays, options, **common)
 
 
-def refusal(*, ridge: Any = 1.0, k: Any = None, v: Any = None, **options: Any) -> str | None:
+def refusal(**arguments: Any) -> str | None:
     """Why a call with these arguments cannot be compiled, or None."""
-    own = np.shape(ridge)[:-1]
-    if not own or k is None:
-        return None
-    try:
-        lead = np.broadcast_shapes(np.shape(k)[:-2], np.shape(v)[:-2])
-        fits = np.broadcast_shapes(own, lead) == lead
-    except ValueError:
-        return None  # the operator says what does not fit
-    return None if fits else "backend 'numba' has no 'mesa' whose ridge differs among queries of one memory"
+    return ridge_refusal("numba", **arguments)
 
 
 def core(
@@ -136,9 +127,7 @@ def core(
     ridge = np.broadcast_to(np.asarray(ridge, G.dtype), ridge.shape[:-1] + (d,))
     if np.broadcast_shapes(ridge.shape[:-1], H.shape[:-2]) != H.shape[:-2]:
         raise NotImplementedError("backend 'numba' has no 'mesa' whose ridge differs among queries of one memory")
-    if tolerance is None:
-        small = float(np.finfo(G.dtype).eps) ** 0.75
-        tolerance = 0.0 if solver == "chebyshev" and iterations is not None else small
+    tolerance = tolerance_for(solver, iterations, tolerance, G.dtype)
     layout = lay_out(
         G.shape[:-2],
         o.shape[:-2],
@@ -157,23 +146,17 @@ def core(
     cost = memories * t * d * (2 * d + w + groups * (8 * d + w))
     sizes = (t, d, w, METHODS.index(solver), iterations or 0, bool(np.any(ridge == 0)))
     scratch = (G.dtype, shapes(min(CHUNK, t), d, w))
-    finish = None if solver == "exact" else partial(report, solver, worst, tolerance)
+    finish = None if solver == "exact" else partial(warn_of_limit, solver, worst, tolerance)
     numbers = (G.dtype.type(tolerance), worst)
     share(kernel, memories, cost, scratch, layout, sizes, *numbers, finish=finish)
     return o, state
 
 
-def report(solver: str, worst: np.ndarray, tolerance: float) -> None:
-    """A warning when a token is not done; with a tolerance of zero the caller asked for a number of steps."""
-    residual, most = worst.max(axis=0, initial=0)
+def warn_of_limit(solver: str, worst: np.ndarray, tolerance: float) -> None:
+    """Report the largest residuals and the limit that ``worst (memories, 2)`` holds, and begin them anew."""
+    residual, most = worst.T.copy()
     worst[...] = 0
-    if tolerance > 0 and residual > tolerance:
-        warnings.warn(
-            f"solver {solver!r} stopped after {int(most)} iterations at a relative residual of {residual:.1e}, above "
-            f"the tolerance {tolerance:.1e}: raise iterations, ridge or tolerance",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+    report(solver, residual, most, tolerance)
 
 
 class Scratch(NamedTuple):

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..calling import run
-from ..memories import LAYER_NORM_EPS, MLP, Huber, L2Retention, Linear, PNorm, Squared
+from ..memories import LAYER_NORM_EPS
 from ..notation import TestTimeTrainingState
 from ..solvers._chunks import output_like
+from ..solvers._memories import ACTIVATIONS, EACH, HUBER, POWER, loss_of, memory_refusal
 from ..solvers.test_time_training import check_batch_size, start
 from ._cache import compiled
 from ._compile import apart, inner
@@ -54,9 +55,7 @@ __all__ = ["test_time_training"]
 
 CHUNK = 64
 Q, K, V, STEP, MOMENTUM, DECAY, MASK, SCALE, OFFSET, STATE, ROLL, ANCHOR, O = range(13)  # noqa: E741
-ACTIVATIONS = ("", "gelu", "silu", "relu", "tanh")
 GELU, SILU, RELU = 1, 2, 3
-SQUARED, HUBER, EACH, POWER = range(4)
 VALUES, TAKEN, SCORES, TOKENS, X, Y, Z, ROLLED, NORM, LAYERS = range(
     10
 )  # panels of a thread; then PER_LAYER of each layer
@@ -93,19 +92,7 @@ test_time_training.__test__ = False  # type: ignore[attr-defined]  # its name be
 
 def refusal(*, memory: Any, k: Any = None, v: Any = None, **options: Any) -> str | None:
     """Why a call with these options cannot be compiled, or None."""
-    for name in ("scale", "offset"):
-        own = np.shape(getattr(memory, name, None))[:-1]
-        lead = np.broadcast_shapes(np.shape(k)[:-2], np.shape(v)[:-2]) if own and k is not None else own
-        if np.broadcast_shapes(own, lead) != lead:
-            return f"backend 'numba' has no memory whose {name} differs among queries: its leading axes are {own}"
-    parts = {"memory": (memory, (Linear, MLP))}
-    if type(memory) in (Linear, MLP):
-        parts |= {"loss": (memory.loss, (Squared, Huber, PNorm)), "retention": (memory.retention, (L2Retention,))}
-    for name, (part, known) in parts.items():
-        if type(part) not in known:
-            names = ", ".join(kind.__name__ for kind in known)
-            return f"backend 'numba' cannot compile the {name} {type(part).__name__}: it has {names}"
-    return None
+    return memory_refusal("numba", memory, k, v)
 
 
 def core(
@@ -144,13 +131,6 @@ def core(
         (t, size, batch_size), widths, options, parameters.dtype.type(number), count.reshape(-1),
     )  # fmt: skip
     return o, state
-
-
-def loss_of(loss: Any) -> tuple[int, float]:
-    """A loss as a number for its kind and its parameter."""
-    if isinstance(loss, Huber):
-        return (EACH if loss.coordinatewise else HUBER), loss.delta
-    return (POWER, loss.p) if isinstance(loss, PNorm) else (SQUARED, 0.0)
 
 
 def shapes(c: int, widths: np.ndarray) -> list[tuple[int, int]]:

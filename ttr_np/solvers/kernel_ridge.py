@@ -74,15 +74,20 @@ def kernel_ridge(
     **common: Any,
 ) -> Any:
     """Kernel ridge regression; see ``ttr_np.kernel_ridge``."""
+    check_options(kernel, ridge, bandwidth)
+    function = kernel if callable(kernel) else partial(KERNELS[kernel], bandwidth=float(bandwidth))
+    options = {"kernel": function, "ridge": float(ridge), "causal": causal}
+    return run(chunked, "kernel_ridge", {"q": q, "k": k, "v": v}, options, start=empty_cache, **common)
+
+
+def check_options(kernel: Any, ridge: Any, bandwidth: Any) -> None:
+    """A ValueError that names an option and its value."""
     if not callable(kernel) and kernel not in KERNELS:
         raise ValueError(f"kernel must be one of {', '.join(KERNELS)} or a callable, got {kernel!r}")
     if np.ndim(ridge) or not 0 <= ridge < np.inf:
         raise ValueError(f"ridge must be a finite number >= 0, got {ridge}")
     if np.ndim(bandwidth) or not 0 < bandwidth < np.inf:
         raise ValueError(f"bandwidth must be a positive finite number, got {bandwidth}")
-    function = kernel if callable(kernel) else partial(KERNELS[kernel], bandwidth=float(bandwidth))
-    options = {"kernel": function, "ridge": float(ridge), "causal": causal}
-    return run(chunked, "kernel_ridge", {"q": q, "k": k, "v": v}, options, start=empty_cache, **common)
 
 
 def recurrent(q: np.ndarray, k: np.ndarray, v: np.ndarray, *rest: Any, **options: Any) -> tuple[np.ndarray, CacheState]:

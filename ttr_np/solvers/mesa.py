@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from ..backends import frames_of_package
 from ..calling import as_array, run
 from ..notation import MesaState
 from ._chunks import Gates, gates_of, in_chunks, output_like, products
@@ -105,6 +106,26 @@ def check_leading(ridge: np.ndarray, lead: tuple[int, ...]) -> None:
     own = ridge.shape[:-1]
     if len(own) > len(lead) or any(n not in (1, m) for n, m in zip(own[::-1], lead[::-1], strict=False)):
         raise ValueError(f"ridge has leading axes {own}, which do not broadcast to {lead}, those of the sequences")
+
+
+def ridge_refusal(backend: str, *, ridge: Any = 1.0, k: Any = None, v: Any = None, **options: Any) -> str | None:
+    """Why a backend whose queries share the solutions of their memory cannot take these arguments, or None."""
+    own = np.shape(ridge)[:-1]
+    if not own or k is None:
+        return None
+    try:
+        lead = np.broadcast_shapes(np.shape(k)[:-2], np.shape(v)[:-2])
+        fits = np.broadcast_shapes(own, lead) == lead
+    except ValueError:
+        return None  # the operator says what does not fit
+    return None if fits else f"backend {backend!r} has no 'mesa' whose ridge differs among queries of one memory"
+
+
+def tolerance_for(solver: str, iterations: int | None, tolerance: float | None, dtype: Any) -> float:
+    """The relative residual at which a token is done, see ``mesa``."""
+    if tolerance is not None:
+        return float(tolerance)
+    return 0.0 if solver == "chebyshev" and iterations is not None else float(np.finfo(dtype).eps) ** 0.75
 
 
 def recurrent(
@@ -392,9 +413,7 @@ def iterate(
     iterations, tolerance
         Limits, or None for the defaults.
     """
-    eps = float(np.finfo(q.dtype).eps)
-    if tolerance is None:
-        tolerance = 0.0 if solver == "chebyshev" and iterations is not None else eps**0.75
+    eps, tolerance = float(np.finfo(q.dtype).eps), tolerance_for(solver, iterations, tolerance, q.dtype)
     row = ridge[..., None, :] if ridge.ndim else ridge
     if solver == "cg":
         most = np.array(2 * q.shape[-1] if iterations is None else iterations)
@@ -415,7 +434,7 @@ def report(solver: str, residual: np.ndarray, most: np.ndarray, tolerance: float
             f"solver {solver!r} stopped after {int(most.max())} iterations at a relative residual of "
             f"{np.nanmax(residual):.1e}, above the tolerance {tolerance:.1e}: raise iterations, ridge or tolerance",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=frames_of_package(),
         )
 
 
