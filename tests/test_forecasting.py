@@ -353,7 +353,7 @@ def test_long_steps_are_remarked_on(series, capsys):
 
 REFUSED = {
     "no such file": (None, ["--column", "y"], "cannot read"),
-    "empty": ("", ["--column", "y"], "has 0 lines"),
+    "empty": ("", ["--column", "y"], "is empty"),
     "heading only": ("t,y\n", ["--column", "y"], "has 1 line;"),
     "no column named": ("t,y\n1,2\n", [], "--column is needed; the columns are t, y"),
     "no such column": ("t,y\n1,2\n", ["--column", "z"], "is not there; the columns are t, y"),
@@ -377,6 +377,7 @@ REFUSED = {
     "mixed times": ("t,y\n1,2\n2020-01-31,4\n", ["--column", "y", "--time", "t"], "or the others are not of its kind"),
     "too short": ("t,y\n1,2\n2,4\n", ["--column", "y"], "the series has 2 steps"),
     "not UTF-8": (b"t,y\n1,\xff\n", ["--column", "y"], "is not UTF-8: byte 0xff at offset 6"),
+    "not UTF-8 after a mark": (b"\xef\xbb\xbft,y\n1,\xff\n", ["--column", "y"], "is not UTF-8: byte 0xff at offset 9"),
     "unknown layer": ("t,y\n" + "1,2\n" * 90, ["--column", "y", "--layers", "delta"], "unknown layer 'delta'"),
     "no layer left": ("t,y\n" + "1,2\n" * 90, ["--column", "y", "--layers", "lru"], "no layer can run: lru: takes x"),
     "unknown backend": ("t,y\n" + "1,2\n" * 90, ["--column", "y", "--backend", "tpu"], "unknown backend 'tpu'"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import cudaemu
 import numpy as np
 import pytest
+from cudaemu import needed
 
 import ttr_np
 from ttr_np.backends import available_backends
@@ -116,6 +118,29 @@ def test_arrays_of_cupy_stay_on_their_gpu(tmp_path):
     np.testing.assert_allclose(moved.get(), expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(TypeError, match="estimators compute on the CPU"):
         ESTIMATORS[1].fit(cupy.asarray(k), cupy.asarray(v))
+
+
+@needed(cudaemu.missing())
+@pytest.mark.parametrize("name", ["linear_attention", "gated_deltanet", "kda", "mesanet", "recursive_least_squares"])
+def test_a_memory_on_a_gpu_is_that_of_the_cpu(name, cupy, tmp_path):
+    q, k, v = drawn(np.float32)
+    mask = np.arange(7) % 3 > 0
+    ttr_np.set_backend(None)
+    memory = ttr_np.Memory(name, mergeable=True).memorize(cupy.asarray(k), cupy.asarray(v), mask=mask)
+    plain = ttr_np.Memory(name, backend="numpy", mergeable=True).memorize(k, v, mask=mask)
+    answers, expected = memory.recall(cupy.asarray(q)), plain.recall(q)
+    assert isinstance(answers, cupy.ndarray) and memory.device.startswith("gpu")
+    np.testing.assert_allclose(answers.get(), expected, rtol=1e-4, atol=1e-5)
+    twice = plain.merge(plain).recall(q)
+    np.testing.assert_allclose(memory.merge(memory).recall(cupy.asarray(q)).get(), twice, rtol=1e-4, atol=1e-5)
+    memory.save(tmp_path / "m.npz")
+    loaded = ttr_np.Memory.load(tmp_path / "m.npz", backend="numpy")
+    assert loaded.device == "cpu"
+    np.testing.assert_allclose(loaded.recall(q), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(TypeError, match="this memory is on cpu, the arrays are on gpu"):
+        loaded.recall(cupy.asarray(q))
+    moved = ttr_np.Memory.load(tmp_path / "m.npz").to("gpu").recall(cupy.asarray(q))
+    np.testing.assert_allclose(moved.get(), expected, rtol=1e-4, atol=1e-5)
 
 
 # ---- labels ----------------------------------------------------------------------------------------------------------

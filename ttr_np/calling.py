@@ -169,7 +169,7 @@ def prepare(
     given = {name: as_array(name, x) for name, x in arrays.items() if x is not None}
     refuse_complex(operator, given)
     if mask is not None:
-        given["mask"] = check_mask(mask)
+        given["mask"] = moved(given, check_mask(mask))
     sizes = check(**given)
     mask = given.pop("mask", None)
     output, compute = dtypes_of(given)
@@ -227,12 +227,19 @@ def zeros(operator: str, lead: tuple[int, ...], sizes: Mapping[str, int], dtype:
     )
 
 
-def beside(arrays: Mapping[str, Any], state: Any) -> Any:
-    """A state where the arrays are."""
+def moved(arrays: Mapping[str, Any], x: Any) -> Any:
+    """An array where the arrays are: on their GPU, or as a NumPy array."""
     device = next(filter(on_device, arrays.values()), None)
     if device is None:
+        return as_numpy(x)
+    return x if on_device(x) else np.asarray(as_numpy(x), like=device)
+
+
+def beside(arrays: Mapping[str, Any], state: Any) -> Any:
+    """A state where the arrays are."""
+    if not any(map(on_device, arrays.values())):
         return state
-    return type(state)(*(None if field is None else np.asarray(field, like=device) for field in state))
+    return type(state)(*(None if field is None else moved(arrays, field) for field in state))
 
 
 def adopt(operator: str, given: Any, start: Any) -> Any:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import sys
 import warnings
 from inspect import Parameter, signature
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from .labels import as_table, column_names, labelled, labels_of
 
-__all__ = ["Regressor", "forget_fit", "not_fitted", "with_intercept"]
+__all__ = ["Regressor", "not_fitted", "with_intercept"]
+
+Same = TypeVar("Same", bound="Regressor")
 
 
 class NotFittedError(ValueError, AttributeError):
@@ -26,7 +28,10 @@ def not_fitted(estimator: Any) -> Exception:
 
 
 class Regressor:
-    """What all estimators share: parameters, checks of X and y, labels, the score."""
+    """What all estimators share: parameters, fits, checks of X and y, labels, the score.
+
+    Each adds ``predict`` and ``_learn(X, y, sample_weight, first)``, which learns rows: the first, or more of them.
+    """
 
     missing = "raise"
     poor_score = False  # whether it may predict badly where others do well; only scikit-learn's checks ask
@@ -41,7 +46,7 @@ class Regressor:
         """Parameters by name; ``deep`` changes nothing, no parameter is an estimator."""
         return {name: getattr(self, name) for name in self._names()}
 
-    def set_params(self, **params: Any) -> Regressor:
+    def set_params(self: Same, **params: Any) -> Same:
         """Set parameters by name.
 
         Raises
@@ -74,6 +79,51 @@ class Regressor:
             regressor_tags=RegressorTags(poor_score=self.poor_score),
             input_tags=InputTags(allow_nan=self.missing == "skip"),
         )
+
+    def fit(self: Same, X: Any, y: Any, sample_weight: Any = None) -> Same:
+        """Learn the rows of X and y; an earlier fit is forgotten.
+
+        Parameters
+        ----------
+        X : (n, d)
+            Keys.
+        y : (n,) or (n, m)
+            Values.
+        sample_weight : (n,), optional
+            Weights >= 0; zero leaves a row out.
+
+        Returns
+        -------
+        Regressor
+            Itself.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If X, y, the weights or a parameter are not as they must be, or a memory diverges; the estimator is then not
+            fitted.
+        """
+        self._learnt(X, y, sample_weight, first=True)
+        return self
+
+    def partial_fit(self: Same, X: Any, y: Any, sample_weight: Any = None) -> Same:
+        """Learn more rows with what the first ones have chosen (a ridge, a bandwidth); the first call is a ``fit``.
+
+        Parameters, Returns and Raises are those of ``fit``; a call that raises changes nothing.
+        """
+        self._learnt(X, y, sample_weight, first=not self.__sklearn_is_fitted__())
+        return self
+
+    def _learnt(self, X: Any, y: Any, sample_weight: Any, first: bool) -> Any:
+        """What the estimator's ``_learn`` returns; first rows are learnt as a whole or leave no fit."""
+        if not first:
+            return self._learn(X, y, sample_weight, first)
+        forget_fit(self)
+        try:
+            return self._learn(X, y, sample_weight, first)
+        except BaseException:
+            forget_fit(self)
+            raise
 
     def _asked(self, X: Any) -> np.ndarray:
         """Rows to answer, checked against the fit."""
@@ -155,8 +205,8 @@ class Regressor:
 def check_some(x: np.ndarray, name: str) -> None:
     """A ValueError for a table without rows or columns."""
     if 0 in x.shape:
-        what, count = ("sample(s)", 0) if x.shape[0] == 0 else ("feature(s)", 0)
-        raise ValueError(f"Found array with {count} {what} (shape={x.shape}) while a minimum of 1 is required: {name}")
+        what = "sample(s)" if x.shape[0] == 0 else "feature(s)"
+        raise ValueError(f"Found array with 0 {what} (shape={x.shape}) while a minimum of 1 is required: {name}")
 
 
 def check_finite(name: str, x: np.ndarray, missing: str) -> None:
@@ -233,6 +283,6 @@ def with_intercept(x: np.ndarray, fit_intercept: bool) -> np.ndarray:
 
 
 def forget_fit(estimator: Any) -> None:
-    """Remove what a fit left, so that one that fails leaves no mixture of two."""
+    """Remove what a fit left, so that the next one makes no mixture of two."""
     for name in [name for name in vars(estimator) if name.endswith("_")]:
         delattr(estimator, name)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from . import selection
-from .conventions import Regressor, forget_fit, not_fitted, with_intercept
+from .conventions import Regressor, not_fitted, with_intercept
 from .layers import Layer, as_float, layers, own_memory
 from .memories import L2Retention, Squared
 from .memories import Linear as LinearMemory
@@ -120,41 +120,6 @@ class TestTimeRegressor(Regressor):
         self._gates = self._gates | {name: params[name] for name in gates}
         return self
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> TestTimeRegressor:
-        """Memorise the rows of X and y in a new memory.
-
-        Parameters
-        ----------
-        X : (n, d)
-            Keys.
-        y : (n,) or (n, m)
-            Values.
-        sample_weight : (n,), optional
-            Weights >= 0.
-
-        Returns
-        -------
-        TestTimeRegressor
-            Itself.
-
-        Raises
-        ------
-        ValueError, TypeError
-            If X, y or the weights are not as they must be, if the layer has no gate of a given name, or if the memory
-            diverges.
-        """
-        forget_fit(self)
-        self._learn(X, y, sample_weight, first=True)
-        return self
-
-    def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> TestTimeRegressor:
-        """Memorise more rows; the first call is a ``fit``.
-
-        Parameters, Returns and Raises are those of ``fit``; a call that raises changes nothing.
-        """
-        self._learn(X, y, sample_weight, first=not self.__sklearn_is_fitted__())
-        return self
-
     def prequential(self, X: Any, y: Any, sample_weight: Any = None) -> Any:
         """Predict every row from the rows before it, then memorise it: one step ahead through a series.
 
@@ -169,7 +134,7 @@ class TestTimeRegressor(Regressor):
         (n,) or (n, m)
             Predictions, each made before its target was seen. The memory then knows all rows.
         """
-        return self._answer(self._learn(X, y, sample_weight, first=not self.__sklearn_is_fitted__()), X)
+        return self._answer(self._learnt(X, y, sample_weight, first=not self.__sklearn_is_fitted__()), X)
 
     def _learn(self, X: Any, y: Any, sample_weight: Any, first: bool) -> np.ndarray:
         """Predictions one step ahead, ``(n, m)``; the rows are memorised, all or none of them."""
@@ -319,42 +284,14 @@ class RecursiveLeastSquaresRegressor(Regressor):
         self.missing = missing
         self.backend = backend
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> RecursiveLeastSquaresRegressor:
-        """Fit the rows of X and y, forgetting earlier fits.
-
-        Parameters
-        ----------
-        X : (n, d)
-        y : (n,) or (n, m)
-        sample_weight : (n,), optional
-            Weights >= 0; zero leaves a row out, nothing is forgotten there.
-
-        Returns
-        -------
-        RecursiveLeastSquaresRegressor
-            Itself.
-
-        Raises
-        ------
-        ValueError, TypeError
-            If X, y, the weights or a parameter are not as they must be.
-        """
-        forget_fit(self)
-        return self._learn(X, y, sample_weight, first=True)
-
-    def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> RecursiveLeastSquaresRegressor:
-        """Update the fit with more rows; the first call is a ``fit``.
-
-        Parameters, Returns and Raises are those of ``fit``; a call that raises changes nothing.
-        """
-        return self._learn(X, y, sample_weight, first=not self.__sklearn_is_fitted__())
-
-    def _learn(self, X: Any, y: Any, sample_weight: Any, first: bool) -> RecursiveLeastSquaresRegressor:
+    def _learn(self, X: Any, y: Any, sample_weight: Any, first: bool) -> None:
         """Run the recursion over the rows that count, and note what it means."""
         if not (np.ndim(self.forgetting) == 0 and 0 < self.forgetting <= 1):
             raise ValueError(f"forgetting must lie in (0, 1]; it is {self.forgetting}")
         x, targets, w = self._pairs(X, y, sample_weight, first)
         x, targets, w = x[w > 0], targets[w > 0], w[w > 0]
+        if first and not len(x):
+            raise ValueError("no row counts: each of these first rows lacks a number or has the weight zero")
         if first:
             self._origin = self._middle(x, targets, w)
         k, v = self._regressors(x), targets - self._origin[1]
@@ -373,7 +310,6 @@ class RecursiveLeastSquaresRegressor(Regressor):
         share = np.exp(log_decay * len(k))
         self._sums = (share * weight + left.sum(), share * cost + (left * w) @ products, rows + len(k))
         self._report()
-        return self
 
     def _middle(self, x: np.ndarray, y: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where x and y are measured from: their means, zero without an intercept."""
@@ -509,45 +445,14 @@ class LocalPolynomialRegressor(Regressor):
         self.ridge = ridge
         self.backend = backend
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Regressor:
-        """Keep the rows of X and y, and choose the bandwidth.
-
-        Parameters
-        ----------
-        X : (n, d)
-        y : (n,) or (n, m)
-        sample_weight : (n,), optional
-            Weights >= 0; zero leaves a row out.
-
-        Returns
-        -------
-        LocalPolynomialRegressor
-            Itself.
-
-        Raises
-        ------
-        ValueError, TypeError
-            If X, y, the weights or a parameter are not as they must be, or no bandwidth can be chosen.
-        """
-        forget_fit(self)
-        x, y, w = self._pairs(X, y, sample_weight, first=True)
-        self._kept = x[w > 0], y[w > 0], w[w > 0]
-        self._noise = None
-        self.bandwidth_ = self._chosen_bandwidth()
-        return self
-
-    def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> Regressor:
-        """Keep more rows, at the same bandwidth; the first call is a ``fit``.
-
-        Parameters, Returns and Raises are those of ``fit``.
-        """
-        if not self.__sklearn_is_fitted__():
-            return self.fit(X, y, sample_weight)
-        x, y, w = self._pairs(X, y, sample_weight, first=False)
+    def _learn(self, X: Any, y: Any, sample_weight: Any, first: bool) -> None:
+        """Keep rows; the first ones choose the bandwidth."""
+        x, y, w = self._pairs(X, y, sample_weight, first)
         more = x[w > 0], y[w > 0], w[w > 0]
-        self._kept = tuple(np.concatenate(parts) for parts in zip(self._kept, more, strict=True))
+        self._kept = more if first else tuple(np.concatenate(pair) for pair in zip(self._kept, more, strict=True))
         self._noise = None
-        return self
+        if first:
+            self.bandwidth_ = self._chosen_bandwidth()
 
     def _sorted(self) -> selection.Pairs:
         """The rows in the order in which they are smoothed."""

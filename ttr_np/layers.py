@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import features, operators, routes
-from .calling import HALF, as_numpy, check_boundaries
+from .calling import HALF, as_numpy, check_boundaries, moved
 from .framework import recall
 from .memories import MLP, EntropyRetention, Huber, LqRetention, PNorm
 from .memories import Linear as LinearMemory
@@ -161,7 +161,7 @@ class Layer:
         if self.carries and cu_seqlens is not None:
             return self.by_sequence(data, gates, cu_seqlens, mask, initial_state, output_final_state, backend)
         p = self.problem(*data, **gates)
-        p |= {"mask": None if mask is None else as_numpy(mask), "cu_seqlens": cu_seqlens}
+        p |= {"mask": None if mask is None else moved(p, mask), "cu_seqlens": cu_seqlens}
         o, state = self.route(self, partial(self.run, p, backend), p, initial_state)
         o = self.answer(o, p).astype(np.result_type(*(as_float(x).dtype for x in data)), copy=False)
         return (o, state) if output_final_state else o
@@ -238,7 +238,9 @@ def expand(name: str, value: Any, axes: str, p: dict[str, Any]) -> Any:
     ValueError
         If an array does not broadcast to the gate's axes.
     """
-    value = value(p) if callable(value) else value
+    if callable(value):
+        value = value(p)
+        value = moved(p, value) if np.ndim(value) else value
     if not axes:
         return value
     like, asked = (p[x] for x in (("k", "q") if "k" in p else ("x", "x")))
@@ -248,7 +250,7 @@ def expand(name: str, value: Any, axes: str, p: dict[str, Any]) -> Any:
     lead = like.shape[:-2] if axes[0] in "ts" else ()
     value = as_float(value)
     if value.ndim == 0:
-        return np.full(lead + full, value)
+        return moved(p, np.full(lead + full, value))
     if axes[0] != "t" or any(axis not in sizes for axis in axes.split()):
         return value
     try:

@@ -268,7 +268,7 @@ class Memory:
         Parameters
         ----------
         device : str
-            ``cpu``, ``gpu`` or ``gpu 1``: NumPy's arrays or CuPy's.
+            ``cpu``, ``gpu`` or ``gpu 1``: NumPy's arrays or CuPy's, those given as gates too.
 
         Returns
         -------
@@ -284,7 +284,8 @@ class Memory:
         """
         move = mover(device)
         state, transitions = each(move, self._state), [each(move, x) for x in self._transitions]
-        self._state, self._transitions = state, transitions
+        gates = {name: move(x) if np.ndim(x) else x for name, x in self.gates.items()}
+        self._state, self._transitions, self.gates = state, transitions, gates
         return self
 
     def merge(self, other: Memory) -> Memory:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import operators, routes
+from .calling import moved
 from .notation import STATES, RecursiveLeastSquaresState, axes_of
 
 __all__ = ["TRANSITIONS", "GramDecay", "LogDecay", "Product", "advance", "compose", "merge", "why_not"]
@@ -76,13 +77,14 @@ def advance(
     The layer's route is walked once more with operators that only note what they are asked. Their answers are zeros: a
     route whose later arguments depend on earlier answers must be in ``why_not``.
     """
-    p = layer.problem(*data, **gates) | {"mask": mask, "cu_seqlens": None}
+    p = layer.problem(*data, **gates) | {"cu_seqlens": None}
+    p["mask"] = None if mask is None else moved(p, mask)
     after: list[Any] = []
 
     def note(operator: str, state: Any, **arguments: Any) -> tuple[Any, None]:
         common = {"mask": p["mask"], "backend": backend} | arguments
         after.append(TRANSITIONS[operator](before[len(after)] if before else None, common))
-        return np.zeros(shape_of_answers(common)), None
+        return moved(p, np.zeros(shape_of_answers(common))), None
 
     layer.route(layer, note, p, None)
     return after
@@ -105,7 +107,7 @@ def summed(x: np.ndarray, axis: int, mask: Any) -> np.ndarray:
 
 def decay_of_sum(before: LogDecay | None, arguments: dict[str, Any]) -> LogDecay:
     """Decays per step or per key channel."""
-    log_decay, total = arguments.get("log_decay"), np.zeros(1) if before is None else before.log
+    log_decay, total = arguments.get("log_decay"), moved(arguments, np.zeros(1)) if before is None else before.log
     if log_decay is None:
         return LogDecay(total)
     if axes_of("log_decay", log_decay, arguments) == ("t", "k"):
@@ -135,7 +137,8 @@ def decay_of_gram(before: GramDecay | None, arguments: dict[str, Any]) -> GramDe
 def product(operator: str, before: Product | None, arguments: dict[str, Any]) -> Product:
     """The operator's recurrence on the identity."""
     k = arguments["k"]
-    start = np.eye(k.shape[-1], dtype=np.result_type(k.dtype, np.float32)) if before is None else before.matrix
+    one = np.eye(k.shape[-1], dtype=np.result_type(k.dtype, np.float32))
+    start = moved(arguments, one) if before is None else before.matrix
     given = arguments | {"q": np.zeros_like(k), "v": np.zeros_like(k)}
     _, state = getattr(operators, operator)(**given, initial_state=(start,), output_final_state=True)
     return Product(state.S)
@@ -189,7 +192,8 @@ def merge_least_squares(a: Any, b: Any, transition: GramDecay) -> RecursiveLeast
     """The sum of the Gram matrices, without the ridge that the second started from, and of the moments."""
     keep = np.exp(transition.log)[..., None]
     gram_a, gram_b = np.linalg.inv(a.P), np.linalg.inv(b.P)
-    gram = keep * gram_a + (gram_b - keep * transition.ridge * np.eye(a.P.shape[-1]))
+    start = transition.ridge * moved({"P": a.P}, np.eye(a.P.shape[-1]))
+    gram = keep * gram_a + (gram_b - keep * start)
     gram = (gram + np.swapaxes(gram, -1, -2)) / 2
     S = np.linalg.solve(gram, keep * (gram_a @ a.S) + gram_b @ b.S)
     P = np.linalg.inv(gram)

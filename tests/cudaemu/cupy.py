@@ -52,6 +52,8 @@ class ndarray(NDArrayOperatorsMixin):  # noqa: N801 - CuPy's name
         raise TypeError("Implicit conversion to a NumPy array is not allowed")
 
     def __array_function__(self, function: Any, types: Any, args: Any, options: Any) -> Any:
+        mixed = function is not np.asarray and any(isinstance(x, np.ndarray) and x.ndim for x in args)
+        assert not mixed, "CuPy and NumPy do not mix"
         counted["arrays"] += function in (np.empty_like, np.where, np.concatenate, np.stack)
         return outer(function(*inner(args), **{name: inner(x) for name, x in options.items()}))
 
@@ -139,6 +141,21 @@ def broadcast_to(x: ndarray, shape: tuple[int, ...]) -> ndarray:
     return ndarray(view if view.shape != x.shape else x.held)
 
 
+class Device:
+    """The one device, current or not."""
+
+    attributes = {"MultiProcessorCount": 4, "MaxSharedMemoryPerBlockOptin": 227 * 1024}
+
+    def __init__(self, number: int = 0) -> None:
+        self.id = number
+
+    def __enter__(self) -> Device:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """Nothing to go back to."""
+
+
 class Stream:
     """A queue of work; ``recording`` says whether it records a graph."""
 
@@ -151,7 +168,4 @@ class Stream:
 
 counted = {"waits": 0, "arrays": 0, "sent": 0}  # what no CUDA graph records: waiting, new memory, bytes from the host
 current = Stream()
-ATTRIBUTES = {"MultiProcessorCount": 4, "MaxSharedMemoryPerBlockOptin": 227 * 1024}
-cuda = SimpleNamespace(
-    Device=lambda number=0: SimpleNamespace(id=number, attributes=ATTRIBUTES), get_current_stream=lambda: current
-)
+cuda = SimpleNamespace(Device=Device, get_current_stream=lambda: current)

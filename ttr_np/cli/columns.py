@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
-import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from math import isfinite
-from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 from . import Refusal
+from .recall import read as text_of
 
 __all__ = ["Column", "read_column", "read_table"]
 
@@ -75,13 +74,7 @@ def read_column(path: str, name: str, time: str | None = None) -> Column:
 
 def read_table(path: str) -> Table:
     """Heading and rows, all of the same width; empty lines are left out."""
-    try:
-        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-        text = data.decode("utf-8-sig")
-    except OSError as problem:
-        raise Refusal(f"cannot read {path}: {problem.strerror}") from None
-    except UnicodeDecodeError as problem:
-        raise Refusal(f"{path} is not UTF-8: byte 0x{data[problem.start]:02x} at offset {problem.start}") from None
+    text = text_of(path)
     first = text.partition("\n")[0]
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(DELIMITERS, key=first.count))
     try:

@@ -36,7 +36,7 @@ from ..measure import (
 from ..notation import OPERATORS, draw
 from ..text_recall import BadInput, breaks, chosen_backends
 from . import Refusal
-from .recall import WIDTH, check_writable, plotter, progress_bar, split, write_json
+from .recall import WIDTH, check_writable, deliver, plotter, progress_bar, split
 from .table import aligned, digits
 
 __all__ = ["compare", "declare", "report", "run", "timing_cells"]
@@ -72,9 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Check everything that can be wrong, then measure, then print, write and draw."""
     if arguments.plot is not None:
         draw_into = plotter(arguments.plot, ".timing_plot")
-    for path in (arguments.json, arguments.plot):
-        if path not in (None, "-"):
-            check_writable(path)
+    check_writable(arguments.json, arguments.plot)
     try:
         backends = chosen_backends(split(arguments.backends))
     except BadInput as problem:
@@ -87,10 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise Refusal(f"budget must be a number of seconds, got {arguments.budget:g}")
     with using(arguments.threads) if arguments.threads else nullcontext():
         result = compare(names, backends, sizes, arguments)
-    if arguments.json is not None:
-        write_json(result, arguments.json)
-    if arguments.json != "-":
-        print(report(result))
+    deliver(result, report(result), arguments.json)
     if arguments.plot is not None:
         draw_into(rows(result), arguments.plot, headline(result))
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..text_recall import BadInput, chosen_backends
 from . import Refusal
-from .recall import WIDTH, check_writable, plotter, write_json
+from .recall import WIDTH, check_writable, deliver, plotter
 from .table import aligned
 
 __all__ = ["NAMES", "declare", "number", "report", "run", "table"]
@@ -35,14 +35,9 @@ def run(arguments: argparse.Namespace) -> None:
     """Check everything that can be wrong, then run, then print, write and draw."""
     if arguments.plot is not None:
         draw = plotter(arguments.plot, ".experiment_plot")
-    for path in (arguments.json, arguments.plot):
-        if path not in (None, "-"):
-            check_writable(path)
+    check_writable(arguments.json, arguments.plot)
     result = measured(arguments)
-    if arguments.json is not None:
-        write_json(result, arguments.json)
-    if arguments.json != "-":
-        print(report(result))
+    deliver(result, report(result), arguments.json)
     if arguments.plot is not None:
         draw(result, arguments.plot)
 

@@ -19,7 +19,7 @@ from ..data import co2_weekly
 from ..text_recall import BadInput, chosen_backends
 from . import Refusal
 from .columns import Column, read_column, read_table
-from .recall import WIDTH, check_writable, plotter, progress_bar, split, write_json
+from .recall import WIDTH, check_writable, deliver, plotter, progress_bar, split
 from .table import aligned, digits
 
 __all__ = ["csv_text", "declare", "report", "run"]
@@ -51,16 +51,11 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.csv == "-":
         raise Refusal("--csv needs the name of a file")
     column = series(arguments)
-    for path in (arguments.json, arguments.csv, arguments.plot):
-        if path not in (None, "-"):
-            check_writable(path)
+    check_writable(arguments.json, arguments.csv, arguments.plot)
     result = forecasts(arguments, column)
     if arguments.csv is not None:
         Path(arguments.csv).write_text(csv_text(result, column), encoding="utf-8")
-    if arguments.json is not None:
-        write_json(without_series(result), arguments.json)
-    if arguments.json != "-":
-        print(report(result))
+    deliver(without_series(result), report(result), arguments.json)
     if arguments.plot is not None:
         draw(result, column, arguments.plot)
 

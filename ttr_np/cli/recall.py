@@ -46,9 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
     text = None if arguments.text is None else read(arguments.text)
     if arguments.plot is not None:
         draw = plotter(arguments.plot)
-    for path in (arguments.json, arguments.plot):
-        if path not in (None, "-"):
-            check_writable(path)
+    check_writable(arguments.json, arguments.plot)
     try:
         result = text_recall(
             text,
@@ -65,10 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
     if not result["layers"]:
         raise Refusal(f"no layer can run: {reasons(result)}")
     result["text"]["source"] = arguments.text or "standard-library source"
-    if arguments.json is not None:
-        write_json(result, arguments.json)
-    if arguments.json != "-":
-        print(report(result))
+    deliver(result, report(result), arguments.json)
     if arguments.plot is not None:
         draw(result, arguments.plot)
 
@@ -108,15 +103,26 @@ def plotter(path: str, module: str = ".plot") -> Callable[[dict[str, Any], str],
         raise Refusal("--plot needs matplotlib: pip install 'ttr_np[plot]'") from None
 
 
-def check_writable(path: str) -> None:
-    """Refuse now what could not be written after the work; leaves no file behind."""
-    existed = Path(path).exists()
-    try:
-        Path(path).open("ab").close()
-    except OSError as problem:
-        raise Refusal(f"cannot write {path}: {problem.strerror}") from None
-    if not existed:
-        Path(path).unlink()
+def check_writable(*paths: str | None) -> None:
+    """Refuse now what could not be written after the work; leaves no file behind. None and ``-`` are no files."""
+    for path in paths:
+        if path in (None, "-"):
+            continue
+        existed = Path(path).exists()
+        try:
+            Path(path).open("ab").close()
+        except OSError as problem:
+            raise Refusal(f"cannot write {path}: {problem.strerror}") from None
+        if not existed:
+            Path(path).unlink()
+
+
+def deliver(result: dict[str, Any], text: str, path: str | None) -> None:
+    """Write the result as JSON where ``--json`` says, and print the text unless that is standard output."""
+    if path is not None:
+        write_json(result, path)
+    if path != "-":
+        print(text)
 
 
 def write_json(result: dict[str, Any], path: str) -> None:

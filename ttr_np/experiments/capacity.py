@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from .protocol import ask_all, experiment, panel, row, trials, unit, value_at
+from ..features import normalize_l2
+from .protocol import ask_all, experiment, panel, row, trials, value_at
 
 __all__ = ["capacity", "delta_rule_error"]
 
@@ -143,7 +144,7 @@ def capacity(
     def work() -> tuple[list[dict[str, Any]], str]:
         found = []
         for t in sizes:
-            k, v = unit(rng.standard_normal((repeats, t, d))), rng.standard_normal((repeats, t, d))
+            k, v = normalize_l2(rng.standard_normal((repeats, t, d))), rng.standard_normal((repeats, t, d))
             found.append(errors(k, v, backend))
         theory = [closed_forms(d, t) for t in sizes]
         rows = [

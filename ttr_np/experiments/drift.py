@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from .protocol import at_least, best_scale, experiment, panel, predict, relative_error, row, trials, unit, value_at
+from ..features import normalize_l2
+from .protocol import at_least, best_scale, experiment, panel, predict, relative_error, row, trials, value_at
 
 __all__ = ["drift", "segments"]
 
@@ -45,8 +46,8 @@ def segments(rng: np.random.Generator, lead: int, length: int, size: int, d: int
     ((2, 8, 3), (2, 8, 3))
     """
     count = -(-length // size)
-    centre = unit(rng.standard_normal((lead, count, 1, d)))
-    k = unit(centre + SPREAD * rng.standard_normal((lead, count, size, d)) / np.sqrt(d))
+    centre = normalize_l2(rng.standard_normal((lead, count, 1, d)))
+    k = normalize_l2(centre + SPREAD * rng.standard_normal((lead, count, size, d)) / np.sqrt(d))
     v = k @ rng.standard_normal((lead, count, d, d))
     return tuple(x.reshape(lead, count * size, d)[:, :length] for x in (k, v))
 

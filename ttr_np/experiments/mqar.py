@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from .protocol import BadInput, ask_all, at_least, experiment, panel, row, trials, unit, value_at
+from ..features import normalize_l2
+from ..text_recall import decode
+from .protocol import BadInput, ask_all, at_least, experiment, panel, row, trials, value_at
 
 __all__ = ["mqar"]
 
@@ -41,8 +43,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def accuracy(o: np.ndarray, answers: np.ndarray, E: np.ndarray) -> np.ndarray:
     """Share of answers whose nearest value embedding is the right one, one number per sequence."""
-    right = [np.argmax(o_i.astype(E.dtype) @ E.T, axis=-1) == answer for o_i, answer in zip(o, answers, strict=True)]
-    return np.mean(right, axis=-1)
+    return np.mean([decode(o_i, E) == answer for o_i, answer in zip(o, answers, strict=True)], axis=-1)
 
 
 def recalled(k: np.ndarray, answers: np.ndarray, E: np.ndarray, backend: Any) -> dict[str, np.ndarray]:
@@ -122,15 +123,15 @@ def mqar(
 
     def work() -> tuple[list[dict[str, Any]], str]:
         half = vocabulary // 2
-        E = unit(rng.standard_normal((vocabulary, d))).astype(np.float32)
+        E = normalize_l2(rng.standard_normal((vocabulary, d))).astype(np.float32)
         keys, values = E[:half], E[half:]
         by_pairs, by_share = [], []
         for n in pairs:
             k, answers = keys[distinct(rng, repeats, half, n)], distinct(rng, repeats, half, n)
             by_pairs.append(recalled(k, answers, values, backend))
         for c in shared:
-            m, z = unit(rng.standard_normal((repeats, 1, d))), rng.standard_normal((repeats, SHARED_PAIRS, d))
-            k = unit(c * m + z / np.sqrt(d)).astype(np.float32)
+            m, z = normalize_l2(rng.standard_normal((repeats, 1, d))), rng.standard_normal((repeats, SHARED_PAIRS, d))
+            k = normalize_l2(c * m + z / np.sqrt(d)).astype(np.float32)
             by_share.append(recalled(k, distinct(rng, repeats, half, SHARED_PAIRS), values, backend))
         panels = [
             accuracies("pairs stored", pairs, by_pairs, log="x"),

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..layers import layers
+from ..memory import Memory
 from ..text_recall import BadInput, at_least, machine
 
 __all__ = [
@@ -24,20 +25,14 @@ __all__ = [
     "relative_error",
     "row",
     "trials",
-    "unit",
     "value_at",
 ]
 
 ROOM = 1 << 24  # numbers of keys, or of their features, that one call may hold
 
 
-def unit(x: np.ndarray) -> np.ndarray:
-    """Rows of length one."""
-    return x / np.linalg.norm(x, axis=-1, keepdims=True)
-
-
 def ask_all(name: str, q: np.ndarray, k: np.ndarray, v: np.ndarray, backend: Any = None, **gates: Any) -> np.ndarray:
-    """Store all pairs, then answer every query from all of them: the queries follow as tokens that are not memorised.
+    """Store all pairs, then answer every query from all of them.
 
     Parameters
     ----------
@@ -50,16 +45,10 @@ def ask_all(name: str, q: np.ndarray, k: np.ndarray, v: np.ndarray, backend: Any
     **gates
         Of the layer.
     """
-    stored, asked = k.shape[-2], q.shape[-2]
-    mask = np.arange(stored + asked) < stored
-    # The answers to stored tokens and the values of queries are not looked at.
-    ask, keys = np.concatenate([k, q], axis=-2), np.concatenate([k, q], axis=-2)
-    values = np.concatenate([v, np.zeros(v.shape[:-2] + (asked, v.shape[-1]), v.dtype)], axis=-2)
     size = k.shape[-1] ** 2 if name == "symmetric_power" else k.shape[-1]
-    step = max(1, ROOM // ((stored + asked) * size))
+    step = max(1, ROOM // (max(k.shape[-2], q.shape[-2]) * size))
     pieces = [slice(i, i + step) for i in range(0, len(k), step)]
-    answers = [layers[name](ask[i], keys[i], values[i], mask=mask, backend=backend, **gates) for i in pieces]
-    return np.concatenate(answers)[..., stored:, :]
+    return np.concatenate([Memory(name, backend=backend, **gates).memorize(k[i], v[i]).recall(q[i]) for i in pieces])
 
 
 def predict(name: str, k: np.ndarray, v: np.ndarray, backend: Any = None, **gates: Any) -> np.ndarray:
