@@ -145,7 +145,7 @@ __device__ __forceinline__ void multiply(Sum& sum, const Left<T, M>& left, const
     for (int i = 0; i < 4; i++) sum.x[i] += part.x[i];
 }
 
-// The same in the sums of the tensor cores: fewer registers, for weights that are rounded to 16 bits anyway.
+// The same in the sums of the tensor cores, which cut what they add: fewer registers, where answers are of 16 bits.
 template <class T>
 __device__ __forceinline__ void multiply_onto(Sum& sum, const Left<T, 1>& left, const Right<T, 1>& right) {
     multiply_once<T>(sum, left.x[0], right.x[0]);
