@@ -35,11 +35,13 @@ from .torch_peers import no_gradients
 
 __all__ = ["Clock", "SHAPES", "answered", "main", "questions_of", "table_of"]
 
-TESTS = tuple(f"tests/test_cuda_{name}.py" for name in ("chunks", "delta_chunks", "fuzz", "kernels"))
+# Files in this order: what only a GPU shows, then the most telling of what was executed on the CPU.
+TESTED = ("device", "streams", "chunks", "delta_chunks", "squares", "attention", "fuzz", "kernels")
+TESTS = tuple(f"tests/test_cuda_{name}.py" for name in TESTED)
 TESTS_SHARE = 0.35  # of the time
 LEAST = 1e-3  # seconds of a sample: shorter calls are made several times
 ROUNDS, RESERVE = 50, 5.0  # samples of each contender at most; seconds that are left for the end
-QUESTION_SHARE = 12.0  # seconds for the rounds of one question
+QUESTION_SHARE = 3.0  # seconds for the rounds of one question
 TOLERANCE = 3e-2  # of the largest answer, for data of 8 bits of precision
 COLUMNS = ("contender", "ms", "p20-p80", "x floor", "ns/token-head", "TB/s", "TFLOP/s", "error", "first s", "how")
 
@@ -88,7 +90,8 @@ def tested(seconds: float, command: Sequence[str] = ()) -> dict[str, Any]:
     """The tests of the GPU backends on the device, as far as they come."""
     if find_spec("pytest") is None and not command:
         return {"reason": "pytest is not installed"}
-    command = command or [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS]
+    side_by_side = ["-n", "auto"] if find_spec("xdist") is not None else []
+    command = command or [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *side_by_side, *TESTS]
     top, environment = Path(__file__).parent.parent, os.environ | {"TTR_TESTS_ON": "gpu", "PYTHONUNBUFFERED": "1"}
     start, over = time.monotonic(), False
     with subprocess.Popen(

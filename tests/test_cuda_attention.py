@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cudaemu import needed
 from cudaemu.machines import on_cpu
-from test_cuda_kernels import BARRIERS, GPU
+from test_cuda_kernels import BARRIERS, GPU, by_the_runner
 from test_operators import HALVES, half, same_bits
 
 import ttr_np
@@ -370,6 +370,7 @@ def barriers():
                 yield pytest.param(backend, name, marks=pytest.mark.slow if slow else [], id=f"{name}-{backend}")
 
 
+@by_the_runner
 @pytest.mark.parametrize("backend, name", list(barriers()))
 def test_each_barrier_and_each_wait_is_needed(backend, name, monkeypatch):
     operator, sizes, options = CALLS[name]

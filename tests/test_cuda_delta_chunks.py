@@ -216,6 +216,7 @@ SECONDS = 10.0  # of one core that does other work too: without, each takes one 
 
 
 @needed(nvrtc.missing())
+@kernels.by_the_runner
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("name, variant", [("bfloat16", "step"), ("bfloat16", "channel"), ("float32", "step, erase")])
 def test_a_text_compiles_soon_and_without_spilling(name, variant, architecture):

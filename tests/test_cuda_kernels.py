@@ -217,7 +217,8 @@ def test_single_precision_is_as_good_as_the_solver(case, machine, t):
         o, after = case(arrays, state=True, initial_state=begin)
         floor = 4 * np.finfo(np.float32).eps
         for actual, wanted, others in (((o,), (exact,), (plain,)), (after, end, plain_end)):
-            scale = max(np.max(np.abs(x), initial=0) for x in wanted if x is not None)
+            terms = (*wanted, *begin) if wanted is end else wanted  # an old state is a term of a new one
+            scale = max(np.max(np.abs(x), initial=0) for x in terms if x is not None)
             assert error(actual, wanted) <= max(2 * error(others, wanted), floor * scale), sizes
         assert len(machine.launches) > 0
 
@@ -423,6 +424,39 @@ def test_so_do_those_that_are_taken_in_chunks(cupy, monkeypatch, per_channel):
     monkeypatch.setattr(_tiles, "CHUNKED_FROM", 1)
     case = Case("linear_attention", "cupy", ("log_decay",), per_channel, {})
     test_arrays_on_the_device_stay_there(case, cupy, np.float16)
+
+
+class Foreign:
+    """An array on the GPU in another library."""
+
+    def __init__(self, held):
+        self.held = held
+
+    def __dlpack_device__(self):
+        return (2, 0)
+
+    def __dlpack__(self, **_):
+        raise BufferError("this is not memory of the host")
+
+
+def test_arrays_of_other_libraries_on_the_device_are_taken_as_those_of_cupy(cupy):
+    arrays = draw("delta_rule", np.random.default_rng(0), lead=(2,))
+    S = np.random.default_rng(1).standard_normal((2, 5, 3))
+    wanted = ttr_np.delta_rule(**arrays, initial_state=S, backend="numpy")
+    o = ttr_np.delta_rule(**{name: Foreign(x) for name, x in arrays.items()}, initial_state=Foreign(S))
+    assert isinstance(o, cupy.ndarray)
+    sentences.close(o.get(), wanted)
+    with pytest.raises(TypeError, match="initial_state is on the GPU, the arrays are on the CPU"):
+        ttr_np.delta_rule(**arrays, initial_state=Foreign(S))
+
+
+def test_no_empty_memory_is_sent(cupy):
+    for operator, sent in (("delta_rule", 0), ("recursive_least_squares", 5 * 5 * 8)):  # of one memory, among three
+        there = {name: cupy.array(x) for name, x in draw(operator, np.random.default_rng(0), lead=(3,)).items()}
+        getattr(ttr_np, operator)(**there)
+        cupy.counted.update(sent=0)
+        getattr(ttr_np, operator)(**there)
+        assert cupy.counted["sent"] == sent
 
 
 def test_a_table_is_sent_once(cupy):

@@ -11,6 +11,7 @@ import pytest
 import test_operators as sentences
 from cudaemu import needed
 from cudaemu.machines import PACKAGES, on_cpu
+from test_cuda_kernels import by_the_runner
 
 import ttr_np
 from ttr_np.backends import has_operator
@@ -327,6 +328,7 @@ SCENES = [
 
 
 @pytest.mark.slow
+@by_the_runner
 def test_each_barrier_is_needed():
     """In one kernel at least: what blocks share is not needed by all."""
     needed_somewhere = {}

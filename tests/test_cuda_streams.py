@@ -59,11 +59,11 @@ def test_a_step_is_one_launch_and_moves_the_callers_state(case):
             wanted = stream(*token)
             assert len(machine.launches) == 1
             np.testing.assert_array_equal(mine(*token), wanted)
-            for found, field in zip(state, stream.state, strict=True):
+            for found, field in zip(*map(sentences.fields, (state, stream.state)), strict=True):
                 np.testing.assert_array_equal(found, field)
 
 
-@pytest.mark.parametrize("backend", ["numba", *BACKENDS])
+@pytest.mark.parametrize("backend", ["numba"] if cudaemu.ON_GPU else ["numba", *BACKENDS])
 def test_a_state_that_cannot_be_moved_in_place_is_refused(backend):
     make = partial(ttr_np.Stream, "delta_rule", q=(2,), k=(2,), v=(1,), beta=(), backend=backend)
     with on_cpu(backend) if backend in BACKENDS else on_cpu("cupy"):
@@ -116,6 +116,19 @@ def test_a_token_that_lies_otherwise_is_copied(case, cupy):
         np.testing.assert_array_equal(stream(**strided).get(), other(**token))
 
 
+def test_a_number_is_a_token_too(cupy):
+    step = ttr_np.Stream("delta_rule", q=(2,), k=(2,), v=(1,), beta=(), log_decay=(), backend="cupy")
+    assert step([1, 0], [1, 0], [2], 1, 0) == 2 and step([1, 0], [1, 0], [0], 0.5, 0) == 1
+
+
+def test_a_memory_on_the_gpu_takes_the_other_arrays_there(cupy):
+    A, h = -np.ones((3, 4)), cupy.array(np.ones((3, 4)))
+    step = ttr_np.Stream("selective_scan", u=(3,), delta=(3,), B=(4,), C=(4,), A=A, initial_state=h)
+    assert step._backend == "cupy" and isinstance(step.state.h, cupy.ndarray)
+    with pytest.raises(ValueError, match="field h is an array of numpy; this stream keeps its memory in cupy's"):
+        ttr_np.Stream("selective_scan", u=(3,), delta=(3,), B=(4,), C=(4,), A=A, state=np.ones((3, 4)), backend="cupy")
+
+
 def test_an_answer_may_take_the_place_of_its_query(cupy):
     make = partial(ttr_np.Stream, "linear_attention", q=(4,), k=(4,), v=(4,), dtype=np.float32, backend="cupy")
     plain, place = make(), make()
@@ -148,7 +161,7 @@ def test_no_gate_is_looked_at_while_a_graph_is_recorded(cupy, monkeypatch):
     assert cupy.counted["waits"] > 0
     monkeypatch.setattr(cupy.current, "recording", True)
     cupy.counted.update(waits=0, sent=0)
-    np.testing.assert_array_equal(ttr_np.delta_rule(**there).held, wanted.held)
+    np.testing.assert_array_equal(ttr_np.delta_rule(**there).held, wanted.held)  # from zeros that are made there
     assert (cupy.counted["waits"], cupy.counted["sent"]) == (0, 0)
 
 

@@ -9,6 +9,7 @@ import pytest
 from test_operators import CASES, every_case
 
 import ttr_np
+from ttr_np.calling import as_numpy
 from ttr_np.notation import ARRAYS
 from ttr_np.streaming import time_axis
 
@@ -36,7 +37,8 @@ def axes_of(tokens):
 
 
 def fields(state):
-    return [x for x in state if x is not None]
+    """On the host, wherever the stream keeps them."""
+    return [as_numpy(x) for x in state if x is not None]
 
 
 @every_case

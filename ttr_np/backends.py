@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .calling import through_dlpack
+from .calling import HOST, through_dlpack
 from .notation import OPERATORS
 
 __all__ = [
@@ -201,8 +201,7 @@ def home(x: Any) -> Home | None:
         return Home("numpy", "cpu")
     if hasattr(x, "__dlpack_device__"):
         kind, number = x.__dlpack_device__()
-        on_host = int(kind) in (1, 3)  # DLPack's numbers for plain and for pinned memory of the host
-        return Home(type(x).__module__.split(".")[0], "cpu" if on_host else f"gpu {int(number)}")
+        return Home(type(x).__module__.split(".")[0], "cpu" if int(kind) in HOST else f"gpu {int(number)}")
     if hasattr(x, "__cuda_array_interface__"):
         return Home(type(x).__module__.split(".")[0], "gpu")
     return None

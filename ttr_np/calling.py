@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from functools import cache, partial
+from importlib import import_module
 from inspect import Parameter, signature
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from .notation import ARRAYS, GATES, OPERATORS, STATES, axes_of, broadcast_leadi
 __all__ = ["Held", "as_array", "as_numpy", "check_arguments", "check_gates", "run", "through_dlpack"]
 
 HALF = ("float16", "bfloat16")
+HOST = (1, 3)  # DLPack's numbers for plain and for pinned memory of the host
 MAY_BE_INFINITE = frozenset({"bandwidth"})  # a kernel of infinite width weighs all pairs alike
 
 
@@ -71,17 +73,23 @@ def on_device(x: Any) -> bool:
 
 def as_numpy(x: Any) -> np.ndarray:
     """Any array or list as a NumPy array."""
-    return x.get() if on_device(x) else np.asarray(through_dlpack(x))
+    x = through_dlpack(x)
+    return x.get() if on_device(x) else np.asarray(x)
 
 
 def at_home(x: Any) -> Any:
     """An array on a GPU as it is, anything else as a NumPy array."""
-    return x if on_device(x) else as_numpy(x)
+    x = through_dlpack(x)
+    return x if on_device(x) else np.asarray(x)
 
 
 def through_dlpack(x: Any) -> Any:
-    """A NumPy array where DLPack is the only way to one; anything else as it is."""
-    return np.from_dlpack(x) if hasattr(x, "__dlpack__") and not hasattr(x, "__array__") else x
+    """The same memory as an array of NumPy where DLPack is the only way to one, of CuPy where it is on a GPU."""
+    if not hasattr(x, "__dlpack__") or isinstance(x, np.ndarray) or on_device(x):
+        return x
+    if int(x.__dlpack_device__()[0]) not in HOST:
+        return import_module("cupy").from_dlpack(x)
+    return x if hasattr(x, "__array__") else np.from_dlpack(x)
 
 
 def as_array(name: str, x: Any) -> np.ndarray:
@@ -95,7 +103,9 @@ def as_array(name: str, x: Any) -> np.ndarray:
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array: pass its data, and mask=~{name}.mask for the tokens to leave out")
     if not isinstance(x, np.ndarray) and not on_device(x):
-        x = np.from_dlpack(x) if hasattr(x, "__dlpack__") and not np.isscalar(x) else np.asarray(x)
+        x = through_dlpack(x)
+        if not on_device(x):
+            x = np.from_dlpack(x) if hasattr(x, "__dlpack__") and not np.isscalar(x) else np.asarray(x)
     if x.dtype.kind in "iu":
         return x.astype(np.float64)
     if x.dtype.kind not in "fc" and x.dtype.name != "bfloat16":
@@ -236,10 +246,49 @@ def moved(arrays: Mapping[str, Any], x: Any) -> Any:
 
 
 def beside(arrays: Mapping[str, Any], state: Any) -> Any:
-    """A state where the arrays are."""
+    """A state where the arrays are.
+
+    Raises
+    ------
+    TypeError
+        If it would have to leave the GPU unasked.
+    """
     if not any(map(on_device, arrays.values())):
+        if any(map(on_device, state)):
+            raise TypeError("initial_state is on the GPU, the arrays are on the CPU")
         return state
     return type(state)(*(None if field is None else moved(arrays, field) for field in state))
+
+
+def vacant(
+    start: Callable[..., Any], operator: str, arrays: Mapping[str, Any], lead: tuple[int, ...], sizes: Any, dtype: Any
+) -> Any:
+    """The state of empty memories. For arrays on a GPU it repeats that of one: see ``made_there``."""
+    if not any(map(on_device, arrays.values())):
+        return start(operator, lead, sizes, dtype)
+    one, fields = start(operator, (), sizes, dtype), []
+    for name, x in zip(one._fields, one, strict=True):
+        if x is not None:
+            own = x.ndim - len(OPERATORS[operator].state[name].split())
+            x = np.broadcast_to(x, np.broadcast_shapes(lead, x.shape[:own]) + x.shape[own:])
+        fields.append(x)
+    return type(one)(*fields)
+
+
+def made_there(arrays: Mapping[str, Any], state: Any) -> Any:
+    """What ``vacant`` said, made on the GPU: zeros come from nowhere, of other fields one memory is sent."""
+    device = next(filter(on_device, arrays.values()), None)
+    if device is None:
+        return state
+    return type(state)(*(None if x is None else repeated(arrays, device, x) for x in state))
+
+
+def repeated(arrays: Mapping[str, Any], device: Any, x: np.ndarray) -> Any:
+    """An array that repeats one memory, in full on a GPU."""
+    one = x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.strides)]
+    if not np.any(one):
+        return np.zeros_like(device, shape=x.shape, dtype=x.dtype)
+    return np.broadcast_to(moved(arrays, one), x.shape).astype(x.dtype, order="C", copy=True)
 
 
 def adopt(operator: str, given: Any, start: Any) -> Any:
@@ -348,7 +397,7 @@ def run(
     """
     given, sizes, output = prepare(operator, arrays, mask, halves)
     compute = np.result_type(np.float32, output)
-    empty = beside(given, start(operator, memory_lead(operator, given, mask), sizes, compute))
+    empty = vacant(start, operator, given, memory_lead(operator, given, mask), sizes, compute)
     every = {name: given.get(name) for name in OPERATORS[operator].arrays + OPERATORS[operator].optional}
     if OPERATORS[operator].sees_mask:
         every["mask"] = given.get("mask")
@@ -356,13 +405,14 @@ def run(
     if asks_nobody(operator, given, empty):
         core = partial(unasked, core, operator)
     if cu_seqlens is None:
-        state = empty if initial_state is None else adopt(operator, initial_state, empty)
+        known = initial_state is not None
+        state = beside(given, adopt(operator, initial_state, empty)) if known else made_there(given, empty)
         if hold:
             return Held(core, every, state)
         o, state = core(**every, state=state)
     else:
         bounds = check_boundaries(cu_seqlens, sizes["t"])
-        o, state = run_packed(core, operator, every, given, bounds, empty, initial_state)
+        o, state = run_packed(core, operator, every, given, bounds, made_there(given, empty), initial_state)
     o = o.astype(output, copy=False)
     return (o, state) if output_final_state else o
 
@@ -400,7 +450,7 @@ def run_packed(
     for i, (low, high) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
         piece = {name: cut(name, x, given, low, high) for name, x in every.items()}
         begin = empty if initial_state is None else select(operator, initial_state, i, len(bounds) - 1)
-        o, state = core(**piece, state=adopt(operator, begin, empty))
+        o, state = core(**piece, state=beside(given, adopt(operator, begin, empty)))
         outputs.append(o)
         states.append(state)
     if not outputs:

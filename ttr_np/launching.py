@@ -69,7 +69,7 @@ def send(x: np.ndarray, into: Any) -> None:
         If it would have to leave the GPU unasked.
     """
     if on_device(into) and not on_device(x):
-        into.set(np.ascontiguousarray(x, into.dtype))
+        into.set(np.asarray(x, into.dtype, order="C"))
     elif on_device(x) and not on_device(into):
         raise TypeError("the token is on the GPU, this stream keeps its arrays on the CPU")
     else:

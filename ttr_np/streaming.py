@@ -328,8 +328,10 @@ def fields_of(state: Any) -> tuple[Any, ...]:
 
 
 def device_of(fixed: Mapping[str, Any], state: Any) -> str:
-    """Where the arrays are with which a stream begins."""
+    """Where the memory is, or else the arrays with which a stream begins: a memory on the GPU takes them there."""
     fields = {} if state is None else {f"state {i}": x for i, x in enumerate(fields_of(state))}
+    if any(map(on_device, fields.values())):
+        return home_of(fields).device
     return home_of({name: x for name, x in fixed.items() if name in ARRAYS} | fields).device
 
 
@@ -350,6 +352,9 @@ def whole_state(own: tuple[Any, ...], wanted: Any) -> Any:
     for name, x, held in zip(wanted._fields, own, wanted, strict=True):
         if held is None:
             continue
+        if type(x) is not type(held) and hasattr(x, "dtype"):
+            has, keeps = (type(array).__module__.split(".")[0] for array in (x, held))
+            raise ValueError(f"state field {name} is an array of {has}; this stream keeps its memory in {keeps}'s")
         if type(x) is not type(held) or (x.shape, x.dtype) != (held.shape, held.dtype):
             has = f"{getattr(x, 'dtype', type(x).__name__)} of shape {np.shape(x)}"
             needs = f"to be moved in place it must be {held.dtype} of {held.shape}"

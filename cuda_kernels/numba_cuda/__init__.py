@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 __all__ = ["reason"]
 
 
@@ -16,4 +18,8 @@ def reason() -> str:
     if not cuda.is_available():
         words = str(cuda.cuda_error() or "no GPU").split("\n")
         return "no driver: " + " ".join(word.strip() for word in words if word.strip(" :"))
+    try:
+        import_module("numba.cuda.cudaimpl")  # else the first kernel would: numba-cuda 0.30 fails there on NumPy 2.5
+    except Exception as problem:  # in its own ways
+        return f"numba-cuda cannot compile with the packages that are installed: {type(problem).__name__}: {problem}"
     return "ok"

@@ -8,6 +8,7 @@ tests put the CPU in its place.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from functools import cache
 from math import prod
@@ -80,13 +81,21 @@ class Gpu:
 
     def run(self, function: Any, signature: Any, blocks: int, threads: int, arguments: list[Any]) -> None:
         """Launch."""
-        compiled(function, signature)[blocks, threads, self.stream()](*arguments)
+        configured(function, signature, blocks, threads, self.stream())(*arguments)
 
 
 @cache
 def compiled(function: Any, signature: Any) -> Any:
     """A function for the current device."""
     return cuda.jit(signature)(function)
+
+
+def configured(function: Any, signature: Any, blocks: int, threads: int, stream: Any) -> Any:
+    """A kernel with its grid. That a small call makes a small grid is no mistake that Numba should warn users of."""
+    kernel = compiled(function, signature)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return kernel[blocks, threads, stream]
 
 
 machine: Any = Gpu()

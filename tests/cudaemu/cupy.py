@@ -54,7 +54,8 @@ class ndarray(NDArrayOperatorsMixin):  # noqa: N801 - CuPy's name
     def __array_function__(self, function: Any, types: Any, args: Any, options: Any) -> Any:
         mixed = function is not np.asarray and any(isinstance(x, np.ndarray) and x.ndim for x in args)
         assert not mixed, "CuPy and NumPy do not mix"
-        counted["arrays"] += function in (np.empty_like, np.where, np.concatenate, np.stack)
+        counted["arrays"] += function in (np.empty_like, np.zeros_like, np.where, np.concatenate, np.stack)
+        counted["sent"] += args[0].nbytes if function is np.asarray and isinstance(args[0], np.ndarray) else 0
         return outer(function(*inner(args), **{name: inner(x) for name, x in options.items()}))
 
     def __array_ufunc__(self, function: Any, method: str, *args: Any, **options: Any) -> Any:
@@ -127,6 +128,11 @@ def array(x: Any) -> ndarray:
 
 
 asarray = array
+
+
+def from_dlpack(x: Any) -> ndarray:
+    """The memory of an array of another library."""
+    return ndarray(x.held)
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> ndarray:
