@@ -473,7 +473,7 @@ def test_a_text_is_compiled_once_for_each_device(cupy, monkeypatch):
 
     arrays, known = draw("delta_rule", np.random.default_rng(0)), cupy.cuda.Device
     for number, kernels in ((0, 1), (0, 1), (1, 2)):
-        monkeypatch.setattr(cupy.cuda, "Device", partial(known, number))
+        monkeypatch.setattr(cupy.cuda, "Device", lambda *_, number=number: known(number))
         ttr_np.delta_rule(**arrays, backend="cupy")
         assert _launch.compiled.cache_info().currsize == kernels
 
