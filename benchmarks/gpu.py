@@ -91,7 +91,8 @@ def tested(seconds: float, command: Sequence[str] = ()) -> dict[str, Any]:
     if find_spec("pytest") is None and not command:
         return {"reason": "pytest is not installed"}
     side_by_side = ["-n", "auto"] if find_spec("xdist") is not None else []
-    command = command or [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *side_by_side, *TESTS]
+    without = ["-p", "no:cacheprovider", "-p", "no:benchmark"]  # the second warns of processes side by side
+    command = command or [sys.executable, "-m", "pytest", "-q", *without, *side_by_side, *TESTS]
     top, environment = Path(__file__).parent.parent, os.environ | {"TTR_TESTS_ON": "gpu", "PYTHONUNBUFFERED": "1"}
     start, over = time.monotonic(), False
     with subprocess.Popen(
