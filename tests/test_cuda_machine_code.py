@@ -28,15 +28,16 @@ SIZES = {"k": 128, "v": 128, "d": 128, "n": 16, "w": 4}  # what layers have
 BUDGET = {
     "linear_attention": {"float": (96, 104, 192), "double": (128, 128, 255)},
     "delta_rule": {"float": (104, 104, 192), "double": (128, 128, 255)},
-    "dplr": {"float": (104, 128, 192), "double": (128, 128, 255)},
-    "selective_scan": {"float": (96, 104, 128), "double": (168, 168, 168)},
-    "diagonal_scan": {"float": (64, 64, 64), "double": (64, 64, 72)},
-    "short_convolution": {"float": (56, 56, 64), "double": (80, 80, 72)},
+    "dplr": {"float": (128, 128, 255), "double": (128, 168, 255)},
+    # Tokens are fetched ahead into registers: there are few threads, and they wait for memory.
+    "selective_scan": {"float": (128, 120, 160), "double": (192, 192, 224)},
+    "diagonal_scan": {"float": (96, 96, 112), "double": (144, 144, 144)},
+    "short_convolution": {"float": (88, 88, 96), "double": (104, 104, 112)},
     "softmax_attention": {"float": (96, 96, 96), "double": (128, 128, 128)},  # few queries, with gates
     "local_polynomial": {"float": (96, 96, 96), "double": (96, 96, 96)},  # lines of 128 channels
 }
-# sin and cos of double precision keep the digits of a large angle on the stack; nothing else does.
-STACK = {("diagonal_scan", "double"): 40, ("softmax_attention", "double"): 16}  # and its division is a call on sm_100
+# sin and cos keep the digits of a large angle on the stack, and a division of double precision is a call on sm_100.
+STACK = {("diagonal_scan", "float"): 32, ("diagonal_scan", "double"): 40, ("softmax_attention", "double"): 16}
 
 # Memories that keep their pairs have several kernels: a call of each, and its registers. Two or three blocks of tiles
 # share a multiprocessor, whose shared memory has no room for more.
@@ -215,7 +216,7 @@ def test_each_way_of_a_memory_that_keeps_its_pairs(name, architecture):
 def test_float16_and_the_normaliser_compile(operator):
     options = {"normalize": True} if operator == "linear_attention" else {}
     found = nvrtc.needs(nvrtc.machine_code(text_of(operator, np.float16, **options), "sm_90a"))
-    assert found.stack == 0
+    assert found.stack <= STACK.get((operator, "float"), 0)
 
 
 def test_the_largest_state_fits():
@@ -225,7 +226,7 @@ def test_the_largest_state_fits():
         machine.run = lambda text, *rest: texts.append(text)
         ttr_np.dplr(**arrays, backend="cupy")
     found = nvrtc.needs(nvrtc.machine_code(texts[0], "sm_80"))
-    assert found.shared == 4 * 2 * 512 * 8 and found.stack == 0
+    assert found.shared == 5 * 2 * 512 * 8 and found.stack == 0
 
 
 def test_what_does_not_fit_in_registers_is_seen():

@@ -5,7 +5,13 @@
 
 enum { X, X_IMAG, GATE, PHASE, STATE, STATE_IMAG, O, O_IMAG };
 
-extern "C" __global__ void __launch_bounds__(128)
+// What a channel needs of a token.
+struct Token {
+    data x, x_imag;
+    real gate, angle;
+};
+
+extern "C" __global__ void __launch_bounds__(128, 1)
 diagonal_scan(const data* x, const data* x_imag, const real* log_decay, const real* phase, real* h, real* h_imag,
               answer* o, answer* o_imag, const long long* table, int axes, int tokens, int columns, int blocks) {
     const int memory = blockIdx.x / blocks;
@@ -21,20 +27,24 @@ diagonal_scan(const data* x, const data* x_imag, const real* log_decay, const re
     const auto output_imag = rows(o_imag, table, axes, O_IMAG, memory);
 
     real re = state.at(0, channel), im = phase ? state_imag.at(0, channel) : real(0);
-    #pragma unroll 1
-    for (int t = 0; t < tokens; t++) {
-        const real size = exp(gate.at(t, channel)), x_t = widened(input.at(t, channel));
+    const auto fetch = [&](Token& token, int t) {
+        token.x = input.at(t, channel), token.gate = gate.at(t, channel);
+        if (phase) token.angle = angle.at(t, channel);
+        if (x_imag) token.x_imag = input_imag.at(t, channel);
+    };
+    walk<Token, 8>(tokens, fetch, [&](const Token& token, int t) {
+        const real size = exp(token.gate), x_t = widened(token.x);
         if (phase) {
-            const real c = size * cos(angle.at(t, channel)), s = size * sin(angle.at(t, channel));
+            const real c = size * cos(token.angle), s = size * sin(token.angle);
             const real turned = fma(c, re, -(s * im)), turned_imag = fma(c, im, s * re);
             re = size == 0 ? x_t : turned + x_t;
-            im = (size == 0 ? real(0) : turned_imag) + (x_imag ? widened(input_imag.at(t, channel)) : real(0));
+            im = (size == 0 ? real(0) : turned_imag) + (x_imag ? widened(token.x_imag) : real(0));
         } else {
             re = size == 0 ? x_t : fma(size, re, x_t);
         }
         put(output.at(t, channel), re);
         if (phase) put(output_imag.at(t, channel), im);
-    }
+    });
     state.at(0, channel) = re;
     if (phase) state_imag.at(0, channel) = im;
 }

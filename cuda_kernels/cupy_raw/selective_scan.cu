@@ -5,7 +5,14 @@
 
 enum { U, DELTA, RATE, KEY, QUERY, DIRECT, STATE, O };
 
-extern "C" __global__ void __launch_bounds__(128)
+// What a lane needs of a token; the query is that of the first group.
+struct Token {
+    data input;
+    real length;
+    data key[ROWS], asked[ROWS];
+};
+
+extern "C" __global__ void __launch_bounds__(128, 1)
 selective_scan(const data* u, const real* delta, const real* A, const data* B, const data* C, const real* D, real* h,
                data* o, const long long* table, int axes, int tokens, int columns, int groups, int blocks) {
     const int part = threadIdx.x % PARTS, memory = blockIdx.x / blocks;
@@ -27,31 +34,35 @@ selective_scan(const data* u, const real* delta, const real* A, const data* B, c
         own_rate[r] = entry < N && mine ? rate.at(channel, entry) : real(0);
     }
 
-    #pragma unroll 1
-    for (int t = 0; t < tokens; t++) {
-        const real u_t = mine ? widened(input.at(t, channel)) : real(0);
-        const real length_t = mine ? length.at(t, channel) : real(0);
-        const auto key_t = key.line(t);
+    const auto fetch = [&](Token& token, int t) {
+        if (mine) token.input = input.at(t, channel), token.length = length.at(t, channel);
+        const auto key_t = key.line(t), asked = query.line(t);
+        for (int r = 0; r < ROWS; r++) {
+            const int entry = part + r * PARTS;
+            if (entry < N) token.key[r] = key_t[entry], token.asked[r] = asked[entry];
+        }
+    };
+    walk<Token, 4>(tokens, fetch, [&](const Token& token, int t) {
+        const real u_t = mine ? widened(token.input) : real(0), length_t = mine ? token.length : real(0);
         for (int r = 0; r < ROWS; r++) {
             const int entry = part + r * PARTS;
             if (entry >= N) continue;
-            own[r] = fma(length_t * u_t, widened(key_t[entry]), exp(length_t * own_rate[r]) * own[r]);
+            own[r] = fma(length_t * u_t, widened(token.key[r]), exp(length_t * own_rate[r]) * own[r]);
         }
 
         #pragma unroll 1
         for (int g = 0; g < groups; g++) {  // the queries that share this memory
-            const auto asked = query.of(g).line(t);
             real total = 0;
             for (int r = 0; r < ROWS; r++) {
                 const int entry = part + r * PARTS;
-                if (entry < N) total = fma(widened(asked[entry]), own[r], total);
+                if (entry < N) total = fma(widened(g ? query.of(g).at(t, entry) : token.asked[r]), own[r], total);
             }
             total = over_parts(total);
             if (!mine || part != 0) continue;
             if (D) total = fma(direct.of(g).at(0, channel), u_t, total);
             put(answer.of(g).at(t, channel), total);
         }
-    }
+    });
 
     for (int r = 0; r < ROWS; r++) {
         const int entry = part + r * PARTS;

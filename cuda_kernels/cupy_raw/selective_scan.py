@@ -15,6 +15,7 @@ from ._launch import Kernel, empty, even, launch, run
 __all__ = ["selective_scan"]
 
 KERNEL = Kernel("selective_scan")
+SHARED = 8  # times the lanes that a channel's registers ask for, up to a warp: channels are few and exponentials many
 
 
 def selective_scan(u: Any, delta: Any, A: Any, B: Any, C: Any, *, D: Any = None, **common: Any) -> Any:
@@ -32,8 +33,9 @@ def core(
     o = empty(sequences, (tokens, columns), u.dtype, u)
     arrays = {"u": (u, BOTH), "delta": (delta, BOTH), "A": (A, BOTH), "B": (B, BOTH), "C": (C, BOTH), "D": (D, COLUMN)}
     arrays |= {"h": (h, BOTH), "o": (o, BOTH)}
-    per_thread, parts = split("n", h.shape[-1])
-    constants = {"N": h.shape[-1], "ROWS": per_thread, "PARTS": parts, "EVEN": even(B, C)}
+    size = h.shape[-1]
+    per_thread, parts = split("n", size, fields=min(SHARED, 1024 // max(size, 2)))
+    constants = {"N": size, "ROWS": per_thread, "PARTS": parts, "EVEN": even(B, C)}
     types = {"data": u.dtype, "real": h.dtype}
     launch(KERNEL, sequences, arrays, ("h", "o"), types, constants, tokens=tokens, columns=columns)
     return o, SelectiveScanState(h)

@@ -37,6 +37,24 @@ __device__ __forceinline__ Rows<T> rows(T* array_begin, const long long* table, 
     return {array_begin + at, strides[axes], strides[axes + 1], strides[axes + 2]};
 }
 
+// All tokens in their order, each fetched while AHEAD others are worked on: memory is slow, and one waits for many as
+// long as for one. fetch(token, t) reads what is needed of it, use(token, t) needs no more.
+template <class Token, int AHEAD, class Fetch, class Use>
+__device__ __forceinline__ void walk(int tokens, Fetch fetch, Use use) {
+    Token ahead[AHEAD];
+    #pragma unroll
+    for (int i = 0; i < AHEAD; i++)
+        if (i < tokens) fetch(ahead[i], i);
+    #pragma unroll 1
+    for (int t = 0; t < tokens; t += AHEAD) {
+        #pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            if (t + i < tokens) use(ahead[i], t + i);
+            if (t + AHEAD + i < tokens) fetch(ahead[i], t + AHEAD + i);
+        }
+    }
+}
+
 #ifdef PARTS
 // PARTS neighbouring lanes share a column: each holds some of its rows, and a sum over all rows is theirs together.
 __device__ __forceinline__ real over_parts(real x) {

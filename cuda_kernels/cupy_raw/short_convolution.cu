@@ -5,6 +5,12 @@
 
 enum { X, WEIGHT, BIAS, MASK, WINDOW, O };
 
+// What a channel needs of a token.
+struct Token {
+    data x;
+    bool enters;
+};
+
 extern "C" __global__ void __launch_bounds__(128, 1)
 short_convolution(const data* x, const data* weight, const real* bias, const bool* mask, real* window, data* o,
                   const long long* table, int axes, int tokens, int columns, int groups, int blocks, int silu) {
@@ -22,9 +28,11 @@ short_convolution(const data* x, const data* weight, const real* bias, const boo
     for (int s = 0; s < W; s++) taps[s] = widened(tap.at(s, channel));
     for (int s = 0; s < W - 1; s++) seen[s] = past.at(s, channel);
 
-    #pragma unroll 1
-    for (int t = 0; t < tokens; t++) {
-        seen[W - 1] = widened(input.at(t, channel));
+    const auto fetch = [&](Token& token, int t) {
+        token.x = input.at(t, channel), token.enters = !mask || enters.at(t, 0);
+    };
+    walk<Token, 8>(tokens, fetch, [&](const Token& token, int t) {
+        seen[W - 1] = widened(token.x);
         real total = 0;
         for (int s = 0; s < W; s++) total = fma(taps[s], seen[s], total);
         #pragma unroll 1
@@ -32,8 +40,8 @@ short_convolution(const data* x, const data* weight, const real* bias, const boo
             const real y = total + (bias ? offset.of(g).at(0, channel) : real(0));
             put(answer.of(g).at(t, channel), silu ? y / (1 + exp(-y)) : y);
         }
-        if (mask && !enters.at(t, 0)) continue;
-        for (int s = 0; s < W - 1; s++) seen[s] = seen[s + 1];
-    }
+        if (token.enters)
+            for (int s = 0; s < W - 1; s++) seen[s] = seen[s + 1];
+    });
     for (int s = 0; s < W - 1; s++) past.at(s, channel) = seen[s];
 }
