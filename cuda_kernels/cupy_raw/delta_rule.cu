@@ -13,6 +13,7 @@ delta_rule(const data* q, const data* k, const data* v, const real* beta, const 
     __shared__ real keys[2][ROWS * PARTS];
     __shared__ real erased[2][ROWS * PARTS];
     __shared__ real decays[2][ROWS * PARTS];
+    __shared__ real queries[2][ROWS * PARTS];  // of the first group
     const int part = threadIdx.x % PARTS, memory = blockIdx.x / blocks;
     const int column = blockIdx.x % blocks * (blockDim.x / PARTS) + threadIdx.x / PARTS;
     const bool mine = column < columns;
@@ -34,11 +35,14 @@ delta_rule(const data* q, const data* k, const data* v, const real* beta, const 
             keys[t % 2][row] = widened(key.at(t, row));
             erased[t % 2][row] = widened(erase.at(t, row));
             decays[t % 2][row] = log_decay ? exp(gate.at(t, row)) : real(1);
+            queries[t % 2][row] = widened(query.at(t, row));
         }
     };
     stage(0);
     #pragma unroll 1
     for (int t = 0; t < tokens; t++) {
+        const real value_t = mine ? widened(value.at(t, column)) : real(0);  // on its way while others are waited for
+        const real step_t = step.at(t, 0);
         __syncthreads();  // token t is staged, and nobody is left at t - 1, in whose place t + 1 goes
         if (t + 1 < tokens) stage(t + 1);
 
@@ -50,7 +54,7 @@ delta_rule(const data* q, const data* k, const data* v, const real* beta, const 
             recalled = fma(erased[t % 2][row], own[r], recalled);
         }
         recalled = over_parts(recalled);
-        const real error = mine ? step.at(t, 0) * (widened(value.at(t, column)) - recalled) : real(0);
+        const real error = mine ? step_t * (value_t - recalled) : real(0);
         for (int r = 0; r < ROWS; r++) {
             const int row = part + r * PARTS;
             if (row < K) own[r] = fma(keys[t % 2][row], error, own[r]);
@@ -62,7 +66,7 @@ delta_rule(const data* q, const data* k, const data* v, const real* beta, const 
             real total = 0;
             for (int r = 0; r < ROWS; r++) {
                 const int row = part + r * PARTS;
-                if (row < K) total = fma(widened(asked[row]), own[r], total);
+                if (row < K) total = fma(g ? widened(asked[row]) : queries[t % 2][row], own[r], total);
             }
             total = over_parts(total);
             if (mine && part == 0) put(answer.of(g).at(t, column), scale * total);
