@@ -483,3 +483,66 @@ def test_bad_numbers_on_the_device_are_named(cupy):
     arrays["log_decay"][2] = 0.5
     with pytest.raises(ValueError, match=r"log_decay must be <= 0 everywhere; it is 0.5 at \(2,\)"):
         ttr_np.delta_rule(**{name: cupy.ndarray(x) for name, x in arrays.items()}, backend="cupy")
+
+
+# ---- sequences in pieces ---------------------------------------------------------------------------------------------
+
+
+def in_pieces(operator, arrays, options, multiprocessors, check=True):
+    """Answers and state, and how many launches it took."""
+    with on_cpu("cupy", check=check) as machine:
+        machine.multiprocessors = multiprocessors
+        o, state = getattr(ttr_np, operator)(**arrays, **options, output_final_state=True, backend="cupy")
+    return (o, *state), len(machine.launches)
+
+
+IN_PIECES = [("selective_scan", ("D",)), ("diagonal_scan", ()), ("diagonal_scan", ("phase",))]
+
+
+@pytest.mark.parametrize("operator, optional", IN_PIECES)
+def test_a_scan_in_pieces_is_as_good_as_the_solver(operator, optional):
+    rng = np.random.default_rng(0)
+    for t in (512, 1100):
+        arrays = draw(operator, rng, optional=optional, lead=(2,), t=t, d=5, n=16, dtype=np.float32)
+        _, begin = getattr(ttr_np, operator)(
+            **{n: x[:, :9] if x.ndim == 3 else x for n, x in arrays.items()}, output_final_state=True, backend="numpy"
+        )
+        solver = partial(getattr(ttr_np, operator), output_final_state=True, initial_state=begin, backend="numpy")
+        exact, plain = solver(**{n: x.astype(np.float64) for n, x in arrays.items()}), solver(**arrays)
+        for multiprocessors, launches in ((0, 1), (1, 2), (100, 2)):
+            found, made = in_pieces(operator, arrays, {"initial_state": begin}, multiprocessors)
+            assert made == launches
+            for x, wanted, other in zip(found, (exact[0], *exact[1]), (plain[0], *plain[1]), strict=True):
+                floor = 4 * np.finfo(np.float32).eps * np.max(np.abs(wanted))
+                assert np.max(np.abs(x - wanted)) <= max(2 * np.max(np.abs(other - wanted)), floor)
+
+
+@pytest.mark.parametrize("operator, optional", IN_PIECES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_bad_number_goes_on_into_later_pieces_and_nowhere_else(operator, optional, bad):
+    arrays = draw(operator, np.random.default_rng(0), optional=optional, lead=(2,), t=600, d=5, n=4, dtype=np.float32)
+    clean, _ = in_pieces(operator, arrays, {}, 100)
+    name = "x" if "x" in arrays else "u"
+    arrays[name] = arrays[name].copy()
+    arrays[name][0, 300, 2] = bad
+    for multiprocessors in (0, 100):
+        found, _ = in_pieces(operator, arrays, {}, multiprocessors)
+        assert not np.any(np.isfinite(found[0][0, 300:, 2])) and not np.any(np.isfinite(found[1][0, 2]))
+        if multiprocessors:
+            np.testing.assert_array_equal(found[0][0, :300], clean[0][0, :300])
+            np.testing.assert_array_equal(found[0][1], clean[0][1])
+
+
+def test_a_reset_in_a_piece_forgets_the_pieces_before_it():
+    arrays = draw("diagonal_scan", np.random.default_rng(0), lead=(2,), t=600, d=5, dtype=np.float32)
+    arrays["log_decay"][:, 400, 1] = -np.inf
+    spoilt = arrays | {"x": arrays["x"].copy()}
+    spoilt["x"][:, 200, 1] = np.nan
+    (clean, _), (found, _) = (in_pieces("diagonal_scan", given, {}, 100)[0] for given in (arrays, spoilt))
+    assert np.all(np.isnan(found[:, 200:400, 1]))
+    np.testing.assert_array_equal(found[:, 400:], clean[:, 400:])
+
+
+def test_double_precision_takes_whole_sequences():
+    arrays = draw("selective_scan", np.random.default_rng(0), lead=(1,), t=600, d=3)
+    assert in_pieces("selective_scan", arrays, {}, 100)[1] == 1

@@ -7,8 +7,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["STATIC", "Tiles", "pieces", "tiles"]
+from .. import _calls
+from . import _launch
 
+__all__ = ["STATIC", "Tiles", "cut", "pieces", "tiles"]
+
+STEP, TOGETHER = 64, 4  # of a scan: tokens that a piece has a multiple of; blocks that a multiprocessor should have
 CHUNKED_FROM = 32  # tokens: below, one token after the other is faster
 WORTH_A_LAUNCH = 8  # chunks: sequences of fewer are never cut in pieces
 LONGEST = 256  # state column that fits in the registers of a warp, 16 at a time
@@ -90,3 +94,12 @@ def pieces(tokens: int, chunk: int, blocks: int, multiprocessors: int) -> tuple[
     wanted = max(min(multiprocessors // max(blocks, 1), isqrt(chunks)), 1) if chunks >= WORTH_A_LAUNCH else 1
     length = -(-chunks // wanted) * chunk
     return -(-tokens // length), length
+
+
+def cut(memories: int, tokens: int, columns: int, parts: int, dtype: Any) -> tuple[_calls.Grid, int, int]:
+    """How a scan is cut: a launch over whole sequences; number and length of pieces, so that all multiprocessors work."""
+    whole = _calls.grid(columns, parts)
+    if dtype != np.float32:  # what pieces leave to each other is of single precision
+        return whole, 1, tokens
+    wanted = TOGETHER * _launch.machine.device().multiprocessors
+    return whole, *pieces(tokens, STEP, memories * whole.blocks, wanted)
