@@ -30,8 +30,8 @@ BUDGET = {
     "delta_rule": {"float": (104, 104, 192), "double": (128, 128, 255)},
     "dplr": {"float": (128, 128, 255), "double": (128, 168, 255)},
     # Tokens are fetched ahead into registers: there are few threads, and they wait for memory.
-    "selective_scan": {"float": (128, 120, 160), "double": (192, 192, 224)},
-    "diagonal_scan": {"float": (96, 96, 112), "double": (144, 144, 144)},
+    "selective_scan": {"float": (128, 128, 160), "double": (192, 192, 224)},
+    "diagonal_scan": {"float": (104, 96, 112), "double": (144, 144, 152)},
     "short_convolution": {"float": (88, 88, 96), "double": (104, 104, 112)},
     "softmax_attention": {"float": (96, 96, 96), "double": (128, 128, 128)},  # few queries, with gates
     "local_polynomial": {"float": (96, 96, 96), "double": (96, 96, 96)},  # lines of 128 channels

@@ -97,9 +97,9 @@ def pieces(tokens: int, chunk: int, blocks: int, multiprocessors: int) -> tuple[
 
 
 def cut(memories: int, tokens: int, columns: int, parts: int, dtype: Any) -> tuple[_calls.Grid, int, int]:
-    """How a scan is cut: a launch over whole sequences; number and length of pieces, so that all multiprocessors work."""
+    """How a scan is cut: a launch over whole sequences; number and length of pieces, so that nobody is idle."""
     whole = _calls.grid(columns, parts)
-    if dtype != np.float32:  # what pieces leave to each other is of single precision
+    if dtype != np.float32 or not tokens:  # what pieces leave to each other is of single precision
         return whole, 1, tokens
     wanted = TOGETHER * _launch.machine.device().multiprocessors
     return whole, *pieces(tokens, STEP, memories * whole.blocks, wanted)

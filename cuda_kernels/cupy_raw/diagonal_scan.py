@@ -1,4 +1,4 @@
-"""Diagonal scan on the GPU, token by token: one launch of ``diagonal_scan.cu``, or two over pieces of the sequence."""
+"""Diagonal scan on the GPU, token by token: one launch of ``diagonal_scan.cu``, or two over pieces of sequences."""
 
 from __future__ import annotations
 

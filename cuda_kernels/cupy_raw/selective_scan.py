@@ -1,4 +1,4 @@
-"""Selective scan on the GPU, token by token: one launch of ``selective_scan.cu``, or two over pieces of the sequence."""
+"""Selective scan on the GPU, token by token: one launch of ``selective_scan.cu``, or two over pieces of sequences."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import numpy as np
 
 from ttr_np.notation import SelectiveScanState
 
-from .. import _calls
 from .._calls import split
 from .._sequences import BOTH, COLUMN, Sequences
 from . import _launch
@@ -55,5 +54,5 @@ def core(
 
 def workspace(channels: int, size: int) -> dict[str, Any]:
     """Arrays for what the pieces but the last add to the state, and for their lengths."""
-    scratch = _launch.machine.scratch
-    return {"sums": scratch(channels * size), "lengths": scratch(channels)} if channels else {"sums": None, "lengths": None}
+    names = {"sums": channels * size, "lengths": channels}
+    return {name: _launch.machine.scratch(n) if n else None for name, n in names.items()}
