@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol
@@ -39,6 +39,9 @@ class Machine(Protocol):
 
     def empty(self, shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
         """A new array in the container of another."""
+
+    def has(self, x: Any) -> bool:
+        """Whether kernels can take an array as it is."""
 
     def own(self, x: Any) -> Any:
         """An array on this machine: the same memory if it is here already."""
@@ -144,11 +147,15 @@ def thin(x: np.ndarray) -> np.ndarray:
 
 
 @contextmanager
-def there_and_back(machine: Machine, views: Mapping[str, Any], written: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+def there_and_back(
+    machine: Machine, sequences: Sequences, arrays: Arrays, written: tuple[str, ...]
+) -> Iterator[dict[str, Any]]:
     """Arrays on the machine for the time of a launch; those named as written are brought back after it."""
-    way: dict[bool, Callable[[Any], Any]] = {False: machine.own, True: machine.room}
-    here = {name: None if x is None else way[name in ANSWERS](x) for name, x in views.items()}
-    yield here
+    away = {
+        name: sequences.view(x, own) for name, (x, own) in arrays.items() if x is not None and not machine.has(x)
+    }
+    sent = {name: machine.room(x) if name in ANSWERS else machine.own(x) for name, x in away.items()}
+    yield {name: sequences.restored(sent[name]) if name in sent else x for name, (x, _) in arrays.items()}
     for name in written:
-        if views[name] is not None:
-            machine.back(here[name], views[name])
+        if name in sent:
+            machine.back(sent[name], away[name])

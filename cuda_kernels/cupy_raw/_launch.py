@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,14 +17,21 @@ from ttr_np import calling
 
 from .. import _calls
 from .._calls import keeping
-from .._sequences import Sequences
+from .._sequences import Sequences, place_of
 
 __all__ = ["Device", "Kernel", "empty", "even", "keeping", "launch", "machine", "run"]
 
 FOLDER = Path(__file__).parent
 HEADERS = ("numbers.cuh", "sequences.cuh")
+NULL = np.uintp(0)
 NUMBERS = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float", "float64": "double"}
 DTYPES = {"int": "int32", "long long": "int64", "bool": "bool"} | {ours: name for name, ours in NUMBERS.items()}
+
+
+@cache
+def name_of(dtype: Any) -> str:
+    """NumPy makes the name of a dtype anew whenever it is asked."""
+    return np.dtype(dtype).name
 
 
 @cache
@@ -68,9 +75,14 @@ class Kernel:
 
     def source(self, types: Mapping[str, str], constants: Mapping[str, int]) -> str:
         """The text for NVRTC: types and constants, what all kernels share, then the file."""
-        lines = [f"typedef {kind} {name};" for name, kind in types.items() if kind not in ("float16", "bfloat16")]
-        lines += [f"#define {name} {value}" for name, value in constants.items()]
-        halves = [f"typedef {kind} {name};" for name, kind in types.items() if kind in ("float16", "bfloat16")]
+        return self.put_together(tuple(types.items()), tuple(constants.items()))
+
+    @cache  # noqa: B019 - one text for each kernel that is compiled, always the same object, which knows its hash
+    def put_together(self, types: tuple[tuple[str, str], ...], constants: tuple[tuple[str, int], ...]) -> str:
+        """The text of ``source``."""
+        lines = [f"typedef {kind} {name};" for name, kind in types if kind not in ("float16", "bfloat16")]
+        lines += [f"#define {name} {value}" for name, value in constants]
+        halves = [f"typedef {kind} {name};" for name, kind in types if kind in ("float16", "bfloat16")]
         numbers, sequences = map(text_of, HEADERS)
         own = map(text_of, self.headers)
         return "\n".join([*lines, numbers, *halves, sequences, *own, f'#line 1 "{self.name}.cu"', self.text()])
@@ -83,15 +95,24 @@ class Kernel:
         TypeError
             If an array holds numbers of another type: a pointer cannot be cast.
         """
-        return [self.cast(parameter, arguments[parameter.name], types) for parameter in self.parameters()]
+        wanted = self.formats(tuple(types.items()))
+        given = [arguments[name] for name, _, _ in wanted]
+        return [
+            number(x) if number else self.pointer(name, dtype, x)
+            for x, (name, dtype, number) in zip(given, wanted, strict=True)
+        ]
 
-    def cast(self, parameter: Parameter, x: Any, types: Mapping[str, str]) -> Any:
-        """One argument."""
-        dtype = DTYPES[types.get(parameter.type, parameter.type)]
-        if not parameter.pointer:
-            return np.dtype(dtype).type(x)
-        if x is not None and x.dtype.name != dtype:
-            raise TypeError(f"{self.name}: {parameter.name} points to {dtype}, the array holds {x.dtype}")
+    @cache  # noqa: B019
+    def formats(self, types: tuple[tuple[str, str], ...]) -> list[tuple[str, str, Any]]:
+        """Of each parameter its name, its dtype, and what makes such a number; None for pointers."""
+        declared = dict(types)
+        dtypes = [(p, DTYPES[declared.get(p.type, p.type)]) for p in self.parameters()]
+        return [(p.name, dtype, None if p.pointer else np.dtype(dtype).type) for p, dtype in dtypes]
+
+    def pointer(self, name: str, dtype: str, x: Any) -> Any:
+        """An array whose numbers are what a parameter points to."""
+        if x is not None and name_of(x.dtype) != dtype:
+            raise TypeError(f"{self.name}: {name} points to {dtype}, the array holds {x.dtype}")
         return x
 
 
@@ -103,7 +124,13 @@ class Gpu:
 
     def empty(self, shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
         """A new array in the container of another."""
-        return np.empty_like(like, shape=shape, dtype=dtype)
+        import cupy
+
+        return np.empty(shape, dtype) if isinstance(like, np.ndarray) else cupy.empty(shape, dtype)
+
+    def has(self, x: Any) -> bool:
+        """Whether an array is on the device."""
+        return not isinstance(x, np.ndarray)
 
     def scratch(self, size: int) -> Any:
         """Numbers of single precision for what one launch leaves to the next, on the device whatever the caller has."""
@@ -115,18 +142,17 @@ class Gpu:
         """An array on the device; what is broadcast goes there once."""
         import cupy
 
-        return x if isinstance(x, cupy.ndarray) else cupy.broadcast_to(cupy.asarray(_calls.thin(x)), x.shape)
+        return cupy.broadcast_to(cupy.asarray(_calls.thin(x)), x.shape)
 
     def room(self, x: Any) -> Any:
         """An array on the device for what comes back to x."""
         import cupy
 
-        return x if isinstance(x, cupy.ndarray) else cupy.empty(x.shape, x.dtype)
+        return cupy.empty(x.shape, x.dtype)
 
     def back(self, x: Any, into: Any) -> None:
         """Copy to the array of NumPy that it came from."""
-        if isinstance(into, np.ndarray):
-            into[...] = x.get()
+        into[...] = x.get()
 
     def hold(self, x: Any) -> Any:
         """A copy that a stream keeps on the device."""
@@ -161,7 +187,7 @@ class Gpu:
         """Launch; a null pointer is the number 0."""
         import cupy
 
-        given = tuple(np.uintp(0) if x is None else x for x in arguments)
+        given = tuple([NULL if x is None else x for x in arguments])
         kernel = compiled(cupy.cuda.Device().id, source, name, shared)
         kernel((blocks,), (threads,), given, shared_mem=shared)
 
@@ -238,13 +264,19 @@ def launch(
     """
     if not scalars["tokens"] * sequences.memories * sequences.groups:
         return
-    names = {name: NUMBERS[np.dtype(dtype).name] for name, dtype in types.items()}
+    names = {name: NUMBERS[name_of(dtype)] for name, dtype in types.items()}
     blocks, threads, shared = grid or _calls.grid(scalars["columns"], constants.get("PARTS", 1))
-    views = {name: None if x is None else sequences.view(x, own) for name, (x, own) in arrays.items()}
     sizes = {"axes": len(sequences.shape), "groups": sequences.groups, "blocks": blocks}
-    with _calls.there_and_back(machine, views, written) as here:
-        owned = zip(here.values(), (own for _, own in arrays.values()), strict=True)
-        table = machine.table(sequences.table(*owned))
-        arguments = kernel.typed(here | {"table": table} | sizes | scalars, names)
+    with _calls.there_and_back(machine, sequences, arrays, written) as here:
+        table = table_of(sequences, here, arrays)
+        if table is None:
+            here = {name: sequences.level(x, arrays[name][1]) for name, x in here.items()}
+            table = table_of(sequences, here, arrays)
+        arguments = kernel.typed(here | {"table": machine.table(table)} | sizes | scalars, names)
         what = (kernel.source(names, constants), kernel.name, sequences.memories * blocks, threads)
         _calls.begin(_calls.Launch(machine, what, arguments, (shared,)))
+
+
+def table_of(sequences: Sequences, here: Mapping[str, Any], arrays: _calls.Arrays) -> np.ndarray | None:
+    """Where a kernel finds its numbers; None where an array must be copied first."""
+    return sequences.table(*[place_of(x, arrays[name][1]) for name, x in here.items()])

@@ -41,6 +41,8 @@ class ndarray(NDArrayOperatorsMixin):  # noqa: N801 - CuPy's name
     def __getattr__(self, name: str) -> Any:
         if name == "data":
             return SimpleNamespace(ptr=self.held.ctypes.data)
+        if name == "device":
+            return Device()
         if name in self.METHODS:
             counted["arrays"] += name in ("astype", "copy")
             return lambda *args, **options: outer(getattr(self.held, name)(*args, **options))
