@@ -89,7 +89,7 @@ class Sequences:
         """
         outer, spare = len(place.shape) - len(place.own), len(self.lead) - len(place.shape) + len(place.own)
         steps = [step // place.itemsize * (size > 1) for step, size in zip(place.strides, place.shape, strict=True)]
-        sizes, lead = (1,) * spare + place.shape[:outer], [0] * spare + steps[:outer]
+        lead = [0] * spare + steps[:outer]
         group, within = 0, 1  # the stride of the last axis of a group, and how many numbers of a group that makes
         for axis in reversed(self.sharing):
             if within == 1:

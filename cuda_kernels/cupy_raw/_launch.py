@@ -1,14 +1,12 @@
-"""From the text of a kernel to a launch: constants filled in, arguments cast to what the text declares.
+"""From the text of a kernel to a launch: what lies where, what is compiled, what has been sent.
 
 ``machine`` is where kernels run. Tests put the CPU in its place; the operators do not know.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
-from functools import cache, lru_cache
-from pathlib import Path
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,34 +16,12 @@ from ttr_np import calling
 from .. import _calls
 from .._calls import keeping
 from .._sequences import Sequences, place_of
+from . import _gates
+from ._text import NUMBERS, Kernel, name_of
 
 __all__ = ["Device", "Kernel", "empty", "even", "keeping", "launch", "machine", "run"]
 
-FOLDER = Path(__file__).parent
-HEADERS = ("numbers.cuh", "sequences.cuh")
 NULL = np.uintp(0)
-NUMBERS = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float", "float64": "double"}
-DTYPES = {"int": "int32", "long long": "int64", "bool": "bool"} | {ours: name for name, ours in NUMBERS.items()}
-
-
-@cache
-def name_of(dtype: Any) -> str:
-    """NumPy makes the name of a dtype anew whenever it is asked."""
-    return np.dtype(dtype).name
-
-
-@cache
-def text_of(name: str) -> str:
-    """A file of this folder."""
-    return (FOLDER / name).read_text()
-
-
-class Parameter(NamedTuple):
-    """One parameter of a kernel: its type without ``const``, and whether it points to numbers of that type."""
-
-    name: str
-    type: str
-    pointer: bool
 
 
 class Device(NamedTuple):
@@ -55,72 +31,12 @@ class Device(NamedTuple):
     shared: int  # bytes that one block may have
 
 
-class Kernel:
-    """The kernel of one ``.cu`` file of this folder, named like it; ``headers`` beyond those that all kernels share."""
-
-    def __init__(self, name: str, *headers: str) -> None:
-        self.name = name
-        self.headers = headers
-
-    def text(self) -> str:
-        """What the file says."""
-        return text_of(f"{self.name}.cu")
-
-    @cache  # noqa: B019 - kernels live as long as the module
-    def parameters(self) -> tuple[Parameter, ...]:
-        """What it declares."""
-        listed = re.search(rf"\n{self.name}\((.*?)\)", self.text(), flags=re.DOTALL)[1]
-        found = re.findall(r"(?:const )?([\w ]+?)(\*?) (\w+)(?:,\s*|$)", listed)
-        return tuple(Parameter(name, kind, bool(star)) for kind, star, name in found)
-
-    def source(self, types: Mapping[str, str], constants: Mapping[str, int]) -> str:
-        """The text for NVRTC: types and constants, what all kernels share, then the file."""
-        return self.put_together(tuple(types.items()), tuple(constants.items()))
-
-    @cache  # noqa: B019 - one text for each kernel that is compiled, always the same object, which knows its hash
-    def put_together(self, types: tuple[tuple[str, str], ...], constants: tuple[tuple[str, int], ...]) -> str:
-        """The text of ``source``."""
-        lines = [f"typedef {kind} {name};" for name, kind in types if kind not in ("float16", "bfloat16")]
-        lines += [f"#define {name} {value}" for name, value in constants]
-        halves = [f"typedef {kind} {name};" for name, kind in types if kind in ("float16", "bfloat16")]
-        numbers, sequences = map(text_of, HEADERS)
-        own = map(text_of, self.headers)
-        return "\n".join([*lines, numbers, *halves, sequences, *own, f'#line 1 "{self.name}.cu"', self.text()])
-
-    def typed(self, arguments: Mapping[str, Any], types: Mapping[str, str]) -> list[Any]:
-        """Arguments in their order, each of the type that its parameter declares.
-
-        Raises
-        ------
-        TypeError
-            If an array holds numbers of another type: a pointer cannot be cast.
-        """
-        wanted = self.formats(tuple(types.items()))
-        given = [arguments[name] for name, _, _ in wanted]
-        return [
-            number(x) if number else self.pointer(name, dtype, x)
-            for x, (name, dtype, number) in zip(given, wanted, strict=True)
-        ]
-
-    @cache  # noqa: B019
-    def formats(self, types: tuple[tuple[str, str], ...]) -> list[tuple[str, str, Any]]:
-        """Of each parameter its name, its dtype, and what makes such a number; None for pointers."""
-        declared = dict(types)
-        dtypes = [(p, DTYPES[declared.get(p.type, p.type)]) for p in self.parameters()]
-        return [(p.name, dtype, None if p.pointer else np.dtype(dtype).type) for p, dtype in dtypes]
-
-    def pointer(self, name: str, dtype: str, x: Any) -> Any:
-        """An array whose numbers are what a parameter points to."""
-        if x is not None and name_of(x.dtype) != dtype:
-            raise TypeError(f"{self.name}: {name} points to {dtype}, the array holds {x.dtype}")
-        return x
-
-
 class Gpu:
     """The current device of CuPy, on its current stream."""
 
     def __init__(self) -> None:
         self.tables: dict[tuple[int, tuple[int, ...], bytes], Any] = {}
+        self.flags: list[_gates.Flag] = []  # that nobody uses
 
     def empty(self, shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
         """A new array in the container of another."""
@@ -177,6 +93,16 @@ class Gpu:
             self.tables[key] = cupy.asarray(x)
         return self.tables[key]
 
+    def flag(self) -> _gates.Flag:
+        """One of the current device, to be handed back when it is down."""
+        import cupy
+
+        number = cupy.cuda.Device().id
+        for i, flag in enumerate(self.flags):
+            if flag.device == number:
+                return self.flags.pop(i)
+        return _gates.new_flag(number)
+
     def device(self) -> Device:
         """The current one."""
         import cupy
@@ -220,7 +146,12 @@ machine: Any = Gpu()
 
 def run(core: Callable[..., Any], *arguments: Any, **common: Any) -> Any:
     """Call an operator's core with everything a caller may ask of any operator; halves stay halves."""
-    return calling.run(core, *arguments, halves=True, **common)
+    return calling.run(core, *arguments, halves=True, look=look, **common)
+
+
+def look(gates: Mapping[str, Any]) -> Callable[[], None]:
+    """Look at gates where they are; see ``ttr_np.calling.run``."""
+    return _gates.look(machine, gates)
 
 
 def empty(sequences: Sequences, own: tuple[int, ...], dtype: Any, like: Any) -> Any:

@@ -35,8 +35,8 @@ class ndarray(NDArrayOperatorsMixin):  # noqa: N801 - CuPy's name
     __cuda_array_interface__ = {"version": 3}
     METHODS = ("reshape", "transpose", "swapaxes", "astype", "copy", "any", "all", "max", "sum")
 
-    def __init__(self, held: Any) -> None:
-        self.held = np.asarray(held)
+    def __init__(self, held: Any, dtype: Any = None, memory: Any = None) -> None:
+        self.held = np.asarray(held) if memory is None else np.frombuffer(memory, dtype).reshape(held)
 
     def __getattr__(self, name: str) -> Any:
         if name == "data":
@@ -149,6 +149,26 @@ def broadcast_to(x: ndarray, shape: tuple[int, ...]) -> ndarray:
     return ndarray(view if view.shape != x.shape else x.held)
 
 
+class Pinned(bytearray):
+    """Memory of the host that the device reaches."""
+
+    ptr = 0
+
+
+class Event:
+    """What a stream has come to."""
+
+    def __init__(self, *, disable_timing: bool) -> None:
+        assert disable_timing
+
+    def record(self) -> None:
+        """All work is done when its call returns."""
+
+    def synchronize(self) -> None:
+        """Wait for it."""
+        counted["waits"] += 1
+
+
 class Device:
     """The one device, current or not."""
 
@@ -176,4 +196,11 @@ class Stream:
 
 counted = {"waits": 0, "arrays": 0, "sent": 0}  # what no CUDA graph records: waiting, new memory, bytes from the host
 current = Stream()
-cuda = SimpleNamespace(Device=Device, get_current_stream=lambda: current)
+cuda = SimpleNamespace(
+    Device=Device,
+    Event=Event,
+    MemoryPointer=lambda memory, offset: memory,
+    UnownedMemory=lambda pointer, size, owner, device: owner,
+    alloc_pinned_memory=Pinned,
+    get_current_stream=lambda: current,
+)
