@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -16,13 +17,17 @@ __all__ = [
     "Grid",
     "Launch",
     "Machine",
+    "alike",
     "begin",
     "empty",
+    "fixed",
     "grid",
     "keeping",
+    "scratch",
     "split",
     "there_and_back",
     "thin",
+    "watching",
 ]
 
 THREADS = 128  # of a block
@@ -108,15 +113,82 @@ def keeping() -> Iterator[list[Launch]]:
         _kept.reset(token)
 
 
+class Watch(NamedTuple):
+    """What somebody who watches has seen."""
+
+    made: list[tuple[Any, Callable[..., Any]]]  # arrays, and what makes others like them
+    fixed: list[Any]  # arguments that are the same for all calls alike
+    launches: list[Launch]
+
+
+_watch: ContextVar[Watch | None] = ContextVar("ttr_np_watch", default=None)
+
+
+@contextmanager
+def watching() -> Iterator[Watch]:
+    """Inside, what is made and launched is also noted."""
+    watch = Watch([], [], [])
+    token = _watch.set(watch)
+    try:
+        yield watch
+    finally:
+        _watch.reset(token)
+
+
 def begin(launch: Launch) -> None:
     """Make a launch, or keep it."""
-    kept = _kept.get()
+    kept, watch = _kept.get(), _watch.get()
     launch() if kept is None else kept.append(launch)
+    if watch is not None:
+        watch.launches.append(launch)
+
+
+def fixed(x: Any) -> Any:
+    """An argument that is the same for all calls alike, which is noted."""
+    watch = _watch.get()
+    if watch is not None:
+        watch.fixed.append(x)
+    return x
+
+
+def make(maker: Callable[..., Any], machine: Machine, like: Any) -> Any:
+    """A new array, which is noted."""
+    x, watch = maker(machine, like=like), _watch.get()
+    if watch is not None:
+        watch.made.append((x, maker))
+    return x
 
 
 def empty(machine: Machine, sequences: Sequences, own: tuple[int, ...], dtype: Any, like: Any) -> Any:
     """An array for answers, which lie in memory as kernels walk them."""
+    return make(partial(answers, sequences, own, dtype), machine, like)
+
+
+def answers(sequences: Sequences, own: tuple[int, ...], dtype: Any, machine: Machine, like: Any) -> Any:
+    """What ``empty`` makes."""
+    if sequences.in_order:
+        return machine.empty(sequences.lead + own, dtype, like)
     return sequences.restored(machine.empty(sequences.shape + (sequences.groups,) + own, dtype, like))
+
+
+def alike(machine: Machine, x: Any) -> Any:
+    """A new array of the shape and dtype of another, in C order."""
+    return make(partial(unset, x.shape, x.dtype), machine, x)
+
+
+def unset(shape: tuple[int, ...], dtype: Any, machine: Machine, like: Any) -> Any:
+    """What ``alike`` makes."""
+    return machine.empty(shape, dtype, like)
+
+
+def scratch(machine: Machine, size: int) -> Any:
+    """Numbers of single precision for what one launch leaves to the next, on the device whatever the caller has."""
+    return make(partial(numbers, size), machine, None)
+
+
+def numbers(size: int, machine: Machine, like: Any) -> Any:
+    """What ``scratch`` makes."""
+    return machine.scratch(size)
 
 
 def split(axis: str, rows: int, fields: int = 1) -> tuple[int, int]:

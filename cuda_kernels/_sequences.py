@@ -54,6 +54,7 @@ class Sequences:
         self.shape = tuple(lead[axis] for axis in self.owning)
         self.memories = prod(self.shape)
         self.groups = prod(lead[axis] for axis in self.sharing)
+        self.in_order = self.owning + self.sharing == list(range(len(lead)))
         return self
 
     def view(self, x: Any, own: tuple[int, ...]) -> Any:

@@ -13,13 +13,25 @@ import numpy as np
 
 from ttr_np import calling
 
-from .. import _calls
+from .. import _calls, _plans
 from .._calls import keeping
 from .._sequences import Sequences, place_of
 from . import _gates
 from ._text import NUMBERS, Kernel, name_of
 
-__all__ = ["Device", "Kernel", "empty", "even", "keeping", "launch", "machine", "run"]
+__all__ = [
+    "Device",
+    "Kernel",
+    "alike",
+    "empty",
+    "even",
+    "keeping",
+    "launch",
+    "machine",
+    "replayed",
+    "run",
+    "scratch",
+]
 
 NULL = np.uintp(0)
 
@@ -37,6 +49,7 @@ class Gpu:
     def __init__(self) -> None:
         self.tables: dict[tuple[int, tuple[int, ...], bytes], Any] = {}
         self.flags: list[_gates.Flag] = []  # that nobody uses
+        self.plans: dict[Any, Any] = {}
 
     def empty(self, shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
         """A new array in the container of another."""
@@ -103,6 +116,12 @@ class Gpu:
                 return self.flags.pop(i)
         return _gates.new_flag(number)
 
+    def place(self) -> int:
+        """What plans depend on beside their arrays: the number of the device, where their tables are."""
+        import cupy
+
+        return cupy.cuda.Device().id
+
     def device(self) -> Device:
         """The current one."""
         import cupy
@@ -159,6 +178,26 @@ def empty(sequences: Sequences, own: tuple[int, ...], dtype: Any, like: Any) -> 
     return _calls.empty(machine, sequences, own, dtype, like)
 
 
+def alike(x: Any) -> Any:
+    """A new array of the shape, dtype and container of another, in C order."""
+    return _calls.alike(machine, x)
+
+
+def scratch(size: int) -> Any:
+    """Numbers of single precision for what one launch leaves to the next, on the device whatever the caller has."""
+    return _calls.scratch(machine, size)
+
+
+def replayed(core: Callable[..., Any]) -> Callable[..., Any]:
+    """A core that does nothing but what this module offers, and so needs to do it only once for all calls alike."""
+    return _plans.replayed(current, core)
+
+
+def current() -> Any:
+    """Where kernels run now."""
+    return machine
+
+
 def even(*arrays: Any) -> int:
     """1 where the numbers of every row are neighbours."""
     return int(all(x.strides[-1] == x.itemsize or x.shape[-1] == 1 for x in arrays))
@@ -203,7 +242,7 @@ def launch(
         if table is None:
             here = {name: sequences.level(x, arrays[name][1]) for name, x in here.items()}
             table = table_of(sequences, here, arrays)
-        arguments = kernel.typed(here | {"table": machine.table(table)} | sizes | scalars, names)
+        arguments = kernel.typed(here | {"table": _calls.fixed(machine.table(table))} | sizes | scalars, names)
         what = (kernel.source(names, constants), kernel.name, sequences.memories * blocks, threads)
         _calls.begin(_calls.Launch(machine, what, arguments, (shared,)))
 

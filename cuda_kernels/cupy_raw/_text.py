@@ -58,17 +58,19 @@ class Kernel:
 
     def source(self, types: Mapping[str, str], constants: Mapping[str, int]) -> str:
         """The text for NVRTC: types and constants, what all kernels share, then the file."""
-        return self.put_together(tuple(types.items()), tuple(constants.items()))
+        return self.put_together(self.text(), tuple(types.items()), tuple(constants.items()))
 
     @cache  # noqa: B019 - one text for each kernel that is compiled, always the same object, which knows its hash
-    def put_together(self, types: tuple[tuple[str, str], ...], constants: tuple[tuple[str, int], ...]) -> str:
+    def put_together(
+        self, text: str, types: tuple[tuple[str, str], ...], constants: tuple[tuple[str, int], ...]
+    ) -> str:
         """The text of ``source``."""
         lines = [f"typedef {kind} {name};" for name, kind in types if kind not in ("float16", "bfloat16")]
         lines += [f"#define {name} {value}" for name, value in constants]
         halves = [f"typedef {kind} {name};" for name, kind in types if kind in ("float16", "bfloat16")]
         numbers, sequences = map(text_of, HEADERS)
         own = map(text_of, self.headers)
-        return "\n".join([*lines, numbers, *halves, sequences, *own, f'#line 1 "{self.name}.cu"', self.text()])
+        return "\n".join([*lines, numbers, *halves, sequences, *own, f'#line 1 "{self.name}.cu"', text])
 
     def typed(self, arguments: Mapping[str, Any], types: Mapping[str, str]) -> list[Any]:
         """Arguments in their order, each of the type that its parameter declares.

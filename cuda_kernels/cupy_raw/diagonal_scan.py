@@ -7,7 +7,7 @@ from typing import Any
 from ttr_np.notation import DiagonalScanState
 
 from .._sequences import BOTH, COLUMN, Sequences
-from ._launch import Kernel, empty, launch, run
+from ._launch import Kernel, empty, launch, replayed, run
 
 __all__ = ["diagonal_scan"]
 
@@ -16,7 +16,7 @@ KERNEL = Kernel("diagonal_scan")
 
 def diagonal_scan(x: Any, log_decay: Any, *, phase: Any = None, **common: Any) -> Any:
     """Diagonal scan; see ``ttr_np.diagonal_scan``."""
-    return run(core, "diagonal_scan", {"x": x, "log_decay": log_decay, "phase": phase}, **common)
+    return run(replayed(core), "diagonal_scan", {"x": x, "log_decay": log_decay, "phase": phase}, **common)
 
 
 def core(x: Any, log_decay: Any, phase: Any, *, state: DiagonalScanState) -> tuple[Any, DiagonalScanState]:

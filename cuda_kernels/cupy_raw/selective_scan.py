@@ -10,7 +10,7 @@ from ttr_np.notation import SelectiveScanState
 
 from .._calls import split
 from .._sequences import BOTH, COLUMN, Sequences
-from ._launch import Kernel, empty, even, launch, run
+from ._launch import Kernel, empty, even, launch, replayed, run
 
 __all__ = ["selective_scan"]
 
@@ -19,7 +19,7 @@ KERNEL = Kernel("selective_scan")
 
 def selective_scan(u: Any, delta: Any, A: Any, B: Any, C: Any, *, D: Any = None, **common: Any) -> Any:
     """Selective scan; see ``ttr_np.selective_scan``."""
-    return run(core, "selective_scan", {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D}, **common)
+    return run(replayed(core), "selective_scan", {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D}, **common)
 
 
 def core(

@@ -27,6 +27,7 @@ class OnCpu:
         self.options = {"check": True} | options
         self.launches: list[str] = []
         self.fresh: list[np.ndarray] = []
+        self.plans: dict[Any, Any] = {}
 
     def has(self, x: Any) -> bool:
         """Every array is here."""
@@ -85,6 +86,10 @@ class Cupy(OnCpu):
 
         return Device(self.multiprocessors, self.shared)
 
+    def place(self) -> Any:
+        """What plans depend on beside their arrays."""
+        return self.multiprocessors, self.shared
+
     def run(self, text: str, name: str, blocks: int, threads: int, arguments: list[Any], shared: int = 0) -> None:
         """Launch."""
         kernel = self.build(text, name, self.options["check"])
@@ -113,6 +118,11 @@ class OnGpu:
     def __init__(self, machine: Any) -> None:
         self.machine = machine
         self.launches: list[str] = []
+        self.plans: dict[Any, Any] = {}
+
+    def place(self) -> Any:
+        """What plans depend on beside their arrays."""
+        return self.machine.place(), self.multiprocessors, self.shared
 
     def device(self) -> Any:
         """What launchers ask of it."""
