@@ -20,13 +20,22 @@ from ._calls import Launch, begin, watching
 __all__ = ["Plan", "replayed"]
 
 MOST = 1024  # plans of a machine
+STATE = ("a field of the state",) * 4
+MAY_BE_ARRAYS = frozenset({*ARRAYS, "mask", *STATE})
+
+
+class Lying(NamedTuple):
+    """How an argument of a kernel lies, without its memory."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
 
 
 class Plan(NamedTuple):
     """Arrays are counted: first those of the call, then those of its state, then those made."""
 
-    made: list[partial[Any]]  # each takes the machine and an array whose container is wanted
-    launches: list[tuple[Launch, list[tuple[int, int]]]]  # with no arrays; and which array takes which place
+    made: list[Callable[..., Any]]  # what makes each, from the machine and an array whose container is wanted
+    launches: list[tuple[Launch, list[tuple[int, int]]]]  # without memory; and which places are whose memory
     answer: int
     state: list[int | None]
 
@@ -36,7 +45,7 @@ class Plan(NamedTuple):
         for launch, places in self.launches:
             arguments = launch.arguments.copy()
             for place, i in places:
-                arguments[place] = arrays[i]
+                arguments[place] = machine.like(arguments[place], arrays[i])
             begin(launch._replace(machine=machine, arguments=arguments))
         return arrays[self.answer], kind(*[None if i is None else arrays[i] for i in self.state])
 
@@ -50,8 +59,8 @@ def replayed(machine_of: Callable[[], Any], core: Callable[..., tuple[Any, Any]]
     machine_of
         Gives the machine; it keeps the plans.
     core
-        The core. Beside launches and new arrays of its launcher it must do nothing to the arrays it is given: what else
-        it computes from them is noticed, and then every call is a call of the core.
+        The core. Beside launches and new arrays of its launcher it must do nothing to the arrays it is given. If it
+        launches with other arrays, computed from them, every call remains a call of the core.
     """
     return partial(done, machine_of, core)
 
@@ -60,13 +69,14 @@ def done(
     machine_of: Callable[[], Any], core: Callable[..., tuple[Any, Any]], *, state: Any, **every: Any
 ) -> tuple[Any, Any]:
     """A call of a core, by its plan if there is one."""
-    machine = machine_of()
-    named = [(name in ARRAYS or name == "mask", x) for name, x in every.items()]
-    arrays = [x for is_array, x in named if is_array and x is not None] + [x for x in state if x is not None]
-    kinds = [x if not is_array or x is None else (x.shape, x.strides, x.dtype) for is_array, x in named]
-    kinds += [None if x is None else (x.shape, x.strides, x.dtype) for x in state]
-    if len({id(x) for x in arrays}) < len(arrays) or not all(map(machine.has, arrays)):
-        return core(**every, state=state)  # a plan could not tell them apart, or they must be sent
+    machine, arrays, kinds = machine_of(), [], []
+    for name, x in [*every.items(), *zip(STATE, state, strict=False)]:
+        if x is not None and name in MAY_BE_ARRAYS:
+            arrays.append(x)
+            x = (x.shape, x.strides, x.dtype)
+        kinds.append(x)
+    if not all(map(machine.has, arrays)):
+        return core(**every, state=state)
     key = (core, machine.place(), *kinds)
     try:
         plan = machine.plans.get(key)
@@ -78,25 +88,33 @@ def done(
 
 
 def watched(machine: Any, core: Any, key: Any, arrays: list[Any], every: Mapping[str, Any], state: Any) -> Any:
-    """A call of a core whose plan is kept."""
+    """A call of a core whose plan is kept, if its arrays can be told apart by where they begin."""
+    begins = [machine.address(x) for x in arrays if x.size]
+    if len(set(begins)) < len(begins):
+        return core(**every, state=state)
     with watching() as watch:
         o, end = core(**every, state=state)
     if len(machine.plans) >= MOST:
         machine.plans.pop(next(iter(machine.plans)))
-    machine.plans[key] = plan_of(watch, arrays, o, end)
+    machine.plans[key] = plan_of(machine, watch, arrays, o, end)
     return o, end
 
 
-def plan_of(watch: Any, arrays: list[Any], o: Any, state: Any) -> Plan | tuple[()]:
+def plan_of(machine: Any, watch: Any, arrays: list[Any], o: Any, state: Any) -> Plan | tuple[()]:
     """What was watched; an empty tuple if arrays came up of which nobody knows whence."""
-    known = {id(x): i for i, x in enumerate([*arrays, *[x for x, _ in watch.made]])}
-    fixed = {id(x) for x in watch.fixed}
+    arrays = [*arrays, *[x for x, _ in watch.made]]
+    begins, fixed = {machine.address(x): i for i, x in enumerate(arrays) if x.size}, {id(x) for x in watch.fixed}
     launches = []
     for launch in watch.launches:
-        places = [(i, known[id(x)]) for i, x in enumerate(launch.arguments) if id(x) in known]
-        bare = [None if id(x) in known else x for x in launch.arguments]
-        if not all(x is None or isinstance(x, np.generic) or id(x) in fixed for x in bare):
-            return ()
+        bare, places = launch.arguments.copy(), []
+        for place, x in enumerate(launch.arguments):
+            if x is None or isinstance(x, np.generic) or id(x) in fixed:
+                continue
+            if machine.address(x) not in begins:
+                return ()
+            bare[place] = Lying(x.shape, x.strides)
+            places.append((place, begins[machine.address(x)]))
         launches.append((launch._replace(machine=None, arguments=bare), places))
-    ends = [None if x is None else known.get(id(x), -1) for x in (o, *state)]
-    return () if -1 in ends else Plan([make for _, make in watch.made], launches, ends[0], ends[1:])
+    same = {id(x): i for i, x in enumerate(arrays)}
+    ends = [None if x is None else same.get(id(x), -1) for x in (o, *state)]
+    return () if -1 in ends else Plan([maker for _, maker in watch.made], launches, ends[0], ends[1:])

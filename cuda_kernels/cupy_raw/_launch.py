@@ -91,7 +91,7 @@ class Gpu:
 
     def address(self, x: Any) -> int | None:
         """Where an array of CuPy begins."""
-        return x.data.ptr if hasattr(x, "__cuda_array_interface__") and x.size else None
+        return x.data.ptr if calling.on_device(x) and x.size else None
 
     def like(self, held: Any, x: Any) -> Any:
         """A pointer says no more than where the memory begins."""
