@@ -90,7 +90,7 @@ def check_number(name: str, x: Any, kind: str) -> None:
 
 def on_device(x: Any) -> bool:
     """Whether an array lives on a GPU in a library that speaks NumPy's protocols (CuPy): it is used where it is."""
-    return is_on_device(type(x))
+    return type(x) is not np.ndarray and is_on_device(type(x))
 
 
 @lru_cache(maxsize=256)

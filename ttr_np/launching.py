@@ -101,9 +101,9 @@ def send(x: np.ndarray, into: Any) -> None:
     TypeError
         If it would have to leave the GPU unasked.
     """
-    if on_device(into) and not on_device(x):
-        into.set(np.asarray(x, into.dtype, order="C"))
-    elif on_device(x) and not on_device(into):
+    if type(x) is type(into) or on_device(into) == on_device(x):
+        into[...] = x
+    elif on_device(x):
         raise TypeError("the token is on the GPU, this stream keeps its arrays on the CPU")
     else:
-        into[...] = x
+        into.set(np.asarray(x, into.dtype, order="C"))

@@ -130,6 +130,7 @@ class Stream:
         axes = {name: time_axis(name, x, tokens) for name, x in tokens.items()}
         long = {name: np.expand_dims(x, axes[name]) for name, x in tokens.items()}
         self._backend = resolve(operator, chosen(backend), device_of(fixed, begin), long | fixed)
+        self._on_gpu = self._backend in ON_GPU and not self._grows  # where token, state and answer are kept
         hold = self._holder()
         self._tokens = {name: hold(x.astype(self._format(name), copy=False)) for name, x in tokens.items()}
         self._long = {name: np.expand_dims(x, axes[name]) for name, x in self._tokens.items()}
@@ -154,11 +155,6 @@ class Stream:
     def _compute(self) -> np.dtype:
         """The dtype of sums."""
         return self.dtype if self.dtype.kind == "c" else np.result_type(np.float32, self.dtype)
-
-    @property
-    def _on_gpu(self) -> bool:
-        """Whether token, state and answer are kept on a GPU."""
-        return self._backend in ON_GPU and not self._grows
 
     @property
     def _grows(self) -> bool:
