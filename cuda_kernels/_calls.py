@@ -25,6 +25,7 @@ __all__ = [
     "keeping",
     "scratch",
     "split",
+    "start",
     "there_and_back",
     "thin",
     "watching",
@@ -141,6 +142,14 @@ def begin(launch: Launch) -> None:
     launch() if kept is None else kept.append(launch)
     if watch is not None:
         watch.launches.append(launch)
+
+
+def start(machine: Machine, what: tuple[Any, ...], arguments: list[Any], more: tuple[Any, ...]) -> None:
+    """Make a launch that nobody else needs, or keep it."""
+    if _kept.get() is None:
+        machine.run(*what, arguments, *more)
+    else:
+        begin(Launch(machine, what, arguments, more))
 
 
 def fixed(x: Any) -> Any:

@@ -15,7 +15,7 @@ import numpy as np
 
 from ttr_np.notation import ARRAYS
 
-from ._calls import Launch, begin, watching
+from ._calls import Launch, start, watching
 
 __all__ = ["Plan", "replayed"]
 
@@ -41,12 +41,12 @@ class Plan(NamedTuple):
 
     def __call__(self, machine: Any, arrays: list[Any], kind: type) -> tuple[Any, Any]:
         """Do it again."""
-        arrays = [*arrays, *[make(machine, like=arrays[0]) for make in self.made]]
-        for launch, places in self.launches:
-            arguments = launch.arguments.copy()
+        arrays, like = [*arrays, *[make(machine, like=arrays[0]) for make in self.made]], machine.like
+        for (_, what, lying, more), places in self.launches:
+            arguments = lying.copy()
             for place, i in places:
-                arguments[place] = machine.like(arguments[place], arrays[i])
-            begin(launch._replace(machine=machine, arguments=arguments))
+                arguments[place] = like(lying[place], arrays[i])
+            start(machine, what, arguments, more)
         return arrays[self.answer], kind(*[None if i is None else arrays[i] for i in self.state])
 
 

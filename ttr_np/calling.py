@@ -128,19 +128,34 @@ def as_array(name: str, x: Any) -> np.ndarray:
     TypeError
         For masked, structured, object, boolean, string or byte-swapped arrays.
     """
-    if isinstance(x, np.ma.MaskedArray):
-        raise TypeError(f"{name} is a masked array: pass its data, and mask=~{name}.mask for the tokens to leave out")
-    if not isinstance(x, np.ndarray) and not on_device(x):
-        x = through_dlpack(x)
-        if not on_device(x):
-            x = np.from_dlpack(x) if hasattr(x, "__dlpack__") and not np.isscalar(x) else np.asarray(x)
+    if not on_device(x):
+        if isinstance(x, np.ma.MaskedArray):
+            words = f"pass its data, and mask=~{name}.mask for the tokens to leave out"
+            raise TypeError(f"{name} is a masked array: {words}")
+        x = shared(x)
+    if is_usable(x.dtype):
+        return x
     if x.dtype.kind in "iu":
         return x.astype(np.float64)
-    if x.dtype.kind not in "fc" and x.dtype.name != "bfloat16":
-        raise TypeError(f"{name} has dtype {x.dtype}; it needs real numbers")
-    if not x.dtype.isnative:
+    if x.dtype.kind in "fc":
         raise TypeError(f"{name} has the byte order of another machine ({x.dtype.str}): convert it with astype")
-    return x
+    raise TypeError(f"{name} has dtype {x.dtype}; it needs real numbers")
+
+
+def shared(x: Any) -> Any:
+    """An argument as an array, of NumPy if it is not on a GPU."""
+    if isinstance(x, np.ndarray):
+        return x
+    x = through_dlpack(x)
+    if on_device(x):
+        return x
+    return np.from_dlpack(x) if hasattr(x, "__dlpack__") and not np.isscalar(x) else np.asarray(x)
+
+
+@lru_cache(maxsize=64)
+def is_usable(dtype: np.dtype) -> bool:
+    """Whether numbers are real or complex floats in the byte order of this machine."""
+    return dtype.isnative and (dtype.kind in "fc" or dtype.name == "bfloat16")
 
 
 def dtypes_of(arrays: Mapping[str, np.ndarray]) -> tuple[np.dtype, np.dtype]:

@@ -92,20 +92,33 @@ def look(machine: Any, gates: Mapping[str, Any]) -> Callable[[], None]:
 
 def begin(machine: Any, gates: Mapping[str, Any], flag: Flag) -> None:
     """The launch."""
-    arguments, total = {"found": flag.there}, 0
-    for i, name in enumerate([*gates, None, None][:MOST]):
-        x, size = None if name is None else gates[name], 0
-        if x is not None:
-            size = dense(x.shape, x.strides, x.itemsize)
-            if size is None:
-                x = thin(x).copy()
-                size = x.size
-        low, high = LIMITS.get(name, (-inf, inf))
-        arguments |= {f"gate_{i}": x if size else None, f"size_{i}": size, f"low_{i}": low, f"high_{i}": high}
-        total = max(total, size)
-    blocks = min(-(-total // THREADS), RESIDENT * machine.device().multiprocessors)
-    types = {"real": NUMBERS[name_of(next(iter(gates.values())).dtype)]}
-    if total:
-        given = KERNEL.typed(arguments, types)
-        machine.run(KERNEL.source(types, {}), KERNEL.name, blocks, THREADS, given)
+    pieces = [in_one_piece(x) for x in gates.values()]
+    dtype, sizes = pieces[0][0].dtype, tuple([size for _, size in pieces])
+    blocks, text, bare = prepared(machine.device().multiprocessors, dtype, tuple(gates), sizes)
+    arguments = [*[x if size else None for x, size in pieces], *bare, flag.there]
+    if blocks:
+        machine.run(text, KERNEL.name, blocks, THREADS, arguments)
     flag.launched.record()
+
+
+def in_one_piece(x: Any) -> tuple[Any, int]:
+    """A gate, or a copy, whose numbers lie one after the other; and how many there are."""
+    size = dense(x.shape, x.strides, x.itemsize)
+    if size is None:
+        x = thin(x).copy()
+        size = x.size
+    return x, size
+
+
+@lru_cache(maxsize=256)
+def prepared(
+    multiprocessors: int, dtype: np.dtype, names: tuple[str, ...], sizes: tuple[int, ...]
+) -> tuple[int, str, list[Any]]:
+    """Blocks, text and arguments of a launch; of the arguments those between the gates given and the flag."""
+    types = {"real": NUMBERS[name_of(dtype)]}
+    given = {"found": None} | {f"gate_{i}": None for i in range(MOST)}
+    for i in range(MOST):
+        given[f"size_{i}"] = sizes[i] if i < len(names) else 0
+        given[f"low_{i}"], given[f"high_{i}"] = LIMITS[names[i]] if i < len(names) else (-inf, inf)
+    blocks = min(-(-max(sizes) // THREADS), RESIDENT * multiprocessors)
+    return blocks, KERNEL.source(types, {}), KERNEL.typed(given, types)[len(names) : -1]
