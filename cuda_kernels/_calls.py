@@ -160,9 +160,9 @@ def fixed(x: Any) -> Any:
     return x
 
 
-def make(maker: Callable[..., Any], machine: Machine, like: Any) -> Any:
-    """A new array, which is noted."""
-    x, watch = maker(machine, like=like), _watch.get()
+def noted(x: Any, maker: Callable[[Machine, Any], Any]) -> Any:
+    """A new array, which is noted; the maker makes others like it, in the container of another array."""
+    watch = _watch.get()
     if watch is not None:
         watch.made.append((x, maker))
     return x
@@ -170,7 +170,8 @@ def make(maker: Callable[..., Any], machine: Machine, like: Any) -> Any:
 
 def empty(machine: Machine, sequences: Sequences, own: tuple[int, ...], dtype: Any, like: Any) -> Any:
     """An array for answers, which lie in memory as kernels walk them."""
-    return make(partial(answers, sequences, own, dtype), machine, like)
+    maker = partial(answers, sequences, own, dtype)
+    return noted(maker(machine, like), maker)
 
 
 def answers(sequences: Sequences, own: tuple[int, ...], dtype: Any, machine: Machine, like: Any) -> Any:
@@ -182,22 +183,14 @@ def answers(sequences: Sequences, own: tuple[int, ...], dtype: Any, machine: Mac
 
 def alike(machine: Machine, x: Any) -> Any:
     """A new array of the shape and dtype of another, in C order."""
-    return make(partial(unset, x.shape, x.dtype), machine, x)
+    shape, dtype = x.shape, x.dtype
+    return noted(machine.empty(shape, dtype, x), lambda machine, like: machine.empty(shape, dtype, like))
 
 
-def unset(shape: tuple[int, ...], dtype: Any, machine: Machine, like: Any) -> Any:
-    """What ``alike`` makes."""
-    return machine.empty(shape, dtype, like)
-
-
-def scratch(machine: Machine, size: int) -> Any:
-    """Numbers of single precision for what one launch leaves to the next, on the device whatever the caller has."""
-    return make(partial(numbers, size), machine, None)
-
-
-def numbers(size: int, machine: Machine, like: Any) -> Any:
-    """What ``scratch`` makes."""
-    return machine.scratch(size)
+def scratch(x: Any) -> Any:
+    """A new array that one launch leaves to the next, which is noted."""
+    size = x.size
+    return noted(x, lambda machine, _: machine.scratch(size))
 
 
 def split(axis: str, rows: int, fields: int = 1) -> tuple[int, int]:

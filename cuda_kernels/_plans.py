@@ -41,7 +41,7 @@ class Plan(NamedTuple):
 
     def __call__(self, machine: Any, arrays: list[Any], kind: type) -> tuple[Any, Any]:
         """Do it again."""
-        arrays, like = [*arrays, *[make(machine, like=arrays[0]) for make in self.made]], machine.like
+        arrays, like = [*arrays, *[make(machine, arrays[0]) for make in self.made]], machine.like
         for (_, what, lying, more), places in self.launches:
             arguments = lying.copy()
             for place, i in places:

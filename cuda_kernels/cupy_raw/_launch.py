@@ -30,7 +30,6 @@ __all__ = [
     "machine",
     "replayed",
     "run",
-    "scratch",
 ]
 
 NULL = np.uintp(0)
@@ -65,7 +64,7 @@ class Gpu:
         """Numbers of single precision for what one launch leaves to the next, on the device whatever the caller has."""
         import cupy
 
-        return cupy.empty((size,), np.float32)
+        return _calls.scratch(cupy.empty((size,), np.float32))
 
     def own(self, x: Any) -> Any:
         """An array on the device; what is broadcast goes there once."""
@@ -181,11 +180,6 @@ def empty(sequences: Sequences, own: tuple[int, ...], dtype: Any, like: Any) -> 
 def alike(x: Any) -> Any:
     """A new array of the shape, dtype and container of another, in C order."""
     return _calls.alike(machine, x)
-
-
-def scratch(size: int) -> Any:
-    """Numbers of single precision for what one launch leaves to the next, on the device whatever the caller has."""
-    return _calls.scratch(machine, size)
 
 
 def replayed(core: Callable[..., Any]) -> Callable[..., Any]:
