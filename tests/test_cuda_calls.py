@@ -7,13 +7,14 @@ from itertools import product
 import cudaemu
 import numpy as np
 import pytest
-from cudaemu import needed
+from cudaemu import needed, nvrtc
 from cudaemu.machines import NumbaCuda, on_cpu
 
 import ttr_np
 from cuda_kernels import _plans
 from cuda_kernels._sequences import BOTH, COLUMN, ROW, Sequences, place_of
-from ttr_np.notation import draw
+from cuda_kernels.cupy_raw import _gates
+from ttr_np.notation import OPERATORS, draw
 
 pytestmark = needed(cudaemu.missing())
 
@@ -78,14 +79,29 @@ def test_a_text_is_put_together_once(cupy):
 # ---- plans -----------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_done_again_is_done_with_the_arrays_of_the_call(cupy):
+@pytest.mark.parametrize("t", [7, 300])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("operator", STEADY)
+def test_what_is_done_again_is_done_with_the_arrays_of_the_call(cupy, operator, gated, t):
     from cuda_kernels.cupy_raw import _launch
 
-    for seed in range(3):
-        arrays = there(cupy, "delta_rule", seed, optional=("log_decay",))
-        wanted = ttr_np.delta_rule(**{name: x.held for name, x in arrays.items()}, backend="numpy")
-        np.testing.assert_allclose(ttr_np.delta_rule(**arrays).held, wanted, rtol=1e-5, atol=1e-6)
-    assert len(_launch.machine.plans) == 1
+    optional = ("log_decay",) if gated and "log_decay" in OPERATORS[operator].optional else ()
+    keep = {} if operator == "softmax_attention" else {"output_final_state": True}
+    first, other = (there(cupy, operator, i, optional=optional, per_channel=False, t=t, k=16) for i in (0, 1))
+    door = partial(getattr(ttr_np, operator), **keep)
+    door(**first)
+    (plan,) = _launch.machine.plans.values()
+    assert plan
+    again = door(**other)
+    _launch.machine.plans.clear()
+    for found, wanted in zip(flat(again), flat(door(**other)), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
+def flat(results):
+    """Answers and fields of the state."""
+    o, state = results if isinstance(results, tuple) else (results, ())
+    return [x.held for x in (o, *state) if x is not None]
 
 
 def test_another_layout_another_option_and_another_state_are_other_calls(cupy):
@@ -178,7 +194,9 @@ def test_a_gate_on_the_device_is_refused_wherever_it_is_wrong(cupy, name, layout
         given = {key: cupy.ndarray(x) for key, x in arrays.items()} | {name: cupy.ndarray(LAYOUTS[layout](wrong))}
         with pytest.raises(ValueError, match=words + rf" \({', '.join(map(str, place))}"):
             door(**given)
-        door(**given | {name: cupy.ndarray(LAYOUTS[layout](arrays[name]))})  # a flag that was raised is down again
+        cupy.counted.update(waits=0)
+        door(**given | {name: cupy.ndarray(LAYOUTS[layout](arrays[name]))})
+        assert cupy.counted["waits"] == 1  # a flag that was raised is down again
 
 
 def test_shares_must_lie_between_0_and_1(cupy):
@@ -216,6 +234,14 @@ def test_a_wrong_gate_is_told_before_what_is_found_later(cupy):
     arrays["log_decay"].held[1, 2] = 1
     with pytest.raises(ValueError, match="log_decay must be <= 0"):
         ttr_np.linear_attention(**arrays, initial_state=cupy.array(np.zeros((7, 7))))
+
+
+@needed(nvrtc.missing())
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100"])
+@pytest.mark.parametrize("real", ["float", "double"])
+def test_the_look_at_gates_leaves_room_for_all_threads_of_a_multiprocessor(real, architecture):
+    found = nvrtc.needs(nvrtc.machine_code(_gates.KERNEL.source({"real": real}, {}), architecture))
+    assert found.registers <= 32 and found.stack == 0
 
 
 # ---- where sequences lie ---------------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ def look(machine: Any, gates: Mapping[str, Any]) -> Callable[[], None]:
     def wait() -> None:
         flag.launched.synchronize()
         found, flag.here[0] = flag.here[0], 0
-        machine.flags.append(flag)
+        machine.flags[flag.device].append(flag)
         if found:
             check_gates(there)
 

@@ -47,7 +47,7 @@ class Gpu:
 
     def __init__(self) -> None:
         self.tables: dict[tuple[int, tuple[int, ...], bytes], Any] = {}
-        self.flags: list[_gates.Flag] = []  # that nobody uses
+        self.flags: dict[int, list[_gates.Flag]] = {}  # of each device, those that nobody uses
         self.plans: dict[Any, Any] = {}
 
     def empty(self, shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
@@ -110,10 +110,10 @@ class Gpu:
         import cupy
 
         number = cupy.cuda.Device().id
-        for i, flag in enumerate(self.flags):
-            if flag.device == number:
-                return self.flags.pop(i)
-        return _gates.new_flag(number)
+        try:
+            return self.flags.setdefault(number, []).pop()
+        except IndexError:
+            return _gates.new_flag(number)
 
     def place(self) -> int:
         """What plans depend on beside their arrays: the number of the device, where their tables are."""
