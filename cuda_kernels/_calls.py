@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -16,13 +17,18 @@ __all__ = [
     "Grid",
     "Launch",
     "Machine",
+    "alike",
     "begin",
     "empty",
+    "fixed",
     "grid",
     "keeping",
+    "scratch",
     "split",
+    "start",
     "there_and_back",
     "thin",
+    "watching",
 ]
 
 THREADS = 128  # of a block
@@ -40,6 +46,9 @@ class Machine(Protocol):
 
     def empty(self, shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
         """A new array in the container of another."""
+
+    def has(self, x: Any) -> bool:
+        """Whether kernels can take an array as it is."""
 
     def own(self, x: Any) -> Any:
         """An array on this machine: the same memory if it is here already."""
@@ -106,15 +115,83 @@ def keeping() -> Iterator[list[Launch]]:
         _kept.reset(token)
 
 
+class Watch(NamedTuple):
+    """What somebody who watches has seen."""
+
+    made: list[tuple[Any, Callable[..., Any]]]  # arrays, and what makes others like them
+    fixed: list[Any]  # arguments that are the same for all calls alike
+    launches: list[Launch]
+
+
+_watch: ContextVar[Watch | None] = ContextVar("ttr_np_watch", default=None)
+
+
+@contextmanager
+def watching() -> Iterator[Watch]:
+    """Inside, what is made and launched is also noted."""
+    watch = Watch([], [], [])
+    token = _watch.set(watch)
+    try:
+        yield watch
+    finally:
+        _watch.reset(token)
+
+
 def begin(launch: Launch) -> None:
     """Make a launch, or keep it."""
-    kept = _kept.get()
+    kept, watch = _kept.get(), _watch.get()
     launch() if kept is None else kept.append(launch)
+    if watch is not None:
+        watch.launches.append(launch)
+
+
+def start(machine: Machine, what: tuple[Any, ...], arguments: list[Any], more: tuple[Any, ...]) -> None:
+    """Make a launch that nobody else needs, or keep it."""
+    if _kept.get() is None:
+        machine.run(*what, arguments, *more)
+    else:
+        begin(Launch(machine, what, arguments, more))
+
+
+def fixed(x: Any) -> Any:
+    """An argument that is the same for all calls alike, which is noted."""
+    watch = _watch.get()
+    if watch is not None:
+        watch.fixed.append(x)
+    return x
+
+
+def noted(x: Any, maker: Callable[[Machine, Any], Any]) -> Any:
+    """A new array, which is noted; the maker makes others like it, in the container of another array."""
+    watch = _watch.get()
+    if watch is not None:
+        watch.made.append((x, maker))
+    return x
 
 
 def empty(machine: Machine, sequences: Sequences, own: tuple[int, ...], dtype: Any, like: Any) -> Any:
     """An array for answers, which lie in memory as kernels walk them."""
+    maker = partial(answers, sequences, own, dtype)
+    return noted(maker(machine, like), maker)
+
+
+def answers(sequences: Sequences, own: tuple[int, ...], dtype: Any, machine: Machine, like: Any) -> Any:
+    """What ``empty`` makes."""
+    if sequences.in_order:
+        return machine.empty(sequences.lead + own, dtype, like)
     return sequences.restored(machine.empty(sequences.shape + (sequences.groups,) + own, dtype, like))
+
+
+def alike(machine: Machine, x: Any) -> Any:
+    """A new array of the shape and dtype of another, in C order."""
+    shape, dtype = x.shape, x.dtype
+    return noted(machine.empty(shape, dtype, x), lambda machine, like: machine.empty(shape, dtype, like))
+
+
+def scratch(x: Any) -> Any:
+    """A new array that one launch leaves to the next, which is noted."""
+    size = x.size
+    return noted(x, lambda machine, _: machine.scratch(size))
 
 
 def split(axis: str, rows: int, fields: int = 1) -> tuple[int, int]:
@@ -145,11 +222,15 @@ def thin(x: np.ndarray) -> np.ndarray:
 
 
 @contextmanager
-def there_and_back(machine: Machine, views: Mapping[str, Any], written: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+def there_and_back(
+    machine: Machine, sequences: Sequences, arrays: Arrays, written: tuple[str, ...]
+) -> Iterator[dict[str, Any]]:
     """Arrays on the machine for the time of a launch; those named as written are brought back after it."""
-    way: dict[bool, Callable[[Any], Any]] = {False: machine.own, True: machine.room}
-    here = {name: None if x is None else way[name in ANSWERS](x) for name, x in views.items()}
-    yield here
+    away = {
+        name: sequences.view(x, own) for name, (x, own) in arrays.items() if x is not None and not machine.has(x)
+    }
+    sent = {name: machine.room(x) if name in ANSWERS else machine.own(x) for name, x in away.items()}
+    yield {name: sequences.restored(sent[name]) if name in sent else x for name, (x, _) in arrays.items()}
     for name in written:
-        if views[name] is not None:
-            machine.back(here[name], views[name])
+        if name in sent:
+            machine.back(sent[name], away[name])

@@ -6,28 +6,47 @@ a number by a table of sizes and strides, which is the same from call to call an
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["BOTH", "COLUMN", "ROW", "Sequences"]
+__all__ = ["BOTH", "COLUMN", "ROW", "Place", "Sequences", "place_of"]
 
 BOTH, ROW, COLUMN = (0, 1), (0,), (1,)  # which of (row, column) an array's own axes are
 
 
+class Place(NamedTuple):
+    """How an array lies in memory, wherever it begins."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    itemsize: int
+    own: tuple[int, ...]
+
+
+def place_of(x: Any, own: tuple[int, ...]) -> Place | None:
+    """How an array lies; one that was left out lies nowhere."""
+    return None if x is None else Place(x.shape, x.strides, x.itemsize, own)
+
+
 class Sequences:
-    """The leading axes of one call.
+    """The leading axes of one call; there is one object for all calls with the same axes.
 
     Parameters
     ----------
     memory
-        Leading shape of the states; it broadcasts to ``lead``.
-    lead
-        Leading shape of the answers.
+        Leading shape of the states.
+    *reading
+        Leading shapes of what reads them; together all broadcast to the leading shape of the answers.
     """
 
-    def __init__(self, memory: tuple[int, ...], lead: tuple[int, ...]) -> None:
+    @staticmethod
+    @lru_cache(maxsize=256)
+    def __new__(cls, memory: tuple[int, ...], *reading: tuple[int, ...]) -> Sequences:
+        """Looked up, or worked out."""
+        self, lead = super().__new__(cls), np.broadcast_shapes(memory, *reading)
         memory = (1,) * (len(lead) - len(memory)) + memory
         self.lead = lead
         self.sharing = [axis for axis in range(len(lead)) if memory[axis] == 1 and lead[axis] != 1]
@@ -35,6 +54,8 @@ class Sequences:
         self.shape = tuple(lead[axis] for axis in self.owning)
         self.memories = prod(self.shape)
         self.groups = prod(lead[axis] for axis in self.sharing)
+        self.in_order = self.owning + self.sharing == list(range(len(lead)))
+        return self
 
     def view(self, x: Any, own: tuple[int, ...]) -> Any:
         """An array as (memory axes, group, own axes); a copy only where the axes of a group do not lie evenly."""
@@ -48,23 +69,47 @@ class Sequences:
         return x.reshape(x.shape[:before] + (prod(sharing),) + x.shape[after:])
 
     def restored(self, x: Any) -> Any:
-        """The inverse of ``view``."""
-        sharing = tuple(self.lead[axis] for axis in self.sharing)
-        x = x.reshape(self.shape + sharing + x.shape[len(self.shape) + 1 :])
+        """The inverse of ``view``; axes along which an array is the same may have size 1."""
+        before = len(self.shape)
+        sharing = tuple(self.lead[axis] if x.shape[before] != 1 else 1 for axis in self.sharing)
+        x = x.reshape(x.shape[:before] + sharing + x.shape[before + 1 :])
         back = np.argsort(self.owning + self.sharing)
         return x.transpose(*(int(axis) for axis in back), *range(len(self.lead), x.ndim))
 
-    def table(self, *arrays: tuple[Any, tuple[int, ...]]) -> np.ndarray:
-        """Sizes of the memory axes; then, for each array, strides of these, of the group, of a row and of a column.
+    def level(self, x: Any, own: tuple[int, ...]) -> Any:
+        """An array as it is where the axes of its groups lie evenly, else a copy of which that is true."""
+        if x is None or self.strides(place_of(x, own)) is not None:
+            return x
+        return self.restored(self.view(x, own))
+
+    @lru_cache(maxsize=4096)  # noqa: B019 - sequences are looked up too
+    def strides(self, place: Place) -> tuple[int, ...] | None:
+        """Strides of the memory axes, of the group, of a row and of a column; None where those of a group are uneven.
 
         Strides count numbers. They are 0 along an axis that an array does not have, or has once for all.
         """
-        axes = len(self.shape)
-        table = np.zeros((1 + len(arrays), axes + 3), np.int64)
-        table[0, :axes] = self.shape
-        for line, (x, own) in zip(table[1:], arrays, strict=True):
-            if x is not None:
-                strides = [stride // x.itemsize * (size > 1) for stride, size in zip(x.strides, x.shape, strict=True)]
-                line[: axes + 1] = strides[: axes + 1]
-                line[[axes + 1 + axis for axis in own]] = strides[axes + 1 :]
+        outer, spare = len(place.shape) - len(place.own), len(self.lead) - len(place.shape) + len(place.own)
+        steps = [step // place.itemsize * (size > 1) for step, size in zip(place.strides, place.shape, strict=True)]
+        lead = [0] * spare + steps[:outer]
+        group, within = 0, 1  # the stride of the last axis of a group, and how many numbers of a group that makes
+        for axis in reversed(self.sharing):
+            if within == 1:
+                group = lead[axis]
+            elif lead[axis] != group * within:
+                return None
+            within *= self.lead[axis]
+        line = [*(lead[axis] for axis in self.owning), group, 0, 0]
+        for axis, step in zip(place.own, steps[outer:], strict=True):
+            line[axis - 2] = step
+        return tuple(line)
+
+    @lru_cache(maxsize=1024)  # noqa: B019
+    def table(self, *places: Place | None) -> np.ndarray | None:
+        """Sizes of the memory axes; then the strides of each array. None where one of them is uneven."""
+        width = len(self.shape) + 3
+        lines = [(0,) * width if place is None else self.strides(place) for place in places]
+        if None in lines:
+            return None
+        table = np.array([self.shape + (0,) * 3, *lines], np.int64)
+        table.flags.writeable = False
         return table

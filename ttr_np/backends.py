@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .calling import HOST, through_dlpack
+from .calling import HOST, on_device, through_dlpack
 from .notation import OPERATORS
 
 __all__ = [
@@ -183,6 +183,12 @@ def has_operator(backend: str, operator: str) -> bool:
     return has_package(backend) and find_spec(f"{BACKENDS[backend]}.{operator}") is not None
 
 
+@cache
+def module_of(backend: str, operator: str) -> Any:
+    """A backend's module of an operator."""
+    return import_module(f"{BACKENDS[backend]}.{operator}")
+
+
 def operators_of(backend: str) -> list[str]:
     """The operators a backend has, found by looking."""
     return [operator for operator in OPERATORS if has_operator(backend, operator)]
@@ -195,10 +201,21 @@ class Home(NamedTuple):
     device: str
 
 
+@cache
+def home_on_gpu(kind: type, number: int) -> Home:
+    """Where arrays of a library that speaks NumPy's protocols come from."""
+    return Home(kind.__module__.split(".")[0], f"gpu {number}")
+
+
+HERE = Home("numpy", "cpu")
+
+
 def home(x: Any) -> Home | None:
     """Where an array comes from; numbers, lists and other sequences come from nowhere."""
     if isinstance(x, np.ndarray):
-        return Home("numpy", "cpu")
+        return HERE
+    if on_device(x):
+        return home_on_gpu(type(x), x.device.id)
     if hasattr(x, "__dlpack_device__"):
         kind, number = x.__dlpack_device__()
         return Home(type(x).__module__.split(".")[0], "cpu" if int(kind) in HOST else f"gpu {int(number)}")
@@ -215,21 +232,21 @@ def home_of(arrays: Mapping[str, Any]) -> Home:
     TypeError
         If they come from several.
     """
-    found = {name: place for name, x in arrays.items() if (place := home(x)) is not None}
+    found = {name: place for name, x in arrays.items() if x is not None and (place := home(x)) is not None}
     if len(set(found.values())) > 1:
         listed = ", ".join(f"{name} is {place.library} on {place.device}" for name, place in found.items())
         raise TypeError(f"arrays of different libraries or devices: {listed}")
-    return next(iter(found.values()), Home("numpy", "cpu"))
+    return next(iter(found.values()), HERE)
 
 
 def refused(backend: str, operator: str, options: Mapping[str, Any] | None) -> str | None:
     """Why a backend's module cannot serve a call with these options: what its ``refusal`` says, if it has one."""
     if options is None:
         return None
-    for name, x in options.items():
-        if backend == "numba" and getattr(x, "dtype", None) in (np.longdouble, np.clongdouble):
+    for name, x in options.items() if backend == "numba" else ():
+        if getattr(x, "dtype", None) in (np.longdouble, np.clongdouble):
             return f"backend 'numba' computes in float32 and float64; {name} is {x.dtype}"
-    module = import_module(f"{BACKENDS[backend]}.{operator}")
+    module = module_of(backend, operator)
     return module.refusal(**options) if hasattr(module, "refusal") else None
 
 
@@ -342,7 +359,7 @@ def call(operator: str, backend: Choice | None, arrays: Mapping[str, Any], **opt
     name = resolve(operator, chosen(backend), home_of(arrays).device, {**arrays, **options})
     if name not in ON_GPU:
         arrays, options = ({key: through_dlpack(x) for key, x in given.items()} for given in (arrays, options))
-    return getattr(import_module(f"{BACKENDS[name]}.{operator}"), operator)(**arrays, **options)
+    return getattr(module_of(name, operator), operator)(**arrays, **options)
 
 
 def devices() -> list[str]:

@@ -9,20 +9,40 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from importlib import import_module
 from inspect import Parameter, signature
+from math import inf, isfinite
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from .notation import ARRAYS, GATES, OPERATORS, STATES, axes_of, broadcast_leading, check
 
-__all__ = ["Held", "as_array", "as_numpy", "check_arguments", "check_gates", "run", "through_dlpack"]
+__all__ = [
+    "LIMITS",
+    "Held",
+    "as_array",
+    "as_numpy",
+    "check_arguments",
+    "check_gates",
+    "on_device",
+    "refuse_gate",
+    "run",
+    "through_dlpack",
+]
 
 HALF = ("float16", "bfloat16")
 HOST = (1, 3)  # DLPack's numbers for plain and for pinned memory of the host
 MAY_BE_INFINITE = frozenset({"bandwidth"})  # a kernel of infinite width weighs all pairs alike
+LIMITS = {  # what gates promise: decays shrink, steps lead forward, shares are shares
+    "log_decay": (-inf, 0.0),
+    "A": (-inf, 0.0),
+    "delta": (0.0, inf),
+    "step_size": (0.0, inf),
+    "momentum": (0.0, 1.0),
+    "weight_decay": (0.0, 1.0),
+}
 
 
 def check_arguments(door: Callable[..., Any], given: Mapping[str, Any]) -> None:
@@ -58,6 +78,8 @@ def promises(door: Callable[..., Any]) -> dict[str, tuple[bool, str]]:
 
 def check_number(name: str, x: Any, kind: str) -> None:
     """One finite number, or one integer."""
+    if type(x) is float and isfinite(x) and kind.startswith("float"):
+        return
     dtype = np.asarray(x).dtype.kind if np.ndim(x) == 0 else ""
     if dtype not in (("i", "u") if kind.startswith("int") else ("i", "u", "f")):
         value = f"an array of shape {np.shape(x)}" if np.ndim(x) else repr(x)
@@ -68,7 +90,13 @@ def check_number(name: str, x: Any, kind: str) -> None:
 
 def on_device(x: Any) -> bool:
     """Whether an array lives on a GPU in a library that speaks NumPy's protocols (CuPy): it is used where it is."""
-    return hasattr(x, "__cuda_array_interface__") and hasattr(x, "__array_function__")
+    return type(x) is not np.ndarray and is_on_device(type(x))
+
+
+@lru_cache(maxsize=256)
+def is_on_device(kind: type) -> bool:
+    """The class says it: to make what the array itself would say takes microseconds."""
+    return hasattr(kind, "__cuda_array_interface__") and hasattr(kind, "__array_function__")
 
 
 def as_numpy(x: Any) -> np.ndarray:
@@ -100,19 +128,34 @@ def as_array(name: str, x: Any) -> np.ndarray:
     TypeError
         For masked, structured, object, boolean, string or byte-swapped arrays.
     """
-    if isinstance(x, np.ma.MaskedArray):
-        raise TypeError(f"{name} is a masked array: pass its data, and mask=~{name}.mask for the tokens to leave out")
-    if not isinstance(x, np.ndarray) and not on_device(x):
-        x = through_dlpack(x)
-        if not on_device(x):
-            x = np.from_dlpack(x) if hasattr(x, "__dlpack__") and not np.isscalar(x) else np.asarray(x)
+    if not on_device(x):
+        if isinstance(x, np.ma.MaskedArray):
+            words = f"pass its data, and mask=~{name}.mask for the tokens to leave out"
+            raise TypeError(f"{name} is a masked array: {words}")
+        x = shared(x)
+    if is_usable(x.dtype):
+        return x
     if x.dtype.kind in "iu":
         return x.astype(np.float64)
-    if x.dtype.kind not in "fc" and x.dtype.name != "bfloat16":
-        raise TypeError(f"{name} has dtype {x.dtype}; it needs real numbers")
-    if not x.dtype.isnative:
+    if x.dtype.kind in "fc":
         raise TypeError(f"{name} has the byte order of another machine ({x.dtype.str}): convert it with astype")
-    return x
+    raise TypeError(f"{name} has dtype {x.dtype}; it needs real numbers")
+
+
+def shared(x: Any) -> Any:
+    """An argument as an array, of NumPy if it is not on a GPU."""
+    if isinstance(x, np.ndarray):
+        return x
+    x = through_dlpack(x)
+    if on_device(x):
+        return x
+    return np.from_dlpack(x) if hasattr(x, "__dlpack__") and not np.isscalar(x) else np.asarray(x)
+
+
+@lru_cache(maxsize=64)
+def is_usable(dtype: np.dtype) -> bool:
+    """Whether numbers are real or complex floats in the byte order of this machine."""
+    return dtype.isnative and (dtype.kind in "fc" or dtype.name == "bfloat16")
 
 
 def dtypes_of(arrays: Mapping[str, np.ndarray]) -> tuple[np.dtype, np.dtype]:
@@ -130,25 +173,39 @@ def refuse_complex(operator: str, arrays: Mapping[str, np.ndarray]) -> None:
             raise TypeError(f"{name} is complex ({x.dtype}); {operator} takes real numbers")
 
 
-def check_gates(arrays: Mapping[str, np.ndarray]) -> None:
-    """Decays promise to shrink: a positive log is an error, named with its place."""
-    signs = {"log_decay": 1, "A": 1, "delta": -1, "step_size": -1}
-    for name, sign in signs.items():
-        x = arrays.get(name)
-        if x is not None and np.any(sign * x > 0):
-            place = tuple(int(i) for i in np.argwhere(sign * x > 0)[0])
-            raise ValueError(f"{name} must be {'<=' if sign > 0 else '>='} 0 everywhere; it is {x[place]} at {place}")
-    for name in ("momentum", "weight_decay"):
-        x = arrays.get(name)
-        if x is not None and np.any((x < 0) | (x > 1)):
-            place = tuple(int(i) for i in np.argwhere((x < 0) | (x > 1))[0])
-            raise ValueError(f"{name} must lie in [0, 1] everywhere; it is {x[place]} at {place}")
+def check_gates(gates: Mapping[str, np.ndarray]) -> Callable[[], None]:
+    """Refuse gates outside their limits; for run, which asks for a verdict, there is none left to wait for."""
+    for name, x in gates.items():
+        if np.any(outside(name, x)):
+            refuse_gate(name, x)
+    return no_verdict
+
+
+def no_verdict() -> None:
+    """Everything has been looked at."""
+
+
+def outside(name: str, x: Any) -> Any:
+    """Where a gate is outside its limits; a NaN is nowhere outside."""
+    low, high = LIMITS[name]
+    if low == -inf:
+        return x > high
+    return x < low if high == inf else (x < low) | (x > high)
+
+
+def refuse_gate(name: str, x: Any) -> None:
+    """A ValueError that names the first number outside the limits, with its place."""
+    (low, high), place = LIMITS[name], tuple(int(i) for i in np.argwhere(outside(name, x))[0])
+    words = f"be {'<=' if low == -inf else '>='} 0" if inf in (-low, high) else "lie in [0, 1]"
+    raise ValueError(f"{name} must {words} everywhere; it is {x[place]} at {place}")
 
 
 def recording(arrays: Mapping[str, Any]) -> bool:
     """Whether arrays on a GPU are worked on while their library records a CUDA graph: numbers cannot be looked at."""
-    libraries = {type(x).__module__.split(".")[0] for x in arrays.values() if on_device(x)}
-    return any(sys.modules[name].cuda.get_current_stream().is_capturing() for name in libraries)
+    device = next(filter(on_device, arrays.values()), None)
+    if device is None:
+        return False
+    return sys.modules[type(device).__module__.split(".")[0]].cuda.get_current_stream().is_capturing()
 
 
 def check_mask(mask: Any) -> np.ndarray:
@@ -172,61 +229,132 @@ def check_boundaries(cu_seqlens: Any, t: int) -> np.ndarray:
     return bounds.astype(np.int64)
 
 
-def prepare(
-    operator: str, arrays: Mapping[str, Any], mask: Any, halves: bool = False
-) -> tuple[dict[str, np.ndarray], dict[str, int], Any]:
-    """Named arrays in one dtype, checked, masked tokens neutral; sizes of the axes; dtype of the output."""
-    given = {name: as_array(name, x) for name, x in arrays.items() if x is not None}
+class Kind(NamedTuple):
+    """What can be said of an array without its numbers."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+
+class Ready(NamedTuple):
+    """How one array is made ready for a core: cast, repeated if it is a number, masked, and given leading axes."""
+
+    dtype: np.dtype
+    repeated: tuple[int, ...] | None
+    masked: int | None  # axes of its own after that of time, or None where masked tokens need no zeros
+    shape: tuple[int, ...]
+
+    def __call__(self, x: Any, mask: Any) -> Any:
+        """The array that the core sees."""
+        if x.dtype != self.dtype:
+            x = x.astype(self.dtype)
+        if self.repeated is not None:
+            x = np.broadcast_to(x, self.repeated)
+        if self.masked is not None:
+            x = np.where(mask.reshape(mask.shape + (1,) * self.masked), x, x.dtype.type(0))
+        return x if x.shape == self.shape else x.reshape(self.shape)
+
+
+class Plan(NamedTuple):
+    """Everything about a call that follows from its shapes and dtypes, and so is found once for all calls like it."""
+
+    sizes: dict[str, int]
+    output: np.dtype
+    compute: np.dtype  # of sums and states
+    arrays: dict[str, Ready]
+    lead: tuple[int, ...]  # leading shape of the state: that of what is memorised, not of what only reads
+    gates: tuple[str, ...]  # names of those with limits
+
+
+@lru_cache(maxsize=1024)
+def plan_of(operator: str, kinds: tuple[tuple[str, Kind], ...], mask: tuple[int, ...] | None, halves: bool) -> Plan:
+    """The plan of a call.
+
+    Parameters
+    ----------
+    operator
+        Its name.
+    kinds
+        Of the arrays given, by name.
+    mask
+        Shape of the mask.
+    halves
+        Whether data of 16 bits stay as they are.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If the arrays do not fit together.
+    """
+    given = dict(kinds)
     refuse_complex(operator, given)
-    if mask is not None:
-        given["mask"] = moved(given, check_mask(mask))
-    sizes = check(**given)
-    mask = given.pop("mask", None)
+    sizes = check(**given, **({} if mask is None else {"mask": Kind(mask, np.dtype(np.bool_))}))
     output, compute = dtypes_of(given)
+    axes = {name: axes_of(name, x, given) for name, x in given.items()}
+    shapes, arrays = {}, {}
     for name, x in given.items():
-        data = output if halves and output.name in HALF and name not in GATES else np.finfo(compute).dtype
-        x = x.astype(compute if x.dtype.kind == "c" else data, copy=False)
-        axes = axes_of(name, x, given)
-        if x.ndim == 0:
-            x = np.broadcast_to(x, (1,) * spare_axes(name, given) + tuple(sizes[axis] for axis in axes))
-        if mask is not None and name in OPERATORS[operator].frozen:
-            x = np.where(mask.reshape(mask.shape + (1,) * (len(axes) - 1)), x, x.dtype.type(0))
-        given[name] = x
-    if not recording(given):
-        check_gates(given)
-    align_gates(given)
-    if mask is not None and OPERATORS[operator].sees_mask:
-        given["mask"] = mask
+        narrow = halves and output.name in HALF and name not in GATES
+        dtype = compute if x.dtype.kind == "c" else output if narrow else np.finfo(compute).dtype
+        repeated = (1,) * spare_axes(name, given) + tuple(sizes[axis] for axis in axes[name]) if x.ndim == 0 else None
+        masked = len(axes[name]) - 1 if mask is not None and name in OPERATORS[operator].frozen else None
+        shape = x.shape if repeated is None else repeated
+        shapes[name] = shape if masked is None else np.broadcast_shapes(mask + (1,) * masked, shape)
+        arrays[name] = Ready(dtype, repeated, masked, shapes[name])
+    align_queries(shapes, axes)
+    arrays = {name: ready._replace(shape=shapes[name]) for name, ready in arrays.items()}
+    lead = memory_lead(operator, shapes, axes, mask)
     if operator == "diagonal_scan" and "phase" in given:
         output = np.result_type(output, np.complex64)
-    return given, sizes, output
+    gates = tuple(name for name in LIMITS if name in given)
+    return Plan(sizes, output, np.result_type(np.float32, output), arrays, lead, gates)
 
 
-def spare_axes(name: str, arrays: Mapping[str, np.ndarray]) -> int:
+def prepare(
+    operator: str, arrays: Mapping[str, Any], mask: Any, halves: bool = False
+) -> tuple[dict[str, np.ndarray], Plan]:
+    """Named arrays in one dtype, masked tokens neutral, and the plan of the call."""
+    given = {name: as_array(name, x) for name, x in arrays.items() if x is not None}
+    if mask is not None:
+        mask = moved(given, check_mask(mask))
+    kinds = tuple([(name, Kind(x.shape, x.dtype)) for name, x in given.items()])
+    plan = plan_of(operator, kinds, None if mask is None else mask.shape, halves)
+    for name, x in given.items():
+        given[name] = plan.arrays[name](x, mask)
+    if mask is not None and OPERATORS[operator].sees_mask:
+        given["mask"] = mask
+    return given, plan
+
+
+def spare_axes(name: str, arrays: Mapping[str, Any]) -> int:
     """Leading axes that a number needs in place of an array: as ``log_decay`` it is one gate per step."""
     return arrays["q"].ndim - 2 if name == "log_decay" and "q" in arrays else 0
 
 
-def align_gates(arrays: dict[str, np.ndarray]) -> None:
+def align_queries(shapes: dict[str, tuple[int, ...]], axes: Mapping[str, tuple[str, ...]]) -> None:
     """Give queries all leading axes, so that ``log_decay`` with as many axes as they have is one gate per channel."""
-    if "q" not in arrays:
+    if "q" not in shapes:
         return
-    per_channel = "log_decay" in arrays and axes_of("log_decay", arrays["log_decay"], arrays) == ("t", "k")
-    ndim = 2 + max(x.ndim - len(axes_of(name, x, arrays)) for name, x in arrays.items())
-    arrays["q"] = arrays["q"].reshape((1,) * (ndim - arrays["q"].ndim) + arrays["q"].shape)
-    if "log_decay" in arrays:
-        x = arrays["log_decay"]
-        arrays["log_decay"] = x.reshape((1,) * (ndim - 1 + per_channel - x.ndim) + x.shape)
+    most = max(len(shape) - len(axes[name]) for name, shape in shapes.items())
+    for name in ("q", "log_decay"):
+        if name in shapes:
+            shapes[name] = (1,) * (most + len(axes[name]) - len(shapes[name])) + shapes[name]
 
 
-def memory_lead(operator: str, arrays: Mapping[str, np.ndarray], mask: Any) -> tuple[int, ...]:
+def memory_lead(
+    operator: str, shapes: Mapping[str, tuple[int, ...]], axes: Mapping[str, tuple[str, ...]], mask: Any
+) -> tuple[int, ...]:
     """Leading shape of the state: that of the arrays that are memorised, not of those that only read."""
-    writing = {name: x for name, x in arrays.items() if name not in OPERATORS[operator].reads}
-    if mask is not None:
-        writing["mask"] = at_home(mask)
-    return broadcast_leading(
-        {name: x.shape[: x.ndim - len(axes_of(name, x, arrays))] for name, x in writing.items()}
-    )
+    writing = {
+        name: shape[: len(shape) - len(axes[name])]
+        for name, shape in shapes.items()
+        if name not in OPERATORS[operator].reads
+    }
+    return broadcast_leading(writing | ({} if mask is None else {"mask": mask[:-1]}))
 
 
 def zeros(operator: str, lead: tuple[int, ...], sizes: Mapping[str, int], dtype: Any) -> Any:
@@ -260,18 +388,44 @@ def beside(arrays: Mapping[str, Any], state: Any) -> Any:
     return type(state)(*(None if field is None else moved(arrays, field) for field in state))
 
 
+class Field(NamedTuple):
+    """A field of the state of empty memories: zeros, or what each memory begins with."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    one: np.ndarray | None
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+
 def vacant(
     start: Callable[..., Any], operator: str, arrays: Mapping[str, Any], lead: tuple[int, ...], sizes: Any, dtype: Any
 ) -> Any:
-    """The state of empty memories. For arrays on a GPU it repeats that of one: see ``made_there``."""
+    """The state of empty memories. For arrays on a GPU it is described, to be made by ``made_there``."""
     if not any(map(on_device, arrays.values())):
         return start(operator, lead, sizes, dtype)
-    one, fields = start(operator, (), sizes, dtype), []
+    function, fixed = (start.func, start.args) if isinstance(start, partial) else (start, ())
+    plain = all(isinstance(x, (bool, int, float)) for x in fixed)
+    describe = described if plain else described.__wrapped__  # others may be arrays, or hold some
+    return describe(function, fixed, operator, lead, tuple(sizes.items()), dtype)
+
+
+@lru_cache(maxsize=64)
+def described(
+    start: Callable[..., Any], fixed: tuple[Any, ...], operator: str, lead: tuple[int, ...], sizes: Any, dtype: Any
+) -> Any:
+    """The state of empty memories by its fields, from that of one memory."""
+    one, fields = start(*fixed, operator, (), dict(sizes), dtype), []
     for name, x in zip(one._fields, one, strict=True):
-        if x is not None:
-            own = x.ndim - len(OPERATORS[operator].state[name].split())
-            x = np.broadcast_to(x, np.broadcast_shapes(lead, x.shape[:own]) + x.shape[own:])
-        fields.append(x)
+        if x is None:
+            fields.append(None)
+            continue
+        own = x.ndim - len(OPERATORS[operator].state[name].split())
+        shape = np.broadcast_shapes(lead, x.shape[:own]) + x.shape[own:]
+        fields.append(Field(shape, x.dtype, x if np.any(x) else None))
     return type(one)(*fields)
 
 
@@ -280,15 +434,14 @@ def made_there(arrays: Mapping[str, Any], state: Any) -> Any:
     device = next(filter(on_device, arrays.values()), None)
     if device is None:
         return state
-    return type(state)(*(None if x is None else repeated(arrays, device, x) for x in state))
+    return type(state)(*[None if x is None else repeated(arrays, device, x) for x in state])
 
 
-def repeated(arrays: Mapping[str, Any], device: Any, x: np.ndarray) -> Any:
-    """An array that repeats one memory, in full on a GPU."""
-    one = x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.strides)]
-    if not np.any(one):
-        return np.zeros_like(device, shape=x.shape, dtype=x.dtype)
-    return np.broadcast_to(moved(arrays, one), x.shape).astype(x.dtype, order="C", copy=True)
+def repeated(arrays: Mapping[str, Any], device: Any, field: Field) -> Any:
+    """A field in full on a GPU."""
+    if field.one is None:
+        return np.zeros_like(device, shape=field.shape, dtype=field.dtype, order="C")
+    return np.broadcast_to(moved(arrays, field.one), field.shape).astype(field.dtype, order="C", copy=True)
 
 
 def adopt(operator: str, given: Any, start: Any) -> Any:
@@ -370,6 +523,7 @@ def run(
     cu_seqlens: Any = None,
     mask: Any = None,
     hold: bool = False,
+    look: Callable[[Mapping[str, Any]], Callable[[], None]] = check_gates,
 ) -> Any:
     """Call an operator's core with everything a caller may ask of any operator.
 
@@ -390,44 +544,67 @@ def run(
         The common keywords of all operators.
     hold
         For ``ttr_np.Stream``: do everything but the call of the core.
+    look
+        Looks at the gates that have limits, and returns what gives the verdict: a GPU may be busy with the answers
+        before it has told of the gates. While a graph is recorded nobody looks.
 
     Returns
     -------
     o, or (o, state) with ``output_final_state``; or with ``hold`` the call that is left to be made.
     """
-    given, sizes, output = prepare(operator, arrays, mask, halves)
-    compute = np.result_type(np.float32, output)
-    empty = vacant(start, operator, given, memory_lead(operator, given, mask), sizes, compute)
+    given, plan = prepare(operator, arrays, mask, halves)
+    gates = {name: given[name] for name in plan.gates}
+    verdict = look(gates) if gates and not recording(given) else no_verdict
+    try:
+        called = begun(core, operator, given, options, plan, start, initial_state, cu_seqlens)
+        if hold:
+            return called
+        o, state = called.core(**called.arguments, state=called.state)
+    finally:
+        verdict()
+    o = o if o.dtype == plan.output else o.astype(plan.output)
+    return (o, state) if output_final_state else o
+
+
+def begun(
+    core: Callable[..., tuple[Any, Any]],
+    operator: str,
+    given: Mapping[str, Any],
+    options: Mapping[str, Any] | None,
+    plan: Plan,
+    start: Callable[..., Any],
+    initial_state: Any,
+    cu_seqlens: Any,
+) -> Held:
+    """The call of a core, with all it needs."""
+    empty = vacant(start, operator, given, plan.lead, plan.sizes, plan.compute)
     every = {name: given.get(name) for name in OPERATORS[operator].arrays + OPERATORS[operator].optional}
     if OPERATORS[operator].sees_mask:
         every["mask"] = given.get("mask")
     every |= options or {}
     if asks_nobody(operator, given, empty):
         core = partial(unasked, core, operator)
-    if cu_seqlens is None:
-        known = initial_state is not None
-        state = beside(given, adopt(operator, initial_state, empty)) if known else made_there(given, empty)
-        if hold:
-            return Held(core, every, state)
-        o, state = core(**every, state=state)
-    else:
-        bounds = check_boundaries(cu_seqlens, sizes["t"])
-        o, state = run_packed(core, operator, every, given, bounds, made_there(given, empty), initial_state)
-    o = o.astype(output, copy=False)
-    return (o, state) if output_final_state else o
+    if cu_seqlens is not None:
+        bounds = check_boundaries(cu_seqlens, plan.sizes["t"])
+        core = partial(run_packed, core, operator, given, bounds, initial_state)
+        return Held(core, every, made_there(given, empty))
+    if initial_state is None:
+        return Held(core, every, made_there(given, empty))
+    return Held(core, every, beside(given, adopt(operator, initial_state, empty)))
 
 
-def questions(operator: str) -> list[str]:
+@cache
+def questions(operator: str) -> tuple[str, ...]:
     """The arrays with a time axis that only question the memory."""
-    return [name for name in OPERATORS[operator].reads if ARRAYS[name].axes.startswith("t")]
+    return tuple(name for name in OPERATORS[operator].reads if ARRAYS[name].axes.startswith("t"))
 
 
 def asks_nobody(operator: str, given: Mapping[str, Any], empty: Any) -> bool:
     """Whether memories exist, but a leading axis of their queries is empty; caches do not mind."""
+    if "position" in OPERATORS[operator].state or all(0 not in given[x].shape[:-2] for x in questions(operator)):
+        return False
     own = len(next(iter(OPERATORS[operator].state.values())).split())
-    lead = empty[0].shape[: empty[0].ndim - own]
-    cached = "position" in OPERATORS[operator].state
-    return not cached and 0 not in lead and any(0 in given[name].shape[:-2] for name in questions(operator))
+    return 0 not in empty[0].shape[: empty[0].ndim - own]
 
 
 def unasked(core: Callable[..., tuple[Any, Any]], operator: str, *, state: Any, **every: Any) -> tuple[Any, Any]:
@@ -443,19 +620,19 @@ def unasked(core: Callable[..., tuple[Any, Any]], operator: str, *, state: Any, 
 
 
 def run_packed(
-    core: Any, operator: str, every: Any, given: Any, bounds: np.ndarray, empty: Any, initial_state: Any
+    core: Any, operator: str, given: Any, bounds: np.ndarray, initial_state: Any, *, state: Any, **every: Any
 ) -> Any:
     """Each packed sequence by itself, from its own state; states are stacked on an axis before their own axes."""
     outputs, states = [], []
     for i, (low, high) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
         piece = {name: cut(name, x, given, low, high) for name, x in every.items()}
-        begin = empty if initial_state is None else select(operator, initial_state, i, len(bounds) - 1)
-        o, state = core(**piece, state=beside(given, adopt(operator, begin, empty)))
+        begin = state if initial_state is None else select(operator, initial_state, i, len(bounds) - 1)
+        o, end = core(**piece, state=beside(given, adopt(operator, begin, state)))
         outputs.append(o)
-        states.append(state)
+        states.append(end)
     if not outputs:
-        o, state = core(**every, state=empty)
-        return o, none_of(operator, stack(operator, [state]))
+        o, end = core(**every, state=state)
+        return o, none_of(operator, stack(operator, [end]))
     time = -2 if outputs[0].ndim > 1 else -1
     return np.concatenate(outputs, axis=time), stack(operator, states)
 

@@ -7,8 +7,8 @@ can record it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,10 +17,29 @@ from .calling import on_device
 __all__ = ["Launches"]
 
 
-def alike(x: Any, held: Any) -> bool:
-    """Whether an array may stand in another's place in a launch."""
-    same = type(x) is type(held) and x.dtype == held.dtype and x.shape == held.shape and x.strides == held.strides
-    return same and x.dtype.kind != "c"  # kernels know complex numbers as two arrays
+class Form(NamedTuple):
+    """What an array has in common with those that may stand in its place in a launch."""
+
+    kind: type
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    replaced: bool  # whether others may stand there at all: kernels know complex numbers as two arrays
+
+    def fits(self, x: Any) -> bool:
+        """Whether an array may."""
+        return (
+            type(x) is self.kind
+            and x.dtype == self.dtype
+            and x.shape == self.shape
+            and x.strides == self.strides
+            and self.replaced
+        )
+
+
+def form_of(held: Any, launched: bool) -> Form:
+    """The form of a held array."""
+    return Form(type(held), held.dtype, held.shape, held.strides, launched and held.dtype.kind != "c")
 
 
 class Launches:
@@ -42,16 +61,30 @@ class Launches:
         self.launches, self.tokens, self.answer, self.state = launches, tokens, answer, state
         held = {**tokens, "out": answer}
         self.places = {name: [launch.places(x) for launch in launches] for name, x in held.items()}
+        self.forms = {name: form_of(x, any(self.places[name])) for name, x in held.items()}
         self.moved = [(old, new) for old, new in zip(state, after, strict=True) if new is not old]
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether the launches read the held tokens, and no copies of them that were made to be launched with."""
+        return all(any(self.places[name]) for name, x in self.tokens.items() if x.size)
 
     def serves(self, name: str, x: Any) -> bool:
         """Whether an array of a token can be read where it is."""
-        return alike(x, self.tokens[name]) and any(self.places[name])
+        return self.forms[name].fits(x)
+
+    def apart(self, x: Any, others: Iterable[Any]) -> bool:
+        """Whether an array that fits shares no memory with others that fit: each lies in one piece."""
+        address = self.launches[0].machine.address
+        begin = address(x)
+        return begin is None or all(
+            (other := address(y)) is None or other + y.nbytes <= begin or begin + x.nbytes <= other for y in others
+        )
 
     def __call__(self, token: Mapping[str, Any], out: Any = None) -> Any:
         """One step: what is in the token takes the place of what is held; the answer, in ``out`` if it fits."""
         others = dict(token)
-        if out is not None and alike(out, self.answer) and not any(np.may_share_memory(out, x) for x in token.values()):
+        if out is not None and self.serves("out", out) and self.apart(out, token.values()):
             others["out"] = out
         for i, launch in enumerate(self.launches):
             launch({place: x for name, x in others.items() for place in self.places[name][i]})
@@ -68,9 +101,9 @@ def send(x: np.ndarray, into: Any) -> None:
     TypeError
         If it would have to leave the GPU unasked.
     """
-    if on_device(into) and not on_device(x):
-        into.set(np.asarray(x, into.dtype, order="C"))
-    elif on_device(x) and not on_device(into):
+    if type(x) is type(into) or on_device(into) == on_device(x):
+        into[...] = x
+    elif on_device(x):
         raise TypeError("the token is on the GPU, this stream keeps its arrays on the CPU")
     else:
-        into[...] = x
+        into.set(np.asarray(x, into.dtype, order="C"))

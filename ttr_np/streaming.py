@@ -130,6 +130,7 @@ class Stream:
         axes = {name: time_axis(name, x, tokens) for name, x in tokens.items()}
         long = {name: np.expand_dims(x, axes[name]) for name, x in tokens.items()}
         self._backend = resolve(operator, chosen(backend), device_of(fixed, begin), long | fixed)
+        self._on_gpu = self._backend in ON_GPU and not self._grows  # where token, state and answer are kept
         hold = self._holder()
         self._tokens = {name: hold(x.astype(self._format(name), copy=False)) for name, x in tokens.items()}
         self._long = {name: np.expand_dims(x, axes[name]) for name, x in self._tokens.items()}
@@ -143,7 +144,7 @@ class Stream:
         elif state is not None:
             raise NotImplementedError(f"backend {self._backend!r} moves no state of {operator} in place")
         else:
-            none = {name: np.take(x, [], axis=axes[name]) for name, x in self._long.items()}
+            none = {name: x[(..., slice(0), *[slice(None)] * (-1 - axes[name]))] for name, x in self._long.items()}
             self._state = self._whole(none)[1]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -164,12 +165,12 @@ class Stream:
 
     def _format(self, name: str) -> np.dtype:
         """The dtype in which an array of a token is held: halves only where kernels read them."""
-        halves = self._backend == "cupy" and not self._grows and name not in GATES
+        halves = self._backend == "cupy" and self._on_gpu and name not in GATES
         return self.dtype if halves else harmless(name, (), self._compute).dtype
 
     def _holder(self) -> Callable[[Any], Any]:
         """What copies an array to where the stream keeps its own."""
-        if self._backend not in ON_GPU or self._grows:
+        if not self._on_gpu:
             return lambda x: x
         machine = import_module(f"{BACKENDS[self._backend]}._launch").machine
         return lambda x: machine.hold(x if on_device(x) else np.asarray(x))
@@ -194,7 +195,8 @@ class Stream:
         if self._backend in ON_GPU:
             with import_module(f"{BACKENDS[self._backend]}._launch").keeping() as launches:
                 o, after = held.core(**held.arguments, state=state)
-            return Launches(launches, self._tokens, o[..., 0, :], state, after)
+            kept = Launches(launches, self._tokens, o[..., 0, :], state, after)
+            return kept if kept.reads_all else None
         threads = import_module(f"{BACKENDS[self._backend]}._threads")
         with threads.keeping() as works:
             o, after = held.core(**held.arguments, state=state)
@@ -227,7 +229,7 @@ class Stream:
         given = zip(self.names, token, strict=True) if plain else self._named(token, named)
         if out is not None:
             check_out(out, self._shape, self._output)
-        if isinstance(self._loop, Launches):
+        if self._on_gpu:
             return self._launched(dict(given), out)
         for name, x in given:
             take(name, self._tokens[name], x)
@@ -236,11 +238,12 @@ class Stream:
 
     def _launched(self, token: Mapping[str, Any], out: Any) -> Any:
         """A step on the GPU: arrays of the token that cannot be read where they are, are copied."""
-        there = {name: x for name, x in token.items() if self._loop.serves(name, x)}
+        loop = self._loop
+        there = {} if loop is None else {name: x for name, x in token.items() if loop.serves(name, x)}
         for name in token.keys() - there.keys():
             take(name, self._tokens[name], token[name])
-        if all(usual(name, x) for name, x in token.items() if name in USUAL and not on_device(x)):
-            answer = self._loop(there, out)
+        if loop and all(usual(name, x) for name, x in token.items() if name in USUAL and not on_device(x)):
+            answer = loop(there, out)
         else:
             for name, x in there.items():
                 take(name, self._tokens[name], x)

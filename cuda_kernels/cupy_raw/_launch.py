@@ -1,44 +1,38 @@
-"""From the text of a kernel to a launch: constants filled in, arguments cast to what the text declares.
+"""From the text of a kernel to a launch: what lies where, what is compiled, what has been sent.
 
 ``machine`` is where kernels run. Tests put the CPU in its place; the operators do not know.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ttr_np import calling
 
-from .. import _calls
+from .. import _calls, _plans
 from .._calls import keeping
-from .._sequences import Sequences
+from .._sequences import Sequences, place_of
+from . import _gates
+from ._text import NUMBERS, Kernel, name_of
 
-__all__ = ["Device", "Kernel", "empty", "even", "keeping", "launch", "machine", "run"]
+__all__ = [
+    "Device",
+    "Kernel",
+    "alike",
+    "empty",
+    "even",
+    "keeping",
+    "launch",
+    "machine",
+    "replayed",
+    "run",
+]
 
-FOLDER = Path(__file__).parent
-HEADERS = ("numbers.cuh", "sequences.cuh")
-NUMBERS = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float", "float64": "double"}
-DTYPES = {"int": "int32", "long long": "int64", "bool": "bool"} | {ours: name for name, ours in NUMBERS.items()}
-
-
-@cache
-def text_of(name: str) -> str:
-    """A file of this folder."""
-    return (FOLDER / name).read_text()
-
-
-class Parameter(NamedTuple):
-    """One parameter of a kernel: its type without ``const``, and whether it points to numbers of that type."""
-
-    name: str
-    type: str
-    pointer: bool
+NULL = np.uintp(0)
 
 
 class Device(NamedTuple):
@@ -48,85 +42,45 @@ class Device(NamedTuple):
     shared: int  # bytes that one block may have
 
 
-class Kernel:
-    """The kernel of one ``.cu`` file of this folder, named like it; ``headers`` beyond those that all kernels share."""
-
-    def __init__(self, name: str, *headers: str) -> None:
-        self.name = name
-        self.headers = headers
-
-    def text(self) -> str:
-        """What the file says."""
-        return text_of(f"{self.name}.cu")
-
-    @cache  # noqa: B019 - kernels live as long as the module
-    def parameters(self) -> tuple[Parameter, ...]:
-        """What it declares."""
-        listed = re.search(rf"\n{self.name}\((.*?)\)", self.text(), flags=re.DOTALL)[1]
-        found = re.findall(r"(?:const )?([\w ]+?)(\*?) (\w+)(?:,\s*|$)", listed)
-        return tuple(Parameter(name, kind, bool(star)) for kind, star, name in found)
-
-    def source(self, types: Mapping[str, str], constants: Mapping[str, int]) -> str:
-        """The text for NVRTC: types and constants, what all kernels share, then the file."""
-        lines = [f"typedef {kind} {name};" for name, kind in types.items() if kind not in ("float16", "bfloat16")]
-        lines += [f"#define {name} {value}" for name, value in constants.items()]
-        halves = [f"typedef {kind} {name};" for name, kind in types.items() if kind in ("float16", "bfloat16")]
-        numbers, sequences = map(text_of, HEADERS)
-        own = map(text_of, self.headers)
-        return "\n".join([*lines, numbers, *halves, sequences, *own, f'#line 1 "{self.name}.cu"', self.text()])
-
-    def typed(self, arguments: Mapping[str, Any], types: Mapping[str, str]) -> list[Any]:
-        """Arguments in their order, each of the type that its parameter declares.
-
-        Raises
-        ------
-        TypeError
-            If an array holds numbers of another type: a pointer cannot be cast.
-        """
-        return [self.cast(parameter, arguments[parameter.name], types) for parameter in self.parameters()]
-
-    def cast(self, parameter: Parameter, x: Any, types: Mapping[str, str]) -> Any:
-        """One argument."""
-        dtype = DTYPES[types.get(parameter.type, parameter.type)]
-        if not parameter.pointer:
-            return np.dtype(dtype).type(x)
-        if x is not None and x.dtype.name != dtype:
-            raise TypeError(f"{self.name}: {parameter.name} points to {dtype}, the array holds {x.dtype}")
-        return x
-
-
 class Gpu:
     """The current device of CuPy, on its current stream."""
 
     def __init__(self) -> None:
         self.tables: dict[tuple[int, tuple[int, ...], bytes], Any] = {}
+        self.flags: dict[int, list[_gates.Flag]] = {}  # of each device, those that nobody uses
+        self.plans: dict[Any, Any] = {}
 
     def empty(self, shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
         """A new array in the container of another."""
-        return np.empty_like(like, shape=shape, dtype=dtype)
+        import cupy
+
+        return np.empty(shape, dtype) if isinstance(like, np.ndarray) else cupy.empty(shape, dtype)
+
+    def has(self, x: Any) -> bool:
+        """Whether an array is on the device."""
+        return not isinstance(x, np.ndarray)
 
     def scratch(self, size: int) -> Any:
         """Numbers of single precision for what one launch leaves to the next, on the device whatever the caller has."""
         import cupy
 
-        return cupy.empty((size,), np.float32)
+        return _calls.scratch(cupy.empty((size,), np.float32))
 
     def own(self, x: Any) -> Any:
         """An array on the device; what is broadcast goes there once."""
         import cupy
 
-        return x if isinstance(x, cupy.ndarray) else cupy.broadcast_to(cupy.asarray(_calls.thin(x)), x.shape)
+        return cupy.broadcast_to(cupy.asarray(_calls.thin(x)), x.shape)
 
     def room(self, x: Any) -> Any:
         """An array on the device for what comes back to x."""
         import cupy
 
-        return x if isinstance(x, cupy.ndarray) else cupy.empty(x.shape, x.dtype)
+        return cupy.empty(x.shape, x.dtype)
 
     def back(self, x: Any, into: Any) -> None:
         """Copy to the array of NumPy that it came from."""
-        if isinstance(into, np.ndarray):
-            into[...] = x.get()
+        into[...] = x.get()
 
     def hold(self, x: Any) -> Any:
         """A copy that a stream keeps on the device."""
@@ -136,7 +90,7 @@ class Gpu:
 
     def address(self, x: Any) -> int | None:
         """Where an array of CuPy begins."""
-        return x.data.ptr if hasattr(x, "__cuda_array_interface__") and x.size else None
+        return x.data.ptr if calling.on_device(x) and x.size else None
 
     def like(self, held: Any, x: Any) -> Any:
         """A pointer says no more than where the memory begins."""
@@ -151,6 +105,22 @@ class Gpu:
             self.tables[key] = cupy.asarray(x)
         return self.tables[key]
 
+    def flag(self) -> _gates.Flag:
+        """One of the current device, to be handed back when it is down."""
+        import cupy
+
+        number = cupy.cuda.Device().id
+        try:
+            return self.flags.setdefault(number, []).pop()
+        except IndexError:
+            return _gates.new_flag(number)
+
+    def place(self) -> int:
+        """What plans depend on beside their arrays: the number of the device, where their tables are."""
+        import cupy
+
+        return cupy.cuda.Device().id
+
     def device(self) -> Device:
         """The current one."""
         import cupy
@@ -161,7 +131,7 @@ class Gpu:
         """Launch; a null pointer is the number 0."""
         import cupy
 
-        given = tuple(np.uintp(0) if x is None else x for x in arguments)
+        given = tuple([NULL if x is None else x for x in arguments])
         kernel = compiled(cupy.cuda.Device().id, source, name, shared)
         kernel((blocks,), (threads,), given, shared_mem=shared)
 
@@ -194,12 +164,32 @@ machine: Any = Gpu()
 
 def run(core: Callable[..., Any], *arguments: Any, **common: Any) -> Any:
     """Call an operator's core with everything a caller may ask of any operator; halves stay halves."""
-    return calling.run(core, *arguments, halves=True, **common)
+    return calling.run(core, *arguments, halves=True, look=look, **common)
+
+
+def look(gates: Mapping[str, Any]) -> Callable[[], None]:
+    """Look at gates where they are; see ``ttr_np.calling.run``."""
+    return _gates.look(machine, gates)
 
 
 def empty(sequences: Sequences, own: tuple[int, ...], dtype: Any, like: Any) -> Any:
     """An array for answers in the container of another."""
     return _calls.empty(machine, sequences, own, dtype, like)
+
+
+def alike(x: Any) -> Any:
+    """A new array of the shape, dtype and container of another, in C order."""
+    return _calls.alike(machine, x)
+
+
+def replayed(core: Callable[..., Any]) -> Callable[..., Any]:
+    """A core that does nothing but what this module offers, and so needs to do it only once for all calls alike."""
+    return _plans.replayed(current, core)
+
+
+def current() -> Any:
+    """Where kernels run now."""
+    return machine
 
 
 def even(*arrays: Any) -> int:
@@ -238,13 +228,19 @@ def launch(
     """
     if not scalars["tokens"] * sequences.memories * sequences.groups:
         return
-    names = {name: NUMBERS[np.dtype(dtype).name] for name, dtype in types.items()}
+    names = {name: NUMBERS[name_of(dtype)] for name, dtype in types.items()}
     blocks, threads, shared = grid or _calls.grid(scalars["columns"], constants.get("PARTS", 1))
-    views = {name: None if x is None else sequences.view(x, own) for name, (x, own) in arrays.items()}
     sizes = {"axes": len(sequences.shape), "groups": sequences.groups, "blocks": blocks}
-    with _calls.there_and_back(machine, views, written) as here:
-        owned = zip(here.values(), (own for _, own in arrays.values()), strict=True)
-        table = machine.table(sequences.table(*owned))
-        arguments = kernel.typed(here | {"table": table} | sizes | scalars, names)
+    with _calls.there_and_back(machine, sequences, arrays, written) as here:
+        table = table_of(sequences, here, arrays)
+        if table is None:
+            here = {name: sequences.level(x, arrays[name][1]) for name, x in here.items()}
+            table = table_of(sequences, here, arrays)
+        arguments = kernel.typed(here | {"table": _calls.fixed(machine.table(table))} | sizes | scalars, names)
         what = (kernel.source(names, constants), kernel.name, sequences.memories * blocks, threads)
         _calls.begin(_calls.Launch(machine, what, arguments, (shared,)))
+
+
+def table_of(sequences: Sequences, here: Mapping[str, Any], arrays: _calls.Arrays) -> np.ndarray | None:
+    """Where a kernel finds its numbers; None where an array must be copied first."""
+    return sequences.table(*[place_of(x, arrays[name][1]) for name, x in here.items()])

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from ttr_np.notation import LinearAttentionState
 
 from .. import _calls
@@ -72,7 +70,7 @@ def attend(
         only_k_v = given | {name: (None, given[name][1]) for name in ("q", "bonus", "S", "z")}
         first = constants | {"STATES": 1}
         launch(KERNEL, sequences, only_k_v, (), types, first, grid, pieces=stored, stored=stored, groups=1, **scalars)
-    S_next, z_next = np.empty_like(S), None if z is None else np.empty_like(z)
+    S_next, z_next = _launch.alike(S), None if z is None else _launch.alike(z)
     o = empty(sequences, (q.shape[-2], v.shape[-1]), q.dtype, q)
     given |= {"S_next": (S_next, BOTH), "z_next": (z_next, COLUMN), "o": (o, BOTH)}
     grid = grid._replace(blocks=chosen.pieces * chosen.column_blocks * sequences.groups)

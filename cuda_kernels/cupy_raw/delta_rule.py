@@ -11,7 +11,7 @@ from ttr_np.notation import DeltaRuleState
 from .._calls import split
 from .._sequences import BOTH, ROW, Sequences
 from . import _delta_rule_chunks as chunks
-from ._launch import Kernel, empty, even, launch, run
+from ._launch import Kernel, empty, even, launch, replayed, run
 
 __all__ = ["delta_rule"]
 
@@ -31,7 +31,7 @@ def delta_rule(
 ) -> Any:
     """Delta rule; see ``ttr_np.delta_rule``."""
     arrays = {"q": q, "k": k, "v": v, "beta": beta, "log_decay": log_decay, "erase_key": erase_key}
-    return run(core, "delta_rule", arrays, {"scale": scale}, **common)
+    return run(replayed(core), "delta_rule", arrays, {"scale": scale}, **common)
 
 
 def core(

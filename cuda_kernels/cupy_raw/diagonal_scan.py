@@ -8,7 +8,7 @@ from ttr_np.notation import DiagonalScanState
 
 from .._sequences import BOTH, COLUMN, Sequences
 from . import _launch
-from ._launch import Kernel, empty, launch, run
+from ._launch import Kernel, empty, launch, replayed, run
 from ._tiles import cut
 
 __all__ = ["diagonal_scan"]
@@ -18,7 +18,7 @@ KERNEL = Kernel("diagonal_scan")
 
 def diagonal_scan(x: Any, log_decay: Any, *, phase: Any = None, **common: Any) -> Any:
     """Diagonal scan; see ``ttr_np.diagonal_scan``."""
-    return run(core, "diagonal_scan", {"x": x, "log_decay": log_decay, "phase": phase}, **common)
+    return run(replayed(core), "diagonal_scan", {"x": x, "log_decay": log_decay, "phase": phase}, **common)
 
 
 def core(x: Any, log_decay: Any, phase: Any, *, state: DiagonalScanState) -> tuple[Any, DiagonalScanState]:
@@ -38,7 +38,7 @@ def core(x: Any, log_decay: Any, phase: Any, *, state: DiagonalScanState) -> tup
         nobody = {"h_next": (None, COLUMN), "h_next_imag": (None, COLUMN)}
         first = whole._replace(blocks=whole.blocks * stored)
         launch(KERNEL, sequences, arrays | nobody, (), types, {"STATES": 1}, first, pieces=stored, **scalars)
-        after = _launch.machine.empty(h.shape, h.dtype, h)  # pieces still read the old state
+        after = _launch.alike(h)  # pieces still read the old state
     next_re, next_imag = parts(after)
     arrays |= {"h_next": (next_re, COLUMN), "h_next_imag": (next_imag, COLUMN)}
     written = ("h_next", "h_next_imag", "o", "o_imag")

@@ -10,7 +10,7 @@ from ttr_np.notation import DplrState
 
 from .._calls import split
 from .._sequences import BOTH, ROW, Sequences
-from ._launch import Kernel, empty, even, launch, run
+from ._launch import Kernel, empty, even, launch, replayed, run
 
 __all__ = ["dplr"]
 
@@ -30,7 +30,7 @@ def dplr(
 ) -> Any:
     """Diagonal plus low rank; see ``ttr_np.dplr``."""
     arrays = {"q": q, "k": k, "v": v, "a": a, "b": b, "log_decay": log_decay}
-    return run(core, "dplr", arrays, {"scale": scale}, **common)
+    return run(replayed(core), "dplr", arrays, {"scale": scale}, **common)
 
 
 def core(

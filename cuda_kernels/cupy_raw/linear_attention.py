@@ -13,7 +13,7 @@ from ttr_np.solvers.linear_attention import start
 from .._calls import split
 from .._sequences import BOTH, COLUMN, ROW, Sequences
 from . import _linear_attention_chunks as chunks
-from ._launch import Kernel, empty, even, launch, run
+from ._launch import Kernel, empty, even, launch, replayed, run
 
 __all__ = ["linear_attention"]
 
@@ -34,7 +34,7 @@ def linear_attention(
     """Linear attention; see ``ttr_np.linear_attention``."""
     arrays = {"q": q, "k": k, "v": v, "log_decay": log_decay, "bonus": bonus}
     options = {"normalize": normalize, "scale": scale}
-    return run(core, "linear_attention", arrays, options, start=partial(start, normalize), **common)
+    return run(replayed(core), "linear_attention", arrays, options, start=partial(start, normalize), **common)
 
 
 def core(

@@ -11,7 +11,7 @@ from ttr_np.notation import SelectiveScanState
 from .._calls import split
 from .._sequences import BOTH, COLUMN, Sequences
 from . import _launch
-from ._launch import Kernel, empty, even, launch, run
+from ._launch import Kernel, empty, even, launch, replayed, run
 from ._tiles import cut
 
 __all__ = ["selective_scan"]
@@ -22,7 +22,7 @@ SHARED = 8  # times the lanes that a channel's registers ask for, up to a warp: 
 
 def selective_scan(u: Any, delta: Any, A: Any, B: Any, C: Any, *, D: Any = None, **common: Any) -> Any:
     """Selective scan; see ``ttr_np.selective_scan``."""
-    return run(core, "selective_scan", {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D}, **common)
+    return run(replayed(core), "selective_scan", {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D}, **common)
 
 
 def core(
@@ -46,7 +46,7 @@ def core(
         nobody = {name: (None, own) for name, (_, own) in asked.items()}
         first, grid = constants | {"STATES": 1}, whole._replace(blocks=whole.blocks * (pieces - 1))
         launch(KERNEL, sequences, arrays | nobody, (), types, first, grid, pieces=pieces - 1, **scalars)
-        asked["h_next"] = _launch.machine.empty(h.shape, h.dtype, h), BOTH  # pieces still read the old state
+        asked["h_next"] = _launch.alike(h), BOTH  # pieces still read the old state
     grid = whole._replace(blocks=whole.blocks * pieces)
     launch(KERNEL, sequences, arrays | asked, ("h_next", "o"), types, constants, grid, pieces=pieces, **scalars)
     return o, SelectiveScanState(asked["h_next"][0])

@@ -10,7 +10,7 @@ from ttr_np.notation import ShortConvolutionState
 from ttr_np.solvers.short_convolution import ACTIVATIONS, start
 
 from .._sequences import BOTH, COLUMN, ROW, Sequences
-from ._launch import Kernel, empty, launch, run
+from ._launch import Kernel, empty, launch, replayed, run
 
 __all__ = ["short_convolution"]
 
@@ -23,7 +23,7 @@ def short_convolution(x: Any, weight: Any, *, bias: Any = None, activation: str 
         allowed = " or ".join(map(repr, ACTIVATIONS))
         raise ValueError(f"activation must be {allowed}, got {activation!r}")
     arrays = {"x": x, "weight": weight, "bias": bias}
-    return run(core, "short_convolution", arrays, {"activation": activation}, start=start, **common)
+    return run(replayed(core), "short_convolution", arrays, {"activation": activation}, start=start, **common)
 
 
 def core(

@@ -14,7 +14,7 @@ from .._attention import DOT, Pairs, pairs_of, width_of
 from .._calls import THREADS, Grid
 from .._sequences import BOTH, ROW, Sequences
 from . import _launch
-from ._launch import Kernel, empty, launch, run
+from ._launch import Kernel, empty, launch, replayed, run
 
 __all__ = ["softmax_attention"]
 
@@ -48,7 +48,7 @@ def softmax_attention(
     options = {"scale": scale, "causal": bool(causal), "window": window, "sinks": sinks}
     options["keep"] = bool(common.get("output_final_state"))
     arrays = {"q": q, "k": k, "v": v, "log_decay": log_decay}
-    return run(core, "softmax_attention", arrays, options, start=empty_cache, **common)
+    return run(replayed(core), "softmax_attention", arrays, options, start=empty_cache, **common)
 
 
 class Tiles(NamedTuple):

@@ -19,7 +19,7 @@ from ttr_np.notation import DeltaRuleState
 from .._calls import split
 from .._sequences import BOTH, ROW, Sequences
 from ._columns import columns, place
-from ._launch import cuda, empty, launch, per_channel, run
+from ._launch import cuda, empty, launch, per_channel, replayed, run
 
 __all__ = ["delta_rule"]
 
@@ -37,7 +37,7 @@ def delta_rule(
 ) -> Any:
     """Delta rule; see ``ttr_np.delta_rule``."""
     arrays = {"q": q, "k": k, "v": v, "beta": beta, "log_decay": log_decay, "erase_key": erase_key}
-    return run(core, "delta_rule", arrays, {"scale": scale}, **common)
+    return run(replayed(core), "delta_rule", arrays, {"scale": scale}, **common)
 
 
 def core(

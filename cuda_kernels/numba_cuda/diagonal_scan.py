@@ -14,14 +14,14 @@ from ttr_np.notation import DiagonalScanState
 
 from .._sequences import BOTH, COLUMN, Sequences
 from ._columns import kept, place
-from ._launch import empty, launch, run
+from ._launch import empty, launch, replayed, run
 
 __all__ = ["diagonal_scan"]
 
 
 def diagonal_scan(x: Any, log_decay: Any, *, phase: Any = None, **common: Any) -> Any:
     """Diagonal scan; see ``ttr_np.diagonal_scan``."""
-    return run(core, "diagonal_scan", {"x": x, "log_decay": log_decay, "phase": phase}, **common)
+    return run(replayed(core), "diagonal_scan", {"x": x, "log_decay": log_decay, "phase": phase}, **common)
 
 
 def core(x: Any, log_decay: Any, phase: Any, *, state: DiagonalScanState) -> tuple[Any, DiagonalScanState]:

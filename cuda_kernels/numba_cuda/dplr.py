@@ -19,7 +19,7 @@ from ttr_np.notation import DplrState
 from .._calls import split
 from .._sequences import BOTH, Sequences
 from ._columns import columns, place
-from ._launch import cuda, empty, launch, per_channel, run
+from ._launch import cuda, empty, launch, per_channel, replayed, run
 
 __all__ = ["dplr"]
 
@@ -37,7 +37,7 @@ def dplr(
 ) -> Any:
     """Diagonal plus low rank; see ``ttr_np.dplr``."""
     arrays = {"q": q, "k": k, "v": v, "a": a, "b": b, "log_decay": log_decay}
-    return run(core, "dplr", arrays, {"scale": scale}, **common)
+    return run(replayed(core), "dplr", arrays, {"scale": scale}, **common)
 
 
 def core(

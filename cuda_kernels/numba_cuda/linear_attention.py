@@ -20,7 +20,7 @@ from ttr_np.solvers.linear_attention import start
 from .._calls import split
 from .._sequences import BOTH, COLUMN, Sequences
 from ._columns import columns, place
-from ._launch import cuda, empty, launch, per_channel, run
+from ._launch import cuda, empty, launch, per_channel, replayed, run
 
 __all__ = ["linear_attention"]
 
@@ -39,7 +39,7 @@ def linear_attention(
     """Linear attention; see ``ttr_np.linear_attention``."""
     arrays = {"q": q, "k": k, "v": v, "log_decay": log_decay, "bonus": bonus}
     options = {"normalize": normalize, "scale": scale}
-    return run(core, "linear_attention", arrays, options, start=partial(start, normalize), **common)
+    return run(replayed(core), "linear_attention", arrays, options, start=partial(start, normalize), **common)
 
 
 def core(

@@ -19,14 +19,14 @@ from ttr_np.notation import SelectiveScanState
 from .._calls import split
 from .._sequences import BOTH, COLUMN, Sequences
 from ._columns import columns, place
-from ._launch import cuda, empty, launch, run
+from ._launch import cuda, empty, launch, replayed, run
 
 __all__ = ["selective_scan"]
 
 
 def selective_scan(u: Any, delta: Any, A: Any, B: Any, C: Any, *, D: Any = None, **common: Any) -> Any:
     """Selective scan; see ``ttr_np.selective_scan``."""
-    return run(core, "selective_scan", {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D}, **common)
+    return run(replayed(core), "selective_scan", {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D}, **common)
 
 
 def core(

@@ -19,7 +19,7 @@ from ttr_np.solvers.short_convolution import ACTIVATIONS, start
 
 from .._sequences import BOTH, COLUMN, ROW, Sequences
 from ._columns import place
-from ._launch import cuda, empty, launch, run
+from ._launch import cuda, empty, launch, replayed, run
 
 __all__ = ["short_convolution"]
 
@@ -30,7 +30,7 @@ def short_convolution(x: Any, weight: Any, *, bias: Any = None, activation: str 
         allowed = " or ".join(map(repr, ACTIVATIONS))
         raise ValueError(f"activation must be {allowed}, got {activation!r}")
     arrays = {"x": x, "weight": weight, "bias": bias}
-    return run(core, "short_convolution", arrays, {"activation": activation}, start=start, **common)
+    return run(replayed(core), "short_convolution", arrays, {"activation": activation}, start=start, **common)
 
 
 def core(

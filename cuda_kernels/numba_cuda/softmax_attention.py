@@ -21,7 +21,7 @@ from ttr_np.solvers.softmax_attention import scale_of
 
 from .._attention import DOT, EXPONENTIAL, Pairs, pairs_of
 from .._sequences import BOTH, ROW, Sequences
-from ._launch import cuda, empty, launch, run
+from ._launch import cuda, empty, launch, replayed, run
 from ._pairs import (
     SLAB,
     TILE,
@@ -63,7 +63,7 @@ def softmax_attention(
     options = {"scale": scale, "causal": bool(causal), "window": window, "sinks": sinks}
     options["keep"] = bool(common.get("output_final_state"))
     arrays = {"q": q, "k": k, "v": v, "log_decay": log_decay}
-    return run(core, "softmax_attention", arrays, options, start=empty_cache, **common)
+    return run(replayed(core), "softmax_attention", arrays, options, start=empty_cache, **common)
 
 
 def core(

@@ -35,13 +35,16 @@ class ndarray(NDArrayOperatorsMixin):  # noqa: N801 - CuPy's name
     __cuda_array_interface__ = {"version": 3}
     METHODS = ("reshape", "transpose", "swapaxes", "astype", "copy", "any", "all", "max", "sum")
 
-    def __init__(self, held: Any) -> None:
-        self.held = np.asarray(held)
+    def __init__(self, held: Any, dtype: Any = None, memory: Any = None) -> None:
+        self.held = np.asarray(held) if memory is None else np.frombuffer(memory, dtype).reshape(held)
 
     def __getattr__(self, name: str) -> Any:
         if name == "data":
             return SimpleNamespace(ptr=self.held.ctypes.data)
+        if name == "device":
+            return Device()
         if name in self.METHODS:
+            called.append(name)
             counted["arrays"] += name in ("astype", "copy")
             return lambda *args, **options: outer(getattr(self.held, name)(*args, **options))
         if name in ("shape", "strides", "dtype", "ndim", "size", "itemsize", "flags", "real", "imag"):
@@ -54,16 +57,19 @@ class ndarray(NDArrayOperatorsMixin):  # noqa: N801 - CuPy's name
     def __array_function__(self, function: Any, types: Any, args: Any, options: Any) -> Any:
         mixed = function is not np.asarray and any(isinstance(x, np.ndarray) and x.ndim for x in args)
         assert not mixed, "CuPy and NumPy do not mix"
+        called.append(function.__name__)
         counted["arrays"] += function in (np.empty_like, np.zeros_like, np.where, np.concatenate, np.stack)
         counted["sent"] += args[0].nbytes if function is np.asarray and isinstance(args[0], np.ndarray) else 0
         return outer(function(*inner(args), **{name: inner(x) for name, x in options.items()}))
 
     def __array_ufunc__(self, function: Any, method: str, *args: Any, **options: Any) -> Any:
         assert not any(isinstance(x, np.ndarray) and x.ndim for x in args), "CuPy and NumPy do not mix"
+        called.append(function.__name__)
         counted["arrays"] += 1
         return outer(getattr(function, method)(*inner(args), **options))
 
     def __getitem__(self, place: Any) -> Any:
+        called.append("getitem")
         return outer(self.held[inner(place)])
 
     def __setitem__(self, place: Any, value: Any) -> None:
@@ -115,6 +121,7 @@ class RawModule:
             assert shared_mem <= getattr(launch, "max_dynamic_shared_size_bytes", 48 * 1024)
             assert not any(isinstance(x, np.ndarray) and x.ndim for x in arguments), "kernels take arrays on the device"
             given = [None if isinstance(x, np.uintp) and x == 0 else inner(x) for x in arguments]
+            called.append("launch")
             self.machine.run(self.code, name, *grid, *threads, given, shared_mem)
 
         return launch
@@ -122,6 +129,7 @@ class RawModule:
 
 def array(x: Any) -> ndarray:
     """A copy on the device."""
+    called.append("array")
     counted["arrays"] += 1
     counted["sent"] += x.nbytes if isinstance(x, np.ndarray) else 0
     return ndarray(np.array(inner(x), order="K"))
@@ -137,14 +145,36 @@ def from_dlpack(x: Any) -> ndarray:
 
 def empty(shape: tuple[int, ...], dtype: Any) -> ndarray:
     """New memory that holds no numbers."""
+    called.append("empty")
     counted["arrays"] += 1
     return ndarray(np.full(shape, np.nan, dtype))
 
 
 def broadcast_to(x: ndarray, shape: tuple[int, ...]) -> ndarray:
     """A view."""
+    called.append("broadcast_to")
     view = np.broadcast_to(x.held, shape)
     return ndarray(view if view.shape != x.shape else x.held)
+
+
+class Pinned(bytearray):
+    """Memory of the host that the device reaches."""
+
+    ptr = 0
+
+
+class Event:
+    """What a stream has come to."""
+
+    def __init__(self, *, disable_timing: bool) -> None:
+        assert disable_timing
+
+    def record(self) -> None:
+        """All work is done when its call returns."""
+
+    def synchronize(self) -> None:
+        """Wait for it."""
+        counted["waits"] += 1
 
 
 class Device:
@@ -173,5 +203,13 @@ class Stream:
 
 
 counted = {"waits": 0, "arrays": 0, "sent": 0}  # what no CUDA graph records: waiting, new memory, bytes from the host
+called: list[str] = []  # everything that takes the library's time, in order
 current = Stream()
-cuda = SimpleNamespace(Device=Device, get_current_stream=lambda: current)
+cuda = SimpleNamespace(
+    Device=Device,
+    Event=Event,
+    MemoryPointer=lambda memory, offset: memory,
+    UnownedMemory=lambda pointer, size, owner, device: owner,
+    alloc_pinned_memory=Pinned,
+    get_current_stream=lambda: current,
+)

@@ -27,6 +27,15 @@ class OnCpu:
         self.options = {"check": True} | options
         self.launches: list[str] = []
         self.fresh: list[np.ndarray] = []
+        self.plans: dict[Any, Any] = {}
+
+    def place(self) -> Any:
+        """What plans depend on beside their arrays."""
+        return None
+
+    def has(self, x: Any) -> bool:
+        """Every array is here."""
+        return True
 
     def own(self, x: Any) -> Any:
         """The array itself: its strides are the kernel's concern."""
@@ -43,7 +52,9 @@ class OnCpu:
 
     def scratch(self, size: int) -> np.ndarray:
         """Numbers that one launch leaves to the next."""
-        return self.empty((size,), np.float32, None)
+        from cuda_kernels import _calls
+
+        return _calls.scratch(self.empty((size,), np.float32, None))
 
     def back(self, x: Any, into: Any) -> None:
         """It is the same memory."""
@@ -59,7 +70,8 @@ class OnCpu:
 
     def like(self, held: Any, x: Any) -> Any:
         """The memory of x in the shape and strides of another."""
-        return np.lib.stride_tricks.as_strided(x, held.shape, held.strides)
+        same = (x.shape, x.strides) == (held.shape, held.strides)
+        return x if same else np.lib.stride_tricks.as_strided(x, held.shape, held.strides)
 
     def start(self, kernel: Kernel, name: str, blocks: int, threads: int, arguments: list[Any], **more: Any) -> None:
         """Launch."""
@@ -80,6 +92,10 @@ class Cupy(OnCpu):
         from cuda_kernels.cupy_raw._launch import Device
 
         return Device(self.multiprocessors, self.shared)
+
+    def place(self) -> Any:
+        """What plans depend on beside their arrays."""
+        return self.multiprocessors, self.shared
 
     def run(self, text: str, name: str, blocks: int, threads: int, arguments: list[Any], shared: int = 0) -> None:
         """Launch."""
@@ -109,6 +125,11 @@ class OnGpu:
     def __init__(self, machine: Any) -> None:
         self.machine = machine
         self.launches: list[str] = []
+        self.plans: dict[Any, Any] = {}
+
+    def place(self) -> Any:
+        """What plans depend on beside their arrays."""
+        return self.machine.place(), self.multiprocessors, self.shared
 
     def device(self) -> Any:
         """What launchers ask of it."""
