@@ -150,7 +150,8 @@ def test_chunks_are_as_good_as_the_solver(name, gate, k, v, lengths):
 
 
 @pytest.mark.parametrize("gate", ["none", "channel"])
-def test_many_pieces_are_one_sequence(gate):
+def test_many_pieces_are_one_sequence(gate, monkeypatch):
+    monkeypatch.setattr(_tiles, "MOST", 1)  # block on a multiprocessor
     arrays, options = inputs("float32", gate, lead=(1,), t=32 * 12 + 5, k=16, v=3)
     whole = attend(arrays, options, dtype=np.float64)
     for multiprocessors, launches in ((1, 1), (2, 2), (100, 2)):
@@ -287,7 +288,7 @@ WAYS = [  # each with barriers of its own: terms with everything there is, and d
 
 def spoilt_call(name, gate, everything, monkeypatch):
     """A call that goes every way through the text: pieces, several chunks, and a token that is no number."""
-    monkeypatch.setitem(_tiles.CHUNK, name == "bfloat16", 16)
+    monkeypatch.setattr(_tiles, "CHUNK", 16 if name == "bfloat16" else 32)
     arrays, options = inputs(name, gate, lead=(1,), t=128 + 3, k=16, v=17)
     options = {"normalize": everything}
     if everything:
