@@ -60,7 +60,7 @@ def tiles(dtype: Any, tokens: int, rows: int, columns: int, gate: str, shared: i
         return None
     keys = -(-rows // 16) * 16
     values = min(16 << (max(columns - 1, 1).bit_length() - 4 if columns > 16 else 0), WIDEST)
-    direct = name == "bfloat16" and gate != "channel"
+    direct = name == "bfloat16"
     chunk = CHUNK if keys <= 128 else 16  # a state of more rows leaves few registers for answers
     key_terms = SUM_TERMS[name] if gate == "channel" else TERMS[name]
     while values >= 16:
@@ -81,14 +81,16 @@ def together(sizes: Tiles, shared: int) -> int:
 
 def bytes_of(sizes: Tiles, itemsize: int, gate: str) -> int:
     """Shared memory that a block is launched with, as the text lays it out: rows of tiles are 8 numbers apart."""
-    chunk, keys, values = sizes.chunk, sizes.keys + 8, sizes.values + 8
-    arriving = chunk * (2 * keys + values) * itemsize + (gate == "step") * 4 * (chunk + 8)
-    arriving *= 1 + sizes.direct
-    split = 0 if sizes.direct else 2 * chunk * (2 * keys * sizes.key_terms + values * sizes.data_terms)
-    decays = (gate == "channel") * 4 * chunk * keys
+    chunk, keys, values, stages = sizes.chunk, sizes.keys + 8, sizes.values + 8, 1 + sizes.direct
+    direct_keys = sizes.direct and gate != "channel"
+    arriving = chunk * (2 * keys * (1 + direct_keys) + values * stages) * itemsize
+    arriving += {"none": 0, "step": 4 * (chunk + 8) * stages, "channel": 4 * chunk * keys}[gate]
+    split = 2 * chunk * (2 * keys * sizes.key_terms * (not direct_keys) + values * sizes.data_terms * (not sizes.direct))
     scores = 2 * sizes.sum_terms * chunk * (chunk + 8)
-    numbers = 22 * chunk + 3 * sizes.keys + chunk // 16 * sizes.keys
-    return arriving + split + decays + scores + 4 * numbers
+    octets, sharers = chunk // 8, min(sizes.keys, sizes.values) // 16
+    numbers = 2 * chunk + 3 * sizes.keys
+    numbers += {"none": 0, "step": 20 * chunk, "channel": 32 * sharers * octets * (octets + 1)}[gate]
+    return arriving + split + scores + 4 * numbers
 
 
 def pieces(tokens: int, chunk: int, blocks: int, multiprocessors: int) -> tuple[int, int]:

@@ -5,9 +5,11 @@
 // its lanes as Sums of 16 columns x 8 keys, where it can be the right matrix of a product at once. Scores are made by all
 // warps, 16 x 16 at a time, and lie in shared memory. Whatever is computed is kept in SUM_TERMS bfloat16, never in one.
 //
-// Decays are powers of two of sums of gates that all have one sign, never of differences. Tokens come in blocks of 16:
-// from a key to a query lead the rest of the key's block, the blocks between, and the query's block up to itself. With one
-// gate per channel these are factors of the key and of the query; inside a block they are multiplied up pair by pair.
+// Decays are powers of two of sums of gates that all have one sign, never of differences. With one gate per step, tokens
+// come in blocks of 16: from a key to a query lead the rest of the key's block and the query's block up to itself. With
+// one gate per channel these are factors of the key and of the query, so the path needs a place to meet: the middle of
+// the smallest of the blocks of 2, 4, 8, 16 and 32 tokens that holds both. A lane has the numbers of its tokens as
+// products take them; what a block twice as large needs is what both halves have, times the decay of one of them.
 //
 // Zero times NaN is NaN, so a product would carry a bad number into the past. A chunk whose answers are not finite is
 // taken again: first the tokens before the bad one, with zeros behind them, then one token after the other.
@@ -18,14 +20,15 @@
 // TOGETHER blocks share a multiprocessor: while one waits, for data or at a barrier, another works.
 //
 // DIRECT: products read the data where they arrive, in two places in turn. Otherwise the data are split into terms, or
-// decayed, and the next ones arrive where they were.
+// decayed (keys and queries with one gate per channel), and the next ones arrive where they were.
 
 enum { Q, KEY, V, GATE_OF, BONUS_OF, STATE, STATE_NEXT, Z, Z_NEXT, O };
 
 enum { NO_GATE, STEP, CHANNEL };
 
 constexpr int BLOCKS = CHUNK / 16, WARPS = VALUES / 16, THREADS = 32 * WARPS;
-constexpr int STAGES = DIRECT ? 2 : 1;
+constexpr int OCTETS = CHUNK / 8, SLICES = KEYS / 16, SHARERS = SLICES < WARPS ? SLICES : WARPS;
+constexpr bool DIRECT_KEYS = DIRECT && GATE != CHANNEL;
 constexpr float LOG2E = 1.44269504f;
 static_assert(BLOCKS <= 2, "a lane of one warp has each gate, and no block lies between two others");
 
@@ -33,7 +36,7 @@ typedef Split<DATA_TERMS, CHUNK, VALUES> Values;
 typedef Split<KEY_TERMS, CHUNK, KEYS> Keys;
 
 // The places where tiles arrive.
-template <class TileType>
+template <int STAGES, class TileType>
 struct Arrivals {
     TileType first;
 
@@ -42,37 +45,39 @@ struct Arrivals {
         if (needed && STAGES == 2) tile_of<TileType>(at);
     }
     __device__ __forceinline__ TileType operator[](int stage) const {
-        return {first.begin + stage * TileType::rows * TileType::stride};
+        return {first.begin + (STAGES == 2 ? stage : 0) * TileType::rows * TileType::stride};
     }
 };
 
 // What a block keeps in shared memory.
 struct Room {
     unsigned char* at = dynamic_shared();
-    Arrivals<Tile<data, CHUNK, KEYS>> q_in{at, !STATES}, k_in{at, true};
-    Arrivals<Tile<data, CHUNK, VALUES>> v_in{at, true};
-    Arrivals<Tile<float, 1, CHUNK>> gates{at, GATE == STEP};            // logs, one per token
-    Arrivals<Tile<float, CHUNK, KEYS>> decays{at, GATE == CHANNEL};     // logs, then factors
+    Arrivals<1 + DIRECT_KEYS, Tile<data, CHUNK, KEYS>> q_in{at, !STATES}, k_in{at, true};
+    Arrivals<1 + DIRECT, Tile<data, CHUNK, VALUES>> v_in{at, true};
+    Arrivals<1 + DIRECT, Tile<float, 1, CHUNK>> gates{at, GATE == STEP};  // logs, one per token
+    Arrivals<1, Tile<float, CHUNK, KEYS>> decays{at, GATE == CHANNEL};    // logs
     Keys q, k;
     Values v;
     Split<SUM_TERMS, CHUNK, CHUNK> scores;
     float *since, *rest;            // STEP: sums of gates in log 2, from the block's start and to its end
     float* within;                  // STEP: from token j to token i of one block, at 16 j + i % 16
-    float* whole;                   // CHANNEL: of each block, factors of the channels
+    float* parts;                   // CHANNEL: of scores, 8 x 8 at a time, by warps that have some of the channels each
     float *from_start, *to_end;     // STEP: factors, from the chunk's start to a token and from it to the end
     float *own, *weights;           // BONUS: score of a token with itself; NORMALIZE: sum of the scores of a query
     float *z, *total, *product;     // of each key: weight in memory; decay of the chunk; STATES: decay of the piece
 
     __device__ __forceinline__ Room() {
-        if (!DIRECT && !STATES) q = split_of<KEY_TERMS, CHUNK, KEYS>(at);
-        if (!DIRECT) k = split_of<KEY_TERMS, CHUNK, KEYS>(at);
+        if (!DIRECT_KEYS && !STATES) q = split_of<KEY_TERMS, CHUNK, KEYS>(at);
+        if (!DIRECT_KEYS) k = split_of<KEY_TERMS, CHUNK, KEYS>(at);
         if (!DIRECT) v = split_of<DATA_TERMS, CHUNK, VALUES>(at);
         if (!STATES) scores = split_of<SUM_TERMS, CHUNK, CHUNK>(at);
         float* number = reinterpret_cast<float*>(at);
         const auto numbers = [&](int count) { return (number += count) - count; };
-        since = numbers(CHUNK), rest = numbers(CHUNK), from_start = numbers(CHUNK), to_end = numbers(CHUNK);
-        own = numbers(CHUNK), weights = numbers(CHUNK), within = numbers(16 * CHUNK);
-        z = numbers(KEYS), total = numbers(KEYS), product = numbers(KEYS), whole = numbers(BLOCKS * KEYS);
+        if (GATE == CHANNEL) parts = numbers(64 * SHARERS * OCTETS * (OCTETS + 1) / 2);
+        if (GATE == STEP) since = numbers(CHUNK), rest = numbers(CHUNK), within = numbers(16 * CHUNK);
+        if (GATE == STEP) from_start = numbers(CHUNK), to_end = numbers(CHUNK);
+        own = numbers(CHUNK), weights = numbers(CHUNK);
+        z = numbers(KEYS), total = numbers(KEYS), product = numbers(KEYS);
     }
 };
 
@@ -151,84 +156,169 @@ __device__ __forceinline__ float decay_between(const Room& room, int query, int 
     return exp2f(query / 16 == key / 16 ? room.within[16 * key + query % 16] : room.since[query] + room.rest[key]);
 }
 
-// One gate per channel: queries since the start of their block, keys to the end of theirs.
-__device__ __forceinline__ void decay_in_blocks(const Room& room) {
-    const auto decays = room.decays[0];
-    #pragma unroll 1
-    for (int item = threadIdx.x; item < BLOCKS * KEYS; item += THREADS) {
-        const int channel = item % KEYS, first = item / KEYS * 16;
-        float since = 1, rest = 1;
-        for (int i = first; i < first + 16; i++) {
-            if (!BONUS) since *= decays.at(i, channel);
-            if (!STATES) room.q.set(i, channel, since * widened(room.q_in[0].at(i, channel)));
-            if (BONUS) since *= decays.at(i, channel);
-        }
-        for (int i = first + 15; i >= first; i--) {
-            room.k.set(i, channel, rest * widened(room.k_in[0].at(i, channel)));
-            rest *= decays.at(i, channel);
-        }
-        room.whole[item] = since;
+// What a lane has of 8 tokens and 16 channels, as products take it: token `line` in channels pair + 0, 1, 8, 9.
+struct Four {
+    float x[4];
+
+    template <class T, int R, int C>
+    __device__ __forceinline__ static Four of(const Tile<T, R, C>& tile, int octet, int slice) {
+        const int lane = threadIdx.x % 32, token = 8 * octet + lane / 4, channel = 16 * slice + lane % 4 * 2;
+        Four four;
+        for (int n = 0; n < 2; n++) read_two(tile, token, channel + 8 * n, four.x[2 * n], four.x[2 * n + 1]);
+        return four;
     }
+    __device__ __forceinline__ Four operator*(const Four& other) const {
+        return {x[0] * other.x[0], x[1] * other.x[1], x[2] * other.x[2], x[3] * other.x[3]};
+    }
+    __device__ __forceinline__ Four from(int lanes_away) const {
+        Four other;
+        for (int n = 0; n < 4; n++) other.x[n] = __shfl_xor_sync(0xffffffffu, x[n], lanes_away);
+        return other;
+    }
+    __device__ __forceinline__ float sum() const { return (x[0] + x[1]) + (x[2] + x[3]); }
+    // As the right matrix of a product.
+    __device__ __forceinline__ Right<bfloat16, KEY_TERMS> right() const {
+        Right<bfloat16, KEY_TERMS> right;
+        for (int n = 0; n < 2; n++) set_pair<bfloat16>(right.x, n, x[2 * n], x[2 * n + 1]);
+        return right;
+    }
+    __device__ __forceinline__ void put_into(const Keys& keys, int octet, int slice) const {
+        const int lane = threadIdx.x % 32, token = 8 * octet + lane / 4, channel = 16 * slice + lane % 4 * 2;
+        for (int n = 0; n < 2; n++) keys.set_two(token, channel + 8 * n, x[2 * n], x[2 * n + 1]);
+    }
+};
+constexpr Four ONES = {1, 1, 1, 1};
+
+// Two of the scores of 8 queries and 8 keys, both as right matrices: of query `line` with keys pair and pair + 1.
+struct Two {
+    float x[2];
+};
+__device__ __forceinline__ Two scores_of(const Right<bfloat16, KEY_TERMS>& q, const Right<bfloat16, KEY_TERMS>& k) {
+    Left<bfloat16, KEY_TERMS> left = {};
+    for (int n = 0; n < KEY_TERMS; n++) left.x[n][0] = q.x[n][0], left.x[n][2] = q.x[n][1];
+    Sum sum = {};
+    add(sum, left, k);
+    return {sum.x[0], sum.x[1]};
+}
+// What the channels of a slice add to scores.
+__device__ __forceinline__ void leave_part(const Room& room, int query_octet, int key_octet, int slice, const Two& part) {
+    const int tile = query_octet * (query_octet + 1) / 2 + key_octet, warp = threadIdx.x / 32;
+    float* at = room.parts + ((warp * OCTETS * (OCTETS + 1) / 2 + tile) * 32 + threadIdx.x % 32) * 2;
+    const bool more = slice != warp;
+    for (int n = 0; n < 2; n++) at[n] = more ? at[n] + part.x[n] : part.x[n];
 }
 
-// Then queries since the start of the chunk, keys to the end of it.
-__device__ __forceinline__ void decay_over_blocks(const Room& room) {
-    #pragma unroll 1
-    for (int channel = threadIdx.x; channel < KEYS; channel += THREADS) {
-        float before = 1, behind = 1;
-        for (int block = 0; block < BLOCKS; block++) {
-            for (int i = 16 * block; i < 16 * block + 16 && block && !STATES; i++)
-                room.q.set(i, channel, before * room.q.at(i, channel));
-            before *= room.whole[block * KEYS + channel];
+// How 8 tokens decay: each since the first of them and to the last, and all of them.
+struct Decays {
+    Four since, rest, all;
+};
+// Scores of 8 tokens among themselves, and their decays.
+__device__ __forceinline__ Two score_octet(Decays& decays, const Four& q, const Four& k, float own) {
+    const int line = threadIdx.x % 32 / 4, pair = threadIdx.x % 4 * 2;
+    Two scores = {line == pair ? own : 0, line == pair + 1 ? own : 0};
+    #pragma unroll
+    for (int half = 1; half < 8; half *= 2) {  // of a block
+        const bool later = line & half;
+        if (!STATES) {
+            const auto both = (Four{later ? q.x[0] : k.x[0], later ? q.x[1] : k.x[1], later ? q.x[2] : k.x[2],
+                                    later ? q.x[3] : k.x[3]} *
+                               Four{later ? decays.since.x[0] : decays.rest.x[0], later ? decays.since.x[1] : decays.rest.x[1],
+                                    later ? decays.since.x[2] : decays.rest.x[2], later ? decays.since.x[3] : decays.rest.x[3]})
+                                  .right();
+            const Two found = scores_of(both, both);
+            for (int n = 0; n < 2; n++)
+                if (later && (line ^ (pair + n)) / half == 1) scores.x[n] = found.x[n];
         }
-        for (int block = BLOCKS - 1; block >= 0; block--) {
-            for (int i = 16 * block; i < 16 * block + 16 && block + 1 < BLOCKS; i++)
-                room.k.set(i, channel, behind * room.k.at(i, channel));
-            behind *= room.whole[block * KEYS + channel];
-        }
-        room.total[channel] = channel < K ? before : 0;  // zero times NaN, behind the keys, is forgotten too
+        const Four other = decays.all.from(4 * half);
+        for (int n = 0; n < 4; n++)
+            decays.since.x[n] *= later ? other.x[n] : 1, decays.rest.x[n] *= later ? 1 : other.x[n];
+        decays.all = decays.all * other;
     }
+    return scores;
 }
 
-// Scores inside blocks of 16 with one gate per channel: eight lanes walk down a column, each with some of the channels.
-__device__ __forceinline__ void score_in_blocks(const Room& room) {
-    const auto decays = room.decays[0];
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = lane % 8;
+// One gate per channel: queries since the start of the chunk, keys to its end, and scores. A warp has 16 channels.
+__device__ __forceinline__ void decay_channels(const Room& room, const Rows<const real>& bonus) {
+    const int lane = threadIdx.x % 32;
     #pragma unroll 1
-    for (int task = warp; task < 4 * BLOCKS; task += WARPS) {
-        const int first = task / 4 * 16, j = task % 4 * 4 + lane / 8;
-        float score[16] = {};
-        #pragma unroll 1
-        for (int channel = part; channel < KEYS; channel += 8) {
-            const float key = widened(room.k_in[0].at(first + j, channel));
-            float left = 0;  // of the key, at token i
-            #pragma unroll
-            for (int i = 0; i < 16; i++) {
-                const float query = widened(room.q_in[0].at(first + i, channel));
-                if (BONUS && i > j) score[i] = fma(query, left, score[i]);
-                left = i > j ? left * decays.at(first + i, channel) : i == j ? key : 0;
-                if (!BONUS && i >= j) score[i] = fma(query, left, score[i]);
+    for (int slice = threadIdx.x / 32; slice < SLICES; slice += WARPS) {
+        Four whole[OCTETS], before = ONES;
+        Right<bfloat16, KEY_TERMS> early[2], near;  // keys of the first 16 tokens, and of 8 tokens before 8 queries
+        #pragma unroll
+        for (int octet = OCTETS - 1; octet >= 0; octet--) {
+            Four sum = Four::of(room.decays[0], octet, slice);
+            for (int distance = 4; distance < 32; distance *= 2) {
+                const Four other = sum.from(distance);
+                for (int n = 0; n < 4; n++) sum.x[n] += other.x[n];
             }
+            for (int n = 0; n < 4; n++) whole[octet].x[n] = exp2f(LOG2E * sum.x[n]);
         }
         #pragma unroll
-        for (int i = 0; i < 16; i++) {
-            for (int distance = 1; distance < 8; distance *= 2)
-                score[i] += __shfl_xor_sync(0xffffffffu, score[i], distance);
-            if (i % 8 == part) room.scores.set(first + i, first + j, BONUS && i == j ? room.own[first + i] : score[i]);
+        for (int octet = 0; octet < OCTETS; octet++) {
+            const Four k = Four::of(room.k_in[0], octet, slice);
+            Four q = k, decay = Four::of(room.decays[0], octet, slice), behind = ONES;
+            if (!STATES) q = Four::of(room.q_in[0], octet, slice);
+            for (int n = 0; n < 4; n++) decay.x[n] = exp2f(LOG2E * decay.x[n]);
+            float own = 0;
+            if (!STATES) {
+                Four asked = q * k;
+                for (int n = 0; n < 4 && BONUS; n++) {
+                    const int channel = 16 * slice + lane % 4 * 2 + n % 2 + n / 2 * 8;
+                    asked.x[n] *= channel < K ? bonus.at(0, channel) : 0;
+                }
+                own = asked.sum();
+                for (int distance = 1; distance < 4; distance *= 2) own += __shfl_xor_sync(0xffffffffu, own, distance);
+            }
+            Decays decays = {BONUS ? ONES : decay, ONES, decay};
+            const Two among = score_octet(decays, q, k, own);
+            if (!STATES) {
+                leave_part(room, octet, octet, slice, among);
+                const Four asked = q * decays.since;
+                if (octet % 2) leave_part(room, octet, octet - 1, slice, scores_of(asked.right(), near));
+                near = (k * decays.rest).right();
+                if (octet < 2) early[octet] = octet ? near : (k * decays.rest * whole[1]).right();
+                if (octet >= 2) {
+                    const auto late = (octet > 2 ? asked * whole[2] : asked).right();
+                    for (int n = 0; n < 2; n++) leave_part(room, octet, n, slice, scores_of(late, early[n]));
+                }
+                (asked * before).put_into(room.q, octet, slice);
+            }
+            for (int later = octet + 1; later < OCTETS; later++) behind = behind * whole[later];
+            (k * decays.rest * behind).put_into(room.k, octet, slice);
+            before = before * whole[octet];
         }
+        for (int n = 0; n < 4 && lane < 4; n++) {
+            const int channel = 16 * slice + lane * 2 + n % 2 + n / 2 * 8;
+            room.total[channel] = channel < K ? before.x[n] : 0;  // zero times NaN, behind the keys, is forgotten too
+        }
+    }
+}
+
+// Scores are what all channels add to them; a warp has 8 queries and 8 keys.
+__device__ __forceinline__ void add_parts(const Room& room) {
+    constexpr int tiles = OCTETS * (OCTETS + 1) / 2;
+    const int lane = threadIdx.x % 32, line = lane / 4, pair = lane % 4 * 2;
+    #pragma unroll 1
+    for (int task = threadIdx.x / 32; task < OCTETS * OCTETS; task += WARPS) {
+        const int query = task / OCTETS, key = task % OCTETS;
+        Two sum = {};
+        #pragma unroll
+        for (int part = 0; part < SHARERS; part++)
+            for (int n = 0; n < 2 && key <= query; n++)
+                sum.x[n] += room.parts[((part * tiles + query * (query + 1) / 2 + key) * 32 + lane) * 2 + n];
+        if (key / 2 <= query / 2) room.scores.set_two(8 * query + line, 8 * key + pair, sum.x[0], sum.x[1]);
     }
 }
 
 // ---- scores -----------------------------------------------------------------------------------------------------------
 
-// All blocks on and below the diagonal; those on it only if they are not made above.
+// All blocks on and below the diagonal.
 __device__ __forceinline__ void score(const Room& room, const Keys& q, const Keys& k) {
-    constexpr int before = GATE == CHANNEL;
     int task = threadIdx.x / 32;
     #pragma unroll 1
     for (int row = 0; row < BLOCKS; row++)
         #pragma unroll 1
-        for (int column = 0; column <= row - before; column++) {
+        for (int column = 0; column <= row; column++) {
             if (task--) continue;  // tasks go around
             task = WARPS - 1;
             Sum sum[2][2] = {};  // two of each, because a product waits for the sum it is added to
@@ -377,11 +467,11 @@ __device__ __forceinline__ void weigh(Sum (&answers)[BLOCKS][2], const Room& roo
 
 // ---- the walk ---------------------------------------------------------------------------------------------------------
 
-// What a product may read once this is done and the block has met: everything but scores between blocks of tokens.
+// What a product may read once this is done and the block has met: everything but scores.
 __device__ __forceinline__ void prepare(const Room& room, int stage, const Rows<const real>& bonus) {
     if (GATE == STEP && threadIdx.x / 32 == 0) sum_gates(room, room.gates[stage].begin);
     if (GATE == STEP && threadIdx.x / 32 == WARPS - 1) sum_gates_within(room, room.gates[stage].begin);
-    if (BONUS && !STATES)
+    if (BONUS && !STATES && GATE != CHANNEL)
         sum_rows(
             K,
             [&](int i, int n) {
@@ -394,16 +484,7 @@ __device__ __forceinline__ void prepare(const Room& room, int stage, const Rows<
         if (!STATES) copy(room.q, room.q_in[0]);
         copy(room.k, room.k_in[0]);
     }
-    if (GATE != CHANNEL) return;
-    const auto decays = room.decays[0];
-    #pragma unroll 1
-    for (int i = threadIdx.x; i < CHUNK * KEYS; i += THREADS) {
-        float& x = decays.at(i / KEYS, i % KEYS);
-        x = exp2f(LOG2E * x);
-    }
-    __syncthreads();  // the decays and each token's own score are there
-    if (!STATES) score_in_blocks(room);
-    decay_in_blocks(room);
+    if (GATE == CHANNEL) decay_channels(room, bonus);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER)
@@ -506,28 +587,25 @@ linear_attention_chunks(const data* q, const data* k, const data* v, const real*
         const bool part = t + count < chunk_end || (t - places.begin) % CHUNK != 0 || one_by_one;
         finish_copies<0>();
         __syncthreads();  // this chunk is there, and nobody is left at the last one
-        if (DIRECT && next && !part) bring(1 - stage, chunk_end, next, next);
+        if (DIRECT_KEYS && next && !part) bring(1 - stage, chunk_end, next, next);
         prepare(room, stage, places.bonus);
-        const Keys keys = source<DIRECT>(room.k, room.k_in[stage]), queries = source<DIRECT>(room.q, room.q_in[stage]);
+        const Keys keys = source<DIRECT_KEYS>(room.k, room.k_in[stage]);
+        const Keys queries = source<DIRECT_KEYS>(room.q, room.q_in[stage]);
         const Values values = source<DIRECT>(room.v, room.v_in[stage]);
-        if (!DIRECT || GATE || BONUS) __syncthreads();  // sums, terms and scores in blocks are there
-        if (!DIRECT && next && !part) bring(stage, chunk_end, next, next);
+        if (!DIRECT || GATE || BONUS) __syncthreads();  // sums, terms and parts of scores are there
+        if (!DIRECT_KEYS && next && !part) bring(DIRECT ? 1 - stage : stage, chunk_end, next, next);
 
         Sum answers[BLOCKS][2] = {};
         const auto since = [&](int i) { return GATE == STEP ? room.from_start[i] : 1; };
-        if (!STATES) score(room, queries, keys);
-        if (GATE == CHANNEL) {
-            if (!STATES) __syncthreads();  // nobody looks at queries and keys of blocks any more
-            decay_over_blocks(room);
-            __syncthreads();  // keys and queries lead to the borders of the chunk
-        }
+        if (!STATES && GATE != CHANNEL) score(room, queries, keys);
+        if (!STATES && GATE == CHANNEL) add_parts(room);
         if (!STATES) {
             memory.recall(answers, queries);  // while others make scores
             #pragma unroll
             for (int block = 0; block < BLOCKS; block++)
                 for (int n = 0; n < 2; n++)
                     each(answers[block][n], [&](int i, int, float& x) { x *= since(16 * block + i); });
-            if (GATE != CHANNEL) __syncthreads();  // all scores are there
+            __syncthreads();  // all scores are there
             if (NORMALIZE) {
                 sum_rows(
                     KEYS + CHUNK,

@@ -190,6 +190,21 @@ struct Tile {
     __device__ __forceinline__ T& at(int i, int j) const { return begin[i * stride + j]; }
 };
 
+// Two neighbours of a row, j even.
+template <class T, int R, int C>
+__device__ __forceinline__ void read_two(const Tile<T, R, C>& tile, int i, int j, float& low, float& high) {
+    const unsigned both = *reinterpret_cast<const unsigned*>(&tile.at(i, j));
+    low = low_of<T>(both), high = high_of<T>(both);
+}
+template <int R, int C>
+__device__ __forceinline__ void read_two(const Tile<float, R, C>& tile, int i, int j, float& low, float& high) {
+    struct alignas(8) Both {
+        float low, high;
+    };
+    const Both both = *reinterpret_cast<const Both*>(&tile.at(i, j));
+    low = both.low, high = both.high;
+}
+
 // Takes tiles, one after the other, out of a piece of shared memory.
 template <class TileType>
 __device__ __forceinline__ TileType tile_of(unsigned char*& at) {
