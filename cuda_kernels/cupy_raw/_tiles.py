@@ -85,7 +85,8 @@ def bytes_of(sizes: Tiles, itemsize: int, gate: str) -> int:
     direct_keys = sizes.direct and gate != "channel"
     arriving = chunk * (2 * keys * (1 + direct_keys) + values * stages) * itemsize
     arriving += {"none": 0, "step": 4 * (chunk + 8) * stages, "channel": 4 * chunk * keys}[gate]
-    split = 2 * chunk * (2 * keys * sizes.key_terms * (not direct_keys) + values * sizes.data_terms * (not sizes.direct))
+    split = 4 * chunk * keys * sizes.key_terms * (not direct_keys)
+    split += 2 * chunk * values * sizes.data_terms * (not sizes.direct)
     scores = 2 * sizes.sum_terms * chunk * (chunk + 8)
     octets, sharers = chunk // 8, min(sizes.keys, sizes.values) // 16
     numbers = 2 * chunk + 3 * sizes.keys

@@ -220,18 +220,18 @@ __device__ __forceinline__ Two score_octet(Decays& decays, const Four& q, const 
     for (int half = 1; half < 8; half *= 2) {  // of a block
         const bool later = line & half;
         if (!STATES) {
-            const auto both = (Four{later ? q.x[0] : k.x[0], later ? q.x[1] : k.x[1], later ? q.x[2] : k.x[2],
-                                    later ? q.x[3] : k.x[3]} *
-                               Four{later ? decays.since.x[0] : decays.rest.x[0], later ? decays.since.x[1] : decays.rest.x[1],
-                                    later ? decays.since.x[2] : decays.rest.x[2], later ? decays.since.x[3] : decays.rest.x[3]})
-                                  .right();
+            Four mine = k * decays.rest;
+            if (later) mine = q * decays.since;
+            const auto both = mine.right();
             const Two found = scores_of(both, both);
             for (int n = 0; n < 2; n++)
                 if (later && (line ^ (pair + n)) / half == 1) scores.x[n] = found.x[n];
         }
         const Four other = decays.all.from(4 * half);
-        for (int n = 0; n < 4; n++)
-            decays.since.x[n] *= later ? other.x[n] : 1, decays.rest.x[n] *= later ? 1 : other.x[n];
+        if (later)
+            decays.since = decays.since * other;
+        else
+            decays.rest = decays.rest * other;
         decays.all = decays.all * other;
     }
     return scores;
@@ -242,10 +242,10 @@ __device__ __forceinline__ void decay_channels(const Room& room, const Rows<cons
     const int lane = threadIdx.x % 32;
     #pragma unroll 1
     for (int slice = threadIdx.x / 32; slice < SLICES; slice += WARPS) {
-        Four whole[OCTETS], before = ONES;
+        Four whole[OCTETS], last, before = ONES;  // last: decay of the 8 tokens before
         Right<bfloat16, KEY_TERMS> early[2], near;  // keys of the first 16 tokens, and of 8 tokens before 8 queries
         #pragma unroll
-        for (int octet = OCTETS - 1; octet >= 0; octet--) {
+        for (int octet = 1; octet < OCTETS; octet++) {
             Four sum = Four::of(room.decays[0], octet, slice);
             for (int distance = 4; distance < 32; distance *= 2) {
                 const Four other = sum.from(distance);
@@ -278,14 +278,14 @@ __device__ __forceinline__ void decay_channels(const Room& room, const Rows<cons
                 near = (k * decays.rest).right();
                 if (octet < 2) early[octet] = octet ? near : (k * decays.rest * whole[1]).right();
                 if (octet >= 2) {
-                    const auto late = (octet > 2 ? asked * whole[2] : asked).right();
+                    const auto late = (octet > 2 ? asked * last : asked).right();
                     for (int n = 0; n < 2; n++) leave_part(room, octet, n, slice, scores_of(late, early[n]));
                 }
                 (asked * before).put_into(room.q, octet, slice);
             }
             for (int later = octet + 1; later < OCTETS; later++) behind = behind * whole[later];
             (k * decays.rest * behind).put_into(room.k, octet, slice);
-            before = before * whole[octet];
+            last = decays.all, before = before * last;
         }
         for (int n = 0; n < 4 && lane < 4; n++) {
             const int channel = 16 * slice + lane * 2 + n % 2 + n / 2 * 8;
