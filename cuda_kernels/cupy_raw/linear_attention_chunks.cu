@@ -287,9 +287,10 @@ __device__ __forceinline__ void decay_channels(const Room& room, const Rows<cons
             (k * decays.rest * behind).put_into(room.k, octet, slice);
             last = decays.all, before = before * last;
         }
-        for (int n = 0; n < 4 && lane < 4; n++) {
-            const int channel = 16 * slice + lane * 2 + n % 2 + n / 2 * 8;
-            room.total[channel] = channel < K ? before.x[n] : 0;  // zero times NaN, behind the keys, is forgotten too
+        #pragma unroll
+        for (int n = 0; n < 4; n++) {
+            const int channel = 16 * slice + lane % 4 * 2 + n % 2 + n / 2 * 8;
+            if (lane < 4) room.total[channel] = channel < K ? before.x[n] : 0;  // even zero times NaN, behind the keys
         }
     }
 }
@@ -395,7 +396,7 @@ struct Memory {
         #pragma unroll
         for (int n = 0; n < KEYS / 8; n++) {
             each(part[n], [&](int column, int key, float& x) { use(8 * n + key, column, x); });
-            if (n % 4 == 3) __syncwarp();
+            if (n % 8 == 7) __syncwarp();
         }
     }
     __device__ __forceinline__ void decay(const float* total) {  // of each key, alike or not
