@@ -90,7 +90,7 @@ def bytes_of(sizes: Tiles, itemsize: int, gate: str) -> int:
     scores = 2 * sizes.sum_terms * chunk * (chunk + 8)
     octets, sharers = chunk // 8, min(sizes.keys, sizes.values) // 16
     numbers = 2 * chunk + 3 * sizes.keys
-    numbers += {"none": 0, "step": 20 * chunk, "channel": 32 * sharers * octets * (octets + 1)}[gate]
+    numbers += {"none": 0, "step": 20 * chunk + 128, "channel": 32 * sharers * octets * (octets + 1)}[gate]
     return arriving + split + scores + 4 * numbers
 
 

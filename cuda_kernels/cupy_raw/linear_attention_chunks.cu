@@ -27,7 +27,7 @@ enum { Q, KEY, V, GATE_OF, BONUS_OF, STATE, STATE_NEXT, Z, Z_NEXT, O };
 enum { NO_GATE, STEP, CHANNEL };
 
 constexpr int BLOCKS = CHUNK / 16, WARPS = VALUES / 16, THREADS = 32 * WARPS;
-constexpr int OCTETS = CHUNK / 8, SLICES = KEYS / 16, SHARERS = SLICES < WARPS ? SLICES : WARPS;
+constexpr int OCTETS = CHUNK / 8, TILES = OCTETS * (OCTETS + 1) / 2, SLICES = KEYS / 16, SHARERS = SLICES < WARPS ? SLICES : WARPS;
 constexpr bool DIRECT_KEYS = DIRECT && GATE != CHANNEL;
 constexpr float LOG2E = 1.44269504f;
 static_assert(BLOCKS <= 2, "a lane of one warp has each gate, and no block lies between two others");
@@ -49,6 +49,11 @@ struct Arrivals {
     }
 };
 
+// Two of the scores of 8 queries and 8 keys, of query `line` with keys pair and pair + 1.
+struct alignas(8) Two {
+    float x[2];
+};
+
 // What a block keeps in shared memory.
 struct Room {
     unsigned char* at = dynamic_shared();
@@ -60,8 +65,8 @@ struct Room {
     Values v;
     Split<SUM_TERMS, CHUNK, CHUNK> scores;
     float *since, *rest;            // STEP: sums of gates in log 2, from the block's start and to its end
-    float* within;                  // STEP: from token j to token i of one block, at 16 j + i % 16
-    float* parts;                   // CHANNEL: of scores, 8 x 8 at a time, by warps that have some of the channels each
+    float* within;                  // STEP: from token j to token i of one block, at i % 16 (CHUNK + 8) + j
+    Two* parts;                     // CHANNEL: of scores, 8 x 8 at a time, by warps that have some of the channels each
     float *from_start, *to_end;     // STEP: factors, from the chunk's start to a token and from it to the end
     float *own, *weights;           // BONUS: score of a token with itself; NORMALIZE: sum of the scores of a query
     float *z, *total, *product;     // of each key: weight in memory; decay of the chunk; STATES: decay of the piece
@@ -73,8 +78,8 @@ struct Room {
         if (!STATES) scores = split_of<SUM_TERMS, CHUNK, CHUNK>(at);
         float* number = reinterpret_cast<float*>(at);
         const auto numbers = [&](int count) { return (number += count) - count; };
-        if (GATE == CHANNEL) parts = numbers(64 * SHARERS * OCTETS * (OCTETS + 1) / 2);
-        if (GATE == STEP) since = numbers(CHUNK), rest = numbers(CHUNK), within = numbers(16 * CHUNK);
+        if (GATE == CHANNEL) parts = reinterpret_cast<Two*>(numbers(64 * SHARERS * TILES));
+        if (GATE == STEP) since = numbers(CHUNK), rest = numbers(CHUNK), within = numbers(16 * (CHUNK + 8));
         if (GATE == STEP) from_start = numbers(CHUNK), to_end = numbers(CHUNK);
         own = numbers(CHUNK), weights = numbers(CHUNK);
         z = numbers(KEYS), total = numbers(KEYS), product = numbers(KEYS);
@@ -145,7 +150,7 @@ __device__ __forceinline__ void sum_gates_within(const Room& room, const float* 
     #pragma unroll
     for (int place = 0; place < 16; place++) {
         const float gate = place > j % 16 ? LOG2E * gates[j / 16 * 16 + place] : 0;
-        room.within[16 * j + place] = BONUS ? sum : sum + gate;
+        room.within[place * (CHUNK + 8) + j] = BONUS ? sum : sum + gate;
         sum += gate;
     }
 }
@@ -153,7 +158,7 @@ __device__ __forceinline__ void sum_gates_within(const Room& room, const float* 
 // What is left at a query of what was stored at a key before it.
 __device__ __forceinline__ float decay_between(const Room& room, int query, int key) {
     if (GATE != STEP) return 1;
-    return exp2f(query / 16 == key / 16 ? room.within[16 * key + query % 16] : room.since[query] + room.rest[key]);
+    return exp2f(query / 16 == key / 16 ? room.within[query % 16 * (CHUNK + 8) + key] : room.since[query] + room.rest[key]);
 }
 
 // What a lane has of 8 tokens and 16 channels, as products take it: token `line` in channels pair + 0, 1, 8, 9.
@@ -189,10 +194,7 @@ struct Four {
 };
 constexpr Four ONES = {1, 1, 1, 1};
 
-// Two of the scores of 8 queries and 8 keys, both as right matrices: of query `line` with keys pair and pair + 1.
-struct Two {
-    float x[2];
-};
+// Of queries and keys that are both right matrices.
 __device__ __forceinline__ Two scores_of(const Right<bfloat16, KEY_TERMS>& q, const Right<bfloat16, KEY_TERMS>& k) {
     Left<bfloat16, KEY_TERMS> left = {};
     for (int n = 0; n < KEY_TERMS; n++) left.x[n][0] = q.x[n][0], left.x[n][2] = q.x[n][1];
@@ -203,9 +205,8 @@ __device__ __forceinline__ Two scores_of(const Right<bfloat16, KEY_TERMS>& q, co
 // What the channels of a slice add to scores.
 __device__ __forceinline__ void leave_part(const Room& room, int query_octet, int key_octet, int slice, const Two& part) {
     const int tile = query_octet * (query_octet + 1) / 2 + key_octet, warp = threadIdx.x / 32;
-    float* at = room.parts + ((warp * OCTETS * (OCTETS + 1) / 2 + tile) * 32 + threadIdx.x % 32) * 2;
-    const bool more = slice != warp;
-    for (int n = 0; n < 2; n++) at[n] = more ? at[n] + part.x[n] : part.x[n];
+    Two& all = room.parts[(warp * TILES + tile) * 32 + threadIdx.x % 32];
+    all = slice == warp ? part : Two{all.x[0] + part.x[0], all.x[1] + part.x[1]};
 }
 
 // How 8 tokens decay: each since the first of them and to the last, and all of them.
@@ -297,16 +298,16 @@ __device__ __forceinline__ void decay_channels(const Room& room, const Rows<cons
 
 // Scores are what all channels add to them; a warp has 8 queries and 8 keys.
 __device__ __forceinline__ void add_parts(const Room& room) {
-    constexpr int tiles = OCTETS * (OCTETS + 1) / 2;
     const int lane = threadIdx.x % 32, line = lane / 4, pair = lane % 4 * 2;
     #pragma unroll 1
     for (int task = threadIdx.x / 32; task < OCTETS * OCTETS; task += WARPS) {
         const int query = task / OCTETS, key = task % OCTETS;
         Two sum = {};
         #pragma unroll
-        for (int part = 0; part < SHARERS; part++)
-            for (int n = 0; n < 2 && key <= query; n++)
-                sum.x[n] += room.parts[((part * tiles + query * (query + 1) / 2 + key) * 32 + lane) * 2 + n];
+        for (int warp = 0; warp < SHARERS && key <= query; warp++) {
+            const Two part = room.parts[(warp * TILES + query * (query + 1) / 2 + key) * 32 + lane];
+            for (int n = 0; n < 2; n++) sum.x[n] += part.x[n];
+        }
         if (key / 2 <= query / 2) room.scores.set_two(8 * query + line, 8 * key + pair, sum.x[0], sum.x[1]);
     }
 }
