@@ -56,6 +56,7 @@ struct alignas(8) Two {
 
 // What a block keeps in shared memory.
 struct Room {
+    int keys;  // not less than KEYS, but the compiler does not know: what an unrolled loop loads does not pile up
     unsigned char* at = dynamic_shared();
     Arrivals<1 + DIRECT_KEYS, Tile<data, CHUNK, KEYS>> q_in{at, !STATES}, k_in{at, true};
     Arrivals<1 + DIRECT, Tile<data, CHUNK, VALUES>> v_in{at, true};
@@ -66,16 +67,19 @@ struct Room {
     Split<SUM_TERMS, CHUNK, CHUNK> scores;
     float *since, *rest;            // STEP: sums of gates in log 2, from the block's start and to its end
     float* within;                  // STEP: from token j to token i of one block, at i % 16 (CHUNK + 8) + j
+    Tile<float, OCTETS - 1, KEYS> whole;  // CHANNEL: decays of 8 tokens, but not the first 8; where scores will be
     Two* parts;                     // CHANNEL: of scores, 8 x 8 at a time, by warps that have some of the channels each
     float *from_start, *to_end;     // STEP: factors, from the chunk's start to a token and from it to the end
     float *own, *weights;           // BONUS: score of a token with itself; NORMALIZE: sum of the scores of a query
     float *z, *total, *product;     // of each key: weight in memory; decay of the chunk; STATES: decay of the piece
 
-    __device__ __forceinline__ Room() {
+    __device__ __forceinline__ explicit Room(int tokens) : keys(tokens | KEYS) {
         if (!DIRECT_KEYS && !STATES) q = split_of<KEY_TERMS, CHUNK, KEYS>(at);
         if (!DIRECT_KEYS) k = split_of<KEY_TERMS, CHUNK, KEYS>(at);
         if (!DIRECT) v = split_of<DATA_TERMS, CHUNK, VALUES>(at);
-        if (!STATES) scores = split_of<SUM_TERMS, CHUNK, CHUNK>(at);
+        whole.begin = reinterpret_cast<float*>(at);
+        static_assert(decltype(whole)::bytes <= SUM_TERMS * Tile<bfloat16, CHUNK, CHUNK>::bytes, "scores are larger");
+        scores = split_of<SUM_TERMS, CHUNK, CHUNK>(at);
         float* number = reinterpret_cast<float*>(at);
         const auto numbers = [&](int count) { return (number += count) - count; };
         if (GATE == CHANNEL) parts = reinterpret_cast<Two*>(numbers(64 * SHARERS * TILES));
@@ -166,11 +170,15 @@ struct Four {
     float x[4];
 
     template <class T, int R, int C>
-    __device__ __forceinline__ static Four of(const Tile<T, R, C>& tile, int octet, int slice) {
-        const int lane = threadIdx.x % 32, token = 8 * octet + lane / 4, channel = 16 * slice + lane % 4 * 2;
+    __device__ __forceinline__ static Four of_row(const Tile<T, R, C>& tile, int row, int slice) {
+        const int channel = 16 * slice + threadIdx.x % 4 * 2;
         Four four;
-        for (int n = 0; n < 2; n++) read_two(tile, token, channel + 8 * n, four.x[2 * n], four.x[2 * n + 1]);
+        for (int n = 0; n < 2; n++) read_two(tile, row, channel + 8 * n, four.x[2 * n], four.x[2 * n + 1]);
         return four;
+    }
+    template <class T, int R, int C>
+    __device__ __forceinline__ static Four of(const Tile<T, R, C>& tile, int octet, int slice) {
+        return of_row(tile, 8 * octet + threadIdx.x % 32 / 4, slice);
     }
     __device__ __forceinline__ Four operator*(const Four& other) const {
         return {x[0] * other.x[0], x[1] * other.x[1], x[2] * other.x[2], x[3] * other.x[3]};
@@ -194,13 +202,21 @@ struct Four {
 };
 constexpr Four ONES = {1, 1, 1, 1};
 
-// Of queries and keys that are both right matrices.
-__device__ __forceinline__ Two scores_of(const Right<bfloat16, KEY_TERMS>& q, const Right<bfloat16, KEY_TERMS>& k) {
-    Left<bfloat16, KEY_TERMS> left = {};
-    for (int n = 0; n < KEY_TERMS; n++) left.x[n][0] = q.x[n][0], left.x[n][2] = q.x[n][1];
+// Of queries and keys that are both right matrices, so that half of a left one is free.
+template <int TERMS>
+__device__ __forceinline__ Two scores_of(const Right<bfloat16, TERMS>& q, const Right<bfloat16, TERMS>& k) {
+    Left<bfloat16, TERMS> left = {};
+    for (int n = 0; n < TERMS; n++) left.x[n][0] = q.x[n][0], left.x[n][2] = q.x[n][1];
     Sum sum = {};
     add(sum, left, k);
     return {sum.x[0], sum.x[1]};
+}
+// The second of two terms is there.
+__device__ __forceinline__ Two scores_of(const Right<bfloat16, 2>& q, const Right<bfloat16, 2>& k) {
+    const unsigned left[4] = {q.x[0][0], q.x[1][0], q.x[0][1], q.x[1][1]};
+    Sum sum = {};
+    for (int n = 1; n >= 0; n--) multiply_once<bfloat16>(sum, left, k.x[n]);
+    return {sum.x[0] + sum.x[2], sum.x[1] + sum.x[3]};
 }
 // What the channels of a slice add to scores.
 __device__ __forceinline__ void leave_part(const Room& room, int query_octet, int key_octet, int slice, const Two& part) {
@@ -214,11 +230,11 @@ struct Decays {
     Four since, rest, all;
 };
 // Scores of 8 tokens among themselves, and their decays.
-__device__ __forceinline__ Two score_octet(Decays& decays, const Four& q, const Four& k, float own) {
+__device__ __forceinline__ Two score_octet(const Room& room, Decays& decays, const Four& q, const Four& k, float own) {
     const int line = threadIdx.x % 32 / 4, pair = threadIdx.x % 4 * 2;
     Two scores = {line == pair ? own : 0, line == pair + 1 ? own : 0};
     #pragma unroll
-    for (int half = 1; half < 8; half *= 2) {  // of a block
+    for (int half = 1; half < 8 && half < room.keys; half *= 2) {  // of a block
         const bool later = line & half;
         if (!STATES) {
             Four mine = k * decays.rest;
@@ -243,7 +259,7 @@ __device__ __forceinline__ void decay_channels(const Room& room, const Rows<cons
     const int lane = threadIdx.x % 32;
     #pragma unroll 1
     for (int slice = threadIdx.x / 32; slice < SLICES; slice += WARPS) {
-        Four whole[OCTETS], last, before = ONES;  // last: decay of the 8 tokens before
+        Four before = ONES;
         Right<bfloat16, KEY_TERMS> early[2], near;  // keys of the first 16 tokens, and of 8 tokens before 8 queries
         #pragma unroll
         for (int octet = 1; octet < OCTETS; octet++) {
@@ -252,10 +268,12 @@ __device__ __forceinline__ void decay_channels(const Room& room, const Rows<cons
                 const Four other = sum.from(distance);
                 for (int n = 0; n < 4; n++) sum.x[n] += other.x[n];
             }
-            for (int n = 0; n < 4; n++) whole[octet].x[n] = exp2f(LOG2E * sum.x[n]);
+            for (int n = 0; n < 4; n++)
+                if (lane < 4) room.whole.at(octet - 1, 16 * slice + lane * 2 + n % 2 + n / 2 * 8) = exp2f(LOG2E * sum.x[n]);
         }
+        __syncwarp();  // all lanes see them
         #pragma unroll
-        for (int octet = 0; octet < OCTETS; octet++) {
+        for (int octet = 0; octet < OCTETS && octet < room.keys; octet++) {
             const Four k = Four::of(room.k_in[0], octet, slice);
             Four q = k, decay = Four::of(room.decays[0], octet, slice), behind = ONES;
             if (!STATES) q = Four::of(room.q_in[0], octet, slice);
@@ -271,22 +289,22 @@ __device__ __forceinline__ void decay_channels(const Room& room, const Rows<cons
                 for (int distance = 1; distance < 4; distance *= 2) own += __shfl_xor_sync(0xffffffffu, own, distance);
             }
             Decays decays = {BONUS ? ONES : decay, ONES, decay};
-            const Two among = score_octet(decays, q, k, own);
+            const Two among = score_octet(room, decays, q, k, own);
             if (!STATES) {
                 leave_part(room, octet, octet, slice, among);
                 const Four asked = q * decays.since;
                 if (octet % 2) leave_part(room, octet, octet - 1, slice, scores_of(asked.right(), near));
                 near = (k * decays.rest).right();
-                if (octet < 2) early[octet] = octet ? near : (k * decays.rest * whole[1]).right();
+                if (octet < 2) early[octet] = octet ? near : (k * decays.rest * Four::of_row(room.whole, 0, slice)).right();
                 if (octet >= 2) {
-                    const auto late = (octet > 2 ? asked * last : asked).right();
+                    const auto late = (octet > 2 ? asked * Four::of_row(room.whole, 1, slice) : asked).right();
                     for (int n = 0; n < 2; n++) leave_part(room, octet, n, slice, scores_of(late, early[n]));
                 }
                 (asked * before).put_into(room.q, octet, slice);
             }
-            for (int later = octet + 1; later < OCTETS; later++) behind = behind * whole[later];
+            for (int later = octet + 1; later < OCTETS; later++) behind = behind * Four::of_row(room.whole, later - 1, slice);
             (k * decays.rest * behind).put_into(room.k, octet, slice);
-            last = decays.all, before = before * last;
+            before = before * decays.all;
         }
         #pragma unroll
         for (int n = 0; n < 4; n++) {
@@ -417,7 +435,7 @@ struct Memory {
         #pragma unroll
         for (int block = 0; block < BLOCKS; block++) load_values(left[block], room, v, 16 * block, column);
         #pragma unroll
-        for (int key = 0; key < KEYS; key += 16) {
+        for (int key = 0; key < KEYS && key < room.keys; key += 16) {
             Sum sum[2] = {};
             #pragma unroll
             for (int block = 0; block < BLOCKS; block++) {
@@ -432,13 +450,12 @@ struct Memory {
                     x = fma(decay, decay == 0 ? 0 : x, sum[n].x[i++]);
                 });
             }
-            __syncwarp();  // what is loaded ahead needs registers
         }
     }
     // Q S, of all tokens of a chunk.
-    __device__ __forceinline__ void recall(Sum (&answers)[BLOCKS][2], const Keys& q) const {
+    __device__ __forceinline__ void recall(Sum (&answers)[BLOCKS][2], const Room& room, const Keys& q) const {
         #pragma unroll
-        for (int key = 0; key < KEYS; key += 16) {
+        for (int key = 0; key < KEYS && key < room.keys; key += 16) {
             Right<bfloat16, SUM_TERMS> right[2];
             for (int n = 0; n < 2; n++) right_of(right[n], part[key / 8], part[key / 8 + 1], n);
             #pragma unroll
@@ -494,7 +511,7 @@ linear_attention_chunks(const data* q, const data* k, const data* v, const real*
                         const real* S, real* S_next, const real* z, real* z_next, data* o, real* sums,
                         real* piece_decays, real* z_sums, const long long* table, int axes, int tokens, int columns,
                         int groups, int pieces, int stored, int length, real scale) {
-    const Room room;
+    const Room room(tokens);
     Memory memory;
     __shared__ Places places;
     if (threadIdx.x == 0) {
@@ -602,7 +619,7 @@ linear_attention_chunks(const data* q, const data* k, const data* v, const real*
         if (!STATES && GATE != CHANNEL) score(room, queries, keys);
         if (!STATES && GATE == CHANNEL) add_parts(room);
         if (!STATES) {
-            memory.recall(answers, queries);  // while others make scores
+            memory.recall(answers, room, queries);  // while others make scores
             #pragma unroll
             for (int block = 0; block < BLOCKS; block++)
                 for (int n = 0; n < 2; n++)
