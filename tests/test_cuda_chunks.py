@@ -255,6 +255,10 @@ def test_what_is_chosen_fits_on_the_device(shared):
                         continue
                     assert found.shared + _tiles.STATIC <= shared * 1024, case
                     assert found.keys >= k and found.threads <= 256, case
+                    shares = found.together * (found.shared + _tiles.STATIC + _tiles.RESERVED)
+                    assert found.together >= 1 and shares <= shared * 1024 + _tiles.RESERVED, case
+                    if shared == 227 and (name, k, v) == ("bfloat16", 128, 128):
+                        assert found.together == 2, case  # one block alone leaves half of the time to nobody
     assert _tiles.tiles(np.float64, 64, 16, 16, "none", 10**6) is None
     assert _tiles.tiles(np.float32, 64, 257, 16, "none", 10**6) is None
 

@@ -108,7 +108,8 @@ def test_so_many_terms_keep_so_many_bits(terms, bound):
 
 @pytest.mark.parametrize("terms, bound", [((1, 1), 2**-8), ((2, 2), 2**-15), ((2, 1), 2**-8)])
 def test_so_many_terms_keep_their_bits_in_the_sums_of_tensor_cores(terms, bound):
-    text = product("", "", True).replace("bfloat16, 3> left", f"bfloat16, {terms[0]}> left").replace("ply(", "ply_onto(")
+    text = product("", "", True).replace("multiply(", "multiply_onto(")
+    text = text.replace("bfloat16, 3> left", f"bfloat16, {terms[0]}> left")
     text = re.sub(r"z \* \(i \+ \d \* j\)", "z", text.replace("bfloat16, 3> right", f"bfloat16, {terms[1]}> right"))
     text = text.replace("Sum sum = {};", "Sum sum = {{64, 64, 64, 64}};")
     x, w = draw("float", SIZE), draw("float", SIZE, 1)
