@@ -86,6 +86,8 @@ HURTING = [
     ("bfloat16", "step", 1, 1, (15, 17, 131)),
     ("bfloat16", "step", 128, 130, (70,)),
     ("bfloat16", "channel", 40, 17, (16, 31, 33, 97)),
+    ("bfloat16", "channel", 256, 130, (40,)),  # channels for each warp twice
+    ("float16", "channel", 16, 130, (33,)),  # and for one warp of eight
     ("float16", "none", 16, 5, (2, 33)),
     ("float16", "step", 111, 1, (32, 65)),
     ("float16", "channel", 3, 40, (64, 67)),

@@ -27,7 +27,8 @@ enum { Q, KEY, V, GATE_OF, BONUS_OF, STATE, STATE_NEXT, Z, Z_NEXT, O };
 enum { NO_GATE, STEP, CHANNEL };
 
 constexpr int BLOCKS = CHUNK / 16, WARPS = VALUES / 16, THREADS = 32 * WARPS;
-constexpr int OCTETS = CHUNK / 8, TILES = OCTETS * (OCTETS + 1) / 2, SLICES = KEYS / 16, SHARERS = SLICES < WARPS ? SLICES : WARPS;
+constexpr int OCTETS = CHUNK / 8, TILES = OCTETS * (OCTETS + 1) / 2;
+constexpr int SLICES = KEYS / 16, SHARERS = SLICES < WARPS ? SLICES : WARPS;
 constexpr bool DIRECT_KEYS = DIRECT && GATE != CHANNEL;
 constexpr float LOG2E = 1.44269504f;
 static_assert(BLOCKS <= 2, "a lane of one warp has each gate, and no block lies between two others");
@@ -162,7 +163,8 @@ __device__ __forceinline__ void sum_gates_within(const Room& room, const float* 
 // What is left at a query of what was stored at a key before it.
 __device__ __forceinline__ float decay_between(const Room& room, int query, int key) {
     if (GATE != STEP) return 1;
-    return exp2f(query / 16 == key / 16 ? room.within[query % 16 * (CHUNK + 8) + key] : room.since[query] + room.rest[key]);
+    if (query / 16 == key / 16) return exp2f(room.within[query % 16 * (CHUNK + 8) + key]);
+    return exp2f(room.since[query] + room.rest[key]);
 }
 
 // What a lane has of 8 tokens and 16 channels, as products take it: token `line` in channels pair + 0, 1, 8, 9.
@@ -188,7 +190,6 @@ struct Four {
         for (int n = 0; n < 4; n++) other.x[n] = __shfl_xor_sync(0xffffffffu, x[n], lanes_away);
         return other;
     }
-    __device__ __forceinline__ float sum() const { return (x[0] + x[1]) + (x[2] + x[3]); }
     // As the right matrix of a product.
     __device__ __forceinline__ Right<bfloat16, KEY_TERMS> right() const {
         Right<bfloat16, KEY_TERMS> right;
@@ -219,8 +220,8 @@ __device__ __forceinline__ Two scores_of(const Right<bfloat16, 2>& q, const Righ
     return {sum.x[0] + sum.x[2], sum.x[1] + sum.x[3]};
 }
 // What the channels of a slice add to scores.
-__device__ __forceinline__ void leave_part(const Room& room, int query_octet, int key_octet, int slice, const Two& part) {
-    const int tile = query_octet * (query_octet + 1) / 2 + key_octet, warp = threadIdx.x / 32;
+__device__ __forceinline__ void leave_part(const Room& room, int query, int key, int slice, const Two& part) {
+    const int tile = query * (query + 1) / 2 + key, warp = threadIdx.x / 32;
     Two& all = room.parts[(warp * TILES + tile) * 32 + threadIdx.x % 32];
     all = slice == warp ? part : Two{all.x[0] + part.x[0], all.x[1] + part.x[1]};
 }
@@ -254,61 +255,69 @@ __device__ __forceinline__ Two score_octet(const Room& room, Decays& decays, con
     return scores;
 }
 
+// The decays of 8 tokens, in some channels.
+__device__ __forceinline__ void sum_channel_gates(const Room& room, int slice) {
+    const int lane = threadIdx.x % 32;
+    #pragma unroll
+    for (int octet = 1; octet < OCTETS; octet++) {
+        Four sum = Four::of(room.decays[0], octet, slice);
+        for (int distance = 4; distance < 32; distance *= 2) {
+            const Four other = sum.from(distance);
+            for (int n = 0; n < 4; n++) sum.x[n] += other.x[n];
+        }
+        for (int n = 0; n < 4; n++) {
+            const int channel = 16 * slice + lane % 4 * 2 + n % 2 + n / 2 * 8;
+            if (lane < 4) room.whole.at(octet - 1, channel) = exp2f(LOG2E * sum.x[n]);
+        }
+    }
+    __syncwarp();  // all lanes see them
+}
+// Score of a token with itself, in some channels.
+__device__ __forceinline__ float score_alone(Four product, const Rows<const real>& bonus, int slice) {
+    for (int n = 0; n < 4 && BONUS; n++) {
+        const int channel = 16 * slice + threadIdx.x % 4 * 2 + n % 2 + n / 2 * 8;
+        product.x[n] *= channel < K ? bonus.at(0, channel) : 0;
+    }
+    float sum = (product.x[0] + product.x[1]) + (product.x[2] + product.x[3]);
+    for (int distance = 1; distance < 4; distance *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+    return sum;
+}
+
 // One gate per channel: queries since the start of the chunk, keys to its end, and scores. A warp has 16 channels.
 __device__ __forceinline__ void decay_channels(const Room& room, const Rows<const real>& bonus) {
-    const int lane = threadIdx.x % 32;
+    const auto whole = [&](int octet, int slice) { return Four::of_row(room.whole, octet - 1, slice); };
     #pragma unroll 1
     for (int slice = threadIdx.x / 32; slice < SLICES; slice += WARPS) {
         Four before = ONES;
         Right<bfloat16, KEY_TERMS> early[2], near;  // keys of the first 16 tokens, and of 8 tokens before 8 queries
-        #pragma unroll
-        for (int octet = 1; octet < OCTETS; octet++) {
-            Four sum = Four::of(room.decays[0], octet, slice);
-            for (int distance = 4; distance < 32; distance *= 2) {
-                const Four other = sum.from(distance);
-                for (int n = 0; n < 4; n++) sum.x[n] += other.x[n];
-            }
-            for (int n = 0; n < 4; n++)
-                if (lane < 4) room.whole.at(octet - 1, 16 * slice + lane * 2 + n % 2 + n / 2 * 8) = exp2f(LOG2E * sum.x[n]);
-        }
-        __syncwarp();  // all lanes see them
+        sum_channel_gates(room, slice);
         #pragma unroll
         for (int octet = 0; octet < OCTETS && octet < room.keys; octet++) {
             const Four k = Four::of(room.k_in[0], octet, slice);
-            Four q = k, decay = Four::of(room.decays[0], octet, slice), behind = ONES;
-            if (!STATES) q = Four::of(room.q_in[0], octet, slice);
+            const Four q = STATES ? k : Four::of(room.q_in[0], octet, slice);
+            Four decay = Four::of(room.decays[0], octet, slice), behind = ONES;
             for (int n = 0; n < 4; n++) decay.x[n] = exp2f(LOG2E * decay.x[n]);
-            float own = 0;
-            if (!STATES) {
-                Four asked = q * k;
-                for (int n = 0; n < 4 && BONUS; n++) {
-                    const int channel = 16 * slice + lane % 4 * 2 + n % 2 + n / 2 * 8;
-                    asked.x[n] *= channel < K ? bonus.at(0, channel) : 0;
-                }
-                own = asked.sum();
-                for (int distance = 1; distance < 4; distance *= 2) own += __shfl_xor_sync(0xffffffffu, own, distance);
-            }
             Decays decays = {BONUS ? ONES : decay, ONES, decay};
-            const Two among = score_octet(room, decays, q, k, own);
+            const Two among = score_octet(room, decays, q, k, STATES ? 0 : score_alone(q * k, bonus, slice));
             if (!STATES) {
                 leave_part(room, octet, octet, slice, among);
                 const Four asked = q * decays.since;
                 if (octet % 2) leave_part(room, octet, octet - 1, slice, scores_of(asked.right(), near));
                 near = (k * decays.rest).right();
-                if (octet < 2) early[octet] = octet ? near : (k * decays.rest * Four::of_row(room.whole, 0, slice)).right();
+                if (octet < 2) early[octet] = octet ? near : (k * decays.rest * whole(1, slice)).right();
                 if (octet >= 2) {
-                    const auto late = (octet > 2 ? asked * Four::of_row(room.whole, 1, slice) : asked).right();
+                    const auto late = (octet > 2 ? asked * whole(2, slice) : asked).right();
                     for (int n = 0; n < 2; n++) leave_part(room, octet, n, slice, scores_of(late, early[n]));
                 }
                 (asked * before).put_into(room.q, octet, slice);
             }
-            for (int later = octet + 1; later < OCTETS; later++) behind = behind * Four::of_row(room.whole, later - 1, slice);
+            for (int later = octet + 1; later < OCTETS; later++) behind = behind * whole(later, slice);
             (k * decays.rest * behind).put_into(room.k, octet, slice);
             before = before * decays.all;
         }
         #pragma unroll
         for (int n = 0; n < 4; n++) {
-            const int channel = 16 * slice + lane % 4 * 2 + n % 2 + n / 2 * 8;
+            const int lane = threadIdx.x % 32, channel = 16 * slice + lane % 4 * 2 + n % 2 + n / 2 * 8;
             if (lane < 4) room.total[channel] = channel < K ? before.x[n] : 0;  // even zero times NaN, behind the keys
         }
     }

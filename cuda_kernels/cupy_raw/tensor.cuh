@@ -466,8 +466,8 @@ __device__ __forceinline__ void fetch(Tile<T, R, C> tile, const Rows<const T>& f
             const T* at = from.begin + (first + row) * from.row + first_column + column;
             #pragma unroll 4
             for (int i = 0; i < (R + together - 1) / together; i++, row += together, at += together * from.row) {
-                const bool there = row < rows && bytes;
-                if (R % together == 0 || row < R) copy_later(&tile.at(row, column), there ? at : from.begin, there ? bytes : 0);
+                const int wanted = row < rows ? bytes : 0;
+                if (R % together == 0 || row < R) copy_later(&tile.at(row, column), wanted ? at : from.begin, wanted);
             }
             return;
         }
@@ -499,8 +499,8 @@ __device__ __forceinline__ void write_back(Tile<T, R, C> tile, const Rows<T>& to
     }
 }
 
-// to[first + i][first_column + j] = Sum[i][j] of 16 x 16 for i < rows, where `to` is in vectors: each lane writes 8 bytes and
-// its neighbours the rest of 32, for which they trade columns if numbers have 16 bits.
+// to[first + i][first_column + j] = Sum[i][j] of 16 x 16 for i < rows, where `to` is in vectors: each lane writes 8 bytes
+// and its neighbours the rest of 32, for which they trade columns if numbers have 16 bits.
 template <class T>
 __device__ __forceinline__ void store_columns(const Sum (&sum)[2], const Rows<T>& to, long long first, int first_column,
                                               int rows) {
