@@ -184,7 +184,8 @@ def test_a_piece_of_an_array_comes_with_zeros_around_it(name, known):
         for rows, columns in ((16, 24), (9, 13), (1, 1), (0, 0)):
             x = aligned[: offset + 20 * stride]
             sizes = np.array([offset, stride, rows, columns], np.float32)
-            y = run(body, x, sizes, np.full((16, 24), np.nan, np.float32), (name, "float"), threads=known or 64)
+            y = np.full((16, 24), np.nan, np.float32)
+            run(body, x, sizes, y, (name, "float"), threads=known or 64, shared=16 * 32 * room.itemsize)
             wanted = np.zeros((16, 24))
             wanted[:rows, :columns] = x[offset:].reshape(20, stride)[2 : 2 + rows, 8 : 8 + columns]
             np.testing.assert_array_equal(y, wanted)
