@@ -5,8 +5,8 @@
 // its lanes as Sums of 16 columns x 8 keys, where it can be the right matrix of a product at once. Scores are made by all
 // warps, 16 x 16 at a time, and lie in shared memory. Whatever is computed is kept in SUM_TERMS bfloat16, never in one.
 //
-// Decays are powers of two of sums of gates that all have one sign, never of differences. With one gate per step, tokens
-// come in blocks of 16: from a key to a query lead the rest of the key's block and the query's block up to itself. With
+// Decays are powers of two of sums of gates that all have one sign, never of differences. With one gate per step,
+// tokens come in blocks of 16: from a key to a query lead the rest of the key's block and the query's block up to itself. With
 // one gate per channel these are factors of the key and of the query, so the path needs a place to meet: the middle of
 // the smallest of the blocks of 2, 4, 8, 16 and 32 tokens that holds both. A lane has the numbers of its tokens as
 // products take them; what a block twice as large needs is what both halves have, times the decay of one of them.
@@ -116,7 +116,7 @@ __device__ __forceinline__ void copy(const Split<TERMS_, R, C>& to, const Tile<T
 
 __device__ __forceinline__ bool bad(float x) { return x - x != 0; }
 
-// sum += left right. Answers of 16 bits need no more than the tensor cores keep; sums over many chunks are added outside.
+// sum += left right. Answers of 16 bits need no more than tensor cores keep; sums over many chunks are added outside.
 template <int M, int N>
 __device__ __forceinline__ void add(Sum& sum, const Left<bfloat16, M>& left, const Right<bfloat16, N>& right) {
     if constexpr (sizeof(data) == 2)

@@ -499,8 +499,8 @@ __device__ __forceinline__ void write_back(Tile<T, R, C> tile, const Rows<T>& to
     }
 }
 
-// to[first + i][first_column + j] = Sum[i][j] of 16 x 16 for i < rows, where `to` is in vectors: each lane writes 8 bytes
-// and its neighbours the rest of 32, for which they trade columns if numbers have 16 bits.
+// to[first + i][first_column + j] = Sum[i][j] of 16 x 16 for i < rows, where `to` is in vectors: each lane writes
+// 8 bytes and its neighbours the rest of 32, for which they trade columns if numbers have 16 bits.
 template <class T>
 __device__ __forceinline__ void store_columns(const Sum (&sum)[2], const Rows<T>& to, long long first, int first_column,
                                               int rows) {
