@@ -6,10 +6,10 @@
 // warps, 16 x 16 at a time, and lie in shared memory. Whatever is computed is kept in SUM_TERMS bfloat16, never in one.
 //
 // Decays are powers of two of sums of gates that all have one sign, never of differences. With one gate per step,
-// tokens come in blocks of 16: from a key to a query lead the rest of the key's block and the query's block up to itself. With
-// one gate per channel these are factors of the key and of the query, so the path needs a place to meet: the middle of
-// the smallest of the blocks of 2, 4, 8, 16 and 32 tokens that holds both. A lane has the numbers of its tokens as
-// products take them; what a block twice as large needs is what both halves have, times the decay of one of them.
+// tokens come in blocks of 16: from a key to a query lead the rest of the key's block and the query's block up to
+// itself. With one gate per channel these are factors of the key and of the query, so the path needs a place to meet:
+// the middle of the smallest of the blocks of 2, 4, 8, 16 and 32 tokens that holds both. A lane has the numbers of its
+// tokens as products take them; what a block twice as large needs is what both halves have, times the decay of one.
 //
 // Zero times NaN is NaN, so a product would carry a bad number into the past. A chunk whose answers are not finite is
 // taken again: first the tokens before the bad one, with zeros behind them, then one token after the other.
