@@ -86,6 +86,8 @@ HURTING = [
     ("bfloat16", "step", 1, 1, (15, 17, 131)),
     ("bfloat16", "step", 128, 130, (70,)),
     ("bfloat16", "channel", 40, 17, (16, 31, 33, 97)),
+    ("bfloat16", "channel", 256, 130, (40,)),  # channels for each warp twice
+    ("float16", "channel", 16, 130, (33,)),  # and for one warp of eight
     ("float16", "none", 16, 5, (2, 33)),
     ("float16", "step", 111, 1, (32, 65)),
     ("float16", "channel", 3, 40, (64, 67)),
@@ -150,7 +152,8 @@ def test_chunks_are_as_good_as_the_solver(name, gate, k, v, lengths):
 
 
 @pytest.mark.parametrize("gate", ["none", "channel"])
-def test_many_pieces_are_one_sequence(gate):
+def test_many_pieces_are_one_sequence(gate, monkeypatch):
+    monkeypatch.setattr(_tiles, "MOST", 1)  # block on a multiprocessor
     arrays, options = inputs("float32", gate, lead=(1,), t=32 * 12 + 5, k=16, v=3)
     whole = attend(arrays, options, dtype=np.float64)
     for multiprocessors, launches in ((1, 1), (2, 2), (100, 2)):
@@ -254,6 +257,10 @@ def test_what_is_chosen_fits_on_the_device(shared):
                         continue
                     assert found.shared + _tiles.STATIC <= shared * 1024, case
                     assert found.keys >= k and found.threads <= 256, case
+                    shares = found.together * (found.shared + _tiles.STATIC + _tiles.RESERVED)
+                    assert found.together >= 1 and shares <= shared * 1024 + _tiles.RESERVED, case
+                    if shared == 227 and (name, k, v) == ("bfloat16", 128, 128):
+                        assert found.together == 2, case  # one block alone leaves half of the time to nobody
     assert _tiles.tiles(np.float64, 64, 16, 16, "none", 10**6) is None
     assert _tiles.tiles(np.float32, 64, 257, 16, "none", 10**6) is None
 
@@ -287,7 +294,7 @@ WAYS = [  # each with barriers of its own: terms with everything there is, and d
 
 def spoilt_call(name, gate, everything, monkeypatch):
     """A call that goes every way through the text: pieces, several chunks, and a token that is no number."""
-    monkeypatch.setitem(_tiles.CHUNK, name == "bfloat16", 16)
+    monkeypatch.setattr(_tiles, "CHUNK", 16 if name == "bfloat16" else 32)
     arrays, options = inputs(name, gate, lead=(1,), t=128 + 3, k=16, v=17)
     options = {"normalize": everything}
     if everything:

@@ -106,6 +106,19 @@ def test_so_many_terms_keep_so_many_bits(terms, bound):
     assert bound / 500 < error < bound
 
 
+@pytest.mark.parametrize("terms, bound", [((1, 1), 2**-8), ((2, 2), 2**-15), ((2, 1), 2**-8)])
+def test_so_many_terms_keep_their_bits_in_the_sums_of_tensor_cores(terms, bound):
+    text = product("", "", True).replace("multiply(", "multiply_onto(")
+    text = text.replace("bfloat16, 3> left", f"bfloat16, {terms[0]}> left")
+    text = re.sub(r"z \* \(i \+ \d \* j\)", "z", text.replace("bfloat16, 3> right", f"bfloat16, {terms[1]}> right"))
+    text = text.replace("Sum sum = {};", "Sum sum = {{64, 64, 64, 64}};")
+    x, w = draw("float", SIZE), draw("float", SIZE, 1)
+    y = run(FETCH + text, x, w, np.zeros((16, 16), np.float32), ("float", "float"))
+    a, b = x.astype(float)[16:32, 8:24], w.astype(float)[16:32, 24:40]
+    error = np.max(np.abs(y - 64 - a @ b) / (np.abs(a) @ np.abs(b)))
+    assert bound / 500 < error < bound
+
+
 def test_data_of_16_bits_times_three_terms_are_as_good_as_float():
     text = product("", "", True).replace("bfloat16, 3> right", "bfloat16, 1> right")
     text = re.sub(r", \[\]\(int i, int j, float z\) { return z \* \(i \+ 3 \* j\); }", "", text)
@@ -161,15 +174,18 @@ COPY = """
 """
 
 
+@pytest.mark.parametrize("known", [None, 48, 64, 96], ids="{} threads".format)
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_piece_of_an_array_comes_with_zeros_around_it(name):
+def test_a_piece_of_an_array_comes_with_zeros_around_it(name, known):
+    body = COPY.replace("fetch(", f"fetch<{known}>(") if known else COPY
     room = draw(name, 1000)
     aligned = room[(-room.ctypes.data % 16) // room.itemsize :]
     for offset, stride in ((0, 40), (1, 40), (0, 37)):
         for rows, columns in ((16, 24), (9, 13), (1, 1), (0, 0)):
             x = aligned[: offset + 20 * stride]
             sizes = np.array([offset, stride, rows, columns], np.float32)
-            y = run(COPY, x, sizes, np.full((16, 24), np.nan, np.float32), (name, "float"), threads=64)
+            y = np.full((16, 24), np.nan, np.float32)
+            run(body, x, sizes, y, (name, "float"), threads=known or 64, shared=16 * 32 * room.itemsize)
             wanted = np.zeros((16, 24))
             wanted[:rows, :columns] = x[offset:].reshape(20, stride)[2 : 2 + rows, 8 : 8 + columns]
             np.testing.assert_array_equal(y, wanted)
@@ -193,6 +209,44 @@ def test_a_tile_goes_back_to_where_rows_lie(columns, stride):
     wanted = np.zeros_like(y)
     wanted[1:12, :columns] = x[:11, :columns]
     np.testing.assert_array_equal(y, wanted)
+
+
+@pytest.mark.parametrize("rows", [16, 11, 3, 0, -5])
+@pytest.mark.parametrize("name", FORMATS)
+def test_columns_of_a_warp_go_to_where_rows_lie(name, rows):
+    body = f"""
+    Sum sum[2];
+    for (int n = 0; n < 2; n++)
+        each(sum[n], [&](int i, int j, float& value) {{ value = widened(x[i * 16 + 8 * n + j]); }});
+    store_columns(sum, Rows<X>{{reinterpret_cast<X*>(y), 0, 40, 1}}, 2, 16, {rows});
+    """
+    x, y = draw(name, (16, 16)), np.zeros((20, 40), dtype_of(name))
+    run(body, x, x, y.view(np.float32), (name, name))
+    wanted = np.zeros_like(y)
+    wanted[2 : 2 + max(rows, 0), 16:32] = x[: max(rows, 0)]
+    np.testing.assert_array_equal(y.astype(float), wanted.astype(float))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_neighbours_are_read_and_written_together(name):
+    body = """
+    unsigned char* at = dynamic_shared();
+    const auto split = split_of<terms_of<X>, 16, 8>(at);
+    const auto tile = tile_of<Tile<X, 16, 8>>(at);
+    for (int i = threadIdx.x; i < 128; i += 32) tile.at(i / 8, i % 8) = x[i];
+    __syncthreads();
+    Sum sum;
+    each_pair(sum, [&](int i, int j, float& low, float& high) {
+        read_two(tile, i, j, low, high);
+        split.set_two(i, j, low, -high);
+    });
+    __syncthreads();
+    for (int i = threadIdx.x; i < 128; i += 32) y[i] = split.at(i / 8, i % 8);
+    """
+    x = draw(name, (16, 8))
+    y = run(body, x, x, np.zeros((16, 8), np.float32), (name, name))
+    kept = {"bfloat16": 0, "float16": 2**-8, "float": 2**-24}[name]  # one bfloat16 is narrower than a float16
+    np.testing.assert_allclose(y, x.astype(np.float32) * np.tile([1, -1], 4), rtol=kept, atol=0)
 
 
 # ---- what the runner sees --------------------------------------------------------------------------------------------

@@ -42,7 +42,8 @@ def plan(q: Any, v: Any, log_decay: Any, sequences: Sequences) -> Plan | None:
         return None
     column_blocks = -(-columns // sizes.values)
     blocks = sequences.memories * sequences.groups * column_blocks
-    return Plan(gate, sizes, column_blocks, *pieces(tokens, sizes.chunk, blocks, device.multiprocessors))
+    at_once = device.multiprocessors * sizes.together
+    return Plan(gate, sizes, column_blocks, *pieces(tokens, sizes.chunk, blocks, at_once))
 
 
 def attend(
@@ -94,6 +95,7 @@ def constants_of(chosen: Plan, rows: int, bonus: bool, normalize: bool) -> dict[
         "DATA_TERMS": sizes.data_terms,
         "KEY_TERMS": sizes.key_terms,
         "SUM_TERMS": sizes.sum_terms,
+        "TOGETHER": sizes.together,
         "STATES": 0,
     }
 

@@ -20,7 +20,10 @@ WIDEST = 128  # value columns of one block, 16 per warp
 TERMS = {"bfloat16": 1, "float16": 2, "float32": 3}  # numbers of bfloat16 that hold one of these without a loss
 SUM_TERMS = {"bfloat16": 2, "float16": 2, "float32": 3}  # and what is computed from them, to 16 or 24 bits
 STATIC = 512  # bytes of shared memory for what a text of chunks declares itself
-CHUNK = {True: 64, False: 32}  # tokens, if they fit; by whether products read the data where they arrive
+CHUNK = 32  # tokens, if they fit: with more, answers and state would leave no registers for a second block
+REGISTERS = 65536  # of a multiprocessor
+MOST = 8  # blocks together: more than enough warps
+RESERVED = 1024  # bytes of each block's shared memory, for the system
 
 
 class Tiles(NamedTuple):
@@ -34,6 +37,7 @@ class Tiles(NamedTuple):
     key_terms: int
     sum_terms: int
     shared: int  # bytes that a launch asks for
+    together: int  # blocks that share a multiprocessor
 
     @property
     def threads(self) -> int:
@@ -60,28 +64,38 @@ def tiles(dtype: Any, tokens: int, rows: int, columns: int, gate: str, shared: i
         return None
     keys = -(-rows // 16) * 16
     values = min(16 << (max(columns - 1, 1).bit_length() - 4 if columns > 16 else 0), WIDEST)
-    direct = name == "bfloat16" and gate != "channel"
-    chunk = CHUNK[direct] if keys <= 128 else 16  # a state of more rows leaves few registers for answers
+    direct = name == "bfloat16"
+    chunk = CHUNK if keys <= 128 else 16  # a state of more rows leaves few registers for answers
     key_terms = SUM_TERMS[name] if gate == "channel" else TERMS[name]
     while values >= 16:
-        found = Tiles(chunk, keys, values, direct, TERMS[name], key_terms, SUM_TERMS[name], 0)
+        found = Tiles(chunk, keys, values, direct, TERMS[name], key_terms, SUM_TERMS[name], 0, 1)
         found = found._replace(shared=bytes_of(found, np.dtype(dtype).itemsize, gate))
         if found.shared + STATIC <= shared:
-            return found
+            return found._replace(together=together(found, shared))
         chunk, values = (chunk // 2, values) if chunk > 16 else (chunk, values // 2)
     return None
 
 
+def together(sizes: Tiles, shared: int) -> int:
+    """Blocks that share a multiprocessor, by what they need of its registers and of its shared memory."""
+    registers = 128 if sizes.sum_terms == 2 and sizes.keys <= 128 else 255  # of a thread
+    by_memory = (shared + RESERVED) // (sizes.shared + STATIC + RESERVED)
+    return min(REGISTERS // (registers * sizes.threads), by_memory, MOST)
+
+
 def bytes_of(sizes: Tiles, itemsize: int, gate: str) -> int:
     """Shared memory that a block is launched with, as the text lays it out: rows of tiles are 8 numbers apart."""
-    chunk, keys, values = sizes.chunk, sizes.keys + 8, sizes.values + 8
-    arriving = chunk * (2 * keys + values) * itemsize + (gate == "step") * 4 * (chunk + 8)
-    arriving *= 1 + sizes.direct
-    split = 0 if sizes.direct else 2 * chunk * (2 * keys * sizes.key_terms + values * sizes.data_terms)
-    decays = (gate == "channel") * 4 * chunk * keys
+    chunk, keys, values, stages = sizes.chunk, sizes.keys + 8, sizes.values + 8, 1 + sizes.direct
+    direct_keys = sizes.direct and gate != "channel"
+    arriving = chunk * (2 * keys * (1 + direct_keys) + values * stages) * itemsize
+    arriving += {"none": 0, "step": 4 * (chunk + 8) * stages, "channel": 4 * chunk * keys}[gate]
+    split = 4 * chunk * keys * sizes.key_terms * (not direct_keys)
+    split += 2 * chunk * values * sizes.data_terms * (not sizes.direct)
     scores = 2 * sizes.sum_terms * chunk * (chunk + 8)
-    numbers = 22 * chunk + 3 * sizes.keys + chunk // 16 * sizes.keys
-    return arriving + split + decays + scores + 4 * numbers
+    octets, sharers = chunk // 8, min(sizes.keys, sizes.values) // 16
+    numbers = 2 * chunk + 3 * sizes.keys
+    numbers += {"none": 0, "step": 20 * chunk + 128, "channel": 32 * sharers * octets * (octets + 1)}[gate]
+    return arriving + split + scores + 4 * numbers
 
 
 def pieces(tokens: int, chunk: int, blocks: int, multiprocessors: int) -> tuple[int, int]:

@@ -79,6 +79,12 @@ __device__ __forceinline__ unsigned packed<bfloat16>(float low, float high) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
     return both;
 }
+template <>
+__device__ __forceinline__ unsigned packed<float16>(float low, float high) {
+    unsigned both;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+}
 #endif
 template <class T>
 __device__ __forceinline__ float low_of(unsigned both) {
@@ -146,9 +152,14 @@ __device__ __forceinline__ void multiply(Sum& sum, const Left<T, M>& left, const
 }
 
 // The same in the sums of the tensor cores, which cut what they add: fewer registers, where answers are of 16 bits.
-template <class T>
-__device__ __forceinline__ void multiply_onto(Sum& sum, const Left<T, 1>& left, const Right<T, 1>& right) {
-    multiply_once<T>(sum, left.x[0], right.x[0]);
+template <class T, int M, int N>
+__device__ __forceinline__ void multiply_onto(Sum& sum, const Left<T, M>& left, const Right<T, N>& right) {
+    constexpr int last = (M > N ? M : N) - 1;
+    #pragma unroll
+    for (int order = last; order >= 0; order--)
+        #pragma unroll
+        for (int i = 0; i <= order; i++)
+            if (i < M && order - i < N) multiply_once<T>(sum, left.x[i], right.x[order - i]);
 }
 
 // A Sum of 16 x 16, as two of 16 x 8, as the left matrix of the next product.
@@ -178,6 +189,21 @@ struct Tile {
 
     __device__ __forceinline__ T& at(int i, int j) const { return begin[i * stride + j]; }
 };
+
+// Two neighbours of a row, j even.
+template <class T, int R, int C>
+__device__ __forceinline__ void read_two(const Tile<T, R, C>& tile, int i, int j, float& low, float& high) {
+    const unsigned both = *reinterpret_cast<const unsigned*>(&tile.at(i, j));
+    low = low_of<T>(both), high = high_of<T>(both);
+}
+template <int R, int C>
+__device__ __forceinline__ void read_two(const Tile<float, R, C>& tile, int i, int j, float& low, float& high) {
+    struct alignas(8) Both {
+        float low, high;
+    };
+    const Both both = *reinterpret_cast<const Both*>(&tile.at(i, j));
+    low = both.low, high = both.high;
+}
 
 // Takes tiles, one after the other, out of a piece of shared memory.
 template <class TileType>
@@ -319,6 +345,13 @@ struct Split {
             x -= widened(at);
         }
     }
+    // Two neighbours, j even.
+    __device__ __forceinline__ void set_two(int i, int j, float low, float high) const {
+        unsigned both[TERMS][1];
+        set_pair<bfloat16>(both, 0, low, high);
+        #pragma unroll
+        for (int n = 0; n < TERMS; n++) *reinterpret_cast<unsigned*>(&term[n].at(i, j)) = both[n][0];
+    }
 };
 template <int TERMS, int R, int C>
 __device__ __forceinline__ Split<TERMS, R, C> split_of(unsigned char*& at) {
@@ -375,6 +408,13 @@ __device__ __forceinline__ void each(Sum& sum, Use use) {
     #pragma unroll
     for (int i = 0; i < 4; i++) use(line + i / 2 * 8, pair + i % 2, sum.x[i]);
 }
+// The same for neighbours, two at a time: use(i, j, x at j, x at j + 1).
+template <class Use>
+__device__ __forceinline__ void each_pair(Sum& sum, Use use) {
+    const int lane = threadIdx.x % 32, line = lane / 4, pair = lane % 4 * 2;
+    #pragma unroll
+    for (int i = 0; i < 4; i += 2) use(line + i / 2 * 8, pair, sum.x[i], sum.x[i + 1]);
+}
 // tile[row + i][column + j] = Sum[i][j].
 template <class T, int R, int C>
 __device__ __forceinline__ void store(Sum& sum, Tile<T, R, C> tile, int row, int column) {
@@ -413,6 +453,28 @@ __device__ __forceinline__ void fetch(Tile<T, R, C> tile, const Rows<const T>& f
     }
 }
 
+// The same by a number of threads known beforehand. Where they hold whole rows, an address leads to the next.
+template <int THREADS_, class T, int R, int C>
+__device__ __forceinline__ void fetch(Tile<T, R, C> tile, const Rows<const T>& from, long long first, int first_column,
+                                      int rows, int columns, bool vectors) {
+    constexpr int wide = 16 / int(sizeof(T)), pieces = C / wide, together = THREADS_ / pieces;
+    if constexpr (THREADS_ % pieces == 0) {
+        if (vectors) {
+            const int column = threadIdx.x % pieces * wide;
+            const int bytes = max(min(columns - column, wide), 0) * int(sizeof(T));
+            int row = threadIdx.x / pieces;
+            const T* at = from.begin + (first + row) * from.row + first_column + column;
+            #pragma unroll 4
+            for (int i = 0; i < (R + together - 1) / together; i++, row += together, at += together * from.row) {
+                const int wanted = row < rows ? bytes : 0;
+                if (R % together == 0 || row < R) copy_later(&tile.at(row, column), wanted ? at : from.begin, wanted);
+            }
+            return;
+        }
+    }
+    fetch(tile, from, first, first_column, rows, columns, vectors);
+}
+
 // to[first + i][first_column + j] = tile[i][j] for i < rows and j < columns.
 template <class T, int R, int C>
 __device__ __forceinline__ void write_back(Tile<T, R, C> tile, const Rows<T>& to, long long first, int first_column,
@@ -435,4 +497,35 @@ __device__ __forceinline__ void write_back(Tile<T, R, C> tile, const Rows<T>& to
             to.begin[(first + row) * to.row + (first_column + column) * to.column] = tile.at(row, column);
         }
     }
+}
+
+// to[first + i][first_column + j] = Sum[i][j] of 16 x 16 for i < rows, where `to` is in vectors: each lane writes
+// 8 bytes and its neighbours the rest of 32, for which they trade columns if numbers have 16 bits.
+template <class T>
+__device__ __forceinline__ void store_columns(const Sum (&sum)[2], const Rows<T>& to, long long first, int first_column,
+                                              int rows) {
+    struct alignas(8) Piece {
+        unsigned x[2];
+    };
+    const int lane = threadIdx.x % 32, line = lane / 4, pair = lane % 4 * 2, odd = lane % 2;
+    T* at = to.begin + (first + line) * to.row + first_column + (odd ? 6 + pair : pair);
+    #pragma unroll
+    for (int i = 0; i < 4; i += 2, at += 8 * to.row) {
+        const unsigned near = packed<T>(sum[0].x[i], sum[0].x[i + 1]), far = packed<T>(sum[1].x[i], sum[1].x[i + 1]);
+        const unsigned other = __shfl_xor_sync(0xffffffffu, odd ? near : far, 1);
+        if (line + 4 * i < rows) *reinterpret_cast<Piece*>(at) = odd ? Piece{other, far} : Piece{near, other};
+    }
+}
+template <>
+__device__ __forceinline__ void store_columns<float>(const Sum (&sum)[2], const Rows<float>& to, long long first,
+                                                     int first_column, int rows) {
+    struct alignas(8) Piece {
+        float x[2];
+    };
+    const int lane = threadIdx.x % 32, line = lane / 4, pair = lane % 4 * 2;
+    float* at = to.begin + (first + line) * to.row + first_column + pair;
+    #pragma unroll
+    for (int i = 0; i < 4; i += 2, at += 8 * to.row)
+        for (int n = 0; n < 2; n++)
+            if (line + 4 * i < rows) *reinterpret_cast<Piece*>(at + 8 * n) = {sum[n].x[i], sum[n].x[i + 1]};
 }
