@@ -51,39 +51,43 @@ __device__ __forceinline__ bool bad(float x) { return x - x != 0; }
 
 // ---- what arrives -----------------------------------------------------------------------------------------------------
 
-// Terms of a record; of scores only those on and below the diagonal.
-template <bool LOWER, int TERMS, int R, int C>
-__device__ __forceinline__ void bring_terms(const Split<TERMS, R, C>& to, const bfloat16* from) {
-    #pragma unroll 1
-    for (int i = threadIdx.x; i < TERMS * R * (C / 8); i += THREADS) {
-        const int row = i / (C / 8), column = i % (C / 8) * 8;
-        if (LOWER && column / 16 > row % R / 16) continue;
-        copy_later(&to.term[0].at(row, column), from + size_t(row) * C + column, 16);  // tiles lie behind one another
-    }
+// Scores of a record: those on and below the diagonal.
+__device__ __forceinline__ void bring_scores(const Split<SUM_TERMS, CHUNK, CHUNK>& to, const bfloat16* from) {
+    constexpr int pieces = CHUNK / 8, step = THREADS / pieces;
+    const int row = threadIdx.x / pieces, column = threadIdx.x % pieces * 8;
+    #pragma unroll
+    for (int n = 0; n < SUM_TERMS * CHUNK / step; n++)
+        if (column / 16 <= (row + n * step) % CHUNK / 16)
+            copy_later(&to.term[0].at(row + n * step, column), from + (row + n * step) * CHUNK + column, 16);
 }
 // Tokens as they are, or what the first launch made of them.
 template <class T>
-__device__ __forceinline__ void bring_tokens(const Tokens& to, const Rows<const T>& from, const bfloat16* made,
-                                             long long t, int count) {
+__device__ __forceinline__ void bring_tokens(const Tokens& to, Rows<const T> from, const bfloat16* made, long long t,
+                                             int count) {
     if constexpr (DIRECT)
-        fetch(to.term[0], from, t, 0, count, K, in_vectors(from));
+        bring_rows<THREADS>(to.term[0], from, t, count, K);
     else
-        bring_terms<false>(to, made);
+        copy_rows<THREADS, KEY_TERMS * CHUNK>(to.term[0], made, KEYS);  // terms lie behind one another
 }
 
 // What a thread will need of the next chunk, on its way to registers.
 struct Ahead {
+    struct alignas(8) Pair {
+        float x, y;
+    };
     Sum target[2];
     float from_start[2], to_end[2], total[OWN_TILES][2];
     int good;
 
     __device__ __forceinline__ void look(const Record& record, int token, int column) {
-        const int warp = threadIdx.x / 32, line = threadIdx.x % 32 / 4;
+        const int warp = threadIdx.x / 32, line = threadIdx.x % 32 / 4, pair = threadIdx.x % 4 * 2;
         good = int(*record.good());
+        const float* const targets = record.targets() + size_t(token + line) * record.wide + column + pair;
         for (int n = 0; n < 2; n++)
-            each(target[n], [&](int i, int j, float& x) {
-                x = record.targets()[size_t(token + i) * record.wide + column + 8 * n + j];
-            });
+            for (int half = 0; half < 2; half++) {
+                const Pair two = *reinterpret_cast<const Pair*>(targets + half * 8 * record.wide + 8 * n);
+                target[n].x[2 * half] = two.x, target[n].x[2 * half + 1] = two.y;
+            }
         for (int half = 0; half < 2 && GATE == STEP; half++) {
             from_start[half] = record.from_start()[token + line + 8 * half];
             to_end[half] = record.to_end()[token + line + 8 * half];
@@ -142,6 +146,19 @@ __device__ __forceinline__ void weigh(Gathered (&sum)[2], const Room& room, int 
 // Rows of a Sum times one factor each, of which a lane has those of its two rows.
 __device__ __forceinline__ void scale_rows(Sum& sum, const float (&factor)[2]) {
     for (int i = 0; i < 4; i++) sum.x[i] *= factor[i / 2];
+}
+
+// Answers of 16 tokens and 8 columns, as far as they are there.
+__device__ __forceinline__ void write(const Sum& sum, const Rows<data>& to, long long t, int column, int count,
+                                      int columns, real scale) {
+    const int line = threadIdx.x % 32 / 4, first = column + threadIdx.x % 4 * 2;
+    data* at = to.begin + (t + line) * to.row + first * to.column;
+    #pragma unroll
+    for (int half = 0; half < 2; half++, at += 8 * to.row) {
+        if (line + 8 * half >= count) return;
+        if (first < columns) put(*at, scale * sum.x[2 * half]);
+        if (first + 1 < columns) put(at[to.column], scale * sum.x[2 * half + 1]);
+    }
 }
 
 // The part of the state that a warp owns: tiles of 16 keys, all columns.
@@ -280,14 +297,14 @@ delta_rule_chunks(const data* q, const data* k, const data* v, const real* beta,
     };
     const auto bring_first = [&](int chunk, int group) {
         const Record record = record_of(chunk);
-        if (group == 0) bring_terms<false>(room.w, record.recalls());
+        if (group == 0) copy_rows<THREADS, SUM_TERMS * CHUNK>(room.w.term[0], record.recalls(), KEYS);
         bring_tokens(room.q, arrays.q.of(group), record.queries(group), (long long)chunk * CHUNK,
                      min(CHUNK, tokens - chunk * CHUNK));
         close_copies();
     };
     const auto bring_second = [&](int chunk, int group) {
         const Record record = record_of(chunk);
-        bring_terms<true>(room.m, record.scores(group));
+        bring_scores(room.m, record.scores(group));
         if (group == 0)
             bring_tokens(room.k, arrays.k, record.keys(), (long long)chunk * CHUNK,
                          min(CHUNK, tokens - chunk * CHUNK));
@@ -342,13 +359,9 @@ delta_rule_chunks(const data* q, const data* k, const data* v, const real* beta,
                     scale_rows(read[n].large, now.from_start), scale_rows(read[n].small, now.from_start);
             }
             weigh(read, room, token, column);
-            const auto answers = arrays.o.of(group);
             for (int n = 0; n < 2; n++) {
-                Sum answer = read[n].total();
-                each(answer, [&](int i, int j, float x) {
-                    const int to = first_column + column + 8 * n + j;
-                    if (token + i < good && to < columns) put(answers.at(t + token + i, to), scale * x);
-                });
+                const Sum answer = read[n].total();
+                write(answer, arrays.o.of(group), t + token, first_column + column + 8 * n, good - token, columns, scale);
             }
         }
         if (!done) __syncthreads();  // nobody is left at the state and what reads it

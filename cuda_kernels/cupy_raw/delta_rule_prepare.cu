@@ -347,11 +347,12 @@ delta_rule_prepare(const data* q, const data* k, const data* v, const real* beta
     __syncthreads();  // places are known
 
     const auto bring = [&](const Raw& tile, const Rows<const data>& from, int some) {
-        fetch(tile, from, t, 0, some, K, in_vectors(from));
+        bring_rows<THREADS>(tile, from, t, some, K);
     };
     const auto bring_values = [&](int first, int some) {
-        const auto from = places[V].of(v);
-        fetch(room.v, from, t, first, some, columns - first, in_vectors(from));
+        auto from = places[V].of(v);
+        from.begin += first * from.column;
+        bring_rows<THREADS>(room.v, from, t, some, columns - first);
         close_copies();
     };
     int known = 0, limit = count + 1, some = count;  // so many tokens are finite; so many are not; these are tried
@@ -361,7 +362,7 @@ delta_rule_prepare(const data* q, const data* k, const data* v, const real* beta
         bring(room.raw_k, places[KEY].of(k), some);
         bring(room.raw_q, places[Q].of(q), some);
         if (ERASE) bring(room.raw_p, places[ERASE_OF].of(erase_key), some);
-        if (GATE == CHANNEL) fetch(room.steps, gate, t, 0, some, K, in_vectors(gate));
+        if (GATE == CHANNEL) bring_rows<THREADS>(room.steps, gate, t, some, K);
         bring_values(0, some);
         for (int i = threadIdx.x; i < CHUNK; i += THREADS) {
             room.beta[i] = i < some ? places[BETA].of(beta).at(t + i, 0) : 0;
