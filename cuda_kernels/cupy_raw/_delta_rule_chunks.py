@@ -87,7 +87,7 @@ def bytes_to_prepare(sizes: Tiles, name: str, gate: str, erase: bool) -> int:
     arriving = chunk * ((2 + erase) * keys + PREPARED_AT_ONCE + 8) * (4 if name == "float32" else 2)
     split = 0 if terms.direct else 2 * terms.keys * chunk * (2 + (erase or gate == "channel")) * keys
     squares = (1 + (gate == "step")) * chunk * (chunk + 8)
-    channels = (gate == "channel") * (chunk * keys + (1 + 3 * chunk // 16) * sizes.keys)
+    channels = (gate == "channel") * (chunk * keys + (2 + 3 * chunk // 16) * sizes.keys)
     steps = (gate == "step") * (3 * chunk + 4)
     return arriving + split + 4 * (squares + channels + steps + chunk)
 
@@ -166,7 +166,7 @@ def launch_pair(
     scalars: dict[str, Any],
 ) -> None:
     """What does not depend on the memory, of all chunks; then the walk over them."""
-    threads = 64 * max(chosen.chunk // 16, 2)
+    threads = (128 if constants["GATE"] == GATES["channel"] else 64) * max(chosen.chunk // 16, 2)
     grid = _calls.Grid(-(-scalars["tokens"] // chosen.chunk), threads, chosen.prepare)
     only_read = given | {name: (None, BOTH) for name in ("S", "o")}
     launch(PREPARE, sequences, only_read, (), types, constants, grid, **scalars)

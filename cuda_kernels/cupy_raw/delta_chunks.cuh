@@ -111,17 +111,28 @@ struct Gathered {
 // Numbers of 16 x 8 as terms, two at a time; a term has so many rows.
 template <int TERMS>
 __device__ __forceinline__ void store_terms(const Sum& sum, bfloat16* begin, int stride, int rows, int row, int column) {
-    const int lane = threadIdx.x % 32, line = lane / 4, pair = lane % 4 * 2;
+    const int line = threadIdx.x % 32 / 4, pair = threadIdx.x % 4 * 2;
+    bfloat16* const at = begin + ((row + line) * stride + column + pair);
     #pragma unroll
     for (int half = 0; half < 2; half++) {
         unsigned both[TERMS][1];
         set_pair<bfloat16>(both, 0, sum.x[2 * half], sum.x[2 * half + 1]);
         #pragma unroll
-        for (int n = 0; n < TERMS; n++)
-            *reinterpret_cast<unsigned*>(begin + (n * rows + row + line + 8 * half) * stride + column + pair) = both[n][0];
+        for (int n = 0; n < TERMS; n++) *reinterpret_cast<unsigned*>(at + (n * rows + 8 * half) * stride) = both[n][0];
     }
 }
 template <int TERMS, int R, int C>
 __device__ __forceinline__ void store_terms(const Sum& sum, const Split<TERMS, R, C>& split, int row, int column) {
     store_terms<TERMS>(sum, split.term[0].begin, Tile<bfloat16, R, C>::stride, R, row, column);
 }
+
+// Neighbouring numbers that are read or written at once.
+template <class T, int N>
+struct alignas(N * sizeof(T)) Vector {
+    T x[N];
+
+    template <class From>
+    static __device__ __forceinline__ const Vector& at(const From* begin) {
+        return *reinterpret_cast<const Vector*>(begin);
+    }
+};

@@ -72,9 +72,6 @@ __device__ __forceinline__ void bring_tokens(const Tokens& to, Rows<const T> fro
 
 // What a thread will need of the next chunk, on its way to registers.
 struct Ahead {
-    struct alignas(8) Pair {
-        float x, y;
-    };
     Sum target[2];
     float from_start[2], to_end[2], total[OWN_TILES][2];
     int good;
@@ -85,8 +82,8 @@ struct Ahead {
         const float* const targets = record.targets() + size_t(token + line) * record.wide + column + pair;
         for (int n = 0; n < 2; n++)
             for (int half = 0; half < 2; half++) {
-                const Pair two = *reinterpret_cast<const Pair*>(targets + half * 8 * record.wide + 8 * n);
-                target[n].x[2 * half] = two.x, target[n].x[2 * half + 1] = two.y;
+                const auto two = Vector<float, 2>::at(targets + half * 8 * record.wide + 8 * n);
+                target[n].x[2 * half] = two.x[0], target[n].x[2 * half + 1] = two.x[1];
             }
         for (int half = 0; half < 2 && GATE == STEP; half++) {
             from_start[half] = record.from_start()[token + line + 8 * half];
@@ -112,6 +109,7 @@ __device__ __forceinline__ void recall(Gathered (&sum)[2], const Split<TERMS, CH
         Right<bfloat16, SUM_TERMS> right[2];
         load_left(left, tokens, token, key);
         load_right(right, room.state, key, column);
+        #pragma unroll
         for (int n = 0; n < 2; n++) sum[n].add(left, right[n]);
     }
 }
@@ -139,6 +137,7 @@ __device__ __forceinline__ void weigh(Gathered (&sum)[2], const Room& room, int 
         Right<bfloat16, SUM_TERMS> right[2];
         load_left(left, room.m, token, from);
         load_right(right, room.errors, from, column);
+        #pragma unroll
         for (int n = 0; n < 2; n++) sum[n].add(left, right[n]);
     }
 }
@@ -324,6 +323,7 @@ delta_rule_chunks(const data* q, const data* k, const data* v, const real* beta,
         Gathered lost[2] = {}, read[2] = {};
         recall_both(lost, read, room, token, column);
         int good = min(now.good, count);
+        #pragma unroll
         for (int n = 0; n < 2; n++) {
             Sum error = lost[n].total();
             for (int i = 0; i < 4; i++) error.x[i] = now.target[n].x[i] - error.x[i];
@@ -359,6 +359,7 @@ delta_rule_chunks(const data* q, const data* k, const data* v, const real* beta,
                     scale_rows(read[n].large, now.from_start), scale_rows(read[n].small, now.from_start);
             }
             weigh(read, room, token, column);
+            #pragma unroll
             for (int n = 0; n < 2; n++) {
                 const Sum answer = read[n].total();
                 write(answer, arrays.o.of(group), t + token, first_column + column + 8 * n, good - token, columns, scale);

@@ -15,7 +15,9 @@
 // Zero times NaN is NaN, so a product would carry a bad number into the past. A chunk of which not all is finite is made
 // again of the most tokens of which it is, with zeros behind them; the walk takes the others one by one.
 
-constexpr int THREADS = 64 * (BLOCKS > 2 ? BLOCKS : 2), WARPS = THREADS / 32;
+// With one gate per channel a block has a multiprocessor for itself.
+constexpr int THREADS = (GATE == CHANNEL ? 128 : 64) * (BLOCKS > 2 ? BLOCKS : 2), WARPS = THREADS / 32;
+constexpr bool OWN_P = !DIRECT && (ERASE || GATE == CHANNEL);  // erasing keys are not the keys that are read
 constexpr int VALUES_AT_ONCE = 64;
 
 typedef Tile<data, CHUNK, KEYS> Raw;
@@ -33,6 +35,7 @@ struct Room {
     Square between;     // STEP: decay from one token to another
     Channels steps;     // CHANNEL: decays of a token
     float *total, *whole, *before, *after;  // CHANNEL: decays of the chunk, of a block, of those before it, of those after
+    float* middle;                          // CHANNEL: of the two in the middle
     float *gates, *from_start, *to_end;     // STEP: of each token; decays from the chunk's start to it, from it to the end
     float* beta;
 
@@ -44,7 +47,7 @@ struct Room {
             p.term[0].begin = as_terms(raw_p.begin);
         } else {
             q = split_of<KEY_TERMS, CHUNK, KEYS>(at), p = k = split_of<KEY_TERMS, CHUNK, KEYS>(at);
-            if (ERASE || GATE == CHANNEL) p = split_of<KEY_TERMS, CHUNK, KEYS>(at);
+            if (OWN_P) p = split_of<KEY_TERMS, CHUNK, KEYS>(at);
         }
         v = tile_of<Values>(at), inverse = tile_of<Square>(at);
         if (GATE == STEP) between = tile_of<Square>(at);
@@ -54,6 +57,7 @@ struct Room {
         constexpr int channels = GATE == CHANNEL ? KEYS : 0, steps_of = GATE == STEP ? CHUNK : 0;
         total = numbers(GATE == STEP ? 4 : channels), whole = numbers(BLOCKS * channels);
         before = numbers(BLOCKS * channels), after = numbers(BLOCKS * channels);
+        middle = numbers(channels);
         gates = numbers(steps_of), from_start = numbers(steps_of), to_end = numbers(steps_of), beta = numbers(CHUNK);
     }
     static __device__ __forceinline__ bfloat16* as_terms(void* x) { return static_cast<bfloat16*>(x); }
@@ -93,7 +97,7 @@ __device__ __forceinline__ void decay_by_channels(const Room& room) {
     }
 }
 
-// Decays of all blocks before one, and after it.
+// Decays of all blocks before one, and after it; of the two in the middle.
 __device__ __forceinline__ void decay_over_blocks(const Room& room) {
     #pragma unroll 1
     for (int channel = threadIdx.x; channel < KEYS; channel += THREADS) {
@@ -108,64 +112,94 @@ __device__ __forceinline__ void decay_over_blocks(const Room& room) {
             room.after[block * KEYS + channel] = product;
             product *= room.whole[block * KEYS + channel];
         }
+        if (BLOCKS == 4) room.middle[channel] = room.whole[KEYS + channel] * room.whole[2 * KEYS + channel];
     }
 }
 
 // ---- tokens as products take them -------------------------------------------------------------------------------------
 
-// As terms; with one gate per channel decayed since their block began, or to the end of it.
+// Two channels of a block as terms; with one gate per channel decayed since the block began, or to its end.
 template <bool TO_END>
-__device__ __forceinline__ void spread(const Room& room, const Raw& from, const Tokens& to) {
-    #pragma unroll 1
-    for (int item = threadIdx.x; item < BLOCKS * KEYS; item += THREADS) {
-        const int channel = item % KEYS, first = item / KEYS * 16;
-        float decay = 1;
-        #pragma unroll 4
-        for (int n = 0; n < 16; n++) {
-            const int i = first + (TO_END ? 15 - n : n);
-            if (GATE == CHANNEL && !TO_END) decay *= room.steps.at(i, channel);
-            to.set(i, channel, decay * widened(from.at(i, channel)));
-            if (GATE == CHANNEL && TO_END) decay *= room.steps.at(i, channel);
-        }
+__device__ __forceinline__ void spread(const Room& room, const Raw& from, const Tokens& to, int first, int key) {
+    float decay[2] = {1, 1};
+    #pragma unroll 4
+    for (int n = 0; n < 16; n++) {
+        const int i = first + (TO_END ? 15 - n : n);
+        const auto raw = Vector<data, 2>::at(&from.at(i, key));
+        Vector<float, 2> step = {1, 1};
+        if (GATE == CHANNEL) step = Vector<float, 2>::at(&room.steps.at(i, key));
+        for (int side = 0; side < 2 && !TO_END; side++) decay[side] *= step.x[side];
+        unsigned pair[KEY_TERMS][1];
+        set_pair<bfloat16>(pair, 0, decay[0] * widened(raw.x[0]), decay[1] * widened(raw.x[1]));
+        #pragma unroll
+        for (int term = 0; term < KEY_TERMS; term++)
+            *reinterpret_cast<unsigned*>(to.term[0].begin + (term * CHUNK + i) * Tile<bfloat16, CHUNK, KEYS>::stride + key) =
+                pair[term][0];
+        for (int side = 0; side < 2 && TO_END; side++) decay[side] *= step.x[side];
     }
 }
-
-// Numbers (token, key) and (token, key + 1) times the decays of their block, as terms again.
-__device__ __forceinline__ void decayed_pair(unsigned (&pair)[KEY_TERMS][1], const Tokens& tokens, const float* decays,
-                                             int token, int key) {
-    float low = 0, high = 0;
-    #pragma unroll
-    for (int n = KEY_TERMS - 1; n >= 0; n--) {
-        pair[n][0] = *reinterpret_cast<const unsigned*>(&tokens.term[n].at(token, key));
-        low += low_of<bfloat16>(pair[n][0]), high += high_of<bfloat16>(pair[n][0]);
+// Of three kinds, which are keys, queries, and erasing keys.
+__device__ __forceinline__ void spread(const Room& room, int first_kind, int kinds) {
+    constexpr int items = BLOCKS * KEYS / 2;
+    #pragma unroll 1
+    for (int item = first_kind * items + threadIdx.x; item < kinds * items; item += THREADS) {
+        const int first = item % items / (KEYS / 2) * 16, key = item % (KEYS / 2) * 2;
+        if (item < items)
+            spread<true>(room, room.raw_k, room.k, first, key);
+        else if (item < 2 * items)
+            spread<false>(room, room.raw_q, room.q, first, key);
+        else
+            spread<false>(room, room.raw_p, room.p, first, key);
     }
-    if (GATE != CHANNEL) return;
-    const float* const decay = decays + token / 16 * KEYS + key;
-    set_pair<bfloat16>(pair, 0, decay[0] * low, decay[1] * high);
 }
 
 // Tokens to rows without gaps in the record, or to where they are; decayed from the border of the block to the chunk's.
 __device__ __forceinline__ void lead(const Tokens& tokens, const float* decays, bfloat16* to, int stride) {
-    #pragma unroll 2
-    for (int i = threadIdx.x; i < CHUNK * KEYS / 2; i += THREADS) {
-        const int token = i / (KEYS / 2), key = i % (KEYS / 2) * 2;
-        unsigned pair[KEY_TERMS][1];
-        decayed_pair(pair, tokens, decays, token, key);
+    constexpr int tile_stride = Tile<bfloat16, CHUNK, KEYS>::stride;
+    typedef Vector<unsigned, 4> Eight;
+    #pragma unroll 1
+    for (int i = threadIdx.x; i < CHUNK * KEYS / 8; i += THREADS) {
+        const int token = i / (KEYS / 8), key = i % (KEYS / 8) * 8;
+        const bfloat16* const from = tokens.term[0].begin + token * tile_stride + key;
+        Eight terms[KEY_TERMS];
+        #pragma unroll
+        for (int n = 0; n < KEY_TERMS; n++) terms[n] = Eight::at(from + n * CHUNK * tile_stride);
+        const float* const decay = decays + token / 16 * KEYS + key;
+        #pragma unroll
+        for (int pair = 0; pair < 4 && GATE == CHANNEL; pair++) {
+            float low = 0, high = 0;
+            #pragma unroll
+            for (int n = KEY_TERMS - 1; n >= 0; n--)
+                low += low_of<bfloat16>(terms[n].x[pair]), high += high_of<bfloat16>(terms[n].x[pair]);
+            const auto two = Vector<float, 2>::at(decay + 2 * pair);
+            unsigned both[KEY_TERMS][1];
+            set_pair<bfloat16>(both, 0, two.x[0] * low, two.x[1] * high);
+            #pragma unroll
+            for (int n = 0; n < KEY_TERMS; n++) terms[n].x[pair] = both[n][0];
+        }
         #pragma unroll
         for (int n = 0; n < KEY_TERMS; n++)
-            *reinterpret_cast<unsigned*>(to + (n * CHUNK + token) * stride + key) = pair[n][0];
+            *reinterpret_cast<Eight*>(to + (n * CHUNK + token) * stride + key) = terms[n];
     }
 }
 
 // ---- scores -----------------------------------------------------------------------------------------------------------
 
-// A score of an erasing key, times the step; nothing on and above the diagonal.
-__device__ __forceinline__ float erased(const Room& room, int query, int key, float x) {
-    return key < query ? room.beta[query] * x : 0;
+// Scores of 16 x 8 tokens where they belong: of erasing keys, times the step, into what is inverted, or of queries.
+__device__ __forceinline__ void keep_scores(const Room& room, Sum sum, bfloat16* scores, int query, int key) {
+    each(sum, [&](int i, int j, float& x) {
+        const int behind = query + i - key - j;  // so many tokens
+        if (GATE == STEP) x *= behind < 0 ? 0 : room.between.at(query + i, key + j);
+        if (!scores) x *= room.beta[query + i];
+        if (behind < !scores) x = 0;
+    });
+    if (scores)
+        store_terms<SUM_TERMS>(sum, scores, CHUNK, CHUNK, query, key);
+    else
+        store(sum, room.inverse, query, key);
 }
 
-// All blocks on and below the diagonal; with one gate per channel those below it. `scores` is where those of queries
-// belong; without it these are erasing keys.
+// All blocks on and below the diagonal; with one gate per channel those below it.
 __device__ __forceinline__ void score(const Room& room, const Tokens& asking, bfloat16* scores) {
     constexpr int before = GATE == CHANNEL;
     int task = (threadIdx.x / 32 + WARPS - 2) % WARPS;  // the first two warps invert blocks, so they come last
@@ -175,6 +209,7 @@ __device__ __forceinline__ void score(const Room& room, const Tokens& asking, bf
         for (int column = 0; column <= row - before; column++) {
             if (task--) continue;  // tasks go around
             task = WARPS - 1;
+            const float* const between = row - column == 2 ? room.whole + (column + 1) * KEYS : room.middle;
             Gathered gathered[2] = {};
             #pragma unroll 2
             for (int key = 0; key < KEYS; key += 16) {
@@ -182,47 +217,40 @@ __device__ __forceinline__ void score(const Room& room, const Tokens& asking, bf
                 Right<bfloat16, KEY_TERMS> right[2];
                 load_left(left, asking, 16 * row, key);
                 load_right_transposed(right, room.k, 16 * column, key);
-                if (GATE == CHANNEL && column + 1 < row)
-                    change_left(left, [&](int, int j, float x) {
-                        for (int block = column + 1; block < row; block++) x *= room.whole[block * KEYS + key + j];
-                        return x;
-                    });
+                if (GATE == CHANNEL && row - column > 1)
+                    change_left(left, [&](int, int j, float x) { return x * between[key + j]; });
+                #pragma unroll
                 for (int n = 0; n < 2; n++) gathered[n].add(left, right[n]);
             }
-            for (int n = 0; n < 2; n++) {
-                Sum sum = gathered[n].total();
-                each(sum, [&](int i, int j, float& x) {
-                    const int query = 16 * row + i, key = 16 * column + 8 * n + j;
-                    if (GATE == STEP) x *= key <= query ? room.between.at(query, key) : 0;
-                    x = scores ? key <= query ? x : 0 : erased(room, query, key, x);
-                });
-                if (scores)
-                    store_terms<SUM_TERMS>(sum, scores, CHUNK, CHUNK, 16 * row, 16 * column + 8 * n);
-                else
-                    store(sum, room.inverse, 16 * row, 16 * column + 8 * n);
-            }
+            for (int n = 0; n < 2; n++)
+                keep_scores(room, gathered[n].total(), scores, 16 * row, 16 * column + 8 * n);
         }
 }
 
-// Blocks on the diagonal with one gate per channel. A warp has eight keys of a block: a lane walks down from one of them,
-// with every fourth of the channels, four at a time.
-__device__ __forceinline__ void score_in_blocks(const Room& room, const Raw& asking, bfloat16* scores) {
-    const int lane = threadIdx.x % 32, part = lane / 8;
+// Blocks on the diagonal with one gate per channel, of queries and perhaps of erasing keys. A warp has eight keys of a
+// block: a lane walks down from one of them, with every fourth of the channels, four at a time.
+__device__ __forceinline__ void score_in_blocks(const Room& room, bool erasing, bfloat16* scores) {
+    const int part = threadIdx.x % 32 / 8;
     #pragma unroll 1
-    for (int task = threadIdx.x / 32; task < 2 * BLOCKS; task += WARPS) {
-        const int first = task / 2 * 16, border = task % 2 * 8, j = border + lane % 8;
+    for (int task = threadIdx.x / 32; task < (erasing ? 4 : 2) * BLOCKS; task += WARPS) {
+        const bool erases = task >= 2 * BLOCKS;
+        const Raw asking = erases ? room.raw_p : room.raw_q;
+        const int first = task % BLOCKS * 16, border = task / BLOCKS % 2 * 8, j = border + threadIdx.x % 8;
         float sums[16] = {};
         #pragma unroll 1
         for (int channel = 4 * part; channel < KEYS; channel += 16) {
+            const auto raw_key = Vector<data, 4>::at(&room.raw_k.at(first + j, channel));
             float key[4];  // at token i
-            for (int n = 0; n < 4; n++) key[n] = widened(room.raw_k.at(first + j, channel + n));
+            for (int n = 0; n < 4; n++) key[n] = widened(raw_key.x[n]);
             #pragma unroll
             for (int i = 0; i < 16; i++) {
                 if (i < border) continue;
+                const auto step = Vector<float, 4>::at(&room.steps.at(first + i, channel));
+                const auto asked = Vector<data, 4>::at(&asking.at(first + i, channel));
                 #pragma unroll
                 for (int n = 0; n < 4; n++) {
-                    if (i > j) key[n] *= room.steps.at(first + i, channel + n);
-                    sums[i] = fma(widened(asking.at(first + i, channel + n)), key[n], sums[i]);
+                    if (i > j) key[n] *= step.x[n];
+                    sums[i] = fma(widened(asked.x[n]), key[n], sums[i]);
                 }
             }
         }
@@ -231,13 +259,13 @@ __device__ __forceinline__ void score_in_blocks(const Room& room, const Raw& ask
             for (int distance = 8; distance < 32; distance *= 2)
                 sums[i] += __shfl_xor_sync(0xffffffffu, sums[i], distance);
             if (i % 4 != part) continue;
-            float x = i >= j ? sums[i] : 0;
-            for (int n = 0; n < SUM_TERMS && scores; n++) {
+            float x = i >= j + erases ? sums[i] : 0;
+            if (erases) room.inverse.at(first + i, first + j) = room.beta[first + i] * x;
+            for (int n = 0; n < SUM_TERMS && !erases; n++) {
                 bfloat16& at = scores[(n * CHUNK + first + i) * CHUNK + first + j];
                 put(at, x);
                 x -= widened(at);
             }
-            if (!scores) room.inverse.at(first + i, first + j) = erased(room, first + i, first + j, x);
         }
     }
 }
@@ -265,62 +293,78 @@ __device__ __forceinline__ void invert_blocks(const Room& room) {
 }
 
 // From inverses of blocks to those of blocks twice as large; above the diagonal is room for what is in between.
+template <int SIZE>
 __device__ __forceinline__ void double_blocks(const Room& room) {
-    const Square& tile = room.inverse;
-    #pragma unroll 1
-    for (int size = 1; size < BLOCKS; size *= 2)
-        #pragma unroll 1
+    if constexpr (SIZE < BLOCKS) {
+        const Square& tile = room.inverse;
+        constexpr int pieces = SIZE * SIZE, tasks = BLOCKS / (2 * SIZE) * pieces;
+        #pragma unroll
         for (int half = 0; half < 2; half++) {  // (what is between) (upper inverse), then -(lower inverse) (that)
-            if (half || size > 1) __syncthreads();  // the last products are there, and nobody is left at their factors
-            const int pieces = size * size, tasks = BLOCKS / (2 * size) * pieces;
+            if (half || SIZE > 1) __syncthreads();  // the last products are there, and nobody is left at their factors
             #pragma unroll 1
             for (int task = threadIdx.x / 32; task < tasks; task += WARPS) {
-                const int upper = task / pieces * 32 * size, lower = upper + 16 * size;
-                const int row = task % pieces / size * 16, column = task % size * 16;
-                const int first = half ? 0 : column, last = half ? row : 16 * size - 16;  // all else is zero
-                Sum sum[2] = {};
+                const int upper = task / pieces * 32 * SIZE, lower = upper + 16 * SIZE;
+                const int row = task % pieces / SIZE * 16, column = task % SIZE * 16;
+                const int first = half ? 0 : column, last = half ? row : 16 * SIZE - 16;  // all else is zero
+                Gathered sum[2] = {};
                 #pragma unroll 1
                 for (int i = first; i <= last; i += 16) {
-                    Left<bfloat16, 3> left;
-                    Right<bfloat16, 3> right[2];
+                    Left<bfloat16, SUM_TERMS> left;
+                    Right<bfloat16, SUM_TERMS> right[2];
                     load_left(left, tile, lower + row, (half ? lower : upper) + i, AsItIs());
                     load_right(right, tile, upper + i, (half ? lower : upper) + column, AsItIs());
-                    for (int n = 0; n < 2; n++) multiply(sum[n], left, right[n]);
+                    #pragma unroll
+                    for (int n = 0; n < 2; n++) sum[n].add(left, right[n]);
                 }
                 const int to_row = half ? lower : upper, to_column = half ? upper : lower;
-                for (int n = 0; n < 2; n++)
-                    each(sum[n], [&](int i, int j, float& x) {
-                        tile.at(to_row + row + i, to_column + column + 8 * n + j) = half ? -x : x;
-                    });
+                #pragma unroll
+                for (int n = 0; n < 2; n++) {
+                    Sum product = sum[n].total();
+                    each(product, [&](int, int, float& x) { x = half ? -x : x; });
+                    store(product, tile, to_row + row, to_column + column + 8 * n);
+                }
             }
         }
-}
-
-// 16 tokens of T beta x, for x of so many columns: a warp has every so-many-th 16 of them. scale(j) is of token j;
-// right(x, j, column) loads 16 tokens of x; use(sum, column) takes 8 columns.
-template <int TERMS, class Scale, class Load, class Use>
-__device__ __forceinline__ void apply_inverse(const Room& room, int columns, Scale scale, Load load, Use use) {
-    constexpr int shares = WARPS / BLOCKS;
-    const int warp = threadIdx.x / 32, row = warp % BLOCKS;
-    Left<bfloat16, SUM_TERMS> left[BLOCKS];
-    #pragma unroll
-    for (int from = 0; from < BLOCKS; from++)
-        if (from <= row)
-            load_left(left[from], room.inverse, 16 * row, 16 * from,
-                      [&](int i, int j, float x) { return 16 * from + j > 16 * row + i ? 0 : x * scale(16 * from + j); });
-    #pragma unroll 1
-    for (int column = warp / BLOCKS * 16; column < columns; column += 16 * shares) {
-        Gathered sum[2] = {};
-        #pragma unroll
-        for (int from = 0; from < BLOCKS; from++) {
-            if (from > row) break;
-            Right<bfloat16, TERMS> right[2];
-            load(right, 16 * from, column);
-            for (int n = 0; n < 2; n++) sum[n].add(left[from], right[n]);
-        }
-        for (int n = 0; n < 2; n++) use(sum[n].total(), 16 * row, column + 8 * n);
+        double_blocks<2 * SIZE>(room);
     }
 }
+
+// 16 rows of T with its columns scaled, as a warp multiplies them.
+struct Inverse {
+    static constexpr int shares = WARPS / BLOCKS;
+    Left<bfloat16, SUM_TERMS> left[BLOCKS];
+    int row, share;
+
+    template <class Scale>
+    __device__ __forceinline__ Inverse(const Room& room, Scale scale)  // scale(token)
+        : row(threadIdx.x / 32 % BLOCKS), share(threadIdx.x / 32 / BLOCKS) {
+        #pragma unroll
+        for (int from = 0; from < BLOCKS; from++)
+            if (from <= row)
+                load_left(left[from], room.inverse, 16 * row, 16 * from, [&](int i, int j, float x) {
+                    return 16 * from + j > 16 * row + i ? 0 : x * scale(16 * from + j);
+                });
+    }
+    // T x, for x of so many columns, 16 of them at a time: load(right, token, column) brings 16 tokens of x, and
+    // use(sum, token, column) takes 8 columns.
+    template <int TERMS, class Load, class Use>
+    __device__ __forceinline__ void apply(int columns, Load load, Use use) const {
+        #pragma unroll 1
+        for (int column = 16 * share; column < columns; column += 16 * shares) {
+            Gathered sum[2] = {};
+            #pragma unroll
+            for (int from = 0; from < BLOCKS; from++) {
+                if (from <= row) {
+                    Right<bfloat16, TERMS> right[2];
+                    load(right, 16 * from, column);
+                    #pragma unroll
+                    for (int n = 0; n < 2; n++) sum[n].add(left[from], right[n]);
+                }
+            }
+            for (int n = 0; n < 2; n++) use(sum[n].total(), 16 * row, column + 8 * n);
+        }
+    }
+};
 
 // Values as terms.
 __device__ __forceinline__ void load_values(Right<bfloat16, 1> (&right)[2], const Tile<bfloat16, CHUNK, VALUES_AT_ONCE>& v,
@@ -335,7 +379,7 @@ __device__ __forceinline__ void load_values(Right<bfloat16, TERMS> (&right)[2], 
 
 // ---- a chunk ----------------------------------------------------------------------------------------------------------
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, GATE == CHANNEL ? 1 : 2)
 delta_rule_prepare(const data* q, const data* k, const data* v, const real* beta, const real* log_decay,
                    const data* erase_key, float* records, const long long* table, int axes, int tokens, int columns,
                    int groups, int blocks) {
@@ -374,13 +418,12 @@ delta_rule_prepare(const data* q, const data* k, const data* v, const real* beta
         if (GATE == CHANNEL) decay_by_channels(room);
         if (GATE) __syncthreads();  // decays are there
         if (GATE == CHANNEL) {
-            score_in_blocks(room, room.raw_p, nullptr);
+            score_in_blocks(room, true, record.scores(0));
             decay_over_blocks(room);
         }
         if constexpr (!DIRECT) {
-            spread<true>(room, room.raw_k, room.k);
-            if (ERASE || GATE == CHANNEL) spread<false>(room, room.raw_p, room.p);
-            __syncthreads();  // keys are terms
+            spread(room, 0, 2 + OWN_P);
+            __syncthreads();  // tokens are terms
         }
         score(room, room.p, nullptr);
         __syncthreads();  // all that is inverted is there
@@ -392,32 +435,39 @@ delta_rule_prepare(const data* q, const data* k, const data* v, const real* beta
                 close_copies();
                 finish_copies<0>();
                 __syncthreads();  // these queries are there
+                if (GATE == CHANNEL) score_in_blocks(room, false, record.scores(group));
+                if constexpr (!DIRECT) {
+                    spread(room, 1, 2);
+                    __syncthreads();  // these are terms
+                }
             }
-            if (GATE == CHANNEL) score_in_blocks(room, room.raw_q, record.scores(group));
-            if constexpr (!DIRECT) {
-                spread<false>(room, room.raw_q, room.q);
-                __syncthreads();  // queries are terms
-                lead(room.q, room.before, record.queries(group), KEYS);
-            }
+            if constexpr (!DIRECT) lead(room.q, room.before, record.queries(group), KEYS);
             score(room, room.q, record.scores(group));
         }
         invert_blocks(room);
         if constexpr (!DIRECT) lead(room.k, room.after, record.keys(), KEYS);
         if (GATE == CHANNEL) lead(room.p, room.before, room.p.term[0].begin, Tile<bfloat16, CHUNK, KEYS>::stride);
-        double_blocks(room);
+        double_blocks<1>(room);
         __syncthreads();  // the inverse is there, and erasing keys lead to the border
 
         float poison = 0;  // or NaN, if anything is not finite
         const auto check = [&](const Sum& sum) {
             for (int i = 0; i < 4; i++) poison = fma(sum.x[i], 0.0f, poison);
         };
-        apply_inverse<KEY_TERMS>(
-            room, KEYS, [&](int j) { return room.beta[j] * (GATE == STEP ? room.from_start[j] : 1); },
-            [&](Right<bfloat16, KEY_TERMS> (&right)[2], int token, int column) { load_right(right, room.p, token, column); },
-            [&](const Sum& sum, int token, int column) {
-                check(sum);
-                store_terms<SUM_TERMS>(sum, record.recalls(), KEYS, CHUNK, token, column);
-            });
+        const auto prepare_recalls = [&](const Inverse& inverse) {
+            inverse.apply<KEY_TERMS>(
+                KEYS,
+                [&](Right<bfloat16, KEY_TERMS> (&right)[2], int token, int column) {
+                    load_right(right, room.p, token, column);
+                },
+                [&](const Sum& sum, int token, int column) {
+                    check(sum);
+                    store_terms<SUM_TERMS>(sum, record.recalls(), KEYS, CHUNK, token, column);
+                });
+        };
+        if (GATE == STEP) prepare_recalls(Inverse(room, [&](int j) { return room.beta[j] * room.from_start[j]; }));
+        const Inverse inverse(room, [&](int j) { return room.beta[j]; });
+        if (GATE != STEP) prepare_recalls(inverse);
         #pragma unroll 1
         for (int first = 0; first < columns; first += VALUES_AT_ONCE) {
             if (first) {
@@ -427,16 +477,17 @@ delta_rule_prepare(const data* q, const data* k, const data* v, const real* beta
                 __syncthreads();  // these values are there
             }
             const int left = record.wide - first;
-            apply_inverse<DATA_TERMS>(
-                room, left < VALUES_AT_ONCE ? left : VALUES_AT_ONCE, [&](int j) { return room.beta[j]; },
+            float* const targets = record.targets() + first + threadIdx.x % 32 / 4 * record.wide + threadIdx.x % 4 * 2;
+            inverse.apply<DATA_TERMS>(
+                left < VALUES_AT_ONCE ? left : VALUES_AT_ONCE,
                 [&](Right<bfloat16, DATA_TERMS> (&right)[2], int token, int column) {
                     load_values(right, room.v, token, column);
                 },
-                [&](Sum sum, int token, int column) {
+                [&](const Sum& sum, int token, int column) {
                     check(sum);
-                    each(sum, [&](int i, int j, float x) {
-                        record.targets()[size_t(token + i) * record.wide + first + column + j] = x;
-                    });
+                    for (int half = 0; half < 2; half++)
+                        *reinterpret_cast<Vector<float, 2>*>(targets + (token + 8 * half) * record.wide + column) =
+                            {sum.x[2 * half], sum.x[2 * half + 1]};
                 });
         }
         const bool spoilt = __syncthreads_or(poison != 0) && some;  // nobody is left at this chunk
