@@ -136,3 +136,16 @@ struct alignas(N * sizeof(T)) Vector {
         return *reinterpret_cast<const Vector*>(begin);
     }
 };
+// Neighbouring numbers of the data.
+__device__ __forceinline__ Vector<float, 4> four_of(const float* begin) { return Vector<float, 4>::at(begin); }
+__device__ __forceinline__ Vector<float, 2> two_of(const float* begin) { return Vector<float, 2>::at(begin); }
+template <class T>
+__device__ __forceinline__ Vector<float, 4> four_of(const T* begin) {
+    const auto words = Vector<unsigned, 2>::at(begin);
+    return {low_of<T>(words.x[0]), high_of<T>(words.x[0]), low_of<T>(words.x[1]), high_of<T>(words.x[1])};
+}
+template <class T>
+__device__ __forceinline__ Vector<float, 2> two_of(const T* begin) {
+    const auto word = Vector<unsigned, 1>::at(begin);
+    return {low_of<T>(word.x[0]), high_of<T>(word.x[0])};
+}

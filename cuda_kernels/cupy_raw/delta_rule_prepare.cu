@@ -125,12 +125,12 @@ __device__ __forceinline__ void spread(const Room& room, const Raw& from, const 
     #pragma unroll 4
     for (int n = 0; n < 16; n++) {
         const int i = first + (TO_END ? 15 - n : n);
-        const auto raw = Vector<data, 2>::at(&from.at(i, key));
+        const auto raw = two_of(&from.at(i, key));
         Vector<float, 2> step = {1, 1};
         if (GATE == CHANNEL) step = Vector<float, 2>::at(&room.steps.at(i, key));
         for (int side = 0; side < 2 && !TO_END; side++) decay[side] *= step.x[side];
         unsigned pair[KEY_TERMS][1];
-        set_pair<bfloat16>(pair, 0, decay[0] * widened(raw.x[0]), decay[1] * widened(raw.x[1]));
+        set_pair<bfloat16>(pair, 0, decay[0] * raw.x[0], decay[1] * raw.x[1]);
         #pragma unroll
         for (int term = 0; term < KEY_TERMS; term++)
             *reinterpret_cast<unsigned*>(to.term[0].begin + (term * CHUNK + i) * Tile<bfloat16, CHUNK, KEYS>::stride + key) =
@@ -227,46 +227,60 @@ __device__ __forceinline__ void score(const Room& room, const Tokens& asking, bf
         }
 }
 
-// Blocks on the diagonal with one gate per channel, of queries and perhaps of erasing keys. A warp has eight keys of a
-// block: a lane walks down from one of them, with every fourth of the channels, four at a time.
-__device__ __forceinline__ void score_in_blocks(const Room& room, bool erasing, bfloat16* scores) {
-    const int part = threadIdx.x % 32 / 8;
+// Nothing above the first of four keys of a block.
+__device__ __forceinline__ void clear_above(const Room& room, int first, int border, bool erasing, bfloat16* scores) {
+    for (int item = threadIdx.x % 32; item < 4 * border; item += 32) {
+        const int query = first + item / 4, key = first + border + item % 4;
+        if (erasing) room.inverse.at(query, key) = 0;
+        for (int n = 0; n < SUM_TERMS; n++) put(scores[(n * CHUNK + query) * CHUNK + key], 0);
+    }
+}
+
+// Blocks on the diagonal with one gate per channel, of queries and perhaps of erasing keys. A warp has four keys of a
+// block: a lane walks down from one of them, with every eighth of the channels, four at a time.
+template <bool ERASING>
+__device__ __forceinline__ void score_in_blocks(const Room& room, bfloat16* scores) {
+    const int own = threadIdx.x % 4, part = threadIdx.x % 32 / 4;
     #pragma unroll 1
-    for (int task = threadIdx.x / 32; task < (erasing ? 4 : 2) * BLOCKS; task += WARPS) {
-        const bool erases = task >= 2 * BLOCKS;
-        const Raw asking = erases ? room.raw_p : room.raw_q;
-        const int first = task % BLOCKS * 16, border = task / BLOCKS % 2 * 8, j = border + threadIdx.x % 8;
-        float sums[16] = {};
+    for (int task = threadIdx.x / 32; task < 4 * BLOCKS; task += WARPS) {
+        const int border = task / BLOCKS * 4, first = task % BLOCKS * 16 + border, j = first + own;
+        float read[16] = {}, erased[16] = {};
         #pragma unroll 1
-        for (int channel = 4 * part; channel < KEYS; channel += 16) {
-            const auto raw_key = Vector<data, 4>::at(&room.raw_k.at(first + j, channel));
-            float key[4];  // at token i
-            for (int n = 0; n < 4; n++) key[n] = widened(raw_key.x[n]);
+        for (int channel = 4 * part; channel < KEYS; channel += 32) {
+            Vector<float, 4> key = four_of(&room.raw_k.at(j, channel));  // at token i
             #pragma unroll
             for (int i = 0; i < 16; i++) {
-                if (i < border) continue;
+                if (border + i / 4 * 4 >= 16) continue;
                 const auto step = Vector<float, 4>::at(&room.steps.at(first + i, channel));
-                const auto asked = Vector<data, 4>::at(&asking.at(first + i, channel));
+                const auto query = four_of(&room.raw_q.at(first + i, channel));
+                const auto eraser = four_of(&(ERASING ? room.raw_p : room.raw_q).at(first + i, channel));
+                if (i > own) {
+                    #pragma unroll
+                    for (int n = 0; n < 4; n++) key.x[n] *= step.x[n];
+                }
                 #pragma unroll
                 for (int n = 0; n < 4; n++) {
-                    if (i > j) key[n] *= step.x[n];
-                    sums[i] = fma(widened(asked.x[n]), key[n], sums[i]);
+                    read[i] = fma(query.x[n], key.x[n], read[i]);
+                    if (ERASING) erased[i] = fma(eraser.x[n], key.x[n], erased[i]);
                 }
             }
         }
         #pragma unroll
         for (int i = 0; i < 16; i++) {
-            for (int distance = 8; distance < 32; distance *= 2)
-                sums[i] += __shfl_xor_sync(0xffffffffu, sums[i], distance);
-            if (i % 4 != part) continue;
-            float x = i >= j + erases ? sums[i] : 0;
-            if (erases) room.inverse.at(first + i, first + j) = room.beta[first + i] * x;
-            for (int n = 0; n < SUM_TERMS && !erases; n++) {
-                bfloat16& at = scores[(n * CHUNK + first + i) * CHUNK + first + j];
+            for (int distance = 4; distance < 32; distance *= 2) {
+                read[i] += __shfl_xor_sync(0xffffffffu, read[i], distance);
+                if (ERASING) erased[i] += __shfl_xor_sync(0xffffffffu, erased[i], distance);
+            }
+            if (i % 8 != part || border + i >= 16) continue;
+            if (ERASING) room.inverse.at(first + i, j) = i > own ? room.beta[first + i] * erased[i] : 0;
+            float x = i >= own ? read[i] : 0;
+            for (int n = 0; n < SUM_TERMS; n++) {
+                bfloat16& at = scores[(n * CHUNK + first + i) * CHUNK + j];
                 put(at, x);
                 x -= widened(at);
             }
         }
+        clear_above(room, task % BLOCKS * 16, border, ERASING, scores);
     }
 }
 
@@ -418,7 +432,7 @@ delta_rule_prepare(const data* q, const data* k, const data* v, const real* beta
         if (GATE == CHANNEL) decay_by_channels(room);
         if (GATE) __syncthreads();  // decays are there
         if (GATE == CHANNEL) {
-            score_in_blocks(room, true, record.scores(0));
+            score_in_blocks<true>(room, record.scores(0));
             decay_over_blocks(room);
         }
         if constexpr (!DIRECT) {
@@ -435,7 +449,7 @@ delta_rule_prepare(const data* q, const data* k, const data* v, const real* beta
                 close_copies();
                 finish_copies<0>();
                 __syncthreads();  // these queries are there
-                if (GATE == CHANNEL) score_in_blocks(room, false, record.scores(group));
+                if (GATE == CHANNEL) score_in_blocks<false>(room, record.scores(group));
                 if constexpr (!DIRECT) {
                     spread(room, 1, 2);
                     __syncthreads();  // these are terms
