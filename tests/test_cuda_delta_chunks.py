@@ -264,7 +264,7 @@ SYNCHRONISED = r"__syncthreads\(\);|__syncwarp\(\);|finish_copies<0>\(\);"
 def calls():
     """What shows together that every one is needed: both kinds of gates, groups, many values, and bad numbers."""
     yield inputs("bfloat16", "none", lead=(1,), t=70, k=16, v=33)
-    for name, variant, v in (("bfloat16", "step, erase", 72), ("bfloat16", "channel", 33)):
+    for name, variant, v in (("bfloat16", "step, erase", 136), ("bfloat16", "channel", 33)):
         arrays, options = inputs(name, variant, lead=(1, 1), t=70, k=16, v=v)
         arrays["q"] = np.repeat(arrays["q"], 2, axis=1)
         spoilt = arrays | {"v": arrays["v"].copy()}

@@ -21,10 +21,10 @@ from ._tiles import LONGEST, STATIC, SUM_TERMS, TERMS
 
 __all__ = ["Tiles", "correct", "tiles"]
 
-PREPARE, KERNEL = (Kernel(name, "tensor.cuh", "delta_chunks.cuh") for name in ("delta_rule_prepare", "delta_rule_chunks"))
+HEADERS = ("tensor.cuh", "delta_chunks.cuh")
+PREPARE, KERNEL = Kernel("delta_rule_prepare", *HEADERS), Kernel("delta_rule_chunks", *HEADERS)
 GATES = {"none": 0, "step": 1, "channel": 2}
 VALUES = 32  # value columns of a block that walks
-PREPARED_AT_ONCE = 64  # value columns
 RECORDS = 1 << 26  # numbers of single precision that the records of one part may have
 LEAST = 8  # but so many chunks at least, which pay for two launches
 
@@ -68,8 +68,8 @@ def tiles(dtype: Any, tokens: int, rows: int, columns: int, gate: str, erase: bo
         return None
     keys = -(-rows // 16) * 16
     for chunk in (64, 32, 16) if name != "float32" else (32, 16):
-        found = Tiles(chunk, keys)
-        found = found._replace(prepare=bytes_to_prepare(found, name, gate, erase), walk=bytes_to_walk(found, name, gate))
+        sizes = Tiles(chunk, keys)
+        found = Tiles(chunk, keys, bytes_to_prepare(sizes, name, gate, erase), bytes_to_walk(sizes, name, gate))
         if max(found.prepare, found.walk) + STATIC <= shared:
             return found
     return None
@@ -84,7 +84,8 @@ def terms_of(name: str, gate: str) -> Terms:
 def bytes_to_prepare(sizes: Tiles, name: str, gate: str, erase: bool) -> int:
     """Shared memory of a block of the first launch, as its text lays it out: rows of tiles are 8 numbers apart."""
     chunk, keys, terms = sizes.chunk, sizes.keys + 8, terms_of(name, gate)
-    arriving = chunk * ((2 + erase) * keys + PREPARED_AT_ONCE + 8) * (4 if name == "float32" else 2)
+    values = 128 if name != "float32" and gate != "channel" else 64  # at once
+    arriving = chunk * ((2 + erase) * keys + values + 8) * (4 if name == "float32" else 2)
     split = 0 if terms.direct else 2 * terms.keys * chunk * (2 + (erase or gate == "channel")) * keys
     squares = (1 + (gate == "step")) * chunk * (chunk + 8)
     channels = (gate == "channel") * (chunk * keys + (2 + 3 * chunk // 16) * sizes.keys)

@@ -25,7 +25,10 @@ struct Record {
 
     __device__ __forceinline__ Record(float* records, size_t number, int groups, int columns)
         : groups(groups), wide((columns + VALUES - 1) / VALUES * VALUES) {
-        begin = records + number * (size_t(groups_at) + size_t(groups) * group_size + size_t(CHUNK) * wide);
+        begin = records + number * numbers();
+    }
+    __device__ __forceinline__ size_t numbers() const {
+        return size_t(groups_at) + size_t(groups) * group_size + size_t(CHUNK) * wide;
     }
     __device__ __forceinline__ bfloat16* terms(size_t at) const { return reinterpret_cast<bfloat16*>(begin + at); }
     // What the errors lose to the memory: T beta P, decayed since the chunk began.

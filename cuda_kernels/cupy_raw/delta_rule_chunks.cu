@@ -70,6 +70,30 @@ __device__ __forceinline__ void bring_tokens(const Tokens& to, Rows<const T> fro
         copy_rows<THREADS, KEY_TERMS * CHUNK>(to.term[0], made, KEYS);  // terms lie behind one another
 }
 
+// Lines of memory that will be asked for go to the cache.
+#ifdef __CUDACC_RTC__
+__device__ __forceinline__ void prefetch(const void* line) { asm volatile("prefetch.global.L2 [%0];" :: "l"(line)); }
+#else
+inline void prefetch(const void*) {}
+#endif
+constexpr int LINE = 128;  // bytes
+
+// A record, of which each of the blocks that need it sends for a part.
+__device__ __forceinline__ void prefetch_record(const Record& record, int part, int parts) {
+    const int lines = int(record.numbers() * sizeof(float) / LINE);
+    #pragma unroll 1
+    for (int line = part * THREADS + threadIdx.x; line < lines; line += parts * THREADS)
+        prefetch(record.begin + size_t(line) * (LINE / sizeof(float)));
+}
+// Tokens, of which a thread has one.
+__device__ __forceinline__ void prefetch_tokens(const Rows<const data>& from, long long t, int count) {
+    constexpr int lines = (K * int(sizeof(data)) + LINE - 1) / LINE;
+    const int token = threadIdx.x % CHUNK;
+    #pragma unroll 1
+    for (int line = threadIdx.x / CHUNK; line < lines && token < count; line += THREADS / CHUNK)
+        prefetch(&from.at(t + token, line * (LINE / int(sizeof(data)))));
+}
+
 // What a thread will need of the next chunk, on its way to registers.
 struct Ahead {
     Sum target[2];
@@ -310,6 +334,13 @@ delta_rule_chunks(const data* q, const data* k, const data* v, const real* beta,
         close_copies();
     };
 
+    const auto prefetch_chunk = [&](int chunk) {
+        const long long t = (long long)chunk * CHUNK;
+        const int count = min(CHUNK, tokens - chunk * CHUNK);
+        prefetch_record(record_of(chunk), blockIdx.x % blocks, blocks);
+        if (DIRECT) prefetch_tokens(arrays.q, t, count), prefetch_tokens(arrays.k, t, count);
+    };
+
     Ahead now, next;
     now.look(record_of(0), token, first_column + column);
     bring_first(0, 0);
@@ -320,6 +351,7 @@ delta_rule_chunks(const data* q, const data* k, const data* v, const real* beta,
         finish_copies<0>();
         __syncthreads();  // the state and what reads it are there, and nobody is left at the last chunk
         bring_second(chunk, 0);
+        if (chunk + 2 < chunks) prefetch_chunk(chunk + 2);
         Gathered lost[2] = {}, read[2] = {};
         recall_both(lost, read, room, token, column);
         int good = min(now.good, count);

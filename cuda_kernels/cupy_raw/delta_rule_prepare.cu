@@ -18,7 +18,7 @@
 // With one gate per channel a block has a multiprocessor for itself.
 constexpr int THREADS = (GATE == CHANNEL ? 128 : 64) * (BLOCKS > 2 ? BLOCKS : 2), WARPS = THREADS / 32;
 constexpr bool OWN_P = !DIRECT && (ERASE || GATE == CHANNEL);  // erasing keys are not the keys that are read
-constexpr int VALUES_AT_ONCE = 64;
+constexpr int VALUES_AT_ONCE = sizeof(data) == 2 && GATE != CHANNEL ? 128 : 64;
 
 typedef Tile<data, CHUNK, KEYS> Raw;
 typedef Tile<data, CHUNK, VALUES_AT_ONCE> Values;
@@ -227,6 +227,18 @@ __device__ __forceinline__ void score(const Room& room, const Tokens& asking, bf
         }
 }
 
+// Of sums of 16 rows, of which the eight lanes of a key have a part each, the lane `part` keeps rows 2 part and 2 part + 1.
+template <int ROWS = 8>
+__device__ __forceinline__ void sum_of_parts(float (&x)[16]) {
+    const bool upper = threadIdx.x & (2 * ROWS);
+    #pragma unroll
+    for (int i = 0; i < ROWS; i++) {
+        const float given = upper ? x[i] : x[i + ROWS];
+        x[i] = (upper ? x[i + ROWS] : x[i]) + __shfl_xor_sync(0xffffffffu, given, 2 * ROWS);
+    }
+    if constexpr (ROWS > 2) sum_of_parts<ROWS / 2>(x);
+}
+
 // Nothing above the first of four keys of a block.
 __device__ __forceinline__ void clear_above(const Room& room, int first, int border, bool erasing, bfloat16* scores) {
     for (int item = threadIdx.x % 32; item < 4 * border; item += 32) {
@@ -265,20 +277,17 @@ __device__ __forceinline__ void score_in_blocks(const Room& room, bfloat16* scor
                 }
             }
         }
+        sum_of_parts(read);
+        if (ERASING) sum_of_parts(erased);
         #pragma unroll
-        for (int i = 0; i < 16; i++) {
-            for (int distance = 4; distance < 32; distance *= 2) {
-                read[i] += __shfl_xor_sync(0xffffffffu, read[i], distance);
-                if (ERASING) erased[i] += __shfl_xor_sync(0xffffffffu, erased[i], distance);
-            }
-            if (i % 8 != part || border + i >= 16) continue;
-            if (ERASING) room.inverse.at(first + i, j) = i > own ? room.beta[first + i] * erased[i] : 0;
-            float x = i >= own ? read[i] : 0;
-            for (int n = 0; n < SUM_TERMS; n++) {
-                bfloat16& at = scores[(n * CHUNK + first + i) * CHUNK + j];
-                put(at, x);
-                x -= widened(at);
-            }
+        for (int n = 0; n < 2; n++) {
+            const int i = 2 * part + n;
+            if (border + i >= 16) continue;
+            if (ERASING) room.inverse.at(first + i, j) = i > own ? room.beta[first + i] * erased[n] : 0;
+            unsigned terms[SUM_TERMS][1];
+            set_pair<bfloat16>(terms, 0, i >= own ? read[n] : 0, 0);
+            for (int term = 0; term < SUM_TERMS; term++)
+                scores[(term * CHUNK + first + i) * CHUNK + j].bits = (unsigned short)(terms[term][0] & 0xffff);
         }
         clear_above(room, task % BLOCKS * 16, border, ERASING, scores);
     }
