@@ -70,6 +70,7 @@ HURTING = [
     ("bfloat16", "step", 1, 1, (15, 17, 31, 33)),
     ("bfloat16", "step, erase", 128, 70, (131,)),
     ("bfloat16", "channel", 40, 17, (16, 31, 33)),
+    ("bfloat16", "channel, erase", 33, 40, (150,)),
     ("float16", "channel, erase", 3, 40, (32, 67)),
     ("float32", "step", 130, 3, (1, 64, 65)),
     ("float32", "channel", 111, 33, (33,)),
@@ -146,10 +147,11 @@ def test_a_cut_at_the_border_of_a_chunk_changes_no_bit():
     np.testing.assert_array_equal(end, state)
 
 
+@pytest.mark.parametrize("variant", ["step", "channel, erase"])
 @pytest.mark.parametrize("where", [0, 20, 63, 64, 69])
-def test_a_bad_number_anywhere_in_a_chunk_changes_no_bit_before_it(where):
-    arrays, options = inputs("bfloat16", "step", t=70, k=16, v=33)
-    for name in ("q", "k", "v"):
+def test_a_bad_number_anywhere_in_a_chunk_changes_no_bit_before_it(where, variant):
+    arrays, options = inputs("bfloat16", variant, t=70, k=16, v=33)
+    for name in {"q", "k", "v", "erase_key"} & arrays.keys():
         spoilt = arrays | {name: arrays[name].copy()}
         spoilt[name][0, where, 0] = np.nan
         with on_cpu("cupy", check=False):
