@@ -161,6 +161,18 @@ def test_a_bad_number_anywhere_in_a_chunk_changes_no_bit_before_it(where, varian
         np.testing.assert_array_equal(found[0][1], clean[0][1])
 
 
+def test_an_error_that_overflows_changes_no_bit_before_it():
+    arrays, options = inputs("bfloat16", "step", t=70, k=16, v=33)
+    options["initial_state"] = np.full((2, 16, 33), 1e36, np.float32)
+    spoilt = arrays | {"k": arrays["k"].copy()}
+    spoilt["k"][0, 20] = 1e3
+    with on_cpu("cupy", check=False):
+        clean, found = (corrected(given, options, "cupy") for given in (arrays, spoilt))
+    np.testing.assert_array_equal(found[0][:, :20], clean[0][:, :20])
+    assert np.all(np.isfinite(clean[0])) and not np.any(np.isfinite(found[0][0, 20:]))
+    np.testing.assert_array_equal(found[0][1], clean[0][1])
+
+
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
