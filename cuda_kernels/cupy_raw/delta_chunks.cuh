@@ -66,8 +66,8 @@ __device__ __forceinline__ void find_places(Place (&places)[8], const long long*
     places[array] = {found.begin - origin, found.group, found.row, found.column};
 }
 
-// Rows to a tile, all of them, 16 bytes at a time; the caller closes and finishes these copies. A thread has one column,
-// so that all but its first address is the last one and a constant.
+// Rows to a tile, all of them, 16 bytes at a time; the caller closes and finishes these copies. A thread has one
+// column, so that every address but its first is the last one and a constant.
 template <int THREADS, int ROWS, class T, int R, int C>
 __device__ __forceinline__ void copy_rows(const Tile<T, R, C>& tile, const T* from, long long stride) {
     constexpr int wide = 16 / int(sizeof(T)), pieces = C / wide, step = THREADS / pieces;
@@ -77,7 +77,8 @@ __device__ __forceinline__ void copy_rows(const Tile<T, R, C>& tile, const T* fr
     from += row * stride + column;
     #pragma unroll
     for (int n = 0; n < (ROWS + step - 1) / step; n++)
-        if (ROWS % step == 0 || row + n * step < ROWS) copy_later(&tile.at(row + n * step, column), from + n * step * stride, 16);
+        if (ROWS % step == 0 || row + n * step < ROWS)
+            copy_later(&tile.at(row + n * step, column), from + n * step * stride, 16);
 }
 // tile[i][j] = from[t + i][j] for i < rows and j < columns, zero elsewhere.
 template <int THREADS, class T, int R, int C>
@@ -113,7 +114,8 @@ struct Gathered {
 
 // Numbers of 16 x 8 as terms, two at a time; a term has so many rows.
 template <int TERMS>
-__device__ __forceinline__ void store_terms(const Sum& sum, bfloat16* begin, int stride, int rows, int row, int column) {
+__device__ __forceinline__ void store_terms(const Sum& sum, bfloat16* begin, int stride, int rows, int row,
+                                            int column) {
     const int line = threadIdx.x % 32 / 4, pair = threadIdx.x % 4 * 2;
     bfloat16* const at = begin + ((row + line) * stride + column + pair);
     #pragma unroll

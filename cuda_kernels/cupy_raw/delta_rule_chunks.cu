@@ -392,10 +392,9 @@ delta_rule_chunks(const data* q, const data* k, const data* v, const real* beta,
             }
             weigh(read, room, token, column);
             #pragma unroll
-            for (int n = 0; n < 2; n++) {
-                const Sum answer = read[n].total();
-                write(answer, arrays.o.of(group), t + token, first_column + column + 8 * n, good - token, columns, scale);
-            }
+            for (int n = 0; n < 2; n++)
+                write(read[n].total(), arrays.o.of(group), t + token, first_column + column + 8 * n, good - token, columns,
+                      scale);
         }
         if (!done) __syncthreads();  // nobody is left at the state and what reads it
         if (spoilt) {

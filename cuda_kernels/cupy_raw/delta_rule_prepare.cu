@@ -8,12 +8,12 @@
 // The inverse is made by block doubling: blocks of 16 by substitution, then twice as many at a time from two blocks on
 // the diagonal, -(lower inverse) (what is between) (upper inverse). No power of a matrix is ever formed.
 //
-// Decays are powers of two of sums of gates that all have one sign, never of differences. With one gate per channel they
-// are factors of the tokens of a product: of those behind, since their block of 16 began; of those before, to the end of
-// theirs. Inside a block they are multiplied up pair by pair.
+// Decays are powers of two of sums of gates that all have one sign, never of differences. With one gate per channel
+// they are factors of the tokens of a product: of those behind, since their block of 16 began; of those before, to the
+// end of theirs. Inside a block they are multiplied up pair by pair.
 //
-// Zero times NaN is NaN, so a product would carry a bad number into the past. A chunk of which not all is finite is made
-// again of the most tokens of which it is, with zeros behind them; the walk takes the others one by one.
+// Zero times NaN is NaN, so a product would carry a bad number into the past. A chunk of which not all is finite is
+// made again of the most tokens of which it is, with zeros behind them; the walk takes the others one by one.
 
 // With one gate per channel a block has a multiprocessor for itself.
 constexpr int THREADS = (GATE == CHANNEL ? 128 : 64) * (BLOCKS > 2 ? BLOCKS : 2), WARPS = THREADS / 32;
@@ -34,9 +34,9 @@ struct Room {
     Square inverse;     // first what is inverted
     Square between;     // STEP: decay from one token to another
     Channels steps;     // CHANNEL: decays of a token
-    float *total, *whole, *before, *after;  // CHANNEL: decays of the chunk, of a block, of those before it, of those after
+    float *total, *whole, *before, *after;  // CHANNEL: decays of the chunk, a block, those before it, those after it
     float* middle;                          // CHANNEL: of the two in the middle
-    float *gates, *from_start, *to_end;     // STEP: of each token; decays from the chunk's start to it, from it to the end
+    float *gates, *from_start, *to_end;     // STEP: of each token; decays from the chunk's start to it, and on to its end
     float* beta;
 
     __device__ __forceinline__ Room() {
@@ -65,16 +65,19 @@ struct Room {
 
 // ---- decays -----------------------------------------------------------------------------------------------------------
 
-// One gate per step: a thread adds up from its token on, and writes some of the sums as decays; one of them from the start.
+// One gate per step: a thread adds up from its token on, and writes 16 of the sums as decays; some do so from the start.
 __device__ __forceinline__ void decay_by_steps(const Room& room) {
     #pragma unroll 1
     for (int item = threadIdx.x; item < BLOCKS * (CHUNK + 1); item += THREADS) {
         const int j = item % (CHUNK + 1) - 1, last = item / (CHUNK + 1) * 16 + 16;
         float sum = 0;
-        #pragma unroll 1
-        for (int i = j + 1; i < last; i++) {
+        int i = j + 1;
+        #pragma unroll 4
+        for (; i < last - 16; i++) sum += room.gates[i];
+        #pragma unroll 4
+        for (; i < last; i++) {
             sum += room.gates[i];
-            if (i >= last - 16) (j < 0 ? room.from_start[i] : room.between.at(i, j)) = exp2f(sum);
+            (j < 0 ? room.from_start[i] : room.between.at(i, j)) = exp2f(sum);
         }
         if (j >= last - 16 && j < last) room.between.at(j, j) = 1;
         if (last == CHUNK) (j < 0 ? room.total[0] : room.to_end[j]) = exp2f(sum);
@@ -133,8 +136,7 @@ __device__ __forceinline__ void spread(const Room& room, const Raw& from, const 
         set_pair<bfloat16>(pair, 0, decay[0] * raw.x[0], decay[1] * raw.x[1]);
         #pragma unroll
         for (int term = 0; term < KEY_TERMS; term++)
-            *reinterpret_cast<unsigned*>(to.term[0].begin + (term * CHUNK + i) * Tile<bfloat16, CHUNK, KEYS>::stride + key) =
-                pair[term][0];
+            *reinterpret_cast<unsigned*>(&to.term[term].at(i, key)) = pair[term][0];
         for (int side = 0; side < 2 && TO_END; side++) decay[side] *= step.x[side];
     }
 }
@@ -155,15 +157,13 @@ __device__ __forceinline__ void spread(const Room& room, int first_kind, int kin
 
 // Tokens to rows without gaps in the record, or to where they are; decayed from the border of the block to the chunk's.
 __device__ __forceinline__ void lead(const Tokens& tokens, const float* decays, bfloat16* to, int stride) {
-    constexpr int tile_stride = Tile<bfloat16, CHUNK, KEYS>::stride;
     typedef Vector<unsigned, 4> Eight;
     #pragma unroll 1
     for (int i = threadIdx.x; i < CHUNK * KEYS / 8; i += THREADS) {
         const int token = i / (KEYS / 8), key = i % (KEYS / 8) * 8;
-        const bfloat16* const from = tokens.term[0].begin + token * tile_stride + key;
         Eight terms[KEY_TERMS];
         #pragma unroll
-        for (int n = 0; n < KEY_TERMS; n++) terms[n] = Eight::at(from + n * CHUNK * tile_stride);
+        for (int n = 0; n < KEY_TERMS; n++) terms[n] = Eight::at(&tokens.term[n].at(token, key));
         const float* const decay = decays + token / 16 * KEYS + key;
         #pragma unroll
         for (int pair = 0; pair < 4 && GATE == CHANNEL; pair++) {
@@ -227,7 +227,7 @@ __device__ __forceinline__ void score(const Room& room, const Tokens& asking, bf
         }
 }
 
-// Of sums of 16 rows, of which the eight lanes of a key have a part each, the lane `part` keeps rows 2 part and 2 part + 1.
+// Of sums of 16 rows, of which the eight lanes of a key have a part each, lane `part` keeps rows 2 part and 2 part + 1.
 template <int ROWS = 8>
 __device__ __forceinline__ void sum_of_parts(float (&x)[16]) {
     const bool upper = threadIdx.x & (2 * ROWS);
@@ -390,8 +390,8 @@ struct Inverse {
 };
 
 // Values as terms.
-__device__ __forceinline__ void load_values(Right<bfloat16, 1> (&right)[2], const Tile<bfloat16, CHUNK, VALUES_AT_ONCE>& v,
-                                            int token, int column) {
+__device__ __forceinline__ void load_values(Right<bfloat16, 1> (&right)[2],
+                                            const Tile<bfloat16, CHUNK, VALUES_AT_ONCE>& v, int token, int column) {
     load_right(right, v, token, column);
 }
 template <int TERMS, class T>
