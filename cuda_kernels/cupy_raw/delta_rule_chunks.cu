@@ -127,7 +127,7 @@ struct Ahead {
 template <int TERMS>
 __device__ __forceinline__ void recall(Gathered (&sum)[2], const Split<TERMS, CHUNK, KEYS>& tokens, const Room& room,
                                        int token, int column) {
-    #pragma unroll 2
+    #pragma unroll 4
     for (int key = 0; key < KEYS; key += 16) {
         Left<bfloat16, TERMS> left;
         Right<bfloat16, SUM_TERMS> right[2];
@@ -141,7 +141,7 @@ __device__ __forceinline__ void recall(Gathered (&sum)[2], const Split<TERMS, CH
 // Errors and what queries read, in one walk over the keys.
 __device__ __forceinline__ void recall_both(Gathered (&lost)[2], Gathered (&read)[2], const Room& room, int token,
                                             int column) {
-    #pragma unroll 2
+    #pragma unroll 4
     for (int key = 0; key < KEYS; key += 16) {
         Left<bfloat16, SUM_TERMS> w;
         Left<bfloat16, KEY_TERMS> q;
@@ -155,15 +155,16 @@ __device__ __forceinline__ void recall_both(Gathered (&lost)[2], Gathered (&read
 
 // sum += M E.
 __device__ __forceinline__ void weigh(Gathered (&sum)[2], const Room& room, int token, int column) {
-    #pragma unroll 1
-    for (int from = 0; from <= token; from += 16) {
-        Left<bfloat16, SUM_TERMS> left;
-        Right<bfloat16, SUM_TERMS> right[2];
-        load_left(left, room.m, token, from);
-        load_right(right, room.errors, from, column);
-        #pragma unroll
-        for (int n = 0; n < 2; n++) sum[n].add(left, right[n]);
-    }
+    #pragma unroll
+    for (int from = 0; from < CHUNK; from += 16)
+        if (from <= token) {
+            Left<bfloat16, SUM_TERMS> left;
+            Right<bfloat16, SUM_TERMS> right[2];
+            load_left(left, room.m, token, from);
+            load_right(right, room.errors, from, column);
+            #pragma unroll
+            for (int n = 0; n < 2; n++) sum[n].add(left, right[n]);
+        }
 }
 
 // Rows of a Sum times one factor each, of which a lane has those of its two rows.
@@ -216,7 +217,7 @@ struct Memory {
             const int key = (threadIdx.x / 32 + tile * WARPS) * 16;
             if (key >= KEYS) break;
             Gathered sum[VALUES / 8] = {};
-            #pragma unroll 2
+            #pragma unroll 4
             for (int token = 0; token < CHUNK; token += 16) {
                 Left<bfloat16, KEY_TERMS> left;
                 load_left_transposed(left, room.k, token, key);
