@@ -70,6 +70,7 @@ HURTING = [
     ("bfloat16", "step", 1, 1, (15, 17, 31, 33)),
     ("bfloat16", "step, erase", 128, 70, (131,)),
     ("bfloat16", "channel", 40, 17, (16, 31, 33)),
+    ("bfloat16", "channel, erase", 33, 40, (150,)),
     ("float16", "channel, erase", 3, 40, (32, 67)),
     ("float32", "step", 130, 3, (1, 64, 65)),
     ("float32", "channel", 111, 33, (33,)),
@@ -84,7 +85,7 @@ def as_good_as_the_solver(name, arrays, options, floor=2**-16):
     exact, plain = corrected(arrays, options, dtype=np.float64), corrected(arrays, options)
     with on_cpu("cupy") as machine:
         found = corrected(arrays, options, "cupy")
-    assert machine.launches == ["delta_rule_chunks"]
+    assert machine.launches == ["delta_rule_prepare", "delta_rule_chunks"]
     eps = np.finfo(np.float32).eps
     scale = [np.max(np.abs(x)) for x in exact]
     assert distance(found[0], exact[0]) <= max(2 * distance(plain[0], exact[0]), 4 * eps * scale[0])
@@ -146,10 +147,11 @@ def test_a_cut_at_the_border_of_a_chunk_changes_no_bit():
     np.testing.assert_array_equal(end, state)
 
 
+@pytest.mark.parametrize("variant", ["step", "channel, erase"])
 @pytest.mark.parametrize("where", [0, 20, 63, 64, 69])
-def test_a_bad_number_anywhere_in_a_chunk_changes_no_bit_before_it(where):
-    arrays, options = inputs("bfloat16", "step", t=70, k=16, v=33)
-    for name in ("q", "k", "v"):
+def test_a_bad_number_anywhere_in_a_chunk_changes_no_bit_before_it(where, variant):
+    arrays, options = inputs("bfloat16", variant, t=70, k=16, v=33)
+    for name in {"q", "k", "v", "erase_key"} & arrays.keys():
         spoilt = arrays | {name: arrays[name].copy()}
         spoilt[name][0, where, 0] = np.nan
         with on_cpu("cupy", check=False):
@@ -157,6 +159,18 @@ def test_a_bad_number_anywhere_in_a_chunk_changes_no_bit_before_it(where):
         np.testing.assert_array_equal(found[0][:, :where], clean[0][:, :where])
         np.testing.assert_array_equal(np.isnan(found[0]), np.isnan(corrected(spoilt, options)[0]))
         np.testing.assert_array_equal(found[0][1], clean[0][1])
+
+
+def test_an_error_that_overflows_changes_no_bit_before_it():
+    arrays, options = inputs("bfloat16", "step", t=70, k=16, v=33)
+    options["initial_state"] = np.full((2, 16, 33), 1e36, np.float32)
+    spoilt = arrays | {"k": arrays["k"].copy()}
+    spoilt["k"][0, 20] = 1e3
+    with on_cpu("cupy", check=False):
+        clean, found = (corrected(given, options, "cupy") for given in (arrays, spoilt))
+    np.testing.assert_array_equal(found[0][:, :20], clean[0][:, :20])
+    assert np.all(np.isfinite(clean[0])) and not np.any(np.isfinite(found[0][0, 20:]))
+    np.testing.assert_array_equal(found[0][1], clean[0][1])
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -193,20 +207,41 @@ def test_what_is_chosen_fits_on_the_device(shared):
                         if found is None:
                             assert k > 128, "heads of usual size have chunks on every device"
                             continue
-                        assert found.shared + _tiles.STATIC <= shared * 1024
-                        assert found.keys >= k and found.chunk <= 2 * found.values
+                        assert max(found.prepare, found.walk) + _tiles.STATIC <= shared * 1024
+                        assert found.keys >= k
     assert chunks.tiles(np.float64, 64, 16, 16, "none", False, 10**6) is None
     assert chunks.tiles(np.float32, 64, 257, 16, "none", False, 10**6) is None
 
 
+# Too few of each; what a block walks with ends with 16 bytes between rows.
+BYTES = {"bytes_to_prepare": 16, "bytes_to_walk": 32, "numbers_of_a_record": 4}
+
+
 @kernels.by_the_runner
+@pytest.mark.parametrize("counted", BYTES)
 @pytest.mark.parametrize("name, variant", [("bfloat16", "none"), ("bfloat16", "step, erase"), ("float32", "channel")])
-def test_the_bytes_asked_for_are_those_the_text_uses(name, variant, monkeypatch):
+def test_the_bytes_asked_for_are_those_the_texts_use(name, variant, counted, monkeypatch):
     arrays, options = inputs(name, variant, lead=(1,), t=40, k=16, v=16)
-    known = chunks.bytes_of
-    monkeypatch.setattr(chunks, "bytes_of", lambda *sizes: known(*sizes) - 16)
+    known = getattr(chunks, counted)
+    monkeypatch.setattr(chunks, counted, lambda *sizes: known(*sizes) - BYTES[counted])
     with on_cpu("cupy"), pytest.raises(BoundsFault):
         corrected(arrays, options, "cupy")
+
+
+@pytest.mark.parametrize("name, variant", [("bfloat16", "step"), ("float32", "channel")])
+def test_parts_change_no_bit(name, variant, monkeypatch):
+    arrays, options = inputs(name, variant, t=150, k=16, v=33)
+    found = []
+    for least in (100, 1, 2):
+        monkeypatch.setattr(chunks, "RECORDS", 0)
+        monkeypatch.setattr(chunks, "LEAST", least)
+        with on_cpu("cupy") as machine:
+            found.append(corrected(arrays, options, "cupy"))
+        many = 1 if least == 100 else -(-150 // (least * (64 if name == "bfloat16" else 32)))
+        assert len(machine.launches) == 2 * many
+    for others in found[1:]:
+        for x, y in zip(others, found[0], strict=True):
+            np.testing.assert_array_equal(x, y)
 
 
 # ---- machine code ----------------------------------------------------------------------------------------------------
@@ -226,11 +261,13 @@ def test_a_text_compiles_soon_and_without_spilling(name, variant, architecture):
         machine.shared = ARCHITECTURES[architecture] * 1024
         machine.run = lambda text, *rest: texts.append(text)
         corrected(arrays, options, "cupy")
-    start = process_time()
-    found = nvrtc.needs(nvrtc.machine_code(texts[0], architecture))
-    assert process_time() - start < SECONDS
     reserved = 0 if architecture == "sm_80" else 1024  # of each block, for the system
-    assert found.stack == 0 and found.shared - reserved <= _tiles.STATIC
+    assert len(texts) == 2
+    for text in texts:
+        start = process_time()
+        found = nvrtc.needs(nvrtc.machine_code(text, architecture))
+        assert process_time() - start < SECONDS
+        assert found.stack == 0 and found.shared - reserved <= _tiles.STATIC
 
 
 # ---- barriers and waits ----------------------------------------------------------------------------------------------
@@ -239,23 +276,30 @@ SYNCHRONISED = r"__syncthreads\(\);|__syncwarp\(\);|finish_copies<0>\(\);"
 
 
 def calls():
-    """What shows together that every one is needed: both kinds of gates, groups, and bad numbers."""
-    for name, variant in (("bfloat16", "step, erase"), ("bfloat16", "channel")):
-        arrays, options = inputs(name, variant, lead=(1, 1), t=70, k=16, v=33)
+    """What shows together that every one is needed: both kinds of gates, groups, many values, and bad numbers."""
+    yield inputs("bfloat16", "none", lead=(1,), t=70, k=16, v=33)
+    for name, variant, v in (("bfloat16", "step, erase", 136), ("bfloat16", "channel", 33)):
+        arrays, options = inputs(name, variant, lead=(1, 1), t=70, k=16, v=v)
         arrays["q"] = np.repeat(arrays["q"], 2, axis=1)
         spoilt = arrays | {"v": arrays["v"].copy()}
         spoilt["v"][..., 5, 0] = np.nan
         yield from ((arrays, options), (spoilt, options))
 
 
+def places():
+    """Every one: its text, and where it is."""
+    for kernel in (chunks.PREPARE, chunks.KERNEL):
+        for place in re.finditer(SYNCHRONISED, kernel.text()):
+            yield pytest.param(kernel, place, id=f"{kernel.name} {kernel.text()[: place.start()].count(chr(10)) + 1}")
+
+
 @pytest.mark.slow
 @kernels.by_the_runner
-@pytest.mark.parametrize("number", range(len(re.findall(SYNCHRONISED, chunks.KERNEL.text()))))
-def test_each_barrier_and_wait_is_needed(number, monkeypatch):
-    text = chunks.KERNEL.text()
-    place = list(re.finditer(SYNCHRONISED, text))[number]
-    without = text[: place.start()] + text[place.end() :]
-    monkeypatch.setattr(type(chunks.KERNEL), "text", lambda kernel: without)
+@pytest.mark.parametrize("kernel, place", list(places()))
+def test_each_barrier_and_wait_is_needed(kernel, place, monkeypatch):
+    whole, known = kernel.text(), type(kernel).text
+    without = whole[: place.start()] + ";" + whole[place.end() :]
+    monkeypatch.setattr(type(kernel), "text", lambda other: without if other is kernel else known(other))
     for arrays, options in calls():
         for order in ("forward", "reverse"):
             try:
@@ -263,4 +307,4 @@ def test_each_barrier_and_wait_is_needed(number, monkeypatch):
                     corrected(arrays, options, "cupy")
             except Fault:
                 return
-    pytest.fail(f"nothing happens without {text[place.start() : text.index(chr(10), place.start())]}")
+    pytest.fail(f"nothing happens without {whole[place.start() : whole.index(chr(10), place.start())]}")

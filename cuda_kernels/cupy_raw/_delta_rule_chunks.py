@@ -1,6 +1,8 @@
-"""Delta rule on the GPU, chunk by chunk on tensor cores: one launch of ``delta_rule_chunks.cu``.
+"""Delta rule on the GPU, chunk by chunk on tensor cores: two launches, or pairs of them.
 
-Not yet run on a GPU.
+``delta_rule_prepare.cu`` makes of all chunks at once what does not depend on the memory, and leaves it in records;
+``delta_rule_chunks.cu`` walks over them with the memory. Long sequences are taken in parts, so that the records of a
+part stay few; the memory goes from one part to the next in its state.
 """
 
 from __future__ import annotations
@@ -19,19 +21,30 @@ from ._tiles import LONGEST, STATIC, SUM_TERMS, TERMS
 
 __all__ = ["Tiles", "correct", "tiles"]
 
-KERNEL = Kernel("delta_rule_chunks", "tensor.cuh")
+HEADERS = ("tensor.cuh", "delta_chunks.cuh")
+PREPARE, KERNEL = Kernel("delta_rule_prepare", *HEADERS), Kernel("delta_rule_chunks", *HEADERS)
 GATES = {"none": 0, "step": 1, "channel": 2}
-WIDEST = 64  # value columns of one block, 16 per warp: more blocks repeat the scores, but there are more of them
+VALUES = 32  # value columns of a block that walks
+RECORDS = 1 << 26  # numbers of single precision that the records of one part may have
+LEAST = 8  # but so many chunks at least, which pay for two launches
 
 
 class Tiles(NamedTuple):
-    """What the text is compiled for."""
+    """What the texts are compiled for."""
 
     chunk: int  # tokens
     keys: int  # rows of the state, rounded up to whole matrices
-    values: int  # columns of the state per block
-    stages: int  # places where tokens arrive
-    shared: int = 0  # bytes that a launch asks for
+    prepare: int = 0  # bytes that the first launch asks for
+    walk: int = 0  # and the second
+
+
+class Terms(NamedTuple):
+    """Numbers of bfloat16 that make one number."""
+
+    data: int
+    keys: int  # with one gate per channel, keys and queries are computed
+    sums: int  # of all that is computed
+    direct: bool  # products take the data as they are
 
 
 def tiles(dtype: Any, tokens: int, rows: int, columns: int, gate: str, erase: bool, shared: int) -> Tiles | None:
@@ -54,27 +67,48 @@ def tiles(dtype: Any, tokens: int, rows: int, columns: int, gate: str, erase: bo
     if name not in TERMS or tokens < _tiles.CHUNKED_FROM or not 0 < rows <= LONGEST or columns < 1:
         return None
     keys = -(-rows // 16) * 16
-    values = min(16 << max((columns - 1).bit_length() - 4, 0), WIDEST)
-    longest = 64 if name == "bfloat16" and gate != "channel" and keys <= 128 and values == WIDEST else 32
-    longest = min(longest, 2 * values)  # a thread inverts one column
-    smaller = ((longest, 2, values), (longest, 1, values), (16, 1, values), (16, 1, min(values, 32)))
-    for chunk, stages, columns_of_a_block in smaller:
-        found = Tiles(chunk, keys, columns_of_a_block, stages)
-        found = found._replace(shared=bytes_of(found, name, gate, erase))
-        if found.shared + STATIC <= shared:
+    for chunk in (64, 32, 16) if name != "float32" else (32, 16):
+        sizes = Tiles(chunk, keys)
+        found = Tiles(chunk, keys, bytes_to_prepare(sizes, name, gate, erase), bytes_to_walk(sizes, name, gate))
+        if max(found.prepare, found.walk) + STATIC <= shared:
             return found
     return None
 
 
-def bytes_of(sizes: Tiles, name: str, gate: str, erase: bool) -> int:
-    """Shared memory that a block is launched with, as the text lays it out: rows of tiles are 8 numbers apart."""
-    chunk, keys, values = sizes.chunk, sizes.keys + 8, sizes.values + 8
-    arriving = sizes.stages * chunk * ((2 + erase) * keys + values) * (4 if name == "float32" else 2)
-    split = 2 * SUM_TERMS[name] * sizes.values * (keys + chunk + 8)
-    squares = (2 + (gate == "step")) * chunk * (chunk + 8) * 4
-    channels = (gate == "channel") * 3 * chunk * keys * 4
-    numbers = 4 * chunk + (chunk // 16 + 1) * sizes.keys + sizes.values // 16
-    return arriving + split + squares + channels + 4 * numbers
+def terms_of(name: str, gate: str) -> Terms:
+    """For data of a type."""
+    keys = SUM_TERMS[name] if gate == "channel" else TERMS[name]
+    return Terms(TERMS[name], keys, SUM_TERMS[name], TERMS[name] == 1 and gate != "channel")
+
+
+def bytes_to_prepare(sizes: Tiles, name: str, gate: str, erase: bool) -> int:
+    """Shared memory of a block of the first launch, as its text lays it out: rows of tiles are 8 numbers apart."""
+    chunk, keys, terms = sizes.chunk, sizes.keys + 8, terms_of(name, gate)
+    values = 128 if name != "float32" and gate != "channel" else 64  # at once
+    arriving = chunk * ((2 + erase) * keys + values + 8) * (4 if name == "float32" else 2)
+    split = 0 if terms.direct else 2 * terms.keys * chunk * (2 + (erase or gate == "channel")) * keys
+    squares = (1 + (gate == "step")) * chunk * (chunk + 8)
+    channels = (gate == "channel") * (chunk * keys + (2 + 3 * chunk // 16) * sizes.keys)
+    steps = (gate == "step") * (3 * chunk + 4)
+    return arriving + split + 4 * (squares + channels + steps + chunk)
+
+
+def bytes_to_walk(sizes: Tiles, name: str, gate: str) -> int:
+    """The same of the second launch."""
+    chunk, keys, terms = sizes.chunk, sizes.keys + 8, terms_of(name, gate)
+    tokens = chunk * keys * (terms.sums + 2 * terms.keys)
+    errors = (1 + (gate == "step")) * chunk * (VALUES + 8)
+    split = terms.sums * (chunk * (chunk + 8) + sizes.keys * (VALUES + 8) + errors)
+    return 2 * (tokens + split) + 16 * chunk
+
+
+def numbers_of_a_record(sizes: Tiles, terms: Terms, columns: int, groups: int) -> int:
+    """What the first launch leaves of a chunk, in numbers of single precision: see ``delta_chunks.cuh``."""
+    chunk, tokens = sizes.chunk, sizes.chunk * sizes.keys // 2
+    keys = 0 if terms.direct else terms.keys * tokens
+    of_group = keys + terms.sums * chunk * chunk // 2
+    wide = -(-columns // VALUES) * VALUES
+    return terms.sums * tokens + keys + 2 * chunk + sizes.keys + 4 + groups * of_group + chunk * wide
 
 
 def gate_of(q: Any, log_decay: Any) -> str:
@@ -95,13 +129,47 @@ def correct(
     """All tokens; ``arrays`` are q, k, v, beta, log_decay and erase_key."""
     q, v, (S,) = arrays["q"], arrays["v"], state
     gate, name = gate_of(q, arrays["log_decay"]), np.dtype(q.dtype).name
-    o = empty(sequences, (q.shape[-2], v.shape[-1]), q.dtype, q)
+    tokens, terms = q.shape[-2], terms_of(name, gate)
+    o = empty(sequences, (tokens, v.shape[-1]), q.dtype, q)
     owns = {"beta": ROW, "log_decay": BOTH if gate == "channel" else ROW}
     given = {key: (x, owns.get(key, BOTH)) for key, x in (arrays | {"S": S, "o": o}).items()}
-    constants = {"K": q.shape[-1], "KEYS": chosen.keys, "VALUES": chosen.values, "CHUNK": chosen.chunk}
-    constants |= {"STAGES": chosen.stages, "GATE": GATES[gate], "ERASE": int(arrays["erase_key"] is not None)}
-    constants |= {"DATA_TERMS": TERMS[name], "SUM_TERMS": SUM_TERMS[name]}
-    grid = _calls.Grid(-(-v.shape[-1] // chosen.values), 2 * chosen.values, chosen.shared)
-    scalars = {"tokens": q.shape[-2], "columns": v.shape[-1], "scale": scale}
-    launch(KERNEL, sequences, given, ("S", "o"), {"data": q.dtype, "real": S.dtype}, constants, grid, **scalars)
+    constants = {"K": q.shape[-1], "KEYS": chosen.keys, "CHUNK": chosen.chunk, "GATE": GATES[gate]}
+    constants |= {"ERASE": int(arrays["erase_key"] is not None), "DATA_TERMS": terms.data, "SUM_TERMS": terms.sums}
+    each = numbers_of_a_record(chosen, terms, v.shape[-1], sequences.groups) * sequences.memories
+    part = part_of(tokens, chosen.chunk, each) if each else tokens
+    records = _launch.machine.scratch(each * -(-part // chosen.chunk))
+    for first in range(0, tokens, part):
+        here = {key: (x if key == "S" else rows_of(x, own, first, part), own) for key, (x, own) in given.items()}
+        types = {"data": q.dtype, "real": S.dtype}
+        scalars = {"tokens": min(part, tokens - first), "columns": v.shape[-1], "records": records, "scale": scale}
+        launch_pair(chosen, sequences, here, types, constants, scalars)
     return o, DeltaRuleState(S)
+
+
+def part_of(tokens: int, chunk: int, each: int) -> int:
+    """Tokens whose records are kept at a time, where one chunk of all memories takes so many numbers."""
+    return min(max(RECORDS // each, LEAST) * chunk, tokens)
+
+
+def rows_of(x: Any, own: tuple[int, ...], first: int, count: int) -> Any:
+    """Some tokens of an array, the last axis or the one before it."""
+    if x is None:
+        return None
+    return x[..., first : first + count] if own == ROW else x[..., first : first + count, :]
+
+
+def launch_pair(
+    chosen: Tiles,
+    sequences: Sequences,
+    given: dict[str, Any],
+    types: dict[str, Any],
+    constants: dict[str, int],
+    scalars: dict[str, Any],
+) -> None:
+    """What does not depend on the memory, of all chunks; then the walk over them."""
+    threads = (128 if constants["GATE"] == GATES["channel"] else 64) * max(chosen.chunk // 16, 2)
+    grid = _calls.Grid(-(-scalars["tokens"] // chosen.chunk), threads, chosen.prepare)
+    only_read = given | {name: (None, BOTH) for name in ("S", "o")}
+    launch(PREPARE, sequences, only_read, (), types, constants, grid, **scalars)
+    grid = _calls.Grid(-(-scalars["columns"] // VALUES), 4 * chosen.chunk, chosen.walk)
+    launch(KERNEL, sequences, given, ("S", "o"), types, constants, grid, **scalars)

@@ -273,6 +273,18 @@ __device__ __forceinline__ float half_of(unsigned both, bool high) {
     return high ? high_of<T>(both) : low_of<T>(both);
 }
 
+// The same with what is in registers already.
+template <int TERMS, class Change>
+__device__ __forceinline__ void change_left(Left<bfloat16, TERMS>& left, Change change) {
+    const Left<bfloat16, TERMS> known = left;
+    make_left(left, [&](int i, int j, int r, bool high) {
+        float x = 0;
+        #pragma unroll
+        for (int n = TERMS - 1; n >= 0; n--) x += half_of<bfloat16>(known.x[n][r], high);
+        return change(i, j, x);
+    });
+}
+
 template <class T, int TERMS, int R, int C, class Change>
 __device__ __forceinline__ void load_left(Left<bfloat16, TERMS>& left, Tile<T, R, C> tile, int row, int column,
                                           Change change) {
