@@ -147,9 +147,7 @@ def on_tensor_cores(dtype: np.dtype, pairs: Pairs) -> bool:
     return fits and block(1, pairs.k.shape[-1], pairs.v.shape[-1]) is not None
 
 
-def tensor(
-    q: Any, pairs: Pairs, log_decay: Any, sequences: Sequences, scale: float, options: dict[str, int]
-) -> Any:
+def tensor(q: Any, pairs: Pairs, log_decay: Any, sequences: Sequences, scale: float, options: dict[str, int]) -> Any:
     """Means on tensor cores."""
     (tokens, channels), values = q.shape[-2:], pairs.v.shape[-1]
     o = empty(sequences, (tokens, values), q.dtype, q)

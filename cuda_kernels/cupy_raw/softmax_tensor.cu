@@ -9,7 +9,7 @@
 // seldom, and by what the row itself has seen. Whatever spares work where a tile is seen by all gives the same bits.
 
 enum { Q, KEY, V, POSITION, COUNT, GATE, O };
-enum { TALL = ROWS / 64, SLACK = 8 };
+enum { TALL = ROWS / 64, SLACK = 8, CROWD = 16 };
 const real LOG2E = real(1.4426950408889634), FAR = 1 << 24, SMALLEST = real(1.17549435e-38);
 typedef Tile<data, ROWS, KD> Queries;
 typedef Tile<data, PAIRS, KD> Keys;
@@ -132,7 +132,7 @@ struct Sight {
         Bits bits = 0;
         double total = since;
         long long place_of_lane = 0;
-        #pragma unroll 1
+        #pragma unroll 8
         for (int j = PAIRS - 1; j >= 0; j--) {
             if (j % 32 == 31) place_of_lane = pairs.place(min(start + j - 31 + int(threadIdx.x % 32), pairs.pairs - 1));
             const long long place = __shfl_sync(0xffffffffu, place_of_lane, j % 32);
@@ -310,11 +310,12 @@ struct Softmax {
 
 // ---- values that are not finite ---------------------------------------------------------------------------------------
 
-// Zeros in their place, so that no weight of zero meets them; `bad` says of which pairs.
-__device__ __forceinline__ void clean(Values values, bool (&bad)[PAIRS]) {
+// Zeros in their place, so that no weight of zero meets them; `bad` says of which pairs, and the answer whether of any here.
+__device__ __forceinline__ bool clean(Values values, bool (&bad)[PAIRS]) {
     struct alignas(16) Eight {
         data x[8];
     };
+    int any = 0;
     #pragma unroll 1
     for (int pair = threadIdx.x / 4; pair < PAIRS; pair += 32) {
         int found = 0;
@@ -328,7 +329,9 @@ __device__ __forceinline__ void clean(Values values, bool (&bad)[PAIRS]) {
         }
         for (int distance = 1; distance < 4; distance *= 2) found |= __shfl_xor_sync(0xffffffffu, found, distance);
         if (threadIdx.x % 4 == 0) bad[pair] = found;
+        any |= found;
     }
+    return any;
 }
 // Such a value turns to NaN those queries that see it, and no others.
 __device__ __forceinline__ void spoil(Answers& answer, const bool (&bad)[PAIRS], Bits own, const Source& value,
@@ -389,6 +392,17 @@ __device__ __forceinline__ void write(const Rows<data>& out, int step, const Sum
     }
 }
 
+// Which memory a block has, and its number there. The longest pasts of CROWD memories or fewer come first, so that the last
+// blocks to begin are short; and blocks that run at a time share keys and values in the cache.
+struct Place {
+    int memory, number;
+};
+__device__ __forceinline__ Place place_of(int block, int memories, int blocks) {
+    const int crowds = (memories + CROWD - 1) / CROWD, even = (memories + crowds - 1) / crowds;
+    const int first = block / (even * blocks) * even, rest = block % (even * blocks), size = min(even, memories - first);
+    return {first + rest % size, blocks - 1 - rest / size};
+}
+
 // What all threads share. It is in shared memory, for what is seldom needed should not be in registers.
 struct Block {
     Source keys, values;
@@ -410,8 +424,8 @@ softmax_tensor(const data* q, const data* k, const data* v, const long long* pos
     const auto keys_of = [=](int turn) { return Keys{(data*)(at + turn * (Keys::bytes + Values::bytes))}; };
     const auto values_of = [=](int turn) { return Values{keys_of(turn).begin + Keys::bytes / sizeof(data)}; };
 
-    const int memory = blockIdx.x / blocks, number = blocks - 1 - blockIdx.x % blocks;  // the longest pasts come first
-    const int first_column = number % parts * VD, first = number / parts * ROWS;
+    const Place place = place_of(blockIdx.x, gridDim.x / blocks, blocks);
+    const int memory = place.memory, first_column = place.number % parts * VD, first = place.number / parts * ROWS;
     const int lane = threadIdx.x % 32, own_first = first + threadIdx.x / 32 * (16 * TALL);
     if (threadIdx.x == 0) {
         block.keys = {rows(k, table, axes, KEY, memory), 0, channels};
@@ -460,10 +474,8 @@ softmax_tensor(const data* q, const data* k, const data* v, const long long* pos
         if (GATED && threadIdx.x < 32) gates.look(block.pairs, next * PAIRS);
         const bool level = !GATED || ages[turn].deepest >= NOTHING / 2;
         const bool border = !level || !block.all.sees(start), plain = level && mine.sees(start);
-        if (border) {
-            clean(values_of(turn), bad);
-            __syncthreads();  // no weight of zero meets what is not finite
-        }
+        // Behind this barrier no weight of zero meets what is not finite.
+        const bool spoilt = border && __syncthreads_or(clean(values_of(turn), bad));
         if (start <= mine.newest) {
             Scores score = {};
             const Bits own = plain ? ~Bits(0) : sight.seen(block.pairs, ages[turn], start);
@@ -473,7 +485,7 @@ softmax_tensor(const data* q, const data* k, const data* v, const long long* pos
             if (!plain) hide(score, own);
             softmax.weigh(score);
             multiply_values(softmax.answer, softmax.weight, score, values_of(turn));
-            if (border) spoil(softmax.answer, bad, own, block.values, start);
+            if (spoilt) spoil(softmax.answer, bad, own, block.values, start);
             if (GATED) sight.pass(ages[turn], start);
         }
         if (GATED && threadIdx.x < 32) gates.add_up(ages[turn ^ 1], ages[turn].deepest);
