@@ -248,10 +248,12 @@ def test_a_reset_on_tensor_cores_forgets_and_costs_the_gates_after_it_nothing(ga
     as_good(found[:, 100:], *solved("softmax_attention", fresh), floor=2)
 
 
-def test_bits_on_tensor_cores_depend_on_no_neighbour_and_no_order():
-    arrays = arguments("softmax_attention", np.random.default_rng(0), 70, k=20, v=20, lead=(7,), dtype=np.float16)
+@pytest.mark.parametrize("memories", [7, 16, 17, 35])  # as many as start together, and more
+def test_bits_on_tensor_cores_depend_on_no_neighbour_and_no_order(memories):
+    sizes = {"k": 20, "v": 140 if memories == 17 else 20, "lead": (memories,)}
+    arrays = arguments("softmax_attention", np.random.default_rng(0), 130, **sizes, dtype=np.float16)
     among = run("softmax_attention", "cupy", arrays)
-    for i in (0, 6):
+    for i in {0, 6, memories // 2, memories - 1}:
         same_bits(run("softmax_attention", "cupy", {name: x[i] for name, x in arrays.items()}), among[i])
     for options in ({"order": "reverse"}, {"order": "random", "seed": 1}):
         with on_cpu("cupy", **options):

@@ -256,23 +256,31 @@ __device__ __forceinline__ void hide(Scores& score, Bits own) {
 struct Softmax {
     Answers answer;
     Sum weight[TALL];
-    real width, slope[TALL][2], shift[TALL][2], limit[TALL][2];
+    real sign, width, slope[TALL][2], shift[TALL][2], limit[TALL][2];  // scale = sign width, and a width is above zero
     bool far;  // whether a row of this thread is; it rounds its logits, lest a product less its own rounded value be large
 
-    __device__ __forceinline__ void begin(real factor) {
-        width = factor, far = false;
+    __device__ __forceinline__ void begin(real scale) {
+        const real size = fabsf(scale);
+        sign = size < SMALLEST ? 0 : scale < 0 ? -1 : 1, width = sign == 0 ? real(1) : size, far = false;
         for (int m = 0; m < TALL; m++) {
             weight[m] = {};
             for (int n = 0; n < VD / 8; n++) answer[m][n] = {};
             for (int half = 0; half < 2; half++)
-                slope[m][half] = width, shift[m][half] = 0, limit[m][half] = -infinite();
+                slope[m][half] = GATED ? real(1) : width, shift[m][half] = 0, limit[m][half] = -infinite();
         }
+    }
+    // Gates come with logits that are scaled; `own` says what the row of this lane sees, and `plain` that all rows see all.
+    __device__ __forceinline__ void logits(Scores& score, Bits own, bool plain, const Ages& ages, const Sight& sight,
+                                           int start) {
+        if (sign != 1) scale(score, sign);
+        if (GATED) add_gates(score, width, ages, sight, start);
+        if (!plain) hide(score, own);
+        if (!GATED && far)
+            for (int r = 0; r < 2 * TALL; r++) settle(score, r / 2, r % 2);
     }
     __device__ __forceinline__ void weigh(Scores& score) {
         real top[TALL][2];
         bool higher = false;
-        if (!GATED && far)
-            for (int r = 0; r < 2 * TALL; r++) settle(score, r / 2, r % 2);
         #pragma unroll
         for (int r = 0; r < 2 * TALL; r++) {
             real& highest = top[r / 2][r % 2] = -infinite();
@@ -409,6 +417,39 @@ struct Block {
     Pairs pairs;
     Band all;
     int begin, front;  // of the window of the first row; behind the sinks
+    bool whole;        // whether tiles come as whole rows of 16 bytes
+
+    __device__ __forceinline__ void look(int first, int groups, bool causal) {
+        begin = pairs.begin(first / groups), front = pairs.front();
+        all = band_of(pairs, first, ROWS, groups, causal);
+        whole = keys.whole<Keys>() && values.whole<Values>();
+    }
+    __device__ __forceinline__ int before(int tile) const {  // the tile to look at next; gates are added up over all
+        const bool gap = !GATED && tile * PAIRS <= begin && (tile - 1) * PAIRS >= front;
+        return gap ? (front + PAIRS - 1) / PAIRS - 1 : tile - 1;
+    }
+};
+// The shared memory of a launch.
+struct Room {
+    Queries queries;
+    unsigned char* at;
+
+    __device__ __forceinline__ Keys keys(int turn) const { return {(data*)(at + turn * (Keys::bytes + Values::bytes))}; }
+    __device__ __forceinline__ Values values(int turn) const { return {keys(turn).begin + Keys::bytes / sizeof(data)}; }
+};
+struct Stream {
+    Lane keys, values;
+
+    __device__ __forceinline__ void bring(const Room& room, const Block& block, int tile, int turn) const {
+        const int start = tile * PAIRS, pairs = block.pairs.pairs;
+        if (block.whole && start + PAIRS <= pairs) {
+            keys.copy(room.keys(turn), start), values.copy(room.values(turn), start);
+        } else {
+            block.keys.bring(room.keys(turn), start, pairs);
+            block.values.bring(room.values(turn), start, pairs);
+        }
+        close_copies();
+    }
 };
 
 extern "C" __global__ void __launch_bounds__(128, 2)
@@ -419,11 +460,8 @@ softmax_tensor(const data* q, const data* k, const data* v, const long long* pos
     __shared__ Sight sights[128];
     __shared__ bool bad[PAIRS];
     __shared__ Ages ages[2];
-    unsigned char* at = dynamic_shared();
-    const Queries queries = tile_of<Queries>(at);
-    const auto keys_of = [=](int turn) { return Keys{(data*)(at + turn * (Keys::bytes + Values::bytes))}; };
-    const auto values_of = [=](int turn) { return Values{keys_of(turn).begin + Keys::bytes / sizeof(data)}; };
-
+    Room room;
+    room.at = dynamic_shared(), room.queries = tile_of<Queries>(room.at);
     const Place place = place_of(blockIdx.x, gridDim.x / blocks, blocks);
     const int memory = place.memory, first_column = place.number % parts * VD, first = place.number / parts * ROWS;
     const int lane = threadIdx.x % 32, own_first = first + threadIdx.x / 32 * (16 * TALL);
@@ -433,71 +471,50 @@ softmax_tensor(const data* q, const data* k, const data* v, const long long* pos
         block.pairs = {rows(position, table, axes, POSITION, memory), rows(count, table, axes, COUNT, memory),
                        rows(log_decay, table, axes, GATE, memory), {},
                        position != nullptr, count != nullptr, bool(GATED), 0, pairs, tokens, window, sinks};
-        block.begin = block.pairs.begin(first / groups), block.front = block.pairs.front();
-        block.all = band_of(block.pairs, first, ROWS, groups, causal);
+        block.look(first, groups, causal);
     }
-    bring_queries(queries, rows(q, table, axes, Q, memory), first, groups * tokens, groups, channels);
+    bring_queries(room.queries, rows(q, table, axes, Q, memory), first, groups * tokens, groups, channels);
     __syncthreads();  // what all share is there
+
     const Band mine = band_of(block.pairs, own_first, 16 * TALL, groups, causal);
-    const bool whole = block.keys.whole<Keys>() && block.values.whole<Values>();
-    const Lane key_lane = block.keys.lane(), value_lane = block.values.lane();
-    const auto bring_pairs = [&](int tile, int turn) {
-        const int start = tile * PAIRS;
-        if (whole && start + PAIRS <= pairs) {
-            key_lane.copy(keys_of(turn), start), value_lane.copy(values_of(turn), start);
-        } else {
-            block.keys.bring(keys_of(turn), start, pairs);
-            block.values.bring(values_of(turn), start, pairs);
-        }
-        close_copies();
-    };
-    const auto before = [&](int tile) {  // the tile to look at next; gates are added up over all
-        const bool gap = !GATED && tile * PAIRS <= block.begin && (tile - 1) * PAIRS >= block.front;
-        return gap ? (block.front + PAIRS - 1) / PAIRS - 1 : tile - 1;
-    };
-    const real size = fabsf(width), sign = size < SMALLEST ? 0 : width < 0 ? -1 : 1;  // the slope is above zero
-    const real slope = sign == 0 ? real(1) : size;
-    Softmax softmax;
-    softmax.begin(GATED ? real(1) : slope);  // gates come with logits that are scaled
+    const Stream stream = {block.keys.lane(), block.values.lane()};
     Sight& sight = sights[threadIdx.x] = sight_of(block.pairs, own_first + lane, groups, causal);
-    int tile = block.all.newest / PAIRS, turn = 0;
-    bring_pairs(tile, 0);
+    Softmax softmax;
+    softmax.begin(width);
     Gates gates;
+    int tile = block.all.newest / PAIRS, turn = 0;
+    stream.bring(room, block, tile, 0);
     if (GATED && threadIdx.x < 32) gates.look(block.pairs, tile * PAIRS), gates.add_up(ages[0], 0);
 
     #pragma unroll 1
     for (; tile >= 0; turn ^= 1) {
-        const int next = before(tile), start = tile * PAIRS;
+        const int next = block.before(tile), start = tile * PAIRS;
         finish_copies<0>();
         __syncthreads();  // the tile is there, and nobody is left at the one before it, whose place the next one takes
-        if (next >= 0) bring_pairs(next, turn ^ 1);
+        if (next >= 0) stream.bring(room, block, next, turn ^ 1);
         if (GATED && threadIdx.x < 32) gates.look(block.pairs, next * PAIRS);
-        const bool level = !GATED || ages[turn].deepest >= NOTHING / 2;
-        const bool border = !level || !block.all.sees(start), plain = level && mine.sees(start);
+        const bool level = !GATED || ages[turn].deepest >= NOTHING / 2, plain = level && mine.sees(start);
         // Behind this barrier no weight of zero meets what is not finite.
-        const bool spoilt = border && __syncthreads_or(clean(values_of(turn), bad));
+        const bool spoilt = !(level && block.all.sees(start)) && __syncthreads_or(clean(room.values(turn), bad));
         if (start <= mine.newest) {
             Scores score = {};
             const Bits own = plain ? ~Bits(0) : sight.seen(block.pairs, ages[turn], start);
-            multiply_keys(score, queries, keys_of(turn));
-            if (sign != 1) scale(score, sign);
-            if (GATED) add_gates(score, slope, ages[turn], sight, start);
-            if (!plain) hide(score, own);
+            multiply_keys(score, room.queries, room.keys(turn));
+            softmax.logits(score, own, plain, ages[turn], sight, start);
             softmax.weigh(score);
-            multiply_values(softmax.answer, softmax.weight, score, values_of(turn));
+            multiply_values(softmax.answer, softmax.weight, score, room.values(turn));
             if (spoilt) spoil(softmax.answer, bad, own, block.values, start);
             if (GATED) sight.pass(ages[turn], start);
         }
         if (GATED && threadIdx.x < 32) gates.add_up(ages[turn ^ 1], ages[turn].deepest);
         tile = next;
     }
-
     const auto out = rows(o, table, axes, O, memory);
     #pragma unroll
     for (int r = 0; r < 2 * TALL; r++) {
         const int m = r / 2, half = r % 2, row = own_first + 16 * m + 8 * half + lane / 4;
-        if (row >= groups * tokens) continue;
-        write(out.of(row % groups), row / groups, softmax.answer[m], half, softmax.weight[m].x[2 * half], first_column,
-              columns);
+        if (row < groups * tokens)
+            write(out.of(row % groups), row / groups, softmax.answer[m], half, softmax.weight[m].x[2 * half], first_column,
+                  columns);
     }
 }
