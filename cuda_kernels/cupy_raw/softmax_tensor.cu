@@ -1,9 +1,9 @@
-// Softmax attention on tensor cores, for data of 16 bits: tiles of ROWS queries meet tiles of PAIRS pairs, newest first,
-// while the next pairs are on their way.
+// Softmax attention on tensor cores, for data of 16 bits: tiles of ROWS queries meet tiles of PAIRS pairs, newest
+// first, while the next pairs are on their way.
 //
-// Each of four warps has ROWS / 4 queries. Logits, weights and answers stay in registers, spread as tensor.cuh says; what a
-// query sees, and the sum of its gates, is with the lane of its number. Weights are rounded to the format of the data
-// before they are added up, so that the answer is a mean.
+// Each of four warps has ROWS / 4 queries. Logits, weights and answers stay in registers, spread as tensor.cuh says;
+// what a query sees, and the sum of its gates, is kept by the lane of its number. Weights are rounded to the format of the
+// data before they are added up, so that the answer is a mean.
 //
 // A weight is exp2(slope x - shift). The shift of a row is its top so far, or up to 2^SLACK less: so answers are scaled
 // seldom, and by what the row itself has seen. Whatever spares work where a tile is seen by all gives the same bits.
@@ -26,10 +26,10 @@ struct Ages {  // of the pairs of a tile: gates, the sum of those after each, of
     real after[PAIRS];
 };
 
-// ---- copies -----------------------------------------------------------------------------------------------------------
+// ---- copies ---------------------------------------------------------------------------------------------------------
 
-// A tile, 16 bytes a lane and eight lanes a row, so that every address is another and a constant. Rows of a thread are 16
-// apart: those i below its first begin at row_at(i).
+// A tile, 16 bytes a lane and eight lanes a row, so that every address is another and a constant. Rows of a thread are
+// 16 apart: those i below its first begin at row_at(i).
 template <class TileType, class RowAt>
 __device__ __forceinline__ void copy_rows(TileType tile, RowAt row_at) {
     const int column = threadIdx.x % 8 * 8;
@@ -73,8 +73,8 @@ struct Source {
     }
 };
 // Row r of the block is step r / groups of sequence r % groups; nobody looks at rows beyond the last.
-__device__ __forceinline__ void bring_queries(Queries tile, const Rows<const data>& from, int first, int end, int groups,
-                                              int channels) {
+__device__ __forceinline__ void bring_queries(Queries tile, const Rows<const data>& from, int first, int end,
+                                              int groups, int channels) {
     const auto row_at = [&](int row) { return &from.of((first + row) % groups).at((first + row) / groups, 0); };
     const auto lane_at = [&](int i) {
         const data* at = row_at(min(int(threadIdx.x) / 8 + i, end - 1 - first)) + threadIdx.x % 8 * 8;
@@ -88,7 +88,7 @@ __device__ __forceinline__ void bring_queries(Queries tile, const Rows<const dat
     }
 }
 
-// ---- gates ------------------------------------------------------------------------------------------------------------
+// ---- gates ----------------------------------------------------------------------------------------------------------
 
 // The gates of a tile, by one warp: those of pairs `lane` and lane + 32.
 struct Gates {
@@ -118,10 +118,10 @@ struct Gates {
     }
 };
 
-// ---- what a row sees --------------------------------------------------------------------------------------------------
+// ---- what a row sees ------------------------------------------------------------------------------------------------
 
-// A row of the warp, with the lane of its number: its newest pair, where its window begins, and the sum of the gates newer
-// than the tile.
+// A row of the warp, with the lane of its number: its newest pair, where its window begins, and the sum of the gates
+// newer than the tile.
 struct Sight {
     int last;
     long long oldest;
@@ -156,7 +156,7 @@ __device__ __forceinline__ T of_row(T x, int m, int half) {
     return __shfl_sync(0xffffffffu, x, 16 * m + 8 * half + threadIdx.x % 32 / 4);
 }
 
-// ---- products ---------------------------------------------------------------------------------------------------------
+// ---- products -------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void multiply_keys(Scores& score, Queries all, Keys keys) {
     const Tile<data, 16 * TALL, KD> queries = {&all.at(threadIdx.x / 32 * (16 * TALL), 0)};  // of this warp
@@ -176,7 +176,8 @@ __device__ __forceinline__ void multiply_keys(Scores& score, Queries all, Keys k
     }
 }
 // And the sums of the weights, as products with ones: what tensor cores cut, they cut from both.
-__device__ __forceinline__ void multiply_values(Answers& answer, Sum (&weight)[TALL], const Scores& score, Values values) {
+__device__ __forceinline__ void multiply_values(Answers& answer, Sum (&weight)[TALL], const Scores& score,
+                                                Values values) {
     Right<data, 1> ones;
     ones.x[0][0] = ones.x[0][1] = packed<data>(1, 1);
     #pragma unroll
@@ -198,7 +199,7 @@ __device__ __forceinline__ void multiply_values(Answers& answer, Sum (&weight)[T
     }
 }
 
-// ---- logits -----------------------------------------------------------------------------------------------------------
+// ---- logits ---------------------------------------------------------------------------------------------------------
 
 // Numbers of a row: use(number, column).
 template <class Use>
@@ -208,7 +209,8 @@ __device__ __forceinline__ void along_row(Scores& score, int m, int half, Use us
         use(score[m][n / 2].x[2 * half + n % 2], n / 2 * 8 + int(threadIdx.x) % 4 * 2 + n % 2);
 }
 // The gates between a pair and a row whose newest pair is in the tile, one after the other.
-__device__ __forceinline__ void add_own_gates(Scores& score, int m, int half, real width, const Ages& ages, int newest) {
+__device__ __forceinline__ void add_own_gates(Scores& score, int m, int half, real width, const Ages& ages,
+                                              int newest) {
     const int pair = threadIdx.x % 4 * 2;
     double total = 0;
     #pragma unroll
@@ -251,13 +253,14 @@ __device__ __forceinline__ void hide(Scores& score, Bits own) {
     }
 }
 
-// ---- weights ----------------------------------------------------------------------------------------------------------
+// ---- weights --------------------------------------------------------------------------------------------------------
 
 struct Softmax {
     Answers answer;
     Sum weight[TALL];
-    real sign, width, slope[TALL][2], shift[TALL][2], limit[TALL][2];  // scale = sign width, and a width is above zero
-    bool far;  // whether a row of this thread is; it rounds its logits, lest a product less its own rounded value be large
+    real sign, width;  // scale = sign width, and the width is above zero
+    real slope[TALL][2], shift[TALL][2], limit[TALL][2];
+    bool far;  // whether a row of this thread is; it rounds its logits, lest a product less its rounded value be large
 
     __device__ __forceinline__ void begin(real scale) {
         const real size = fabsf(scale);
@@ -269,7 +272,8 @@ struct Softmax {
                 slope[m][half] = GATED ? real(1) : width, shift[m][half] = 0, limit[m][half] = -infinite();
         }
     }
-    // Gates come with logits that are scaled; `own` says what the row of this lane sees, and `plain` that all rows see all.
+    // Gates come with logits that are scaled; `own` says what the row of this lane sees, and `plain` that all rows see
+    // all.
     __device__ __forceinline__ void logits(Scores& score, Bits own, bool plain, const Ages& ages, const Sight& sight,
                                            int start) {
         if (sign != 1) scale(score, sign);
@@ -316,9 +320,10 @@ struct Softmax {
     }
 };
 
-// ---- values that are not finite ---------------------------------------------------------------------------------------
+// ---- values that are not finite -------------------------------------------------------------------------------------
 
-// Zeros in their place, so that no weight of zero meets them; `bad` says of which pairs, and the answer whether of any here.
+// Zeros in their place, so that no weight of zero meets them; `bad` says of which pairs, and the answer whether of any
+// here.
 __device__ __forceinline__ bool clean(Values values, bool (&bad)[PAIRS]) {
     struct alignas(16) Eight {
         data x[8];
@@ -362,7 +367,7 @@ __device__ __forceinline__ void spoil(Answers& answer, const bool (&bad)[PAIRS],
     }
 }
 
-// ---- the whole --------------------------------------------------------------------------------------------------------
+// ---- the whole ------------------------------------------------------------------------------------------------------
 
 // Some rows next to each other: which tiles all of them see without looking, and the newest pair of any.
 struct Band {
@@ -382,8 +387,8 @@ __device__ __forceinline__ Sight sight_of(const Pairs& pairs, int row, int group
             there && pairs.window ? pairs.memorised(step) - pairs.window : 0, 0.0};
 }
 // Answers of a row of the block, and what they are divided by.
-__device__ __forceinline__ void write(const Rows<data>& out, int step, const Sum* answer, int half, real weight, int first,
-                                      int columns) {
+__device__ __forceinline__ void write(const Rows<data>& out, int step, const Sum* answer, int half, real weight,
+                                      int first, int columns) {
     const real share = weight != 0 ? 1 / weight : real(1);
     struct alignas(2 * sizeof(data)) Two {
         data x[2];
@@ -400,14 +405,15 @@ __device__ __forceinline__ void write(const Rows<data>& out, int step, const Sum
     }
 }
 
-// Which memory a block has, and its number there. The longest pasts of CROWD memories or fewer come first, so that the last
-// blocks to begin are short; and blocks that run at a time share keys and values in the cache.
+// Which memory a block has, and its number there. The longest pasts of CROWD memories or fewer come first, so that the
+// last blocks to begin are short; and blocks that run at a time share keys and values in the cache.
 struct Place {
     int memory, number;
 };
 __device__ __forceinline__ Place place_of(int block, int memories, int blocks) {
     const int crowds = (memories + CROWD - 1) / CROWD, even = (memories + crowds - 1) / crowds;
-    const int first = block / (even * blocks) * even, rest = block % (even * blocks), size = min(even, memories - first);
+    const int first = block / (even * blocks) * even, rest = block % (even * blocks);
+    const int size = min(even, memories - first);
     return {first + rest % size, blocks - 1 - rest / size};
 }
 
@@ -434,7 +440,9 @@ struct Room {
     Queries queries;
     unsigned char* at;
 
-    __device__ __forceinline__ Keys keys(int turn) const { return {(data*)(at + turn * (Keys::bytes + Values::bytes))}; }
+    __device__ __forceinline__ Keys keys(int turn) const {
+        return {(data*)(at + turn * (Keys::bytes + Values::bytes))};
+    }
     __device__ __forceinline__ Values values(int turn) const { return {keys(turn).begin + Keys::bytes / sizeof(data)}; }
 };
 struct Stream {
@@ -514,7 +522,7 @@ softmax_tensor(const data* q, const data* k, const data* v, const long long* pos
     for (int r = 0; r < 2 * TALL; r++) {
         const int m = r / 2, half = r % 2, row = own_first + 16 * m + 8 * half + lane / 4;
         if (row < groups * tokens)
-            write(out.of(row % groups), row / groups, softmax.answer[m], half, softmax.weight[m].x[2 * half], first_column,
-                  columns);
+            write(out.of(row % groups), row / groups, softmax.answer[m], half, softmax.weight[m].x[2 * half],
+                  first_column, columns);
     }
 }
