@@ -2,8 +2,8 @@
 // first, while the next pairs are on their way.
 //
 // Each of four warps has ROWS / 4 queries. Logits, weights and answers stay in registers, spread as tensor.cuh says;
-// what a query sees, and the sum of its gates, is kept by the lane of its number. Weights are rounded to the format of the
-// data before they are added up, so that the answer is a mean.
+// what a query sees, and the sum of its gates, is kept by the lane of its number. Weights are rounded to the format of
+// the data before they are added up, so that the answer is a mean.
 //
 // A weight is exp2(slope x - shift). The shift of a row is its top so far, or up to 2^SLACK less: so answers are scaled
 // seldom, and by what the row itself has seen. Whatever spares work where a tile is seen by all gives the same bits.
