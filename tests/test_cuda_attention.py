@@ -172,6 +172,36 @@ def test_halves_on_tensor_cores_are_as_good_as_the_solver(name, seed):
         as_good(found, *solved("softmax_attention", arrays, **common), floor=2)
 
 
+@pytest.mark.parametrize("options", [*SOFTMAX, {"scale": 0.0}, {"causal": False, "scale": -3e-39}], ids=str)
+def test_every_border_of_a_tile_on_tensor_cores(options):
+    rng = np.random.default_rng(0)
+    for t in (9, 31, 32, 33, 64, 65, 127, 128, 129, 200):
+        gated = t % 2 == 1 and options.get("causal", True)
+        arrays = arguments("softmax_attention", rng, t, k=16, v=16, dtype=np.float16, gated=gated)
+        found = run("softmax_attention", "cupy", arrays, **options)
+        as_good(found, *solved("softmax_attention", arrays, **options), floor=2)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("options", [{}, {"window": 40}, {"window": 30, "sinks": 3}], ids=str)
+def test_what_comes_later_changes_no_bit_on_tensor_cores(options, gated):
+    arrays = arguments("softmax_attention", np.random.default_rng(0), 300, k=16, v=16, dtype=np.float16, gated=gated)
+    arrays["q"][..., 0], arrays["k"][..., 0] = 1000, 1000
+    arrays["q"][:, 110:, 0] = 60000  # logits so far from zero that their thread rounds them, and theirs alone
+    long = run("softmax_attention", "cupy", arrays, **options)
+    for t in (9, 50, 64, 101, 130, 256):
+        short = {name: x[:, :t] for name, x in arrays.items()}
+        same_bits(run("softmax_attention", "cupy", short, **options), long[:, :t])
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("scale", [1e3, -1e6, 1e9, 1e12])
+def test_logits_far_apart_on_tensor_cores(scale, gated):
+    arrays = arguments("softmax_attention", np.random.default_rng(0), 150, k=16, v=16, dtype=np.float16, gated=gated)
+    found = run("softmax_attention", "cupy", arrays, scale=scale)
+    as_good(found, *solved("softmax_attention", arrays, scale=scale), floor=2)
+
+
 @pytest.mark.parametrize("sizes", [(128, 150), (256, 16), (7, 1)], ids=str)
 def test_heads_of_any_size_on_tensor_cores(sizes):
     k, v = sizes
@@ -182,7 +212,7 @@ def test_heads_of_any_size_on_tensor_cores(sizes):
     same_bits(run("softmax_attention", "cupy", strided, check=True), found)
 
 
-@pytest.mark.parametrize("k, v, shared", [(700, 3, 227), (336, 128, 163)])  # the second but for what the text declares
+@pytest.mark.parametrize("k, v, shared", [(900, 3, 227), (560, 128, 159)])  # the second but for what the text declares
 def test_tiles_that_do_not_fit_go_without_tensor_cores(k, v, shared):
     arrays = arguments("softmax_attention", np.random.default_rng(0), 20, k=k, v=v, dtype=np.float16)
     with on_cpu("cupy", check=False) as machine:
@@ -218,10 +248,12 @@ def test_a_reset_on_tensor_cores_forgets_and_costs_the_gates_after_it_nothing(ga
     as_good(found[:, 100:], *solved("softmax_attention", fresh), floor=2)
 
 
-def test_bits_on_tensor_cores_depend_on_no_neighbour_and_no_order():
-    arrays = arguments("softmax_attention", np.random.default_rng(0), 70, k=20, v=20, lead=(7,), dtype=np.float16)
+@pytest.mark.parametrize("memories", [7, 16, 17, 35])  # as many as start together, and more
+def test_bits_on_tensor_cores_depend_on_no_neighbour_and_no_order(memories):
+    sizes = {"k": 20, "v": 140 if memories == 17 else 20, "lead": (memories,)}
+    arrays = arguments("softmax_attention", np.random.default_rng(0), 130, **sizes, dtype=np.float16)
     among = run("softmax_attention", "cupy", arrays)
-    for i in (0, 6):
+    for i in {0, 6, memories // 2, memories - 1}:
         same_bits(run("softmax_attention", "cupy", {name: x[i] for name, x in arrays.items()}), among[i])
     for options in ({"order": "reverse"}, {"order": "random", "seed": 1}):
         with on_cpu("cupy", **options):
@@ -355,6 +387,7 @@ HALF = {"dtype": np.float16, "lead": (), "gated": True}
 CALLS = {
     "tiles": ("softmax_attention", {"t": 70, "k": 40, "v": 70, "dtype": np.float32, "gated": True}, {}),
     "tensor cores": ("softmax_attention", HALF | {"t": 200, "k": 24, "v": 16}, {}),
+    "tensor cores, whole tiles": ("softmax_attention", HALF | {"t": 200, "k": 32, "v": 16}, {}),
     "fit": ("local_polynomial", {"t": 40, "lead": ()}, {"degree": 2}),
     "line": ("local_polynomial", {"t": 40, "k": 60, "lead": ()}, {}),
 }
@@ -365,7 +398,7 @@ PLACES = {"cupy": rf"{BARRIERS['cupy']}|finish_copies<\d>\(\);|close_copies\(\);
 def barriers():
     for backend in GPU:
         for name in CALLS:
-            if (backend, name) != ("numba-cuda", "tensor cores"):
+            if backend == "cupy" or not name.startswith("tensor cores"):
                 slow = backend == "numba-cuda" and name != "tiles"  # seconds for each of many texts
                 yield pytest.param(backend, name, marks=pytest.mark.slow if slow else [], id=f"{name}-{backend}")
 

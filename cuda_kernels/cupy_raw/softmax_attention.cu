@@ -9,6 +9,21 @@
 enum { Q, KEY, V, POSITION, COUNT, LEFT, GATE, O, PIECES };
 enum { R = ROWS * LANES / 128, W = PAIRS / LANES, WIDTH = C * LANES };
 
+// Values of a tile by their weights, which are below zero where a pair is HIDDEN: of that not even a NaN comes through.
+template <bool HIDDEN>
+__device__ __forceinline__ void add_values(real (&sums)[R][C], const real (&weights)[PAIRS][ROWS + 4],
+                                           const real (&values)[PAIRS][WIDTH], int mine, int lane) {
+    #pragma unroll 2
+    for (int j = 0; j < PAIRS; j++)
+        for (int r = 0; r < R; r++) {
+            const real p = weights[j][mine + r];
+            for (int c = 0; c < C; c++) {
+                const real next = fma(p, values[j][lane + c * LANES], sums[r][c]);
+                sums[r][c] = HIDDEN && p < 0 ? sums[r][c] : next;
+            }
+        }
+}
+
 extern "C" __global__ void __launch_bounds__(128)
 softmax_attention(const data* q, const stored* k, const stored* v, const long long* position, const long long* count,
                   const logs* left, const logs* log_decay, data* o, real* pieces, const long long* table, int axes,
@@ -82,18 +97,17 @@ softmax_attention(const data* q, const stored* k, const stored* v, const long lo
         for (int channel = 0; channel == 0 || channel < channels; channel += SLAB) {
             __syncthreads();  // nobody is left at what is staged anew
             if (GATED && channel == 0 && threadIdx.x < ROWS) age(start, true);
-            #pragma unroll 1
-            for (int i = threadIdx.x; i < SLAB * ROWS; i += 128) {
-                const int c = i % SLAB, row = i / SLAB;
-                const bool there = channel + c < channels && first + row < end_of_rows;
-                queries[c][row] = there ? widened(asked[row][(channel + c) * query.column]) : real(0);
+            const int c = channel + threadIdx.x % SLAB, own = threadIdx.x / SLAB;  // all loads are under way at a time
+            #pragma unroll
+            for (int row = own; row < own + ROWS; row += 128 / SLAB) {
+                const bool there = c < channels && first + row < end_of_rows;
+                queries[c - channel][row] = there ? widened(asked[row][c * query.column]) : real(0);
             }
-            #pragma unroll 1
-            for (int i = threadIdx.x; i < SLAB * PAIRS; i += 128) {
-                const int c = i % SLAB, j = i / SLAB;
-                const bool there = channel + c < channels && start + j < pairs;
-                keys[c][j] = there ? widened(key.at(start + j, channel + c)) : real(0);
-                if (code == EXPONENTIAL && there) keys[c][j] -= origin(widened(key.at(0, channel + c)));
+            const real from = code == EXPONENTIAL && c < channels ? origin(widened(key.at(0, c))) : real(0);
+            #pragma unroll
+            for (int j = own; j < own + PAIRS; j += 128 / SLAB) {
+                const bool there = c < channels && start + j < pairs;
+                keys[c - channel][j] = there ? widened(key.at(start + j, c)) - from : real(0);
             }
             __syncthreads();  // a slab of channels is staged
             #pragma unroll 4
@@ -104,6 +118,7 @@ softmax_attention(const data* q, const stored* k, const stored* v, const long lo
         }
 
         real kept[R];
+        int hidden = 0;  // whether a row does not see a pair
         #pragma unroll
         for (int r = 0; r < R; r++) {
             real higher = -infinite();
@@ -122,7 +137,8 @@ softmax_attention(const data* q, const stored* k, const stored* v, const long lo
             for (int w = 0; w < W; w++) {
                 const real p = exp(x[r][w] - shift);
                 sum += p;
-                weights[lane + w * LANES][mine + r] = x[r][w] == -infinite() ? real(-1) : p;
+                const bool none = x[r][w] == -infinite();
+                weights[lane + w * LANES][mine + r] = none ? real(-1) : p, hidden |= none;
             }
             weight[r] = fma(kept[r], weight[r], over_row(sum));
         }
@@ -130,23 +146,18 @@ softmax_attention(const data* q, const stored* k, const stored* v, const long lo
         #pragma unroll
         for (int slab = 0; slab < SLABS; slab++) {
             if (slab) __syncthreads();  // the slab before is used up
-            #pragma unroll 1
+            #pragma unroll 8
             for (int i = threadIdx.x; i < PAIRS * WIDTH; i += 128) {
                 const int c = i % WIDTH, j = i / WIDTH, column = (part * SLABS + slab) * WIDTH + c;
                 const bool there = column < columns && start + j < pairs;
                 values[j][c] = there ? number(widened(value.at(start + j, column))) : real(0);
             }
-            __syncthreads();  // weights and a slab of columns are staged
+            hidden = __syncthreads_or(hidden);  // weights and a slab of columns are staged
             real sums[R][C] = {};
-            #pragma unroll 2
-            for (int j = 0; j < PAIRS; j++)
-                for (int r = 0; r < R; r++) {
-                    const real p = weights[j][mine + r];
-                    for (int c = 0; c < C; c++) {
-                        const real next = fma(p, values[j][lane + c * LANES], sums[r][c]);
-                        sums[r][c] = p < 0 ? sums[r][c] : next;  // of what is not seen, not even a NaN comes through
-                    }
-                }
+            if (hidden)
+                add_values<true>(sums, weights, values, mine, lane);
+            else
+                add_values<false>(sums, weights, values, mine, lane);
             for (int r = 0; r < R; r++)
                 for (int c = 0; c < C; c++) answer[r][slab * C + c] = fma(kept[r], answer[r][slab * C + c], sums[r][c]);
         }

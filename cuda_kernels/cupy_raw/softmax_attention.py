@@ -26,9 +26,8 @@ SLAB = 16  # channels of keys and queries staged at a time
 COLUMNS = 4  # of the values that a thread answers for at a time
 FEW = 8  # queries of a block where there are no more
 PIECE = 512  # pairs of a piece of the past, about
-TILE = 64  # queries and pairs that meet on tensor cores
 WIDEST = 128  # value columns of a block there
-STATIC = 2048  # bytes of shared memory for what the text for tensor cores declares itself
+STATIC = 5120  # bytes of shared memory for what the text for tensor cores declares itself
 
 
 def softmax_attention(
@@ -119,35 +118,47 @@ def average(
     return o
 
 
-def padded(channels: int, values: int) -> tuple[int, int]:
-    """Channels and value columns in a tile, multiples of 16."""
-    return max(-(-channels // 16), 1) * 16, min(max(-(-values // 16), 1) * 16, WIDEST)
+class Block(NamedTuple):
+    """Constants of the kernel for tensor cores: queries and pairs that meet; channels and value columns, by 16."""
+
+    ROWS: int
+    PAIRS: int
+    KD: int
+    VD: int
+
+    @property
+    def shared(self) -> int:
+        """Bytes that it is launched with: for its queries, and for pairs twice."""
+        return 2 * (self.ROWS * (self.KD + 8) + 2 * self.PAIRS * (self.KD + self.VD + 16))
 
 
-def bytes_of(channels: int, columns: int) -> int:
-    """Shared memory that a block is launched with: for its queries, and for pairs twice."""
-    return 2 * TILE * (3 * (channels + 8) + 2 * (columns + 8))
+def block(rows: int, channels: int, values: int) -> Block | None:
+    """The largest that fits, None where none does; it depends on one memory only, as above."""
+    wide, columns = (max(-(-size // 16), 1) * 16 for size in (channels, min(values, WIDEST)))
+    pairs = 64 if max(wide, columns) <= 64 else 32  # as many logits as there are registers for
+    found = (Block(tall, pairs, wide, columns) for tall in (128, 64) if tall == 64 or rows > 64)
+    room = _launch.machine.device().shared - STATIC
+    return next((cut for cut in found if cut.shared <= room), None)
 
 
 def on_tensor_cores(dtype: np.dtype, pairs: Pairs) -> bool:
     """Whether they take the data: numbers of 16 bits whose tiles fit. A cache holds float32, which they would round."""
-    needed = bytes_of(*padded(pairs.k.shape[-1], pairs.v.shape[-1])) + STATIC
-    return dtype.itemsize == 2 and pairs.k.dtype == dtype and needed <= _launch.machine.device().shared
+    fits = dtype.itemsize == 2 and pairs.k.dtype == dtype
+    return fits and block(1, pairs.k.shape[-1], pairs.v.shape[-1]) is not None
 
 
-def tensor(
-    q: Any, pairs: Pairs, log_decay: Any, sequences: Sequences, scale: float, options: dict[str, int]
-) -> Any:
+def tensor(q: Any, pairs: Pairs, log_decay: Any, sequences: Sequences, scale: float, options: dict[str, int]) -> Any:
     """Means on tensor cores."""
     (tokens, channels), values = q.shape[-2:], pairs.v.shape[-1]
     o = empty(sequences, (tokens, values), q.dtype, q)
-    wide, columns = padded(channels, values)
-    parts = max(-(-values // columns), 1)
-    grid = Grid(-(-sequences.groups * tokens // TILE) * parts, THREADS, bytes_of(wide, columns))
+    rows = sequences.groups * tokens
+    cut = block(rows, channels, values)
+    parts = max(-(-values // cut.VD), 1)
+    grid = Grid(-(-rows // cut.ROWS) * parts, THREADS, cut.shared)
     given = {name: x for name, x in pairs.arrays.items() if name != "left"}
     sizes = {"tokens": tokens, "columns": values, "channels": channels, "pairs": pairs.k.shape[-2], "parts": parts}
     types = {"data": q.dtype, "stored": q.dtype, "logs": np.float32, "real": np.float32}
-    constants = {"KD": wide, "VD": columns, "LANES": 4, "GATED": int(log_decay is not None)}
+    constants = cut._asdict() | {"LANES": 4, "GATED": int(log_decay is not None)}
     arrays = {"q": (q, BOTH), **given, "log_decay": (log_decay, ROW), "o": (o, BOTH)}
     launch(TENSOR, sequences, arrays, ("o",), types, constants, grid, **sizes, width=scale / log(2), **options)
     return o

@@ -188,6 +188,10 @@ struct Tile {
     T* begin;
 
     __device__ __forceinline__ T& at(int i, int j) const { return begin[i * stride + j]; }
+    // The same at (i + row, j + column), where these two are constants: one address for all of them.
+    __device__ __forceinline__ const T* from(int i, int j, int row, int column) const {
+        return &at(i, j) + (row * stride + column);
+    }
 };
 
 // Two neighbours of a row, j even.
@@ -220,20 +224,20 @@ __device__ __forceinline__ TileType tile_of(unsigned char*& at) {
 template <class T, int R, int C>
 __device__ __forceinline__ void load_left(Left<T, 1>& left, Tile<T, R, C> tile, int row, int column) {
     const int lane = threadIdx.x % 32;
-    load_matrices(left.x[0], &tile.at(row + lane % 16, column + lane / 16 * 8));
+    load_matrices(left.x[0], tile.from(lane % 16, lane / 16 * 8, row, column));
 }
 // Left[i][j] = tile[row + j][column + i].
 template <class T, int R, int C>
 __device__ __forceinline__ void load_left_transposed(Left<T, 1>& left, Tile<T, R, C> tile, int row, int column) {
     const int lane = threadIdx.x % 32;
-    load_transposed_matrices(left.x[0], &tile.at(row + lane / 16 * 8 + lane % 8, column + lane / 8 % 2 * 8));
+    load_transposed_matrices(left.x[0], tile.from(lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8, row, column));
 }
 // Two neighbours: Right n [i][j] = tile[row + i][column + 8 n + j].
 template <class T, int R, int C>
 __device__ __forceinline__ void load_right(Right<T, 1> (&right)[2], Tile<T, R, C> tile, int row, int column) {
     const int lane = threadIdx.x % 32;
     unsigned x[4];
-    load_transposed_matrices(x, &tile.at(row + lane % 16, column + lane / 16 * 8));
+    load_transposed_matrices(x, tile.from(lane % 16, lane / 16 * 8, row, column));
     for (int i = 0; i < 4; i++) right[i / 2].x[0][i % 2] = x[i];
 }
 // Two neighbours: Right n [i][j] = tile[row + 8 n + j][column + i].
@@ -241,7 +245,7 @@ template <class T, int R, int C>
 __device__ __forceinline__ void load_right_transposed(Right<T, 1> (&right)[2], Tile<T, R, C> tile, int row, int column) {
     const int lane = threadIdx.x % 32;
     unsigned x[4];
-    load_matrices(x, &tile.at(row + lane / 16 * 8 + lane % 8, column + lane / 8 % 2 * 8));
+    load_matrices(x, tile.from(lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8, row, column));
     for (int i = 0; i < 4; i++) right[i / 2].x[0][i % 2] = x[i];
 }
 

@@ -44,6 +44,10 @@ static inline T __shfl_up_sync(unsigned mask, T value, int distance, int line = 
     const int lane = int(threadIdx.x % 32);
     return __shfl_sync(mask, value, lane < distance ? lane : lane - distance, line);
 }
+static inline int __any_sync(unsigned mask, int any, int line = __builtin_LINE()) {
+    for (int distance = 1; distance < 32; distance *= 2) any |= __shfl_xor_sync(mask, any, distance, line);
+    return any;
+}
 
 // What tensor.cuh writes as PTX; its comments say what each does.
 static inline unsigned char* dynamic_shared() { return reinterpret_cast<unsigned char*>(runner::dynamic_shared()); }
