@@ -146,8 +146,8 @@ def begin(launch: Launch) -> None:
 
 
 def start(machine: Machine, what: tuple[Any, ...], arguments: list[Any], more: tuple[Any, ...]) -> None:
-    """Make a launch that nobody else needs, or keep it."""
-    if _kept.get() is None:
+    """Make a launch, which is an object only if somebody keeps or watches it."""
+    if _kept.get() is None and _watch.get() is None:
         machine.run(*what, arguments, *more)
     else:
         begin(Launch(machine, what, arguments, more))

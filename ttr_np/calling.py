@@ -27,7 +27,6 @@ __all__ = [
     "check_arguments",
     "check_gates",
     "on_device",
-    "refuse_gate",
     "run",
     "through_dlpack",
 ]

@@ -191,9 +191,7 @@ def launch(
     dtype = next(iter(arrays.values()))[0].dtype
     views = {name: paired(sequences, x, own, dtype, name in written) for name, (x, own) in arrays.items()}
     numbers = [*(np.int64(x) if isinstance(x, int) else x for x in scalars), np.int64(blocks)]
-    signature = signature_of(
-        tuple([(x.dtype, x.ndim) for x in views.values()]), tuple([x.dtype for x in numbers])
-    )
+    signature = signature_of(tuple([(x.dtype, x.ndim) for x in views.values()]), tuple([x.dtype for x in numbers]))
     here = {name: machine.room(x) if name in _calls.ANSWERS else machine.own(x) for name, x in views.items()}
     for name, (x, _) in arrays.items():
         if x is None:

@@ -47,7 +47,7 @@ class ndarray(NDArrayOperatorsMixin):  # noqa: N801 - CuPy's name
             called.append(name)
             counted["arrays"] += name in ("astype", "copy")
             return lambda *args, **options: outer(getattr(self.held, name)(*args, **options))
-        if name in ("shape", "strides", "dtype", "ndim", "size", "nbytes", "itemsize", "flags", "real", "imag"):
+        if name in ("shape", "strides", "dtype", "ndim", "size", "itemsize", "nbytes", "flags", "real", "imag"):
             return outer(getattr(self.held, name))
         raise AttributeError(name)
 
