@@ -16,6 +16,7 @@ from test_operators import Case
 
 import ttr_np
 from cuda_kernels.cupy_raw import _tiles
+from ttr_np import memories
 from ttr_np.backends import has_operator
 from ttr_np.notation import OPERATORS, STATES, CacheState, draw
 
@@ -546,3 +547,12 @@ def test_a_reset_in_a_piece_forgets_the_pieces_before_it():
 def test_double_precision_takes_whole_sequences():
     arrays = draw("selective_scan", np.random.default_rng(0), lead=(1,), t=600, d=3)
     assert in_pieces("selective_scan", arrays, {}, 100)[1] == 1
+
+
+def test_an_empty_memory_of_one_number_is_one_number(cupy):
+    arrays = draw("test_time_training", np.random.default_rng(0), lead=(), t=5, dtype=np.float32)
+    options = {"memory": memories.Linear(), "output_final_state": True}
+    wanted, end = ttr_np.test_time_training(**arrays, **options, backend="cupy")
+    o, state = ttr_np.test_time_training(**{name: cupy.array(x) for name, x in arrays.items()}, **options)
+    sentences.same_bits(o.get(), wanted)
+    assert state.count.shape == end.count.shape == ()

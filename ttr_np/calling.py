@@ -439,7 +439,8 @@ def made_there(arrays: Mapping[str, Any], state: Any) -> Any:
 def repeated(arrays: Mapping[str, Any], device: Any, field: Field) -> Any:
     """A field in full on a GPU."""
     if field.one is None:
-        return np.zeros_like(device, shape=field.shape, dtype=field.dtype, order="C")
+        made = np.zeros_like(device, shape=field.shape or (1,), dtype=field.dtype, order="C")
+        return made if field.shape else made[0]  # CuPy takes an empty shape for none
     return np.broadcast_to(moved(arrays, field.one), field.shape).astype(field.dtype, order="C", copy=True)
 
 

@@ -52,7 +52,7 @@ def core(
     gains = gains_of(k, log_decay, beta, P, dtype)
     sequences = Sequences(S.shape[:-2], np.broadcast_shapes(q.shape[:-2], S.shape[:-2]))
     o = empty(sequences, (tokens, width), dtype, q)
-    one = np.broadcast_to(np.ones_like(S, shape=()), (tokens,))
+    one = np.broadcast_to(np.ones_like(S, shape=(1,)), (tokens,))
     arrays = {"q": (q, BOTH), "k": (gains, BOTH), "v": (v, BOTH), "beta": (one, ROW), "log_decay": (None, BOTH)}
     arrays |= {"erase_key": (k, BOTH), "S": (S, BOTH), "o": (o, BOTH)}
     rows, parts = split("k", size)

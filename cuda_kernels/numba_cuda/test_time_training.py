@@ -85,7 +85,7 @@ def core(
     room = rows + 3 * (layers - 1) * hidden + 2 * columns
     vectors = empty(Sequences(M.shape[:-1], M.shape[:-1]), (room,), M.dtype, M)
     scale, offset = fixed(memory, M)
-    mask = np.broadcast_to(np.ones_like(M, shape=(), dtype=bool), (tokens,)) if mask is None else mask
+    mask = np.broadcast_to(np.ones_like(M, shape=(1,), dtype=bool), (tokens,)) if mask is None else mask
     arrays = {"q": (q, BOTH), "k": (k, BOTH), "v": (v, BOTH), "step_size": (step_size, ROW)}
     arrays |= {"momentum": (momentum, ROW), "weight_decay": (weight_decay, ROW), "mask": (mask, ROW)}
     arrays |= {"scale": (scale, COLUMN), "offset": (offset, COLUMN), "parameters": (M, COLUMN), "roll": (S, COLUMN)}

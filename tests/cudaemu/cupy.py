@@ -60,6 +60,8 @@ class ndarray(NDArrayOperatorsMixin):  # noqa: N801 - CuPy's name
         called.append(function.__name__)
         counted["arrays"] += function in (np.empty_like, np.zeros_like, np.where, np.concatenate, np.stack)
         counted["sent"] += args[0].nbytes if function is np.asarray and isinstance(args[0], np.ndarray) else 0
+        if function in (np.empty_like, np.zeros_like, np.ones_like) and options.get("shape") == ():
+            options = options | {"shape": None}  # CuPy asks whether a shape was given by its truth
         return outer(function(*inner(args), **{name: inner(x) for name, x in options.items()}))
 
     def __array_ufunc__(self, function: Any, method: str, *args: Any, **options: Any) -> Any:
