@@ -328,3 +328,15 @@ def test_auto_takes_the_solver_where_the_kernel_cannot_serve_the_call(operator, 
         door(**arrays, **given, backend="numba")
     with pytest.warns(RuntimeWarning, match="runs on 'numpy'"):
         door(**arrays, **given, backend=("numba", "numpy"))
+
+
+def test_the_gpus_are_told_with_their_driver(monkeypatch):
+    answers = {0: "0, NVIDIA H200, 580.159.03\n1, NVIDIA L4, 580.159.03\n", 9: "No devices were found\n"}
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    for code, said in answers.items():
+        done = SimpleNamespace(returncode=code, stdout=said, stderr="")
+        monkeypatch.setattr("subprocess.run", lambda *_, done=done, **__: done)
+        first = "No devices were found" if code else "GPU 0: NVIDIA H200, driver 580.159.03"
+        assert backends.devices()[0] == first and len(backends.devices()) == (1 if code else 2)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert backends.devices() == ["no GPU driver found"]

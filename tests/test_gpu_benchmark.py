@@ -198,6 +198,22 @@ def test_questions_are_asked_while_there_is_time_and_written_one_by_one(stage, c
     assert written["rates"]["bytes"] == 1e12 and "cupy" in capsys.readouterr().out
 
 
+COMMITTED = sorted((Path(gpu.__file__).parent / "results").glob("gpu-*.json"))
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda p: p.name)
+def test_committed_results_have_the_form_that_is_written_today(stage, path):
+    time, arguments, _ = stage
+    result = gpu.begun(arguments)
+    gpu.timed(result, arguments, gpu.Clock(85.0, time))
+    committed = json.loads(path.read_text(encoding="utf-8"))
+    assert committed.keys() - {"about"} == result.keys() and committed["device"].startswith("GPU 0: ")
+    for entry in committed["questions"]:
+        assert entry.keys() == result["questions"][0].keys() and entry["kind"] in KINDS
+        for found in entry["results"]:
+            assert found.keys() == result["questions"][0]["results"][0].keys() and found["error"] <= gpu.TOLERANCE
+
+
 # ---- the tests on the device -----------------------------------------------------------------------------------------
 
 

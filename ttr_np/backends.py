@@ -363,14 +363,18 @@ def call(operator: str, backend: Choice | None, arrays: Mapping[str, Any], **opt
 
 
 def devices() -> list[str]:
-    """The GPUs the driver reports, one line each."""
+    """The GPUs the driver reports, one line each, with the driver's version."""
     import shutil
     import subprocess
 
     if shutil.which("nvidia-smi") is None:
         return ["no GPU driver found"]
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=False)
-    return listed.stdout.splitlines() or [(listed.stderr.strip().splitlines() or ["no GPU found"])[0]]
+    command = ["nvidia-smi", "--query-gpu=index,name,driver_version", "--format=csv,noheader"]
+    listed = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    if listed.returncode:
+        return [((listed.stderr.strip() or listed.stdout.strip()).splitlines() or ["no GPU found"])[0]]
+    found = [line.split(", ") for line in listed.stdout.splitlines()]
+    return [f"GPU {number}: {name}, driver {driver}" for number, name, driver in found] or ["no GPU found"]
 
 
 def show_config() -> None:

@@ -1,7 +1,7 @@
 """Linear attention on the GPU, chunk by chunk on tensor cores: ``linear_attention_chunks.cu``.
 
 One launch, or two where the sequence is cut in pieces because there are fewer memories than multiprocessors: then the
-first makes what each piece adds to the state. Not yet run on a GPU.
+first makes what each piece adds to the state.
 """
 
 from __future__ import annotations
