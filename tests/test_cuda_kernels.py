@@ -1,6 +1,8 @@
 """The kernels of both GPU backends, executed on the CPU: the sentences of all operators, and those about kernels."""
 
 import re
+import subprocess
+import sys
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -373,6 +375,15 @@ def test_without_a_driver_the_reason_is_told(backend):
     words = f"backend '{backend}' is not available: .*(driver|installed|GPU)"
     with pytest.raises(ttr_np.BackendUnavailable, match=words):
         ttr_np.delta_rule([[1.0]], [[1.0]], [[1.0]], [1.0], backend=backend)
+
+
+@needed(cudaemu.numba_cuda())
+def test_numba_cuda_compiles_without_what_newer_numpy_lacks():
+    lines = ["import warnings; warnings.simplefilter('error')", "import numpy as np", "vars(np).pop('row_stack', None)"]
+    lines += ["from cuda_kernels.numba_cuda import _launch", "from numba.cuda import cudaimpl"]
+    lines += ["assert 'row_stack' not in vars(np)"]
+    found = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
 
 
 @needed(cudaemu.numba_cuda())

@@ -14,9 +14,8 @@ from functools import cache, lru_cache
 from math import prod
 from typing import Any
 
-import numba_cuda  # noqa: F401 - without it, numba.cuda below would be Numba's own target
 import numpy as np
-from numba import cuda, from_dtype, types
+from numba import from_dtype, types
 
 from ttr_np import calling
 
@@ -24,8 +23,11 @@ from .. import _calls, _plans
 from .._calls import keeping
 from .._sequences import Sequences
 from ..cupy_raw._launch import look
+from . import import_compiler
 
 __all__ = ["cuda", "empty", "keeping", "launch", "machine", "per_channel", "replayed", "run"]
+
+cuda = import_compiler()
 
 
 class Gpu:
