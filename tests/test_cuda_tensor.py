@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from cudaemu import ArithmeticFault, BarrierFault, RaceFault, UnsetFault, WarpFault, needed, nvrtc
 
-from cuda_kernels.cupy_raw import _launch
+from cuda_kernels.cupy_raw import _text
 
 pytestmark = needed(cudaemu.missing())
 
-HEADERS = [(Path(_launch.FOLDER) / name).read_text() for name in (*_launch.HEADERS, "tensor.cuh")]
+HEADERS = [(Path(_text.FOLDER) / name).read_text() for name in (*_text.HEADERS, "tensor.cuh")]
 FORMATS = ("bfloat16", "float16", "float")
 SIZE = (48, 40)  # of the tile that matrices are loaded from
 
