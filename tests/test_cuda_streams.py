@@ -182,3 +182,23 @@ def test_no_answer_is_sent_to_the_device(cupy):
     cupy.counted.update(sent=0)
     o, state = ttr_np.linear_attention(**arrays, backend="cupy", output_final_state=True)
     assert cupy.counted["sent"] == sum(x.nbytes for x in [*arrays.values(), state.S])
+
+
+@pytest.mark.parametrize("operator", ["linear_attention", "delta_rule", "selective_scan"])
+def test_what_a_recorded_graph_works_with_is_never_freed(cupy, monkeypatch, operator):
+    from ttr_np import calling
+
+    made, known = [], cupy.empty
+    monkeypatch.setattr(cupy, "empty", lambda *sizes: (made.append(known(*sizes)), made[-1])[1])
+    arrays = draw(operator, np.random.default_rng(0), lead=(1,), t=600, d=3, n=4, k=16, v=5, dtype=np.float32)
+    there = {name: cupy.array(x) for name, x in arrays.items()}
+    monkeypatch.setattr(calling, "RECORDED", [])
+    getattr(ttr_np, operator)(**there)
+    assert calling.RECORDED == []
+    made.clear()
+    monkeypatch.setattr(cupy.current, "recording", True)
+    o = getattr(ttr_np, operator)(**there)
+    held = {id(x) for x in calling.RECORDED}
+    assert len(made) > 1 and all(id(x) in held for x in made)
+    (given, state, answer, _) = next(x for x in calling.RECORDED if isinstance(x, tuple))
+    assert answer is o and given.keys() == there.keys() and isinstance(state[0], cupy.ndarray)

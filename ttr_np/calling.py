@@ -34,6 +34,8 @@ __all__ = [
 HALF = ("float16", "bfloat16")
 HOST = (1, 3)  # DLPack's numbers for plain and for pinned memory of the host
 MAY_BE_INFINITE = frozenset({"bandwidth"})  # a kernel of infinite width weighs all pairs alike
+# What recorded CUDA graphs read and write: whenever one is launched, this memory must be nobody else's.
+RECORDED: list[Any] = []
 LIMITS = {  # what gates promise: decays shrink, steps lead forward, shares are shares
     "log_decay": (-inf, 0.0),
     "A": (-inf, 0.0),
@@ -226,6 +228,13 @@ def check_boundaries(cu_seqlens: Any, t: int) -> np.ndarray:
         i = int(np.argmax(bounds[1:].astype(np.int64) < bounds[:-1].astype(np.int64)))
         raise ValueError(f"cu_seqlens must not decrease: {bounds[i + 1]} follows {bounds[i]} at {i + 1}")
     return bounds.astype(np.int64)
+
+
+def kept(x: Any) -> Any:
+    """A new array on a GPU, never to be freed if a CUDA graph is recorded that will go on to use it."""
+    if recording({"": x}):
+        RECORDED.append(x)
+    return x
 
 
 class Kind(NamedTuple):
@@ -554,12 +563,15 @@ def run(
     """
     given, plan = prepare(operator, arrays, mask, halves)
     gates = {name: given[name] for name in plan.gates}
-    verdict = look(gates) if gates and not recording(given) else no_verdict
+    recorded = recording(given)
+    verdict = look(gates) if gates and not recorded else no_verdict
     try:
         called = begun(core, operator, given, options, plan, start, initial_state, cu_seqlens)
         if hold:
             return called
         o, state = called.core(**called.arguments, state=called.state)
+        if recorded:
+            RECORDED.append((given, called.state, o, state))
     finally:
         verdict()
     o = o if o.dtype == plan.output else o.astype(plan.output)

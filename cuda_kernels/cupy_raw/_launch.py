@@ -54,7 +54,7 @@ class Gpu:
         """A new array in the container of another."""
         import cupy
 
-        return np.empty(shape, dtype) if isinstance(like, np.ndarray) else cupy.empty(shape, dtype)
+        return np.empty(shape, dtype) if isinstance(like, np.ndarray) else calling.kept(cupy.empty(shape, dtype))
 
     def has(self, x: Any) -> bool:
         """Whether an array is on the device."""
@@ -64,7 +64,7 @@ class Gpu:
         """Numbers of single precision for what one launch leaves to the next, on the device whatever the caller has."""
         import cupy
 
-        return _calls.scratch(cupy.empty((size,), np.float32))
+        return _calls.scratch(calling.kept(cupy.empty((size,), np.float32)))
 
     def own(self, x: Any) -> Any:
         """An array on the device; what is broadcast goes there once."""
