@@ -24,6 +24,11 @@ __device__ __forceinline__ void put(bfloat16& at, float x) {  // to nearest, tie
     at.bits = x != x ? 0x7fff : (unsigned short)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 #ifdef __CUDACC_RTC__
+// The shared memory that the launch asks for.
+__device__ __forceinline__ unsigned char* dynamic_shared() {
+    extern __shared__ __align__(128) unsigned char shared_bytes[];
+    return shared_bytes;
+}
 __device__ __forceinline__ float widened(float16 x) {
     float y;
     asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));

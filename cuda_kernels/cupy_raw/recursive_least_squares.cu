@@ -11,13 +11,7 @@
 
 enum { KEY, GATE, BETA, COVARIANCE, ROOT, SCRATCH, GAINS, BAD };
 
-constexpr double LARGEST = 1e28, SLACK = 16;  // as in the solver
 constexpr real FAINTEST = -60, FADED = 0.25;
-
-// The cap on P before a pair of this energy.
-__device__ double largest_before(double energy, double limit) {
-    return fmin(LARGEST, limit / fmax(energy, limit / LARGEST));
-}
 
 // Mean eigenvalue of R R^T.
 __device__ double spread(const real* R) {

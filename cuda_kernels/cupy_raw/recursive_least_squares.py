@@ -1,8 +1,10 @@
-"""Recursive least squares on the GPU: the chain of covariances in chunks, then the solution token by token.
+"""Recursive least squares on the GPU: chunks on tensor cores, or the chain of covariances and then the solution.
 
-P does not depend on the values: ``recursive_least_squares.cu`` walks over it alone, one block per memory, and leaves
-the gain of every token; ``innovations.cu`` follows with as many blocks as the values need. See
-``ttr_np.solvers.recursive_least_squares`` for the mathematics, the two caps, and the sources.
+In chunks P and the solution are carried together, by ``recursive_least_squares_chunks.cu``. Few tokens, keys of many
+channels and data in double precision go another way: P does not depend on the values, so
+``recursive_least_squares.cu`` walks over it alone, one block per memory, and leaves the gain of every token;
+``innovations.cu`` follows with as many blocks as the values need. See ``ttr_np.solvers.recursive_least_squares`` for the
+mathematics, the two caps, and the sources.
 """
 
 from __future__ import annotations
@@ -18,11 +20,13 @@ from ttr_np.solvers.recursive_least_squares import check_ridge, check_weights, l
 from .._calls import split
 from .._sequences import BOTH, COLUMN, ROW, Sequences
 from .._squares import few, refuse_covariance, together
+from . import _least_squares_chunks, _launch
 from ._launch import Kernel, empty, even, launch, run
 
 __all__ = ["recursive_least_squares"]
 
-CHAIN = Kernel("recursive_least_squares", "blocks.cuh", "factors.cuh")
+CHAIN = Kernel("recursive_least_squares", "blocks.cuh", "factors.cuh", "caps.cuh")
+CHUNKS = Kernel("recursive_least_squares_chunks", *_least_squares_chunks.HEADERS, "factors.cuh", "caps.cuh")
 SOLUTION = Kernel("innovations")
 
 
@@ -39,11 +43,46 @@ def recursive_least_squares(
 def core(
     q: Any, k: Any, v: Any, log_decay: Any, beta: Any, *, state: RecursiveLeastSquaresState
 ) -> tuple[Any, RecursiveLeastSquaresState]:
+    """All tokens, in the form that is better for them."""
+    lead = state.S.shape[:-2]
+    sequences = Sequences(lead, np.broadcast_shapes(q.shape[:-2], lead))
+    chosen = _least_squares_chunks.plan(q, v, sequences)
+    pairs = _least_squares_chunks.pairs_of(k, v, log_decay, beta)
+    if chosen is None:
+        return one_by_one(sequences, q, pairs, state)
+    return in_chunks(chosen, sequences, q, pairs, state)
+
+
+def in_chunks(
+    chosen: _least_squares_chunks.Plan, sequences: Sequences, q: Any, pairs: Any, state: RecursiveLeastSquaresState
+) -> tuple[Any, RecursiveLeastSquaresState]:
+    """One launch, or two where the sequence is cut in pieces."""
+    (S, P), (tokens, rows), columns = state, q.shape[-2:], pairs["v"][0].shape[-1]
+    types, sizes = {"data": q.dtype, "gate": S.dtype, "real": np.float64}, {"tokens": tokens, "columns": columns}
+    sums = _least_squares_chunks.sums_of(chosen, sequences, pairs, types, sizes | {"rows": rows})
+    S_next, P_next = _launch.alike(S), _launch.alike(P)
+    bad = np.zeros_like(P, shape=(*P.shape[:-2], 1), dtype=bool)
+    o = empty(sequences, (tokens, columns), q.dtype, q)
+    arrays = {"q": (q, BOTH)} | pairs | {"S": (S, BOTH), "P": (P, BOTH), "S_next": (S_next, BOTH)}
+    arrays |= {"P_next": (P_next, BOTH), "bad_next": (bad, COLUMN), "o": (o, BOTH)}
+    scalars = sizes | {"length": chosen.length, "pieces": chosen.pieces, "sums": sums}
+    scalars |= {"rooms": _least_squares_chunks.rooms(chosen, sequences), "limit": limit(S.dtype)}
+    scalars["eps"] = float(np.finfo(S.dtype).eps)
+    written, constants = ("S_next", "P_next", "bad_next", "o"), {"K": rows} | chosen.constants
+    launch(CHUNKS, sequences, arrays, written, types, constants, chosen.grid(chosen.pieces), **scalars)
+    refuse_covariance(bad, P)
+    return o, RecursiveLeastSquaresState(S_next, P_next)
+
+
+def one_by_one(
+    sequences: Sequences, q: Any, pairs: Any, state: RecursiveLeastSquaresState
+) -> tuple[Any, RecursiveLeastSquaresState]:
     """Two launches, with the state in double precision."""
-    (tokens, rows), columns, gate = q.shape[-2:], v.shape[-1], state.S.dtype
+    (tokens, rows), gate = q.shape[-2:], state.S.dtype
+    k, v, log_decay, beta = (x for x, _ in pairs.values())
     S, P = (x.astype(np.float64) for x in state)
     gains = gains_of(k, log_decay, beta, P, gate)
-    sequences = Sequences(S.shape[:-2], np.broadcast_shapes(q.shape[:-2], S.shape[:-2]))
+    columns = v.shape[-1]
     o = empty(sequences, (tokens, columns), q.dtype, q)
     arrays = {"q": (q, BOTH), "k": (k, BOTH), "v": (v, BOTH), "beta": (beta, ROW), "gains": (gains, BOTH)}
     arrays |= {"S": (S, BOTH), "o": (o, BOTH)}

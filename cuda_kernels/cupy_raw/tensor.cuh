@@ -15,11 +15,6 @@
 // an error like that of float; 3 by 1 take 3, 2 by 1 take 2. So float never becomes anything narrower.
 
 #ifdef __CUDACC_RTC__
-// The shared memory that the launch asks for.
-__device__ __forceinline__ unsigned char* dynamic_shared() {
-    extern __shared__ __align__(128) unsigned char shared_bytes[];
-    return shared_bytes;
-}
 __device__ __forceinline__ unsigned shared_address(const void* at) { return unsigned(__cvta_generic_to_shared(at)); }
 
 // sum += a b, of bfloat16.

@@ -49,8 +49,16 @@ static inline int __any_sync(unsigned mask, int any, int line = __builtin_LINE()
     return any;
 }
 
-// What tensor.cuh writes as PTX; its comments say what each does.
 static inline unsigned char* dynamic_shared() { return reinterpret_cast<unsigned char*>(runner::dynamic_shared()); }
+
+// What tensor.cuh and doubles.cuh write as PTX; their comments say what each does.
+struct DoubleFactors {
+    double a[4], b[2], sum[4];
+};
+static inline void mma_f64(double (&sum)[4], const double (&a)[4], const double (&b)[2], int line = __builtin_LINE()) {
+    const DoubleFactors factors = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}, {sum[0], sum[1], sum[2], sum[3]}};
+    runner::together(runner::mma_f64, &factors, sum, 0xffffffffu, line);
+}
 
 struct Factors {
     unsigned a[4], b[2];

@@ -351,6 +351,28 @@ static void multiply(const void* const* given, void* const* taken, bool half) {
 void runner::mma_bf16(const void* const* given, void* const* taken, int) { multiply(given, taken, false); }
 void runner::mma_f16(const void* const* given, void* const* taken, int) { multiply(given, taken, true); }
 
+struct DoubleFactors {
+    double a[4], b[2], sum[4];
+};
+
+// 16 x 8 times 8 x 8 of doubles; each product and sum is rounded once, as fma.
+void runner::mma_f64(const void* const* given, void* const* taken, int) {
+    double a[16][8], b[8][8];
+    for (int lane = 0; lane < 32; lane++) {
+        const DoubleFactors& mine = *static_cast<const DoubleFactors*>(given[lane]);
+        for (int i = 0; i < 4; i++) a[lane / 4 + i % 2 * 8][lane % 4 + i / 2 * 4] = mine.a[i];
+        for (int i = 0; i < 2; i++) b[lane % 4 + i * 4][lane / 4] = mine.b[i];
+    }
+    for (int lane = 0; lane < 32; lane++) {
+        const DoubleFactors& mine = *static_cast<const DoubleFactors*>(given[lane]);
+        for (int i = 0; i < 4; i++) {
+            double sum = mine.sum[i];
+            for (int k = 0; k < 8; k++) sum = fma(a[lane / 4 + i / 2 * 8][k], b[k][lane % 4 * 2 + i % 2], sum);
+            static_cast<double*>(taken[lane])[i] = sum;
+        }
+    }
+}
+
 // Four matrices of 8 x 8: lane i gives the address of row i % 8 of matrix i / 8.
 static void load(const void* const* given, void* const* taken, bool transposed) {
     for (int lane = 0; lane < 32; lane++)

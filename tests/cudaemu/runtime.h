@@ -52,6 +52,7 @@ uint64_t exchange(uint64_t value, int source, unsigned mask, int line);
 void warp_barrier(unsigned mask, int line);
 void mma_bf16(const void* const* given, void* const* taken, int line);
 void mma_f16(const void* const* given, void* const* taken, int line);
+void mma_f64(const void* const* given, void* const* taken, int line);
 void load_matrices(const void* const* given, void* const* taken, int line);
 void load_transposed_matrices(const void* const* given, void* const* taken, int line);
 void copy_later(void* to, const void* from, int bytes, int line);

@@ -1,0 +1,108 @@
+"""Exact least squares on the GPU, chunk by chunk on tensor cores in double precision.
+
+A block walks over one memory with up to 128 value columns. Where that leaves multiprocessors idle the sequence is cut in
+pieces: ``pair_sums.cu`` makes what the pairs of each piece add to the Gram matrix and to the solution, and a piece
+begins with the solution of all pairs before it. Memory beside arrays and states: those sums, and a matrix per block.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .._calls import Grid
+from .._sequences import BOTH, ROW, Sequences
+from . import _launch
+from ._launch import Kernel, launch
+from ._tiles import pieces
+
+__all__ = ["Plan", "plan", "rooms", "sums_of"]
+
+CHUNK, WARPS = 32, 8  # tokens, warps of a block
+VALUES, THREADS = 16 * WARPS, 32 * WARPS
+WIDEST = 128  # keys: P of more does not fit in shared memory
+LEAST = 8 * CHUNK  # tokens of a piece: a piece begins with a matrix inverted
+DECLARED = 3072  # bytes of shared memory that a text declares itself
+HEADERS = ("blocks.cuh", "doubles.cuh", "least_squares.cuh")
+SUMS = Kernel("pair_sums", *HEADERS)
+
+
+class Plan(NamedTuple):
+    """How a call is cut."""
+
+    keys: int  # rows of P, rounded up to whole matrices
+    column_blocks: int
+    pieces: int
+    length: int  # tokens of a piece
+    shared: int  # bytes that a launch asks for
+    together: int  # blocks that share a multiprocessor
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """What texts are compiled for."""
+        return {"KEYS": self.keys, "CHUNK": CHUNK, "TOGETHER": self.together, "ROOM": self.keys * VALUES}
+
+    def grid(self, pieces: int) -> Grid:
+        """Blocks of a memory, for so many pieces."""
+        return Grid(pieces * self.column_blocks, THREADS, self.shared)
+
+
+def plan(q: Any, v: Any, sequences: Sequences) -> Plan | None:
+    """The choice for these arrays; None where one token after the other is the better form."""
+    (tokens, rows), columns = q.shape[-2:], v.shape[-1]
+    if np.dtype(q.dtype) == np.float64 or tokens < CHUNK or not 0 < rows <= WIDEST or columns < 1:
+        return None
+    keys, column_blocks, device = -(-rows // 16) * 16, -(-columns // VALUES), _launch.machine.device()
+    shared = bytes_of(keys)
+    if shared + DECLARED > device.shared:
+        return None
+    together = 1 if keys > 64 else 2
+    at_once = device.multiprocessors * together
+    cut = pieces(tokens, CHUNK, sequences.memories * column_blocks, at_once)
+    if cut[1] < LEAST:
+        cut = pieces(tokens, LEAST, sequences.memories * column_blocks, at_once)
+    return Plan(keys, column_blocks, *cut, shared, together)
+
+
+def bytes_of(keys: int) -> int:
+    """Shared memory of a block, as the text lays it out."""
+    tokens, square, columns, pairs = keys + 8, keys * (keys + 8), keys * (CHUNK + 2), CHUNK * (CHUNK + 8)
+    return 8 * (square + columns + pairs) + 2 * 4 * CHUNK * tokens
+
+
+def rooms(chosen: Plan, sequences: Sequences) -> Any:
+    """A matrix of double precision for each block."""
+    return _launch.machine.scratch(2 * chosen.keys * VALUES * chosen.grid(chosen.pieces).blocks * sequences.memories)
+
+
+def sums_of(
+    chosen: Plan, sequences: Sequences, pairs: dict[str, Any], types: dict[str, Any], sizes: dict[str, int]
+) -> Any:
+    """What the pairs of each piece but the last add; None where there is one piece.
+
+    Parameters
+    ----------
+    chosen, sequences
+        How the call is cut, and its memories.
+    pairs
+        k, v, log_decay and beta, each with its own axes.
+    types, sizes
+        Of the text, and its scalars.
+    """
+    stored = chosen.pieces - 1
+    if not stored:
+        return None
+    blocks = chosen.keys // 16
+    each = 128 * blocks * (blocks + 1) + chosen.keys * VALUES + 2
+    grid = chosen.grid(stored)._replace(shared=4 * CHUNK * (chosen.keys + VALUES + 16))
+    sums = _launch.machine.scratch(2 * each * grid.blocks * sequences.memories)
+    constants = {"K": sizes["rows"], "KEYS": chosen.keys, "CHUNK": CHUNK}
+    numbers = {"tokens": sizes["tokens"], "columns": sizes["columns"], "length": chosen.length, "stored": stored}
+    launch(SUMS, sequences, pairs, (), types, constants, grid, sums=sums, **numbers)
+    return sums
+
+
+def pairs_of(k: Any, v: Any, log_decay: Any, beta: Any) -> dict[str, Any]:
+    """The arrays of pairs, with the axes of each."""
+    return {"k": (k, BOTH), "v": (v, BOTH), "log_decay": (log_decay, ROW), "beta": (beta, ROW)}

@@ -1,0 +1,81 @@
+// Tensor cores in double precision: products of 16 x 8 times 8 x 8, spread over the 32 lanes of a warp.
+//
+// With line = lane / 4, pair = lane % 4 * 2, and the inner axis in an order that lets a lane read neighbours:
+//
+//   Left    x[i], rows x inner:      row line + 8 (i % 2),  inner pair + i / 2
+//   Right   x[i], inner x columns:   inner pair + i,        column line
+//   Sum     x[i], rows x columns:    row line + 8 (i / 2),  column pair + i % 2
+//
+// So a Sum is laid out as Left, and each half of its rows, transposed, as Right: what one product makes, the next takes.
+
+#ifdef __CUDACC_RTC__
+// sum += a b; devices before Hopper have products of 8 x 4 times 4 x 8.
+__device__ __forceinline__ void mma_f64(double (&sum)[4], const double (&a)[4], const double (&b)[2]) {
+#if __CUDA_ARCH__ >= 900
+    asm("mma.sync.aligned.m16n8k8.row.col.f64.f64.f64.f64 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+d"(sum[0]), "+d"(sum[1]), "+d"(sum[2]), "+d"(sum[3])
+        : "d"(a[0]), "d"(a[1]), "d"(a[2]), "d"(a[3]), "d"(b[0]), "d"(b[1]));
+#else
+    #pragma unroll
+    for (int i = 0; i < 4; i++)
+        asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0,%1}, {%2}, {%3}, {%0,%1};"
+            : "+d"(sum[i % 2 * 2]), "+d"(sum[i % 2 * 2 + 1]) : "d"(a[i]), "d"(b[i / 2]));
+#endif
+}
+#endif  // for the CPU, the header that defines threads defines this too
+
+struct Left {
+    double x[4];
+};
+struct Right {
+    double x[2];
+};
+struct Sum {
+    double x[4];
+
+    __device__ __forceinline__ void add(const Left& left, const Right& right) { mma_f64(x, left.x, right.x); }
+    __device__ __forceinline__ Left left() const { return {x[0], x[2], x[1], x[3]}; }
+};
+
+// Two neighbours that are read or written at once.
+template <class T>
+struct alignas(2 * sizeof(T)) Two {
+    T x[2];
+};
+
+// A matrix in shared memory, row by row.
+template <class T, int STRIDE>
+struct Matrix {
+    T* begin;
+
+    static constexpr int stride = STRIDE;
+    static_assert(STRIDE % 2 == 0, "neighbours lie together");
+
+    __device__ __forceinline__ T& at(int i, int j) const { return begin[i * STRIDE + j]; }
+    __device__ __forceinline__ Two<T>& two(int i, int j) const { return reinterpret_cast<Two<T>&>(at(i, j)); }
+
+    // Left[i][j] = matrix[row + i][column + j].
+    __device__ __forceinline__ Left left(int row, int column) const {
+        const int line = threadIdx.x % 32 / 4, pair = threadIdx.x % 4 * 2;
+        const Two<T> low = two(row + line, column + pair), high = two(row + line + 8, column + pair);
+        return {double(low.x[0]), double(high.x[0]), double(low.x[1]), double(high.x[1])};
+    }
+    // Right[i][j] = matrix[row + j][column + i].
+    __device__ __forceinline__ Right transposed(int row, int column) const {
+        const Two<T> both = two(row + threadIdx.x % 32 / 4, column + threadIdx.x % 4 * 2);
+        return {double(both.x[0]), double(both.x[1])};
+    }
+    // Right[i][j] = matrix[row + i][column + j].
+    __device__ __forceinline__ Right right(int row, int column) const {
+        const int line = threadIdx.x % 32 / 4, pair = threadIdx.x % 4 * 2;
+        return {double(at(row + pair, column + line)), double(at(row + pair + 1, column + line))};
+    }
+};
+
+// For each number of a Sum: use(i, j, x), where x may be changed.
+template <class Use>
+__device__ __forceinline__ void each(Sum& sum, Use use) {
+    const int line = threadIdx.x % 32 / 4, pair = threadIdx.x % 4 * 2;
+    #pragma unroll
+    for (int i = 0; i < 4; i++) use(line + i / 2 * 8, pair + i % 2, sum.x[i]);
+}

@@ -1,0 +1,131 @@
+// What the texts of least squares in chunks share: blocks of WARPS warps, of which each has 16 value columns; numbers in
+// double precision whatever the data. Pairs come CHUNK at a time, weighted by the roots of their weights; one of weight
+// zero is not even looked at.
+
+constexpr int WARPS = 8, THREADS = 32 * WARPS, VALUES = 16 * WARPS;
+constexpr int OCTETS = KEYS / 8, BLOCKS = KEYS / 16, TILES = BLOCKS * (BLOCKS + 1);  // of a symmetric matrix
+constexpr double FAINTEST = -60;
+
+typedef Matrix<float, KEYS + 8> Tokens;     // rows of keys or queries, as they are
+typedef Matrix<double, KEYS + 8> Square;    // keys x keys
+typedef Matrix<double, CHUNK + 2> Columns;  // keys x tokens
+typedef Matrix<double, CHUNK + 8> Pairs;    // tokens x tokens
+
+__device__ __forceinline__ bool bad(double x) { return x - x != 0; }
+
+// The smallest of what the lanes of a warp have.
+__device__ __forceinline__ int least_of_warp(int x) {
+    for (int distance = 1; distance < 32; distance *= 2) x = min(x, __shfl_xor_sync(0xffffffffu, x, distance));
+    return x;
+}
+
+// What is known of each pair of a chunk.
+struct Weights {
+    double root[CHUNK];    // of its weight; zero beyond the last pair
+    double decay[CHUNK];   // log of what is left of what was known before the chunk, once this pair has come
+    double left[CHUNK];    // and its exponential
+    double energy[CHUNK];  // weight |k|^2
+    double share[CHUNK];   // what one row takes off each
+    bool spoilt[CHUNK];    // its key or one of its values is not finite
+};
+
+// A chunk of tokens to shared memory: keys where they count, and what is known of them. A warp has every eighth token.
+__device__ void load_pairs(const Tokens& to, Weights& all, Rows<const data> key, Rows<const data> value,
+                           Rows<const gate> decay, Rows<const gate> weight, bool decays, bool weighted, int low, int n,
+                           int first_column, int columns) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    #pragma unroll 1
+    for (int i = warp; i < CHUNK; i += WARPS) {
+        const double root = i >= n ? 0 : weighted ? sqrt(double(weight.at(low + i, 0))) : 1;
+        double energy = 0;
+        int spoilt = 0;
+        #pragma unroll 4
+        for (int j = lane; j < KEYS; j += 32) {
+            const float x = root != 0 && j < K ? float(widened(key.at(low + i, j))) : 0;
+            to.at(i, j) = x, energy = fma(double(x), double(x), energy), spoilt |= bad(x);
+        }
+        #pragma unroll 4
+        for (int j = first_column + lane; j < min(columns, first_column + VALUES) && root != 0; j += 32)
+            spoilt |= bad(widened(value.at(low + i, j)));
+        energy = over_warp(energy), spoilt = __any_sync(0xffffffffu, spoilt);
+        if (lane == 0) all.root[i] = root, all.energy[i] = root * root * energy, all.spoilt[i] = spoilt;
+    }
+    if (warp != WARPS - 1) return;
+    double total = decays && lane < n ? fmax(double(decay.at(low + lane, 0)), FAINTEST) : 0;
+    for (int distance = 1; distance < 32; distance *= 2) {
+        const double earlier = __shfl_up_sync(0xffffffffu, total, distance);
+        total += lane >= distance ? earlier : 0;
+    }
+    all.decay[lane] = total, all.left[lane] = exp(total);
+}
+
+// The tiles of the lower triangle of a symmetric matrix, 16 x 8 each, that are this warp's: use(number, row, column).
+// Rows of tiles are paired, long ones with short ones, and the columns of a row are shared by two warps.
+constexpr int OWN_TILES = WARPS + 1;
+static_assert(BLOCKS <= WARPS, "two rows of tiles for each pair of warps");
+template <class Use>
+__device__ __forceinline__ void each_tile(Use use) {
+    const int pair = threadIdx.x / 64, half = threadIdx.x / 32 % 2;
+    #pragma unroll
+    for (int number = 0; number < OWN_TILES; number++) {
+        const bool second = number > pair;
+        const int block = second ? WARPS - 1 - pair : pair, column = second ? number - pair - 1 : number;
+        if (block < BLOCKS) use(number, 16 * block, 16 * column + 8 * half);
+    }
+}
+
+// The solution, or what it is made of: 16 value columns of a warp, transposed.
+struct Memory {
+    Sum own[OCTETS];
+
+    // use(key, column of the warp, x)
+    template <class Use>
+    __device__ __forceinline__ void each_number(Use use) {
+        #pragma unroll
+        for (int n = 0; n < OCTETS; n++) {
+            each(own[n], [&](int column, int key, double& x) { use(8 * n + key, column, x); });
+            __syncwarp();  // not all addresses at once
+        }
+    }
+    // own M, for a symmetric M, of numbers that have been left in `room`.
+    __device__ __forceinline__ void multiply(const Square& M, double* room) {
+        Sum* const rows = reinterpret_cast<Sum*>(room) + threadIdx.x;
+        #pragma unroll
+        for (int n = 0; n < OCTETS; n++) rows[n * THREADS] = own[n];
+        #pragma unroll
+        for (int n = 0; n < OCTETS; n++) {
+            Sum sum = {};
+            #pragma unroll 1
+            for (int inner = 0; inner < OCTETS; inner++)
+                sum.add(rows[inner * THREADS].left(), M.transposed(8 * n, 8 * inner));
+            own[n] = sum;
+        }
+    }
+    // own x, for 8 tokens at a time.
+    __device__ __forceinline__ void recall(Sum (&sums)[CHUNK / 8], const Tokens& x) const {
+        #pragma unroll
+        for (int n = 0; n < OCTETS; n++) {
+            const Left left = own[n].left();
+            #pragma unroll
+            for (int tile = 0; tile < CHUNK / 8; tile++) sums[tile].add(left, x.transposed(8 * tile, 8 * n));
+        }
+    }
+};
+
+// Sums of the pairs of earlier pieces, as pair_sums.cu leaves them, in numbers of double precision.
+struct Sums {
+    static constexpr int memory_at = TILES * 128, numbers_at = memory_at + OCTETS * THREADS * 4;
+    static constexpr int size = numbers_at + 2;
+    double* begin;
+
+    __device__ __forceinline__ Sums(double* all, size_t number) : begin(all + number * size) {}
+    __device__ __forceinline__ Sum& tile(int row, int column) const {  // of the Gram matrix
+        const int block = row / 16, tile = block * (block + 1) + column / 8;
+        return reinterpret_cast<Sum*>(begin)[tile * 32 + threadIdx.x % 32];
+    }
+    __device__ __forceinline__ Sum& memory(int n) const {
+        return reinterpret_cast<Sum*>(begin + memory_at)[n * THREADS + threadIdx.x];
+    }
+    __device__ __forceinline__ double& decay() const { return begin[numbers_at]; }
+    __device__ __forceinline__ double& moved() const { return begin[numbers_at + 1]; }  // not zero if anything was learnt
+};

@@ -1,0 +1,66 @@
+// What the pairs of a piece of a sequence add to exact least squares:  H = sum w k k^T,  G = sum w k v^T,  where w is the
+// weight of a pair times the decays behind it, and the decay of the whole piece. One block per memory, value columns
+// and piece.
+
+enum { KEY, V, GATE, BETA };
+
+extern "C" __global__ void __launch_bounds__(256, 1)
+pair_sums(const data* k, const data* v, const gate* log_decay, const gate* beta, float* sums, const long long* table,
+          int axes, int tokens, int columns, int length, int stored, int blocks) {
+    __shared__ Weights all;
+    unsigned char* const at = dynamic_shared();
+    const Tokens keys = {reinterpret_cast<float*>(at)};
+    const Matrix<float, VALUES + 8> values = {keys.begin + CHUNK * Tokens::stride};
+    const int memory = blockIdx.x / blocks, piece = blockIdx.x % stored, warp = threadIdx.x / 32;
+    const int first_column = blockIdx.x % blocks / stored * VALUES;
+    const auto key = rows(k, table, axes, KEY, memory), value = rows(v, table, axes, V, memory);
+    const auto decay = rows(log_decay, table, axes, GATE, memory), weight = rows(beta, table, axes, BETA, memory);
+    const Sums sum(reinterpret_cast<double*>(sums), blockIdx.x);
+
+    Memory G = {};
+    Sum H[OWN_TILES] = {};
+    double left = 1, moved = 0;
+    #pragma unroll 1
+    for (int low = piece * length, end = low + length; low < end; low += CHUNK) {
+        load_pairs(keys, all, key, value, decay, weight, log_decay, beta, low, CHUNK, first_column, columns);
+        #pragma unroll 1
+        for (int i = threadIdx.x; i < CHUNK * VALUES; i += THREADS) {
+            const int token = i / VALUES, column = first_column + i % VALUES;
+            const bool counts = column < columns && (!beta || weight.at(low + token, 0) != 0);
+            values.at(token, i % VALUES) = counts ? float(widened(value.at(low + token, column))) : 0;
+        }
+        __syncthreads();  // pairs are there
+        const double rest = all.left[CHUNK - 1];
+        left *= rest;
+        for (int i = 0; i < CHUNK; i++) moved += all.left[i] != 1 || all.energy[i] != 0;
+        for (int n = 0; n < OCTETS && rest != 1; n++)
+            for (int i = 0; i < 4; i++) G.own[n].x[i] *= rest;
+        if (rest != 1) each_tile([&](int number, int, int) { for (double& x : H[number].x) x *= rest; });
+        #pragma unroll 1
+        for (int token = 0; token < CHUNK; token += 8) {
+            const int pair = token + threadIdx.x % 4 * 2;
+            double share[2];
+            for (int i = 0; i < 2; i++) {
+                const double root = all.root[pair + i];
+                share[i] = root * root * exp(all.decay[CHUNK - 1] - all.decay[pair + i]);
+            }
+            const auto weighed = [&](int n) {
+                Right right = keys.right(token, n);
+                for (int i = 0; i < 2; i++) right.x[i] *= share[i];
+                return right;
+            };
+            const Right lines[2] = {values.right(token, 16 * warp), values.right(token, 16 * warp + 8)};
+            const Left own = {lines[0].x[0], lines[1].x[0], lines[0].x[1], lines[1].x[1]};
+            #pragma unroll
+            for (int n = 0; n < OCTETS; n++) G.own[n].add(own, weighed(8 * n));
+            each_tile([&](int number, int row, int column) {
+                const Right low = keys.right(token, row), high = keys.right(token, row + 8);
+                H[number].add({low.x[0], high.x[0], low.x[1], high.x[1]}, weighed(column));
+            });
+        }
+        __syncthreads();  // nobody is left at these pairs
+    }
+    for (int n = 0; n < OCTETS; n++) sum.memory(n) = G.own[n];
+    each_tile([&](int number, int row, int column) { sum.tile(row, column) = H[number]; });
+    if (threadIdx.x == 0) sum.decay() = left, sum.moved() = moved;
+}

@@ -1,0 +1,413 @@
+// Recursive least squares, chunk by chunk. With S and P at the start of a chunk, and what is `left` at each of its tokens
+// of the information there,
+//
+//     L L^T = diag(left) + K P K^T,    W = L^-1 K P,    E = L^-1 (V - K S),
+//     O = Q S + tril(Q W^T) E,         S = S + W^T E,   P = (P - W^T W) / left:
+//
+// linear attention with whitened keys W and innovations E. P lies in shared memory and S, transposed, in registers; a
+// block has one memory, up to 128 value columns and one piece of the sequence. A chunk ends early where a cap has to act
+// on P, and around a pair that is not finite, because zero times NaN is NaN. `real` is double whatever the data: P is
+// subtracted from, and its caps leave ten digits for that.
+//
+// A piece begins at the solution of all pairs before it: P = H^-1 and S = P G, of which pair_sums.cu has left the sums.
+
+enum { Q, KEY, V, GATE, BETA, STATE, COVARIANCE, STATE_NEXT, COVARIANCE_NEXT, BAD, O };
+
+// What a block keeps in shared memory.
+struct Room {
+    Square P;
+    Columns W;  // transposed: K P at first
+    Tokens k, q;
+    Pairs pairs;  // diag(left) + K P K^T, then L^-1, then scores
+    Weights& all;
+
+    __device__ __forceinline__ Room(unsigned char* at, Weights& all) : all(all) {
+        P.begin = reinterpret_cast<double*>(at);
+        W.begin = P.begin + KEYS * Square::stride;
+        pairs.begin = W.begin + KEYS * Columns::stride;
+        k.begin = reinterpret_cast<float*>(pairs.begin + CHUNK * Pairs::stride);
+        q.begin = k.begin + CHUNK * Tokens::stride;
+    }
+};
+
+// use(i, j) for all numbers of a square, by all threads.
+template <class Use>
+__device__ __forceinline__ void each_of_square(int size, Use use) {
+    #pragma unroll 1
+    for (int i = threadIdx.x / 32; i < size; i += WARPS)
+        #pragma unroll 1
+        for (int j = threadIdx.x % 32; j < size; j += 32) use(i, j);
+}
+
+__device__ double trace(const Square& A) {
+    double total = 0;
+    for (int i = threadIdx.x % 32; i < K; i += 32) total += A.at(i, i);
+    return over_warp(total);
+}
+
+// A = A^-1 for a symmetric A, pivot by pivot; false if one is not positive. Nothing is searched for: A is definite.
+__device__ bool invert(const Square& A, double* row, double* column) {
+    #pragma unroll 1
+    for (int p = 0; p < K; p++) {
+        __syncthreads();  // A is what pivot p - 1 left
+        for (int i = threadIdx.x; i < K; i += THREADS) row[i] = A.at(p, i), column[i] = A.at(i, p);
+        __syncthreads();  // its row and its column are there
+        const double pivot = row[p];
+        if (!(pivot > 0)) return false;
+        each_of_square(K, [&](int i, int j) {
+            const double along = row[j] / pivot;
+            double& x = A.at(i, j);
+            x = i == p ? j == p ? 1 / pivot : along : j == p ? -column[i] / pivot : fma(-column[i], along, x);
+        });
+    }
+    __syncthreads();  // A is whole
+    each_of_square(K, [&](int i, int j) { if (j > i) A.at(i, j) = A.at(j, i); });
+    __syncthreads();  // and symmetric
+    return true;
+}
+
+// No eigenvalue of P above `largest` or `ratio` times the smallest. X is K x K.
+__device__ void cap(const Square& P, double* X, double largest, double ratio) {
+    __shared__ double values[K];
+    __syncthreads();  // P is there
+    each_of_square(K, [&](int i, int j) { X[i * K + j] = P.at(i, j); });
+    __syncthreads();  // its copy is there
+    orthogonalise(X, K);  // rows become eigenvectors, as long as the eigenvalues
+    for (int i = threadIdx.x / 32; i < K; i += WARPS) {
+        const double length = sqrt(dot_of_warp(X + i * K, X + i * K, K));
+        if (threadIdx.x % 32 == 0) values[i] = length;
+    }
+    __syncthreads();  // the smallest is among them
+    double smallest = values[0];
+    for (int i = 1; i < K; i++) smallest = fmin(smallest, values[i]);
+    largest = fmin(largest, ratio * smallest);
+    each_of_square(K, [&](int i, int j) {
+        double sum = 0;
+        for (int m = 0; m < K; m++) {
+            const double value = values[m], share = value > 0 ? fmin(value, largest) / value / value : 0;
+            sum = fma(share * X[m * K + i], X[m * K + j], sum);
+        }
+        P.at(i, j) = sum;
+    });
+    __syncthreads();  // P is there
+}
+
+// P as the caller gave it; whether it is symmetric up to rounding.
+__device__ bool load_covariance(const Square& P, Rows<const gate> from, double eps) {
+    __shared__ double sizes[WARPS], gaps[WARPS];
+    double size = 0, gap = 0;
+    each_of_square(KEYS, [&](int i, int j) {
+        const bool there = i < K && j < K;
+        const double x = there ? double(from.at(i, j)) : 0;
+        P.at(i, j) = x, size = fmax(size, fabs(x));
+        if (there) gap = fmax(gap, fabs(x - double(from.at(j, i))));
+    });
+    for (int distance = 1; distance < 32; distance *= 2) {
+        size = fmax(size, __shfl_xor_sync(0xffffffffu, size, distance));
+        gap = fmax(gap, __shfl_xor_sync(0xffffffffu, gap, distance));
+    }
+    if (threadIdx.x % 32 == 0) sizes[threadIdx.x / 32] = size, gaps[threadIdx.x / 32] = gap;
+    __syncthreads();  // the largest is among them
+    for (int i = 0; i < WARPS; i++) size = fmax(size, sizes[i]), gap = fmax(gap, gaps[i]);
+    __syncthreads();  // everyone has seen them
+    return gap <= 1000 * eps * size;
+}
+__device__ bool finite(const Square& P) {
+    double total = 0;
+    each_of_square(K, [&](int i, int j) { total += P.at(i, j) - P.at(i, j); });
+    return over_block(total) == 0;
+}
+
+// ---- a chunk ----------------------------------------------------------------------------------------------------------
+
+// W = (K P)^T, weighted.
+__device__ __forceinline__ void meet_keys(const Room& room) {
+    constexpr int tiles = KEYS > 64 ? CHUNK / 8 : CHUNK / 16, halves = CHUNK / 8 / tiles;
+    #pragma unroll 1
+    for (int task = threadIdx.x / 32; task < BLOCKS * halves; task += WARPS) {
+        const int row = task / halves * 16, first = task % halves * 8 * tiles;
+        Sum sums[tiles] = {};
+        #pragma unroll 2
+        for (int inner = 0; inner < KEYS; inner += 8) {
+            const Left left = room.P.left(row, inner);
+            #pragma unroll
+            for (int tile = 0; tile < tiles; tile++) sums[tile].add(left, room.k.transposed(first + 8 * tile, inner));
+        }
+        for (int tile = 0; tile < tiles; tile++)
+            each(sums[tile], [&](int i, int j, double x) {
+                const int token = first + 8 * tile + j;
+                room.W.at(row + i, token) = room.all.root[token] * x;
+            });
+    }
+}
+
+// Tiles of 16 x 8 on and below the diagonal of tokens x tokens, one per warp.
+constexpr int PAIR_TILES = CHUNK / 16 * (CHUNK / 16 + 1);
+template <class Use>
+__device__ __forceinline__ void each_pair_tile(Use use) {  // use(row, column)
+    #pragma unroll 1
+    for (int task = threadIdx.x / 32; task < PAIR_TILES; task += WARPS) {
+        int block = 0;
+        while ((block + 1) * (block + 2) <= task) block++;
+        use(16 * block, 8 * (task - block * (block + 1)));
+    }
+}
+// x W^T, one tile of it.
+__device__ __forceinline__ Sum meet(const Tokens& x, const Columns& W, int row, int column) {
+    Sum sums[2] = {};  // a product waits for the sum it is added to
+    #pragma unroll 2
+    for (int inner = 0; inner < KEYS; inner += 16)
+        for (int n = 0; n < 2; n++) sums[n].add(x.left(row, inner + 8 * n), W.right(inner + 8 * n, column));
+    for (int i = 0; i < 4; i++) sums[0].x[i] += sums[1].x[i];
+    return sums[0];
+}
+__device__ __forceinline__ void meet_pairs(const Room& room) {
+    each_pair_tile([&](int row, int column) {
+        Sum sum = meet(room.k, room.W, row, column);
+        each(sum, [&](int i, int j, double x) {
+            const int token = row + i, other = column + j;
+            room.pairs.at(token, other) = room.all.root[token] * x + (token == other ? room.all.left[token] : 0);
+        });
+    });
+}
+__device__ __forceinline__ void score(const Room& room) {
+    each_pair_tile([&](int row, int column) {
+        Sum sum = meet(room.q, room.W, row, column);
+        each(sum, [&](int i, int j, double x) { room.pairs.at(row + i, column + j) = column + j <= row + i ? x : 0; });
+    });
+}
+
+// L^-1 in the place of the lower triangle of L L^T, by one warp; a lane has a column of what is left and of the inverse.
+__device__ void invert_factor(const Pairs& A, double* shares) {
+    const int own = threadIdx.x % 32;
+    double pivot = 1;  // of this lane's row
+    #pragma unroll 1
+    for (int p = 0; p < CHUNK; p++) {
+        const double here = A.at(p, p), below = own > p ? A.at(own, p) : 0;
+        const double known = own > p ? below : own == p ? 1 : A.at(p, own);
+        pivot = own == p ? here : pivot;
+        shares[own] = below / here;
+        __syncwarp();  // everyone's share of row p is there
+        #pragma unroll 4
+        for (int i = p + 1; i < CHUNK; i++)
+            if (own <= i) A.at(i, own) = fma(-shares[i], known, own == p ? 0 : A.at(i, own));
+        __syncwarp();  // the next row is there
+    }
+    const double share = 1 / sqrt(pivot);
+    #pragma unroll 1
+    for (int i = 0; i < CHUNK; i++) {
+        const double scale = __shfl_sync(0xffffffffu, share, i);
+        A.at(i, own) = own < i ? scale * A.at(i, own) : own == i ? scale : 0;
+    }
+}
+
+// W = L^-1 W, transposed.
+__device__ __forceinline__ void whiten(const Room& room) {
+    #pragma unroll 1
+    for (int row = threadIdx.x / 32 * 16; row < KEYS; row += 16 * WARPS) {
+        Left known[CHUNK / 8];
+        for (int n = 0; n < CHUNK / 8; n++) known[n] = room.W.left(row, 8 * n);
+        __syncwarp();  // all lanes have theirs
+        #pragma unroll
+        for (int tile = 0; tile < CHUNK / 8; tile++) {
+            Sum sum = {};
+            for (int inner = 0; inner <= tile; inner++) sum.add(known[inner], room.pairs.transposed(8 * tile, 8 * inner));
+            each(sum, [&](int i, int j, double x) { room.W.at(row + i, 8 * tile + j) = x; });
+        }
+    }
+}
+
+// P = (P - W^T W) / left.
+__device__ __forceinline__ void learn(const Room& room, double rest) {
+    const int pair = threadIdx.x / 64, half = threadIdx.x / 32 % 2;
+    #pragma unroll 1
+    for (int turn = 0; turn < 2; turn++) {
+        const int block = turn ? WARPS - 1 - pair : pair, row = 16 * block;
+        if (block >= BLOCKS) continue;
+        Left known[CHUNK / 8];
+        for (int n = 0; n < CHUNK / 8; n++) {
+            known[n] = room.W.left(row, 8 * n);
+            for (double& x : known[n].x) x = -x;
+        }
+        #pragma unroll 1
+        for (int column = 8 * half; column < row + 16; column += 16) {
+            Sum sum;
+            each(sum, [&](int i, int j, double& x) { x = room.P.at(row + i, column + j); });
+            for (int n = 0; n < CHUNK / 8; n++) sum.add(known[n], room.W.transposed(column, 8 * n));
+            each(sum, [&](int i, int j, double x) {
+                room.P.at(row + i, column + j) = rest * x;
+                if (column < row) room.P.at(column + j, row + i) = rest * x;
+            });
+        }
+    }
+}
+
+// ---- the walk ---------------------------------------------------------------------------------------------------------
+
+extern "C" __global__ void __launch_bounds__(256, TOGETHER)
+recursive_least_squares_chunks(const data* q, const data* k, const data* v, const gate* log_decay, const gate* beta,
+                               const gate* S, const gate* P, gate* S_next, gate* P_next, bool* bad_next, data* o,
+                               float* sums, float* rooms, const long long* table, int axes, int tokens, int columns,
+                               int length, int pieces, int groups, int blocks, double limit, double eps) {
+    __shared__ Weights all;
+    const Room room(dynamic_shared(), all);
+    Memory memory;
+    const int which = blockIdx.x / blocks, column_block = blockIdx.x % blocks / pieces, piece = blockIdx.x % pieces;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = column_block * VALUES + 16 * warp;
+    const auto key = rows(k, table, axes, KEY, which), value = rows(v, table, axes, V, which);
+    const auto query = rows(q, table, axes, Q, which);
+    const auto answer = rows(o, table, axes, O, which);
+    const auto decay = rows(log_decay, table, axes, GATE, which), weight = rows(beta, table, axes, BETA, which);
+    const auto state = rows(S, table, axes, STATE, which), covariance = rows(P, table, axes, COVARIANCE, which);
+    double* const own_room = reinterpret_cast<double*>(rooms) + size_t(blockIdx.x) * ROOM;
+
+    const auto sums_of = [&](int p) {
+        const int stored = pieces - 1;
+        return Sums(reinterpret_cast<double*>(sums), size_t(blockIdx.x / pieces) * stored + p);
+    };
+    const auto load_solution = [&]() {
+        memory.each_number([&](int n, int column, double& x) {
+            x = n < K && first + column < columns ? double(state.at(n, first + column)) : 0;
+        });
+    };
+
+    const bool even = load_covariance(room.P, covariance, eps), whole = finite(room.P);
+    if (whole && !(even && invert(room.P, room.W.begin, room.W.begin + KEYS))) {
+        if (threadIdx.x == 0 && piece == 0) rows(bad_next, table, axes, BAD, which).at(0, 0) = true;
+        return;
+    }
+    double information = trace(room.P);  // of H; infinite once a cap has acted
+    bool moved = !whole;
+    for (int p = 0; p < piece; p++) moved |= sums_of(p).moved() != 0;
+    load_solution();
+    __syncthreads();  // everyone knows the information
+    if (moved && whole) {
+        memory.multiply(room.P, own_room);
+        #pragma unroll 1
+        for (int p = 0; p < piece; p++) {
+            const Sums more = sums_of(p);
+            const double left = more.decay();
+            for (int n = 0; n < OCTETS; n++)
+                for (int i = 0; i < 4; i++) memory.own[n].x[i] = fma(left, memory.own[n].x[i], more.memory(n).x[i]);
+            __syncthreads();  // nobody is left at H
+            each_tile([&](int, int row, int column) {
+                each(more.tile(row, column), [&](int i, int j, double x) {
+                    double& h = room.P.at(row + i, column + j);
+                    h = fma(left, h, x);
+                    if (column < row) room.P.at(column + j, row + i) = h;
+                });
+            });
+        }
+        __syncthreads();  // H is there
+        information = trace(room.P);
+        invert(room.P, room.W.begin, room.W.begin + KEYS);
+        memory.multiply(room.P, own_room);
+    } else {
+        load_covariance(room.P, covariance, eps);
+        each_of_square(K, [&](int i, int j) { if (!whole) room.P.at(i, j) = not_a_number(); });
+    }
+
+    #pragma unroll 1
+    for (int low = piece * length, end = min(tokens, low + length), n; low < end; low += n) {
+        const auto load_queries = [&](int group) {
+            #pragma unroll 1
+            for (int i = warp; i < CHUNK; i += WARPS)
+                #pragma unroll 4
+                for (int j = lane; j < KEYS; j += 32)
+                    room.q.at(i, j) = i < n && j < K ? float(widened(query.of(group).at(low + i, j))) : 0;
+        };
+        n = min(CHUNK, end - low);
+        load_pairs(room.k, all, key, value, decay, weight, log_decay, beta, low, n, column_block * VALUES, columns);
+        __syncthreads();  // keys and weights are there, and P is what the last chunk left
+
+        double size = trace(room.P) / K;
+        const double most = largest_before(all.energy[0], limit) * all.left[0];
+        if (size > SLACK * most && size < infinity()) {
+            cap(room.P, own_room, most, infinity());
+            size = trace(room.P) / K, information = infinity();
+        }
+        const bool crossed = lane > 0 && size > SLACK * largest_before(all.energy[lane], limit) * all.left[lane];
+        const bool after = lane > 0 && (all.spoilt[lane] || all.spoilt[lane - 1]);
+        const int count = least_of_warp(lane < n && (crossed || after) ? lane : n);
+        const double left = all.left[count - 1];
+        const bool counts = lane < count;
+        information = left * (information + over_warp(counts ? all.energy[lane] / all.left[lane] : 0));
+        moved |= __any_sync(0xffffffffu, counts && (all.left[lane] != 1 || all.energy[lane] != 0));
+        if (count < n) {
+            __syncthreads();  // everyone has seen what will not be there any more
+            for (int i = count * KEYS + threadIdx.x; i < CHUNK * KEYS; i += THREADS) room.k.at(i / KEYS, i % KEYS) = 0;
+            for (int i = count + threadIdx.x; i < CHUNK; i += THREADS) all.root[i] = 0, all.left[i] = 1;
+            n = count;
+            __syncthreads();  // only tokens of this chunk are left
+        }
+        load_queries(0);
+        meet_keys(room);
+        __syncthreads();  // K P is there
+        meet_pairs(room);
+        __syncthreads();  // what is to be inverted is there
+        if (warp == 0) invert_factor(room.pairs, all.share);
+
+        Sum errors[CHUNK / 8] = {}, answers[CHUNK / 8] = {};
+        memory.recall(errors, room.k);
+        for (int tile = 0; tile < CHUNK / 8; tile++)
+            each(errors[tile], [&](int i, int j, double& x) {
+                const int token = 8 * tile + j, column = first + i;
+                const double root = all.root[token];
+                x = root != 0 && column < columns ? root * (double(widened(value.at(low + token, column))) - x) : 0;
+            });
+        memory.recall(answers, room.q);
+        __syncthreads();  // the inverse is there
+        whiten(room);
+        #pragma unroll
+        for (int tile = CHUNK / 8 - 1; tile >= 0; tile--) {
+            Sum sum = {};
+            for (int inner = 0; inner <= tile; inner++)
+                sum.add(errors[inner].left(), room.pairs.transposed(8 * tile, 8 * inner));
+            errors[tile] = sum;
+        }
+        __syncthreads();  // whitened keys are there, and nobody is left at the inverse
+
+        #pragma unroll 1
+        for (int group = 0; group < groups; group++) {  // the queries that share this memory
+            if (group) {
+                __syncthreads();  // nobody is left at the last queries and scores
+                load_queries(group);
+                __syncthreads();  // these queries are there
+                for (Sum& sum : answers) sum = {};
+                memory.recall(answers, room.q);
+            }
+            score(room);
+            __syncthreads();  // scores are there
+            #pragma unroll
+            for (int tile = 0; tile < CHUNK / 8; tile++) {
+                for (int inner = 0; inner <= tile; inner++)
+                    answers[tile].add(errors[inner].left(), room.pairs.transposed(8 * tile, 8 * inner));
+                each(answers[tile], [&](int i, int j, double x) {
+                    const int token = 8 * tile + j, column = first + i;
+                    if (token < n && column < columns) put(answer.of(group).at(low + token, column), float(x));
+                });
+            }
+        }
+        #pragma unroll
+        for (int m = 0; m < OCTETS; m++)
+            for (int inner = 0; inner < CHUNK / 8; inner++)
+                memory.own[m].add(errors[inner].left(), room.W.transposed(8 * m, 8 * inner));
+        learn(room, 1 / left);
+    }
+
+    if (piece < pieces - 1) return;
+    const auto state_next = rows(S_next, table, axes, STATE_NEXT, which);
+    memory.each_number([&](int n, int column, double& x) {
+        if (n < K && first + column < columns) state_next.at(n, first + column) = gate(x);
+    });
+    if (column_block > 0) return;
+    const auto covariance_next = rows(P_next, table, axes, COVARIANCE_NEXT, which);
+    __syncthreads();  // P is there
+    double norm = 0;
+    each_of_square(K, [&](int i, int j) { norm = fma(room.P.at(i, j), room.P.at(i, j), norm); });
+    norm = sqrt(over_block(norm));
+    if (moved && norm < infinity() && !(2 * norm * information < limit)) cap(room.P, own_room, infinity(), limit);
+    each_of_square(K, [&](int i, int j) {
+        covariance_next.at(i, j) = moved ? gate(room.P.at(i, j)) : covariance.at(i, j);
+    });
+}
