@@ -15,7 +15,6 @@ from .._calls import Grid
 from .._sequences import BOTH, ROW, Sequences
 from . import _launch
 from ._launch import Kernel, launch
-from ._tiles import pieces
 
 __all__ = ["Plan", "plan", "rooms", "sums_of"]
 
@@ -36,12 +35,11 @@ class Plan(NamedTuple):
     pieces: int
     length: int  # tokens of a piece
     shared: int  # bytes that a launch asks for
-    together: int  # blocks that share a multiprocessor
 
     @property
     def constants(self) -> dict[str, int]:
         """What texts are compiled for."""
-        return {"KEYS": self.keys, "CHUNK": CHUNK, "TOGETHER": self.together, "ROOM": self.keys * VALUES}
+        return {"KEYS": self.keys, "CHUNK": CHUNK, "ROOM": self.keys * VALUES}
 
     def grid(self, pieces: int) -> Grid:
         """Blocks of a memory, for so many pieces."""
@@ -57,12 +55,10 @@ def plan(q: Any, v: Any, sequences: Sequences) -> Plan | None:
     shared = bytes_of(keys)
     if shared + DECLARED > device.shared:
         return None
-    together = 1 if keys > 64 else 2
-    at_once = device.multiprocessors * together
-    cut = pieces(tokens, CHUNK, sequences.memories * column_blocks, at_once)
-    if cut[1] < LEAST:
-        cut = pieces(tokens, LEAST, sequences.memories * column_blocks, at_once)
-    return Plan(keys, column_blocks, *cut, shared, together)
+    blocks = sequences.memories * column_blocks  # of which a multiprocessor has one
+    cut = max(min(device.multiprocessors // max(blocks, 1), tokens // LEAST), 1)
+    length = -(-tokens // (cut * CHUNK)) * CHUNK
+    return Plan(keys, column_blocks, -(-tokens // length), length, shared)
 
 
 def bytes_of(keys: int) -> int:

@@ -29,29 +29,42 @@ struct Weights {
     bool spoilt[CHUNK];    // its key or one of its values is not finite
 };
 
+// Where the pairs of a memory lie.
+struct PairArrays {
+    Rows<const data> key, value;
+    Rows<const gate> decay, weight;
+    bool decays, weighted;
+};
+// The arrays follow each other in the table, from number `first`.
+__device__ __forceinline__ PairArrays pairs_of(const data* k, const data* v, const gate* log_decay, const gate* beta,
+                                               const long long* table, int axes, int first, int memory) {
+    return {rows(k, table, axes, first, memory), rows(v, table, axes, first + 1, memory),
+            rows(log_decay, table, axes, first + 2, memory), rows(beta, table, axes, first + 3, memory),
+            log_decay != nullptr, beta != nullptr};
+}
+
 // A chunk of tokens to shared memory: keys where they count, and what is known of them. A warp has every eighth token.
-__device__ void load_pairs(const Tokens& to, Weights& all, Rows<const data> key, Rows<const data> value,
-                           Rows<const gate> decay, Rows<const gate> weight, bool decays, bool weighted, int low, int n,
-                           int first_column, int columns) {
+__device__ void load_pairs(const Tokens& to, Weights& all, const PairArrays& at, int low, int n, int first_column,
+                           int columns) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     #pragma unroll 1
     for (int i = warp; i < CHUNK; i += WARPS) {
-        const double root = i >= n ? 0 : weighted ? sqrt(double(weight.at(low + i, 0))) : 1;
+        const double root = i >= n ? 0 : at.weighted ? sqrt(double(at.weight.at(low + i, 0))) : 1;
         double energy = 0;
         int spoilt = 0;
         #pragma unroll 4
         for (int j = lane; j < KEYS; j += 32) {
-            const float x = root != 0 && j < K ? float(widened(key.at(low + i, j))) : 0;
+            const float x = root != 0 && j < K ? float(widened(at.key.at(low + i, j))) : 0;
             to.at(i, j) = x, energy = fma(double(x), double(x), energy), spoilt |= bad(x);
         }
         #pragma unroll 4
         for (int j = first_column + lane; j < min(columns, first_column + VALUES) && root != 0; j += 32)
-            spoilt |= bad(widened(value.at(low + i, j)));
+            spoilt |= bad(widened(at.value.at(low + i, j)));
         energy = over_warp(energy), spoilt = __any_sync(0xffffffffu, spoilt);
         if (lane == 0) all.root[i] = root, all.energy[i] = root * root * energy, all.spoilt[i] = spoilt;
     }
     if (warp != WARPS - 1) return;
-    double total = decays && lane < n ? fmax(double(decay.at(low + lane, 0)), FAINTEST) : 0;
+    double total = at.decays && lane < n ? fmax(double(at.decay.at(low + lane, 0)), FAINTEST) : 0;
     for (int distance = 1; distance < 32; distance *= 2) {
         const double earlier = __shfl_up_sync(0xffffffffu, total, distance);
         total += lane >= distance ? earlier : 0;
@@ -78,13 +91,13 @@ __device__ __forceinline__ void each_tile(Use use) {
 struct Memory {
     Sum own[OCTETS];
 
-    // use(key, column of the warp, x)
+    // use(key, column of the warp, x). Not all addresses are found at once, for they would need all registers.
     template <class Use>
     __device__ __forceinline__ void each_number(Use use) {
         #pragma unroll
         for (int n = 0; n < OCTETS; n++) {
             each(own[n], [&](int column, int key, double& x) { use(8 * n + key, column, x); });
-            __syncwarp();  // not all addresses at once
+            __syncwarp();
         }
     }
     // own M, for a symmetric M, of numbers that have been left in `room`.
@@ -108,6 +121,7 @@ struct Memory {
             const Left left = own[n].left();
             #pragma unroll
             for (int tile = 0; tile < CHUNK / 8; tile++) sums[tile].add(left, x.transposed(8 * tile, 8 * n));
+            if (n % 2) __syncwarp();  // what the next ones need is not loaded before
         }
     }
 };

@@ -8,13 +8,14 @@ extern "C" __global__ void __launch_bounds__(256, 1)
 pair_sums(const data* k, const data* v, const gate* log_decay, const gate* beta, float* sums, const long long* table,
           int axes, int tokens, int columns, int length, int stored, int blocks) {
     __shared__ Weights all;
+    __shared__ PairArrays arrays;
     unsigned char* const at = dynamic_shared();
     const Tokens keys = {reinterpret_cast<float*>(at)};
     const Matrix<float, VALUES + 8> values = {keys.begin + CHUNK * Tokens::stride};
     const int memory = blockIdx.x / blocks, piece = blockIdx.x % stored, warp = threadIdx.x / 32;
     const int first_column = blockIdx.x % blocks / stored * VALUES;
-    const auto key = rows(k, table, axes, KEY, memory), value = rows(v, table, axes, V, memory);
-    const auto decay = rows(log_decay, table, axes, GATE, memory), weight = rows(beta, table, axes, BETA, memory);
+    if (threadIdx.x == 0) arrays = pairs_of(k, v, log_decay, beta, table, axes, KEY, memory);
+    __syncthreads();  // arrays are known
     const Sums sum(reinterpret_cast<double*>(sums), blockIdx.x);
 
     Memory G = {};
@@ -22,12 +23,13 @@ pair_sums(const data* k, const data* v, const gate* log_decay, const gate* beta,
     double left = 1, moved = 0;
     #pragma unroll 1
     for (int low = piece * length, end = low + length; low < end; low += CHUNK) {
-        load_pairs(keys, all, key, value, decay, weight, log_decay, beta, low, CHUNK, first_column, columns);
+        load_pairs(keys, all, arrays, low, CHUNK, first_column, columns);
+        __syncthreads();  // weights are there
         #pragma unroll 1
         for (int i = threadIdx.x; i < CHUNK * VALUES; i += THREADS) {
             const int token = i / VALUES, column = first_column + i % VALUES;
-            const bool counts = column < columns && (!beta || weight.at(low + token, 0) != 0);
-            values.at(token, i % VALUES) = counts ? float(widened(value.at(low + token, column))) : 0;
+            const bool counts = column < columns && all.root[token] != 0;
+            values.at(token, i % VALUES) = counts ? float(widened(arrays.value.at(low + token, column))) : 0;
         }
         __syncthreads();  // pairs are there
         const double rest = all.left[CHUNK - 1];

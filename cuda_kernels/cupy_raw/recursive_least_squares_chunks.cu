@@ -30,6 +30,13 @@ struct Room {
     }
 };
 
+// Where arrays lie. In shared memory, because registers are for the solution.
+struct Places {
+    PairArrays pairs;
+    Rows<const data> query;
+    Rows<data> answer;
+};
+
 // use(i, j) for all numbers of a square, by all threads.
 template <class Use>
 __device__ __forceinline__ void each_of_square(int size, Use use) {
@@ -201,20 +208,18 @@ __device__ void invert_factor(const Pairs& A, double* shares) {
     }
 }
 
-// W = L^-1 W, transposed.
+// W = L^-1 W, transposed. What a tile needs is not beyond its own columns, so the last one goes first.
 __device__ __forceinline__ void whiten(const Room& room) {
     #pragma unroll 1
-    for (int row = threadIdx.x / 32 * 16; row < KEYS; row += 16 * WARPS) {
-        Left known[CHUNK / 8];
-        for (int n = 0; n < CHUNK / 8; n++) known[n] = room.W.left(row, 8 * n);
-        __syncwarp();  // all lanes have theirs
+    for (int row = threadIdx.x / 32 * 16; row < KEYS; row += 16 * WARPS)
         #pragma unroll
-        for (int tile = 0; tile < CHUNK / 8; tile++) {
+        for (int tile = CHUNK / 8 - 1; tile >= 0; tile--) {
             Sum sum = {};
-            for (int inner = 0; inner <= tile; inner++) sum.add(known[inner], room.pairs.transposed(8 * tile, 8 * inner));
+            for (int inner = 0; inner <= tile; inner++)
+                sum.add(room.W.left(row, 8 * inner), room.pairs.transposed(8 * tile, 8 * inner));
+            __syncwarp();  // all lanes have read them
             each(sum, [&](int i, int j, double x) { room.W.at(row + i, 8 * tile + j) = x; });
         }
-    }
 }
 
 // P = (P - W^T W) / left.
@@ -244,33 +249,28 @@ __device__ __forceinline__ void learn(const Room& room, double rest) {
 
 // ---- the walk ---------------------------------------------------------------------------------------------------------
 
-extern "C" __global__ void __launch_bounds__(256, TOGETHER)
+extern "C" __global__ void __launch_bounds__(256, 1)
 recursive_least_squares_chunks(const data* q, const data* k, const data* v, const gate* log_decay, const gate* beta,
                                const gate* S, const gate* P, gate* S_next, gate* P_next, bool* bad_next, data* o,
                                float* sums, float* rooms, const long long* table, int axes, int tokens, int columns,
                                int length, int pieces, int groups, int blocks, double limit, double eps) {
     __shared__ Weights all;
+    __shared__ Places at;
     const Room room(dynamic_shared(), all);
     Memory memory;
     const int which = blockIdx.x / blocks, column_block = blockIdx.x % blocks / pieces, piece = blockIdx.x % pieces;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = column_block * VALUES + 16 * warp;
-    const auto key = rows(k, table, axes, KEY, which), value = rows(v, table, axes, V, which);
-    const auto query = rows(q, table, axes, Q, which);
-    const auto answer = rows(o, table, axes, O, which);
-    const auto decay = rows(log_decay, table, axes, GATE, which), weight = rows(beta, table, axes, BETA, which);
-    const auto state = rows(S, table, axes, STATE, which), covariance = rows(P, table, axes, COVARIANCE, which);
+    if (threadIdx.x == 0) {
+        at.query = rows(q, table, axes, Q, which), at.answer = rows(o, table, axes, O, which);
+        at.pairs = pairs_of(k, v, log_decay, beta, table, axes, KEY, which);
+    }
+    const auto covariance = rows(P, table, axes, COVARIANCE, which);
     double* const own_room = reinterpret_cast<double*>(rooms) + size_t(blockIdx.x) * ROOM;
 
     const auto sums_of = [&](int p) {
         const int stored = pieces - 1;
         return Sums(reinterpret_cast<double*>(sums), size_t(blockIdx.x / pieces) * stored + p);
     };
-    const auto load_solution = [&]() {
-        memory.each_number([&](int n, int column, double& x) {
-            x = n < K && first + column < columns ? double(state.at(n, first + column)) : 0;
-        });
-    };
-
     const bool even = load_covariance(room.P, covariance, eps), whole = finite(room.P);
     if (whole && !(even && invert(room.P, room.W.begin, room.W.begin + KEYS))) {
         if (threadIdx.x == 0 && piece == 0) rows(bad_next, table, axes, BAD, which).at(0, 0) = true;
@@ -279,7 +279,10 @@ recursive_least_squares_chunks(const data* q, const data* k, const data* v, cons
     double information = trace(room.P);  // of H; infinite once a cap has acted
     bool moved = !whole;
     for (int p = 0; p < piece; p++) moved |= sums_of(p).moved() != 0;
-    load_solution();
+    const auto state = rows(S, table, axes, STATE, which);
+    memory.each_number([&](int n, int column, double& x) {
+        x = n < K && first + column < columns ? double(state.at(n, first + column)) : 0;
+    });
     __syncthreads();  // everyone knows the information
     if (moved && whole) {
         memory.multiply(room.P, own_room);
@@ -314,10 +317,10 @@ recursive_least_squares_chunks(const data* q, const data* k, const data* v, cons
             for (int i = warp; i < CHUNK; i += WARPS)
                 #pragma unroll 4
                 for (int j = lane; j < KEYS; j += 32)
-                    room.q.at(i, j) = i < n && j < K ? float(widened(query.of(group).at(low + i, j))) : 0;
+                    room.q.at(i, j) = i < n && j < K ? float(widened(at.query.of(group).at(low + i, j))) : 0;
         };
         n = min(CHUNK, end - low);
-        load_pairs(room.k, all, key, value, decay, weight, log_decay, beta, low, n, column_block * VALUES, columns);
+        load_pairs(room.k, all, at.pairs, low, n, column_block * VALUES, columns);
         __syncthreads();  // keys and weights are there, and P is what the last chunk left
 
         double size = trace(room.P) / K;
@@ -353,7 +356,7 @@ recursive_least_squares_chunks(const data* q, const data* k, const data* v, cons
             each(errors[tile], [&](int i, int j, double& x) {
                 const int token = 8 * tile + j, column = first + i;
                 const double root = all.root[token];
-                x = root != 0 && column < columns ? root * (double(widened(value.at(low + token, column))) - x) : 0;
+                x = root != 0 && column < columns ? root * (double(widened(at.pairs.value.at(low + token, column))) - x) : 0;
             });
         memory.recall(answers, room.q);
         __syncthreads();  // the inverse is there
@@ -384,14 +387,16 @@ recursive_least_squares_chunks(const data* q, const data* k, const data* v, cons
                     answers[tile].add(errors[inner].left(), room.pairs.transposed(8 * tile, 8 * inner));
                 each(answers[tile], [&](int i, int j, double x) {
                     const int token = 8 * tile + j, column = first + i;
-                    if (token < n && column < columns) put(answer.of(group).at(low + token, column), float(x));
+                    if (token < n && column < columns) put(at.answer.of(group).at(low + token, column), float(x));
                 });
             }
         }
         #pragma unroll
-        for (int m = 0; m < OCTETS; m++)
+        for (int m = 0; m < OCTETS; m++) {
             for (int inner = 0; inner < CHUNK / 8; inner++)
                 memory.own[m].add(errors[inner].left(), room.W.transposed(8 * m, 8 * inner));
+            if (m % 2) __syncwarp();  // what the next ones need is not loaded before
+        }
         learn(room, 1 / left);
     }
 
