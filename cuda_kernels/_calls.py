@@ -36,7 +36,7 @@ ROWS = 32  # numbers of a state column that one thread holds in registers; the o
 LONGEST = 512  # state column: what lanes of one warp hold, and what fits in shared memory
 
 # Arrays that kernels write and never read.
-ANSWERS = frozenset({"o", "o_imag", "S_next", "P_next", "z_next", "h_next", "h_next_imag"})
+ANSWERS = frozenset({"o", "o_imag", "S_next", "P_next", "G_next", "H_next", "z_next", "h_next", "h_next_imag"})
 
 Arrays = Mapping[str, tuple[Any, tuple[int, ...]]]  # by name: an array or None, and which of row and column it has
 

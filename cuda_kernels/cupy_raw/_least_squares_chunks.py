@@ -7,6 +7,7 @@ begins with the solution of all pairs before it. Memory beside arrays and states
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,13 +17,13 @@ from .._sequences import BOTH, ROW, Sequences
 from . import _launch
 from ._launch import Kernel, launch
 
-__all__ = ["Plan", "plan", "rooms", "sums_of"]
+__all__ = ["HEADERS", "PAIRS", "VALUES", "Plan", "pairs_of", "plan", "square", "sums_of", "tokens_of"]
 
 CHUNK, WARPS = 32, 8  # tokens, warps of a block
 VALUES, THREADS = 16 * WARPS, 32 * WARPS
 WIDEST = 128  # keys: P of more does not fit in shared memory
 LEAST = 8 * CHUNK  # tokens of a piece: a piece begins with a matrix inverted
-DECLARED = 3072  # bytes of shared memory that a text declares itself
+DECLARED = 12 << 10  # bytes of shared memory that a text may declare itself
 HEADERS = ("blocks.cuh", "doubles.cuh", "least_squares.cuh")
 SUMS = Kernel("pair_sums", *HEADERS)
 
@@ -39,15 +40,30 @@ class Plan(NamedTuple):
     @property
     def constants(self) -> dict[str, int]:
         """What texts are compiled for."""
-        return {"KEYS": self.keys, "CHUNK": CHUNK, "ROOM": self.keys * VALUES}
+        return {"KEYS": self.keys, "CHUNK": CHUNK}
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return THREADS
 
     def grid(self, pieces: int) -> Grid:
         """Blocks of a memory, for so many pieces."""
         return Grid(pieces * self.column_blocks, THREADS, self.shared)
 
 
-def plan(q: Any, v: Any, sequences: Sequences) -> Plan | None:
-    """The choice for these arrays; None where one token after the other is the better form."""
+def plan(q: Any, v: Any, sequences: Sequences, bytes_of: Callable[[int], int]) -> Plan | None:
+    """The choice for these arrays; None where one token after the other is the better form.
+
+    Parameters
+    ----------
+    q, v
+        Queries and values; data in double precision have no chunked form.
+    sequences
+        Of the call.
+    bytes_of
+        Shared memory that a text asks for, by the rows of P.
+    """
     (tokens, rows), columns = q.shape[-2:], v.shape[-1]
     if np.dtype(q.dtype) == np.float64 or tokens < CHUNK or not 0 < rows <= WIDEST or columns < 1:
         return None
@@ -61,15 +77,17 @@ def plan(q: Any, v: Any, sequences: Sequences) -> Plan | None:
     return Plan(keys, column_blocks, -(-tokens // length), length, shared)
 
 
-def bytes_of(keys: int) -> int:
-    """Shared memory of a block, as the text lays it out."""
-    tokens, square, columns, pairs = keys + 8, keys * (keys + 8), keys * (CHUNK + 2), CHUNK * (CHUNK + 8)
-    return 8 * (square + columns + pairs) + 2 * 4 * CHUNK * tokens
+def square(keys: int) -> int:
+    """Bytes of a matrix of keys x keys, whose rows lie 8 numbers apart."""
+    return 8 * keys * (keys + 8)
 
 
-def rooms(chosen: Plan, sequences: Sequences) -> Any:
-    """A matrix of double precision for each block."""
-    return _launch.machine.scratch(2 * chosen.keys * VALUES * chosen.grid(chosen.pieces).blocks * sequences.memories)
+def tokens_of(columns: int) -> int:
+    """Bytes of a chunk of rows as they are."""
+    return 4 * CHUNK * (columns + 8)
+
+
+PAIRS = 8 * CHUNK * (CHUNK + 8)  # bytes of a matrix of tokens x tokens
 
 
 def sums_of(
@@ -91,7 +109,7 @@ def sums_of(
         return None
     blocks = chosen.keys // 16
     each = 128 * blocks * (blocks + 1) + chosen.keys * VALUES + 2
-    grid = chosen.grid(stored)._replace(shared=4 * CHUNK * (chosen.keys + VALUES + 16))
+    grid = chosen.grid(stored)._replace(shared=tokens_of(chosen.keys) + tokens_of(VALUES))
     sums = _launch.machine.scratch(2 * each * grid.blocks * sequences.memories)
     constants = {"K": sizes["rows"], "KEYS": chosen.keys, "CHUNK": CHUNK}
     numbers = {"tokens": sizes["tokens"], "columns": sizes["columns"], "length": chosen.length, "stored": stored}

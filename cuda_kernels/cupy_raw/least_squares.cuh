@@ -126,6 +126,49 @@ struct Memory {
     }
 };
 
+// use(i, j) for all numbers of a square, by all threads.
+template <class Use>
+__device__ __forceinline__ void each_of_square(int size, Use use) {
+    #pragma unroll 1
+    for (int i = threadIdx.x / 32; i < size; i += WARPS)
+        #pragma unroll 1
+        for (int j = threadIdx.x % 32; j < size; j += 32) use(i, j);
+}
+
+// Tiles of 16 x 8 on and below the diagonal of tokens x tokens, one per warp: use(row, column).
+constexpr int PAIR_TILES = CHUNK / 16 * (CHUNK / 16 + 1);
+template <class Use>
+__device__ __forceinline__ void each_pair_tile(Use use) {
+    #pragma unroll 1
+    for (int task = threadIdx.x / 32; task < PAIR_TILES; task += WARPS) {
+        int block = 0;
+        while ((block + 1) * (block + 2) <= task) block++;
+        use(16 * block, 8 * (task - block * (block + 1)));
+    }
+}
+
+// Left[i][j] = x[token + j][row + i], of tokens in rows.
+template <class T, int STRIDE>
+__device__ __forceinline__ Left left_of_columns(const Matrix<T, STRIDE>& x, int row, int token) {
+    const Right low = x.right(token, row), high = x.right(token, row + 8);
+    return {low.x[0], high.x[0], low.x[1], high.x[1]};
+}
+
+// Of a chunk that ends before a pair which is not finite, or with it: how many of n tokens it has.
+__device__ __forceinline__ int tokens_together(const Weights& all, int n, bool ends_before) {
+    const int lane = threadIdx.x % 32;
+    const bool after = lane > 0 && (all.spoilt[lane] || all.spoilt[lane - 1]);
+    return least_of_warp(lane < n && (ends_before || after) ? lane : n);
+}
+// Only so many tokens; the others weigh nothing.
+__device__ __forceinline__ void shorten(const Tokens& keys, Weights& all, int count) {
+    __syncthreads();  // everyone has seen what will not be there any more
+    for (int i = count * KEYS + threadIdx.x; i < CHUNK * KEYS; i += THREADS) keys.at(i / KEYS, i % KEYS) = 0;
+    for (int i = count + threadIdx.x; i < CHUNK; i += THREADS)
+        all.root[i] = 0, all.decay[i] = all.decay[count - 1], all.left[i] = all.left[count - 1];
+    __syncthreads();  // only these tokens are left
+}
+
 // Sums of the pairs of earlier pieces, as pair_sums.cu leaves them, in numbers of double precision.
 struct Sums {
     static constexpr int memory_at = TILES * 128, numbers_at = memory_at + OCTETS * THREADS * 4;
@@ -139,6 +182,22 @@ struct Sums {
     }
     __device__ __forceinline__ Sum& memory(int n) const {
         return reinterpret_cast<Sum*>(begin + memory_at)[n * THREADS + threadIdx.x];
+    }
+    // H = decay H + what this piece adds.
+    __device__ __forceinline__ void add_to(const Square& H) const {
+        const double left = decay();
+        each_tile([&](int, int row, int column) {
+            each(tile(row, column), [&](int i, int j, double x) {
+                double& h = H.at(row + i, column + j);
+                h = fma(left, h, x);
+                if (column < row) H.at(column + j, row + i) = h;
+            });
+        });
+    }
+    __device__ __forceinline__ void add_to(Memory& G) const {
+        const double left = decay();
+        for (int n = 0; n < OCTETS; n++)
+            for (int i = 0; i < 4; i++) G.own[n].x[i] = fma(left, G.own[n].x[i], memory(n).x[i]);
     }
     __device__ __forceinline__ double& decay() const { return begin[numbers_at]; }
     __device__ __forceinline__ double& moved() const { return begin[numbers_at + 1]; }  // not zero if anything was learnt

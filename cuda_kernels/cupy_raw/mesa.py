@@ -1,8 +1,10 @@
-"""Mesa layer on the GPU: the Gram matrices of pieces, the solutions of all pieces at once, then what they recall.
+"""Mesa layer on the GPU: the solutions of all tokens, then what they recall.
 
     H_t = g_t H_{t-1} + beta_t k_t k_t^T,    x_t = (H_t + diag(ridge))^-1 q_t,    o_t = G_t^T x_t
 
-``gram.cu`` walks over the keys and leaves H at the start of each piece of tokens; the kernel of the solver has a block
+In chunks, on tensor cores in double precision: ``mesa_chunks.cu`` takes the conjugate gradients of all tokens of a chunk
+together, to 1e-11 of the right side where the solver is ``exact``; ``recall_chunks.cu`` is linear attention at the
+solutions. Few tokens, Chebyshev steps, keys of many channels and data in double precision go another way: ``gram.cu`` walks over the keys and leaves H at the start of each piece of tokens; the kernel of the solver has a block
 per piece; ``recall.cu`` walks over keys and values. All sums are in double precision. Memory beside arrays and states:
 two matrices of the size of H per piece, three for ``cg``. See ``ttr_np.solvers.mesa`` for the solvers and the sources.
 """
@@ -16,17 +18,23 @@ import numpy as np
 from ttr_np.notation import MesaState
 from ttr_np.solvers.mesa import check_leading, check_options, check_weights, ridge_refusal, tolerance_for
 
+from .. import _calls
 from .._calls import THREADS, split
 from .._sequences import BOTH, COLUMN, ROW, Sequences
 from .._squares import warn_of_limit
+from . import _launch
+from . import _least_squares_chunks as _chunks
 from ._launch import Kernel, empty, even, launch, run
 
 __all__ = ["mesa", "refusal"]
 
 PIECE = 64
 GRAM, RECALL = Kernel("gram", "grams.cuh"), Kernel("recall", "grams.cuh")
+STEPS, DONE = 4, 1e-11  # of an exact solution in chunks: steps per channel at most, residual
+CHUNKS = Kernel("mesa_chunks", *_chunks.HEADERS, "factors.cuh", "grams.cuh", "mesa_exact.cuh")
+RECALL_CHUNKS = Kernel("recall_chunks", *_chunks.HEADERS)
 SOLVERS = {
-    "exact": Kernel("mesa_exact", "blocks.cuh", "factors.cuh", "grams.cuh"),
+    "exact": Kernel("mesa_exact", "blocks.cuh", "factors.cuh", "grams.cuh", "mesa_exact.cuh"),
     "cg": Kernel("mesa_cg", "blocks.cuh", "factors.cuh", "grams.cuh"),
     "chebyshev": Kernel("mesa_chebyshev", "blocks.cuh", "grams.cuh"),
 }
@@ -71,11 +79,79 @@ def core(
     tolerance: float | None,
     state: MesaState,
 ) -> tuple[Any, MesaState]:
+    """All tokens, in the form that is better for them."""
+    lead, gate = state.G.shape[:-2], state.G.dtype
+    sequences = Sequences(lead, np.broadcast_shapes(q.shape[:-2], lead))
+    check_leading(np.asarray(ridge, like=state.G), sequences.lead)
+    ridge = np.broadcast_to(np.asarray(ridge, np.float64, like=state.G), np.shape(ridge)[:-1] + q.shape[-1:])
+    limits = {"iterations": iterations, "tolerance": tolerance_for(solver, iterations, tolerance, gate)}
+    chosen = None if solver == "chebyshev" else _chunks.plan(q, v, sequences, bytes_of)
+    if chosen is not None:
+        return in_chunks(chosen, sequences, q, _chunks.pairs_of(k, v, log_decay, beta), ridge, state, solver, **limits)
+    return in_pieces(sequences, q, k, v, log_decay, beta, ridge, state, solver, **limits)
+
+
+def bytes_of(keys: int) -> int:
+    """Shared memory of a block in chunks, as the text lays it out."""
+    vectors = 8 * (_chunks.CHUNK * (keys + 8) + keys // 16 * _chunks.CHUNK + keys)
+    return _chunks.square(keys) + vectors + 2 * _chunks.PAIRS + _chunks.tokens_of(keys)
+
+
+def in_chunks(
+    chosen: _chunks.Plan,
+    sequences: Sequences,
+    q: Any,
+    pairs: Any,
+    ridge: Any,
+    state: MesaState,
+    solver: str,
+    iterations: int | None,
+    tolerance: float,
+) -> tuple[Any, MesaState]:
+    """Two launches, or three where the sequence is cut in pieces."""
+    (G, H), (tokens, rows), columns = state, q.shape[-2:], pairs["v"][0].shape[-1]
+    types, sizes = {"data": q.dtype, "gate": G.dtype, "real": np.float64}, {"tokens": tokens, "columns": columns}
+    sizes |= {"length": chosen.length, "pieces": chosen.pieces}
+    sizes["sums"] = _chunks.sums_of(chosen, sequences, pairs, types, sizes | {"rows": rows})
+    constants, exact, blocks = {"K": rows} | chosen.constants, solver == "exact", chosen.pieces * sequences.memories
+    numbers = {"column_blocks": chosen.column_blocks, "iterations": iterations or (STEPS if exact else 2) * rows}
+    numbers |= {"tolerance": DONE if exact else tolerance, "eps": float(np.finfo(G.dtype).eps)}
+    numbers["rooms"] = _launch.machine.scratch(4 * rows * rows * blocks) if exact else None
+
+    x = empty(sequences, (tokens, rows), G.dtype, G)
+    G_next, H_next = _launch.alike(G), _launch.alike(H)
+    worst = np.zeros_like(G, shape=(*G.shape[:-2], chosen.pieces, 2), dtype=np.float64)
+    arrays = {"q": (q, BOTH)} | pairs | {"ridge": (ridge, COLUMN), "H": (H, BOTH), "H_next": (H_next, BOTH)}
+    arrays |= {"worst": (worst, BOTH), "x": (x, BOTH)}
+    grid, written = _calls.Grid(chosen.pieces, chosen.threads, chosen.shared), ("H_next", "worst", "x")
+    launch(CHUNKS, sequences, arrays, written, types, constants | {"EXACT": int(exact)}, grid, **sizes, **numbers)
+    if not exact:
+        warn_of_limit(solver, worst, tolerance)
+
+    o = empty(sequences, (tokens, columns), q.dtype, q)
+    arrays = {"x": (x, BOTH)} | pairs | {"G": (G, BOTH), "G_next": (G_next, BOTH), "o": (o, BOTH)}
+    shared = _chunks.PAIRS + 2 * _chunks.tokens_of(chosen.keys) + _chunks.tokens_of(_chunks.VALUES)
+    grid = chosen.grid(chosen.pieces)._replace(shared=shared)
+    launch(RECALL_CHUNKS, sequences, arrays, ("G_next", "o"), types, constants, grid, **sizes)
+    return o, MesaState(G_next, H_next)
+
+
+def in_pieces(
+    sequences: Sequences,
+    q: Any,
+    k: Any,
+    v: Any,
+    log_decay: Any,
+    beta: Any,
+    ridge: Any,
+    state: MesaState,
+    solver: str,
+    iterations: int | None,
+    tolerance: float,
+) -> tuple[Any, MesaState]:
     """Three launches, with the state in double precision."""
     (tokens, rows), columns, gate = q.shape[-2:], v.shape[-1], state.G.dtype
     G, H = (x.astype(np.float64) for x in state)
-    sequences = Sequences(G.shape[:-2], np.broadcast_shapes(q.shape[:-2], G.shape[:-2]))
-    check_leading(np.asarray(ridge, like=G), sequences.lead)
     types = {"data": q.dtype, "gate": gate, "real": G.dtype}
     pairs = {"k": (k, BOTH), "log_decay": (log_decay, ROW), "beta": (beta, ROW)}
     per_thread, parts = split("k", rows)
@@ -86,9 +162,7 @@ def core(
     arrays = pairs | {"H": (H, BOTH), "starts": (starts, BOTH)}
     launch(GRAM, memories, arrays, ("H", "starts"), types, sizes, tokens=tokens, columns=rows)
 
-    ridge = np.broadcast_to(np.asarray(ridge, np.float64, like=G), np.shape(ridge)[:-1] + (rows,))
-    limits = {"iterations": iterations, "tolerance": tolerance_for(solver, iterations, tolerance, gate)}
-    x = solve(solver, sequences, q, pairs, ridge, starts, types, gate, **limits)
+    x = solve(solver, sequences, q, pairs, ridge, starts, types, gate, iterations, tolerance)
 
     o = empty(sequences, (tokens, columns), q.dtype, q)
     arrays = {"x": (x, BOTH), "k": (k, BOTH), "v": (v, BOTH)} | pairs | {"G": (G, BOTH), "o": (o, BOTH)}

@@ -51,13 +51,11 @@ pair_sums(const data* k, const data* v, const gate* log_decay, const gate* beta,
                 for (int i = 0; i < 2; i++) right.x[i] *= share[i];
                 return right;
             };
-            const Right lines[2] = {values.right(token, 16 * warp), values.right(token, 16 * warp + 8)};
-            const Left own = {lines[0].x[0], lines[1].x[0], lines[0].x[1], lines[1].x[1]};
+            const Left own = left_of_columns(values, 16 * warp, token);
             #pragma unroll
             for (int n = 0; n < OCTETS; n++) G.own[n].add(own, weighed(8 * n));
             each_tile([&](int number, int row, int column) {
-                const Right low = keys.right(token, row), high = keys.right(token, row + 8);
-                H[number].add({low.x[0], high.x[0], low.x[1], high.x[1]}, weighed(column));
+                H[number].add(left_of_columns(keys, row, token), weighed(column));
             });
         }
         __syncthreads();  // nobody is left at these pairs

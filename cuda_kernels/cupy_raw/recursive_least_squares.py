@@ -1,6 +1,6 @@
 """Recursive least squares on the GPU: chunks on tensor cores, or the chain of covariances and then the solution.
 
-In chunks P and the solution are carried together, by ``recursive_least_squares_chunks.cu``. Few tokens, keys of many
+In chunks P and the solution are carried together, by ``recursive_chunks.cu``. Few tokens, keys of many
 channels and data in double precision go another way: P does not depend on the values, so
 ``recursive_least_squares.cu`` walks over it alone, one block per memory, and leaves the gain of every token;
 ``innovations.cu`` follows with as many blocks as the values need. See ``ttr_np.solvers.recursive_least_squares`` for the
@@ -20,13 +20,14 @@ from ttr_np.solvers.recursive_least_squares import check_ridge, check_weights, l
 from .._calls import split
 from .._sequences import BOTH, COLUMN, ROW, Sequences
 from .._squares import few, refuse_covariance, together
-from . import _least_squares_chunks, _launch
+from . import _launch
+from . import _least_squares_chunks as _chunks
 from ._launch import Kernel, empty, even, launch, run
 
 __all__ = ["recursive_least_squares"]
 
 CHAIN = Kernel("recursive_least_squares", "blocks.cuh", "factors.cuh", "caps.cuh")
-CHUNKS = Kernel("recursive_least_squares_chunks", *_least_squares_chunks.HEADERS, "factors.cuh", "caps.cuh")
+CHUNKS = Kernel("recursive_least_squares_chunks", *_chunks.HEADERS, "factors.cuh", "caps.cuh")
 SOLUTION = Kernel("innovations")
 
 
@@ -46,30 +47,36 @@ def core(
     """All tokens, in the form that is better for them."""
     lead = state.S.shape[:-2]
     sequences = Sequences(lead, np.broadcast_shapes(q.shape[:-2], lead))
-    chosen = _least_squares_chunks.plan(q, v, sequences)
-    pairs = _least_squares_chunks.pairs_of(k, v, log_decay, beta)
+    chosen = _chunks.plan(q, v, sequences, bytes_of)
+    pairs = _chunks.pairs_of(k, v, log_decay, beta)
     if chosen is None:
         return one_by_one(sequences, q, pairs, state)
     return in_chunks(chosen, sequences, q, pairs, state)
 
 
+def bytes_of(keys: int) -> int:
+    """Shared memory of a block in chunks, as the text lays it out."""
+    return _chunks.square(keys) + 8 * keys * (_chunks.CHUNK + 2) + _chunks.PAIRS + 2 * _chunks.tokens_of(keys)
+
+
 def in_chunks(
-    chosen: _least_squares_chunks.Plan, sequences: Sequences, q: Any, pairs: Any, state: RecursiveLeastSquaresState
+    chosen: _chunks.Plan, sequences: Sequences, q: Any, pairs: Any, state: RecursiveLeastSquaresState
 ) -> tuple[Any, RecursiveLeastSquaresState]:
     """One launch, or two where the sequence is cut in pieces."""
     (S, P), (tokens, rows), columns = state, q.shape[-2:], pairs["v"][0].shape[-1]
     types, sizes = {"data": q.dtype, "gate": S.dtype, "real": np.float64}, {"tokens": tokens, "columns": columns}
-    sums = _least_squares_chunks.sums_of(chosen, sequences, pairs, types, sizes | {"rows": rows})
+    sums = _chunks.sums_of(chosen, sequences, pairs, types, sizes | {"rows": rows})
     S_next, P_next = _launch.alike(S), _launch.alike(P)
     bad = np.zeros_like(P, shape=(*P.shape[:-2], 1), dtype=bool)
     o = empty(sequences, (tokens, columns), q.dtype, q)
     arrays = {"q": (q, BOTH)} | pairs | {"S": (S, BOTH), "P": (P, BOTH), "S_next": (S_next, BOTH)}
     arrays |= {"P_next": (P_next, BOTH), "bad_next": (bad, COLUMN), "o": (o, BOTH)}
     scalars = sizes | {"length": chosen.length, "pieces": chosen.pieces, "sums": sums}
-    scalars |= {"rooms": _least_squares_chunks.rooms(chosen, sequences), "limit": limit(S.dtype)}
-    scalars["eps"] = float(np.finfo(S.dtype).eps)
-    written, constants = ("S_next", "P_next", "bad_next", "o"), {"K": rows} | chosen.constants
-    launch(CHUNKS, sequences, arrays, written, types, constants, chosen.grid(chosen.pieces), **scalars)
+    grid, room = chosen.grid(chosen.pieces), chosen.keys * _chunks.VALUES  # of double precision, for each block
+    scalars |= {"rooms": _launch.machine.scratch(2 * room * grid.blocks * sequences.memories)}
+    scalars |= {"limit": limit(S.dtype), "eps": float(np.finfo(S.dtype).eps)}
+    written, constants = ("S_next", "P_next", "bad_next", "o"), {"K": rows, "ROOM": room} | chosen.constants
+    launch(CHUNKS, sequences, arrays, written, types, constants, grid, **scalars)
     refuse_covariance(bad, P)
     return o, RecursiveLeastSquaresState(S_next, P_next)
 

@@ -37,15 +37,6 @@ struct Places {
     Rows<data> answer;
 };
 
-// use(i, j) for all numbers of a square, by all threads.
-template <class Use>
-__device__ __forceinline__ void each_of_square(int size, Use use) {
-    #pragma unroll 1
-    for (int i = threadIdx.x / 32; i < size; i += WARPS)
-        #pragma unroll 1
-        for (int j = threadIdx.x % 32; j < size; j += 32) use(i, j);
-}
-
 __device__ double trace(const Square& A) {
     double total = 0;
     for (int i = threadIdx.x % 32; i < K; i += 32) total += A.at(i, i);
@@ -148,17 +139,6 @@ __device__ __forceinline__ void meet_keys(const Room& room) {
     }
 }
 
-// Tiles of 16 x 8 on and below the diagonal of tokens x tokens, one per warp.
-constexpr int PAIR_TILES = CHUNK / 16 * (CHUNK / 16 + 1);
-template <class Use>
-__device__ __forceinline__ void each_pair_tile(Use use) {  // use(row, column)
-    #pragma unroll 1
-    for (int task = threadIdx.x / 32; task < PAIR_TILES; task += WARPS) {
-        int block = 0;
-        while ((block + 1) * (block + 2) <= task) block++;
-        use(16 * block, 8 * (task - block * (block + 1)));
-    }
-}
 // x W^T, one tile of it.
 __device__ __forceinline__ Sum meet(const Tokens& x, const Columns& W, int row, int column) {
     Sum sums[2] = {};  // a product waits for the sum it is added to
@@ -288,18 +268,9 @@ recursive_least_squares_chunks(const data* q, const data* k, const data* v, cons
         memory.multiply(room.P, own_room);
         #pragma unroll 1
         for (int p = 0; p < piece; p++) {
-            const Sums more = sums_of(p);
-            const double left = more.decay();
-            for (int n = 0; n < OCTETS; n++)
-                for (int i = 0; i < 4; i++) memory.own[n].x[i] = fma(left, memory.own[n].x[i], more.memory(n).x[i]);
+            sums_of(p).add_to(memory);
             __syncthreads();  // nobody is left at H
-            each_tile([&](int, int row, int column) {
-                each(more.tile(row, column), [&](int i, int j, double x) {
-                    double& h = room.P.at(row + i, column + j);
-                    h = fma(left, h, x);
-                    if (column < row) room.P.at(column + j, row + i) = h;
-                });
-            });
+            sums_of(p).add_to(room.P);
         }
         __syncthreads();  // H is there
         information = trace(room.P);
@@ -330,18 +301,14 @@ recursive_least_squares_chunks(const data* q, const data* k, const data* v, cons
             size = trace(room.P) / K, information = infinity();
         }
         const bool crossed = lane > 0 && size > SLACK * largest_before(all.energy[lane], limit) * all.left[lane];
-        const bool after = lane > 0 && (all.spoilt[lane] || all.spoilt[lane - 1]);
-        const int count = least_of_warp(lane < n && (crossed || after) ? lane : n);
+        const int count = tokens_together(all, n, crossed);
         const double left = all.left[count - 1];
         const bool counts = lane < count;
         information = left * (information + over_warp(counts ? all.energy[lane] / all.left[lane] : 0));
         moved |= __any_sync(0xffffffffu, counts && (all.left[lane] != 1 || all.energy[lane] != 0));
         if (count < n) {
-            __syncthreads();  // everyone has seen what will not be there any more
-            for (int i = count * KEYS + threadIdx.x; i < CHUNK * KEYS; i += THREADS) room.k.at(i / KEYS, i % KEYS) = 0;
-            for (int i = count + threadIdx.x; i < CHUNK; i += THREADS) all.root[i] = 0, all.left[i] = 1;
+            shorten(room.k, all, count);
             n = count;
-            __syncthreads();  // only tokens of this chunk are left
         }
         load_queries(0);
         meet_keys(room);
