@@ -16,7 +16,7 @@ import numpy as np
 
 import ttr_np
 from ttr_np.backends import available_backends
-from ttr_np.measure import Case, Contender, Skipped, first_line, reference
+from ttr_np.measure import Case, Contender, Skipped, first_line, reference, using
 from ttr_np.notation import GATES, CacheState
 
 from . import torch_forms
@@ -26,6 +26,7 @@ __all__ = ["Question", "measured_rates", "question", "seconds_of"]
 
 OURS = ("cupy", "numba-cuda")
 CHECKED = 256  # tokens of two heads: what the solver in float64 is asked on the CPU
+AMONG_ALL = 64  # queries of two heads, where each sees all pairs
 NAIVE = 2**18  # token-heads up to which torch's forms in float32 are asked
 SLOW = 4e11  # FLOP beyond which a backend is not asked that goes token by token or without tensor cores
 RECORDED = 0.1  # seconds of a call, at most, for its graph to be asked too
@@ -279,7 +280,7 @@ def first(kind: Kind, arrays: dict[str, Any]) -> Case:
 
 def among_all(kind: Kind, arrays: dict[str, Any]) -> Case:
     """The first queries of two heads among all pairs: those after theirs are already there, as no order matters."""
-    n = min(CHECKED, arrays["q"].shape[1])
+    n = min(AMONG_ALL, arrays["q"].shape[1])
     part = {name: on_host(arrays[name][:, :n]) for name in "qkv"}
     others = cache(*(on_host(arrays[name][:, n:]) for name in "kv"))
     return Case(kind.operator, "", part, kind.options | {"initial_state": others})
@@ -384,7 +385,9 @@ def question(name: str, shape: Shape, seed: int = 0) -> Question:
             contenders.append(Skipped(who, reasons[who]))
         else:
             contenders.extend(attempted(who, make, kind, shape, arrays))
-    return Question(name, shape, contenders, reference(kind.exact(kind, arrays)))
+    with using(1):  # matrices of one head: threads of BLAS would only wait for each other
+        exact = reference(kind.exact(kind, arrays))
+    return Question(name, shape, contenders, exact)
 
 
 def refusals(name: str, shape: Shape) -> dict[str, str]:
