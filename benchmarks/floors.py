@@ -7,12 +7,58 @@ Bytes and FLOP are per token of one head with k = v = D, of data in 16 bits with
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from math import inf
 from typing import NamedTuple
 
-__all__ = ["KINDS", "Rates", "Shape", "Work", "floor_seconds", "rates_of", "work"]
+__all__ = ["KINDS", "Cost", "Rates", "Shape", "Work", "askable", "floor_seconds", "rates_of", "work"]
 
 C = 64
-KINDS = ("linear", "scalar gate", "channel gate", "delta", "gated delta", "KDA")
+CG, FEW_CG = 30, 8  # steps of conjugate gradients: those that others make for the Mesa layer, those of a good fit
+
+
+class Cost(NamedTuple):
+    """Of a token of one head of size d: FLOP where its sequence has t tokens, and bytes.
+
+    ``step``: FLOP of a token that comes alone, over d^2; 0 for what has no state of fixed size to carry.
+    ``most``: FLOP of a whole call beyond which nobody is asked.
+    """
+
+    flop: Callable[[int, int], float]
+    bytes: Callable[[int], float]
+    step: int = 0
+    most: float = inf
+
+
+def linear(d: int, t: int) -> float:
+    """FLOP of linear attention."""
+    return 4 * d * d + 4 * C * d
+
+
+def delta(d: int, t: int) -> float:
+    """FLOP of the delta rule."""
+    return 6 * d * d + 10 * C * d + C * C
+
+
+def by_channel(flop: Callable[[int, int], float]) -> Callable[[int, int], float]:
+    """With a gate per channel."""
+    return lambda d, t: flop(d, t) + 3 * d
+
+
+KINDS = {
+    "linear": Cost(linear, lambda d: 8 * d, 4),
+    "scalar gate": Cost(linear, lambda d: 8 * d + 4, 4),
+    "channel gate": Cost(by_channel(linear), lambda d: 10 * d, 4),
+    "delta": Cost(delta, lambda d: 8 * d + 8, 6),
+    "gated delta": Cost(delta, lambda d: 8 * d + 8, 6),
+    "KDA": Cost(by_channel(delta), lambda d: 10 * d + 4, 6),
+    "softmax": Cost(lambda d, t: 2 * t * d, lambda d: 8 * d),
+    "softmax full": Cost(lambda d, t: 4 * t * d, lambda d: 8 * d),
+    "softmax decode": Cost(lambda d, t: 4 * d, lambda d: 4 * d),  # one query: each of its t pairs is a token here
+    "mesa": Cost(lambda d, t: CG * (2 * d * d + 4 * C * d) + 6 * d * d + 4 * C * d, lambda d: 8 * d + 8),
+    "least squares": Cost(lambda d, t: 10 * d * d + 8 * C * d + C * C / 3, lambda d: 8 * d + 8),
+    "local linear": Cost(lambda d, t: 2 * t * d * (1 + FEW_CG), lambda d: 8 * d, most=1e11),
+}
 
 
 class Shape(NamedTuple):
@@ -64,12 +110,21 @@ def work(kind: str, shape: Shape) -> Work:
     """
     if kind not in KINDS:
         raise ValueError(f"unknown kind {kind!r}; the kinds are {', '.join(KINDS)}")
-    d, delta, channels = shape.D, kind in KINDS[3:], kind in ("channel gate", "KDA")
-    if shape.T == 1:  # one token: the state is read and written
-        return Work(8 * d * d * shape.token_heads, (6 if delta else 4) * d * d * shape.token_heads)
-    gates = {"linear": 0, "scalar gate": 4, "channel gate": 2 * d, "delta": 8, "gated delta": 8, "KDA": 2 * d + 4}
-    flop = 6 * d * d + 10 * C * d + C * C if delta else 4 * d * d + 4 * C * d
-    return Work((8 * d + gates[kind]) * shape.token_heads, (flop + 3 * d * channels) * shape.token_heads)
+    cost, (_, t, _, d) = KINDS[kind], shape
+    if t == 1 and cost.step:  # the state is read and written
+        return Work(8 * d * d * shape.token_heads, cost.step * d * d * shape.token_heads)
+    return Work(cost.bytes(d) * shape.token_heads, cost.flop(d, t) * shape.token_heads)
+
+
+def askable(kind: str, shape: Shape) -> bool:
+    """Whether a kind makes sense at a shape: one token only where it can come alone, and no more work than is worth it.
+
+    Raises
+    ------
+    ValueError
+        If the kind is none of ``KINDS``.
+    """
+    return work(kind, shape).flop <= KINDS[kind].most and (shape.T > 1 or KINDS[kind].step > 0)
 
 
 def floor_seconds(kind: str, shape: Shape, rates: Rates) -> float:

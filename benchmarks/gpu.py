@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,11 @@ from ttr_np.cli.recall import check_writable
 from ttr_np.cli.table import aligned, digits
 from ttr_np.measure import Contender, Skipped, first_line, machine, relative_error, spread
 
-from .floors import KINDS, Rates, Shape, floor_seconds, rates_of, work
+from .floors import KINDS, Rates, Shape, askable, floor_seconds, rates_of, work
 from .run import commit, keep
 from .torch_peers import no_gradients
 
-__all__ = ["Clock", "SHAPES", "answered", "main", "questions_of", "table_of"]
+__all__ = ["FIRST", "SHAPES", "Clock", "answered", "main", "questions_of", "table_of"]
 
 # Files in this order: what only a GPU shows, then the most telling of what was executed on the CPU.
 TESTED = ("device", "streams", "chunks", "delta_chunks", "squares", "attention", "fuzz", "kernels")
@@ -41,20 +41,32 @@ TESTS = tuple(f"tests/test_cuda_{name}.py" for name in TESTED)
 TESTS_SHARE = 0.35  # of the time
 LEAST = 1e-3  # seconds of a sample: shorter calls are made several times
 ROUNDS, RESERVE = 50, 5.0  # samples of each contender at most; seconds that are left for the end
-QUESTION_SHARE = 3.0  # seconds for the rounds of one question
+QUESTION_SHARE = 3.0  # seconds for the rounds of one question, in equal shares of its contenders
 TOLERANCE = 3e-2  # of the largest answer, for data of 8 bits of precision
 COLUMNS = ("contender", "ms", "p20-p80", "x floor", "ns/token-head", "TB/s", "TFLOP/s", "error", "first s", "how")
 
-# B x T x H x D, the most telling first: long and short sequences, heads of 64, many heads and few, then one token.
+# B x T x H x D: long and short sequences, heads of 64, many heads and few, then one token.
 SHAPES = tuple(
     Shape(*sizes)
     for sizes in (
-        (1, 32768, 32, 128), (1, 2048, 32, 128), (1, 1, 32, 128), (1, 8192, 32, 128), (1, 2048, 16, 64),
+        (1, 32768, 32, 128), (1, 2048, 32, 128), (1, 1, 32, 128), (1, 2048, 16, 64), (1, 8192, 32, 128),
         (8, 2048, 32, 64), (1, 2048, 16, 128), (4, 4096, 32, 128), (1, 65536, 32, 128), (8, 8192, 32, 128),
         (4, 8192, 32, 128), (8, 1024, 32, 128), (1, 32768, 8, 128), (1, 8192, 64, 128), (1, 2048, 8, 128),
         (8, 1, 32, 128), (32, 1, 32, 128), (128, 1, 32, 128), (1, 1, 32, 64), (1, 32768, 32, 64),
     )
 )  # fmt: skip
+SOFTMAX = ("softmax", "softmax full", "softmax decode")
+SLOW = ("mesa", "least squares", "local linear")
+# Asked before every kind at every shape: what is short early, what may take long late.
+FIRST = (
+    (Shape(1, 32768, 32, 128), [kind for kind in KINDS if kind not in SOFTMAX + SLOW]),
+    (Shape(1, 2048, 32, 128), KINDS),
+    (Shape(1, 1, 32, 128), KINDS),
+    (Shape(1, 8192, 32, 128), SOFTMAX),
+    (Shape(1, 16384, 32, 128), SOFTMAX),
+    (Shape(1, 2048, 16, 64), SLOW),
+    (Shape(1, 32768, 32, 128), SLOW),
+)
 
 
 class Clock:
@@ -76,11 +88,13 @@ def missing() -> str:
     return "" if find_spec("torch") is not None else "torch is not installed"
 
 
-def questions_of(shapes: Sequence[Shape], kinds: Sequence[str]) -> Iterator[tuple[str, Shape]]:
-    """Every kind at the first shape, then at the next."""
-    for shape in shapes:
-        for kind in kinds:
-            yield kind, shape
+def questions_of(
+    shapes: Sequence[Shape], kinds: Sequence[str], first: Sequence[tuple[Shape, Collection[str]]] = ()
+) -> list[tuple[str, Shape]]:
+    """Those of ``first``, then every kind at every shape, shape after shape; each once, and only where it can be."""
+    rows = [*first, *((shape, kinds) for shape in shapes)]
+    pairs = dict.fromkeys((kind, shape) for shape, some in rows for kind in kinds if kind in some)
+    return [pair for pair in pairs if askable(*pair)]
 
 
 # ---- the tests -------------------------------------------------------------------------------------------------------
@@ -146,15 +160,20 @@ def trial(contender: Contender, exact: np.ndarray, beginning: Callable[..., Any]
 def rounds_of(
     contenders: Sequence[Contender], seconds_of: Callable[..., float], clock: Clock, rng: np.random.Generator
 ) -> dict[str, list[float]]:
-    """Samples of everybody, in rounds, until the time is over; one at least."""
-    calls = {c.name: max(1, int(LEAST / max(seconds_of(c.call, 1), 1e-7))) for c in contenders}
-    times: dict[str, list[float]] = {c.name: [] for c in contenders}
-    for i in range(ROUNDS):
-        if i and not clock.left():
-            break
+    """Samples of everybody, in rounds. Who has used up an equal share of the time sits the later rounds out.
+
+    One whose single call takes longer than that has this call as its only sample.
+    """
+    share = clock.left() / max(len(contenders), 1)
+    warm = {c.name: seconds_of(c.call, 1) for c in contenders}
+    calls = {name: max(1, int(LEAST / max(each, 1e-7))) for name, each in warm.items()}
+    times: dict[str, list[float]] = {name: [each] if each > share else [] for name, each in warm.items()}
+    for _ in range(ROUNDS):
         for j in rng.permutation(len(contenders)):
             contender = contenders[j]
-            times[contender.name].append(seconds_of(contender.call, calls[contender.name]))
+            samples, repeats = times[contender.name], calls[contender.name]
+            if not samples or sum(samples) * repeats < share:
+                samples.append(seconds_of(contender.call, repeats))
     return times
 
 
@@ -218,7 +237,7 @@ def timed(result: dict[str, Any], arguments: argparse.Namespace, clock: Clock) -
     result["measured_rates"] = gpu_peers.measured_rates()._asdict()
     rates = rates_of(result["device"], Rates(**result["measured_rates"]))
     result["rates"] = rates._asdict()
-    for kind, shape in questions_of(arguments.shapes, arguments.kinds):
+    for kind, shape in questions_of(arguments.shapes or SHAPES, arguments.kinds, () if arguments.shapes else FIRST):
         if clock.left() < RESERVE:
             result["unasked"].append(f"{kind}: {shape}")
             continue
@@ -245,7 +264,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seconds", type=float, default=570.0, help="for everything; default 570")
     add("--json", metavar="FILE", default="gpu.json", help="the result, written as it is found; default gpu.json")
     add("--kinds", type=lambda text: text.split(","), default=list(KINDS), help=f"among {', '.join(KINDS)}")
-    add("--shapes", type=shapes_of, default=SHAPES, metavar="BxTxHxD,...", help="default: long, short, one token")
+    add("--shapes", type=shapes_of, metavar="BxTxHxD,...", help="default: long, short, one token, then many others")
     add("--seed", type=int, default=0, help="of the inputs; default 0")
     add("--no-tests", action="store_true", help="only the times")
     add("--only-times", action="store_true", help=argparse.SUPPRESS)  # the process that is timed, ended from outside

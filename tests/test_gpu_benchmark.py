@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import ttr_np
-from ttr_np.measure import Contender, Skipped
+from ttr_np.measure import Contender, Skipped, reference, relative_error
 
 pytest.importorskip("benchmarks", reason="the benchmarks are not installed with the package")
 from benchmarks import floors, gpu  # noqa: E402
@@ -30,6 +30,14 @@ BY_HAND = {
     ("KDA", (8, 8192, 32, 128)): 626,
     ("gated delta", (1, 1, 32, 128)): 0.98,
     ("KDA", (128, 1, 32, 128)): 125,
+    ("softmax", (1, 8192, 32, 128)): 696,
+    ("softmax", (1, 65536, 32, 128)): 44500,
+    ("softmax full", (1, 8192, 32, 128)): 1392,
+    ("softmax decode", (1, 8192, 32, 128)): 31.2,
+    ("mesa", (1, 2048, 16, 128)): 87,
+    ("least squares", (1, 2048, 16, 64)): 4.0,
+    ("least squares", (1, 32768, 32, 128)): 306,
+    ("local linear", (1, 2048, 16, 64)): 98,
 }
 
 
@@ -41,8 +49,8 @@ def test_floors_are_those_worked_out_by_hand(kind, sizes):
 def test_slow_products_make_the_floor():
     shape = Shape(1, 2048, 16, 128)
     assert floor_seconds("delta", shape, Rates(1e30, 1e12)) == (6 * 128**2 + 10 * 64 * 128 + 64**2) * 2048 * 16 / 1e12
-    with pytest.raises(ValueError, match="unknown kind 'mesa'; the kinds are linear"):
-        floor_seconds("mesa", shape, H200)
+    with pytest.raises(ValueError, match="unknown kind 'mamba'; the kinds are linear"):
+        floor_seconds("mamba", shape, H200)
 
 
 def test_a_machine_that_is_not_listed_is_measured():
@@ -55,8 +63,27 @@ def test_the_shapes_are_those_of_the_question():
     assert len(sizes) == len(gpu.SHAPES)
     assert {(b, 1, 32, 128) for b in (1, 8, 32, 128)} <= sizes and (1, 32768, 32, 128) in sizes
     assert [str(shape) for shape in gpu.shapes_of("1x2x3x4,8x1x2x64")] == ["1x2x3x4", "8x1x2x64"]
-    order = list(gpu.questions_of(gpu.SHAPES, KINDS))
-    assert len(order) == len(gpu.SHAPES) * len(KINDS) and {kind for kind, _ in order[: len(KINDS)]} == set(KINDS)
+
+
+def test_every_question_is_asked_once_where_it_makes_sense_and_the_short_ones_early():
+    order = gpu.questions_of(gpu.SHAPES, KINDS, gpu.FIRST)
+    assert len(set(order)) == len(order) and set(gpu.questions_of(gpu.SHAPES, KINDS)) < set(order)
+    assert {kind for kind, _ in order} == set(KINDS)
+    streams = {kind for kind, shape in order if shape.T == 1}
+    assert streams == set(KINDS) - {*gpu.SOFTMAX, *gpu.SLOW}  # the others keep their pairs, or do more than launch
+    early = [str(shape) for _, shape in order[:25]]
+    assert early.count("1x2048x32x128") == 11 and early.count("1x1x32x128") == 6
+    assert max(order.index(("softmax", Shape(1, t, 32, 128))) for t in (2048, 8192, 16384)) < 31
+    local = [shape for kind, shape in order if kind == "local linear"]
+    assert local[0] == Shape(1, 2048, 16, 64) and max(shape.token_heads for shape in local) <= 32768
+    assert order.index(("local linear", local[0])) < 35
+
+
+def test_chosen_shapes_and_kinds_are_asked_in_their_order():
+    shapes = gpu.shapes_of("1x64x2x64,1x1x2x64")
+    asked = gpu.questions_of(shapes, ["softmax", "delta"])
+    assert asked == [("softmax", shapes[0]), ("delta", shapes[0]), ("delta", shapes[1])]
+    assert gpu.questions_of(shapes, ["delta"], [(shapes[1], ["softmax", "delta"])])[0] == ("delta", shapes[1])
 
 
 # ---- without a GPU ---------------------------------------------------------------------------------------------------
@@ -70,7 +97,7 @@ def test_without_a_gpu_it_says_why(capsys, tmp_path):
     assert not (tmp_path / "gpu.json").exists()
 
 
-WRONG = [["--kinds", "mesa"], ["--seconds", "0"], ["--json", "/no/such/folder/x"], ["--shapes", "1x"]]
+WRONG = [["--kinds", "mamba"], ["--seconds", "0"], ["--json", "/no/such/folder/x"], ["--shapes", "1x"]]
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=" ".join)
@@ -146,14 +173,20 @@ def test_right_answers_are_timed_and_others_told():
     json.dumps(entry, allow_nan=False)
 
 
-def test_rounds_end_with_the_time_and_everybody_has_as_many():
+def test_rounds_end_with_the_time_and_the_slow_sit_out():
     time = Time()
-    slow, quick = Contender("slow", time.work(3.0, EXACT)), Contender("quick", time.work(1e-4, EXACT))
-    entry = answered(time, slow, quick, seconds=13.0)
-    counts = {found["contender"]: found["seconds"]["samples"] for found in entry["results"]}
-    assert 1 <= counts["slow"] == counts["quick"] < 5 and time.now < 30
-    (found,) = answered(time, quick)["results"]
-    assert found["seconds"]["samples"] == gpu.ROUNDS
+    slow, endless = Contender("slow", time.work(0.3, EXACT)), Contender("endless", time.work(30.0, EXACT))
+    quick = Contender("quick", time.work(1e-4, EXACT))
+    found = {each["contender"]: each["seconds"] for each in answered(time, slow, endless, quick)["results"]}
+    assert {name: each["samples"] for name, each in found.items()} == {"slow": 4, "endless": 1, "quick": gpu.ROUNDS}
+    assert found["endless"]["median"] == pytest.approx(30.0)
+    assert time.now < 2 * 30 + 2 * 0.3 + gpu.QUESTION_SHARE + 0.3  # a first call, a warm one, and shares
+
+
+def test_without_time_everybody_has_the_sample_that_is_there():
+    time = Time()
+    entry = answered(time, *(Contender(name, time.work(1.0, EXACT)) for name in "ab"), seconds=1.0)
+    assert [found["seconds"]["samples"] for found in entry["results"]] == [1, 1] and time.now == pytest.approx(4.0)
 
 
 def test_nobody_is_no_error():
@@ -174,9 +207,7 @@ def stage(monkeypatch, tmp_path):
 
     rates = lambda: Rates(1e12, 1e14)  # noqa: E731
     begin = lambda o, exact: o  # noqa: E731
-    peers = SimpleNamespace(
-        question=question, measured_rates=rates, seconds_of=time.seconds_of, beginning=begin
-    )
+    peers = SimpleNamespace(question=question, measured_rates=rates, seconds_of=time.seconds_of, beginning=begin)
     monkeypatch.setitem(sys.modules, "benchmarks.gpu_peers", peers)
     monkeypatch.setattr("benchmarks.gpu_peers", peers, raising=False)
     path = tmp_path / "gpu.json"
@@ -192,7 +223,8 @@ def test_questions_are_asked_while_there_is_time_and_written_one_by_one(stage, c
     gpu.timed(result, arguments, gpu.Clock(85.0, time))
     written = json.loads(path.read_text())
     assert kept == list(range(1, len(written["questions"]) + 1))
-    assert len(written["questions"]) + len(result["unasked"]) == 12 and 6 <= len(written["questions"]) < 12
+    all_of_them = len(gpu.questions_of(arguments.shapes, arguments.kinds))
+    assert len(written["questions"]) + len(result["unasked"]) == all_of_them > len(written["questions"]) >= 6
     (nobody,) = next(q for q in written["questions"] if q["kind"] == "KDA")["skipped"]
     assert nobody["reason"] == "MemoryError: too large"
     assert written["rates"]["bytes"] == 1e12 and "cupy" in capsys.readouterr().out
@@ -268,32 +300,126 @@ def test_a_process_that_does_not_end_is_ended():
 # ---- the peers -------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def peers():
+    pytest.importorskip("torch")
+    return import_module("benchmarks.gpu_peers")
+
+
+@pytest.fixture(scope="module")
+def fla(peers):
+    try:
+        return {name: import_module(f"fla.ops.{name}") for name in MODULES}
+    except Exception as problem:  # without Triton it fails in its own ways
+        pytest.skip(f"flash-linear-attention does not import: {problem}")
+
+
+MODULES = ("linear_attn", "simple_gla", "gla", "delta_rule", "gated_delta_rule", "kda", "mesa_net")
+SMALL = Shape(2, 300, 3, 16)  # more tokens than are checked
+
+
+def exact_of(peers, kind, arrays):
+    return reference(peers.KINDS[kind].exact(peers.KINDS[kind], arrays))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_asked_is_what_the_solver_answers(peers, kind, monkeypatch):
+    about = peers.KINDS[kind]
+    arrays = peers.drawn(about, SMALL, 0, "cpu")
+    exact = exact_of(peers, kind, arrays)
+    asked = peers.CHECKED if about.exact is peers.first else about.queries or peers.AMONG_ALL
+    assert exact.shape == (1, 2, asked, 16)
+    monkeypatch.setattr(peers, "heads_first", lambda x: x.transpose(1, 2).float().numpy())
+    o = about.ours("numpy", about, SMALL, arrays)[0].call()
+    assert o.shape == (2, 3, about.queries or 300, 16)
+    assert relative_error(o[:1, :2, :asked], exact) < (2e-3 if "tolerance" in about.how else 2e-5)
+
+
+@pytest.mark.slow
+def test_one_token_finds_the_state_that_was_drawn(peers):
+    about, shape = peers.KINDS["scalar gate"], Shape(2, 1, 3, 16)
+    arrays = peers.drawn(about, shape, 0, "cpu")
+    q, k, v = (arrays[name].double().numpy()[:1, 0, :2] for name in "qkv")
+    kept = np.exp(arrays["log_decay"].double().numpy()[:1, 0, :2])
+    S = kept[..., None, None] * arrays["S"].double().numpy()[:1, :2] + k[..., :, None] * v[..., None, :]
+    o = np.einsum("bhk,bhkv->bhv", q, S)[..., None, :]
+    assert relative_error(o, exact_of(peers, "scalar gate", arrays)) < 1e-12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", gpu.SOFTMAX)
+def test_torch_answers_the_same_question(peers, kind):
+    about = peers.KINDS[kind]
+    arrays = peers.drawn(about, SMALL, 0, "cpu")
+    contender, _ = about.peers["torch flash"](about, SMALL, arrays)
+    exact = exact_of(peers, kind, arrays)
+    assert contender.name == "torch flash" and relative_error(peers.beginning(contender.call(), exact), exact) < 2e-2
+    assert about.peers["torch cuDNN"](about, SMALL, arrays)[0].name == "torch cuDNN"
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_every_kind_has_a_peer_that_takes_our_arrays():
-    pytest.importorskip("torch")
-    peers = import_module("benchmarks.gpu_peers")
-    assert tuple(peers.KINDS) == KINDS
-    for kind in peers.KINDS.values():
-        try:
-            module = import_module(f"fla.ops.{kind.module}")
-        except Exception as problem:  # without Triton it fails in its own ways
-            pytest.skip(f"flash-linear-attention does not import: {problem}")
-        for name in (kind.chunk, kind.token):
-            takes = inspect.signature(getattr(module, name)).parameters
-            wanted = {peers.name_of(kind, name, array) for array in kind.names} | {*kind.options, "scale"}
+def test_every_kind_has_a_peer_that_takes_our_arrays(peers, fla):
+    assert tuple(peers.KINDS) == tuple(KINDS)
+    asked = [peer for kind in peers.KINDS.values() for peer in kind.peers.values() if isinstance(peer, peers.Triton)]
+    assert len(asked) == 6
+    for peer in asked:
+        for name in (peer.chunk, peer.token):
+            takes = inspect.signature(getattr(fla[peer.module], name)).parameters
+            wanted = {peer.name_of(name, array) for array in peer.names} | {*peer.options, "scale"}
             assert wanted <= takes.keys(), name
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_whoever_cannot_be_made_is_skipped_with_the_reason():
-    pytest.importorskip("torch")
-    peers = import_module("benchmarks.gpu_peers")
-    (skipped,) = peers.attempted("fla", peers.triton, peers.KINDS["KDA"]._replace(chunk="nothing"), SHAPE, {})
+def test_the_mesa_layer_of_others_is_ours(peers, fla, monkeypatch):
+    about, shape = peers.KINDS["mesa"], Shape(1, 64, 2, 16)
+    arrays = peers.drawn(about, shape, 0, "cpu")
+    takes = inspect.signature(fla["mesa_net"].chunk_mesa_net)
+    naive = fla["mesa_net"].naive_mesa_net_exact
+
+    def played(**given):
+        takes.bind(**given)
+        assert given.pop("max_CG_iteration") == 30 and given["lamb"].shape == (2, 16)
+        return naive(**given)
+
+    monkeypatch.setattr(fla["mesa_net"], "chunk_mesa_net", played)
+    contender, _ = about.peers["fla"](about, shape, arrays)
+    exact = exact_of(peers, "mesa", arrays)
+    assert relative_error(peers.beginning(contender.call(), exact), exact) < 1e-5
+
+
+@pytest.mark.slow
+def test_a_backend_without_tensor_cores_is_not_asked_for_the_largest(peers, monkeypatch):
+    monkeypatch.setattr(peers, "available_backends", lambda: {"cupy": "ok", "numba-cuda": "ok"})
+    assert peers.refusals("softmax", Shape(1, 2048, 32, 128)) == {}
+    assert "not asked beyond 4e+11" in peers.refusals("softmax", Shape(1, 8192, 32, 128))["numba-cuda"]
+    monkeypatch.setattr(peers, "available_backends", lambda: {"cupy": "no driver", "numba-cuda": "no driver"})
+    assert set(peers.refusals("softmax", Shape(1, 8192, 32, 128)).values()) == {"no driver"}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_whoever_cannot_be_made_is_skipped_with_the_reason(peers, monkeypatch):
+    kda = peers.KINDS["KDA"]
+    (skipped,) = peers.attempted("fla", kda.peers["fla"]._replace(chunk="nothing"), kda, SHAPE, {})
     assert skipped.name == "fla" and ("nothing" in skipped.reason or "import" in skipped.reason)
-    (skipped,) = peers.attempted("torch", peers.naive, peers.KINDS["KDA"], SHAPE, {})
+    (skipped,) = peers.attempted("torch", peers.naive, kda, SHAPE, {})
     assert skipped.name == "torch" and "whole chunks" in skipped.reason
+    monkeypatch.setattr(peers, "seconds_of", lambda call, calls: 0.01)
     make = lambda *_: (Contender("x", lambda: 1), lambda call: lambda: call() + 1)  # noqa: E731
     contender, graph = peers.attempted("x", make, None, None, {})
     assert (contender.name, graph.name, contender.call(), graph.call(), graph.call()) == ("x", "x, graph", 1, 2, 2)
+
+
+@pytest.mark.slow
+def test_no_graph_of_what_takes_long_or_cannot_be_recorded(peers, monkeypatch):
+    monkeypatch.setattr(peers, "seconds_of", lambda call, calls: 0.2)
+    with pytest.raises(RuntimeError, match="spares launches only"):
+        peers.Graph(lambda: 1, lambda call: call)()
+    said = []
+    stream = SimpleNamespace(begin_capture=lambda: said.append("begin"), end_capture=lambda: said.append("end"))
+    with pytest.raises(ZeroDivisionError):
+        peers.captured(stream, lambda: 1 / 0)
+    assert peers.captured(stream, lambda: 1) == (1, None) and said == ["begin", "end"] * 2
