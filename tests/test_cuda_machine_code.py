@@ -88,11 +88,11 @@ SQUARE_BUDGET = {
 }
 
 
-def launched(backend, operator, options, data, keep):
+def launched(backend, operator, options, data, keep, t=20):
     """What the launches of one call would compile."""
     found = {}
     arrays = draw(
-        operator, np.random.default_rng(0), optional=OPERATORS[operator].optional, t=20, dtype=data, per_channel=False,
+        operator, np.random.default_rng(0), optional=OPERATORS[operator].optional, t=t, dtype=data, per_channel=False,
         **SIZES,
     )  # fmt: skip
     with on_cpu(backend) as machine:
@@ -114,6 +114,31 @@ def test_texts_of_least_squares_compile_within_their_budget(operator, options, a
         found, (registers, stack) = nvrtc.needs(code_of(text, architecture)), SQUARE_BUDGET[name]
         assert found.registers <= registers[ARCHITECTURES.index(architecture)], name
         assert found.stack <= stack and found.shared <= 48 * 1024, name
+
+
+# In chunks a thread has 64 numbers of the solution, all of them 16 x 128 numbers of 64 bits; what does not fit beside
+# them is addresses.
+CHUNKED = [("recursive_least_squares", {}), ("mesa", {"solver": "exact"}), ("mesa", {"solver": "cg"})]
+CHUNK_STACK = {
+    "pair_sums": (0, 0, 16),
+    "recursive_least_squares_chunks": (304, 184, 48),
+    "mesa_chunks": (0, 0, 0),
+    "recall_chunks": (0, 104, 0),
+}
+
+
+@pytest.mark.parametrize(
+    "architecture", [pytest.param(a, marks=pytest.mark.slow if a != "sm_90a" else ()) for a in ARCHITECTURES]
+)
+@pytest.mark.parametrize("operator, options", CHUNKED, ids=lambda x: str(x)[:30])
+def test_chunks_of_least_squares_compile_within_their_budget(operator, options, architecture):
+    def keep(text, name, *rest):
+        return name, (text, rest[-1])
+
+    for name, (text, asked) in launched("cupy", operator, options, np.float32, keep, t=1200).items():
+        found = nvrtc.needs(code_of(text, architecture))
+        assert found.stack <= CHUNK_STACK[name][ARCHITECTURES.index(architecture)], name
+        assert found.shared + asked <= 227 * 1024 + RESERVED[architecture], name
 
 
 @pytest.mark.parametrize("operator, options", LAUNCHED[:1] + LAUNCHED[3:], ids=lambda x: str(x)[:30])
