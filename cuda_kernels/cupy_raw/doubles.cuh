@@ -22,7 +22,16 @@ __device__ __forceinline__ void mma_f64(double (&sum)[4], const double (&a)[4], 
             : "+d"(sum[i % 2 * 2]), "+d"(sum[i % 2 * 2 + 1]) : "d"(a[i]), "d"(b[i / 2]));
 #endif
 }
-#endif  // for the CPU, the header that defines threads defines this too
+// Without the detour that a compiler takes when it flushes what is too small for a float.
+__device__ __forceinline__ double in_double(float x) {
+    double y;
+    asm("cvt.f64.f32 %0, %1;" : "=d"(y) : "f"(x));
+    return y;
+}
+#else  // the header that defines threads for the CPU defines mma_f64 too
+inline double in_double(float x) { return x; }
+#endif
+__device__ __forceinline__ double in_double(double x) { return x; }
 
 struct Left {
     double x[4];
@@ -58,17 +67,17 @@ struct Matrix {
     __device__ __forceinline__ Left left(int row, int column) const {
         const int line = threadIdx.x % 32 / 4, pair = threadIdx.x % 4 * 2;
         const Two<T> low = two(row + line, column + pair), high = two(row + line + 8, column + pair);
-        return {double(low.x[0]), double(high.x[0]), double(low.x[1]), double(high.x[1])};
+        return {in_double(low.x[0]), in_double(high.x[0]), in_double(low.x[1]), in_double(high.x[1])};
     }
     // Right[i][j] = matrix[row + j][column + i].
     __device__ __forceinline__ Right transposed(int row, int column) const {
         const Two<T> both = two(row + threadIdx.x % 32 / 4, column + threadIdx.x % 4 * 2);
-        return {double(both.x[0]), double(both.x[1])};
+        return {in_double(both.x[0]), in_double(both.x[1])};
     }
     // Right[i][j] = matrix[row + i][column + j].
     __device__ __forceinline__ Right right(int row, int column) const {
         const int line = threadIdx.x % 32 / 4, pair = threadIdx.x % 4 * 2;
-        return {double(at(row + pair, column + line)), double(at(row + pair + 1, column + line))};
+        return {in_double(at(row + pair, column + line)), in_double(at(row + pair + 1, column + line))};
     }
 };
 

@@ -25,7 +25,7 @@ struct Weights {
     double decay[CHUNK];   // log of what is left of what was known before the chunk, once this pair has come
     double left[CHUNK];    // and its exponential
     double energy[CHUNK];  // weight |k|^2
-    double share[CHUNK];   // what one row takes off each
+    double factor[2 * CHUNK];
     bool spoilt[CHUNK];    // its key or one of its values is not finite
 };
 
@@ -43,25 +43,57 @@ __device__ __forceinline__ PairArrays pairs_of(const data* k, const data* v, con
             log_decay != nullptr, beta != nullptr};
 }
 
-// A chunk of tokens to shared memory: keys where they count, and what is known of them. A warp has every eighth token.
-__device__ void load_pairs(const Tokens& to, Weights& all, const PairArrays& at, int low, int n, int first_column,
-                           int columns) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+// Lines of memory that will be asked for go to the cache.
+#ifdef __CUDACC_RTC__
+__device__ __forceinline__ void prefetch(const void* line) { asm volatile("prefetch.global.L2 [%0];" :: "l"(line)); }
+#else
+inline void prefetch(const void*) {}
+#endif
+// Of the tokens of a chunk, of which eight threads have one.
+template <class T>
+__device__ __forceinline__ void prefetch_tokens(const Rows<T>& from, int low, int end, int first, int last) {
+    const int token = low + threadIdx.x / WARPS, line = 128 / int(sizeof(T));
     #pragma unroll 1
-    for (int i = warp; i < CHUNK; i += WARPS) {
-        const double root = i >= n ? 0 : at.weighted ? sqrt(double(at.weight.at(low + i, 0))) : 1;
-        double energy = 0;
-        int spoilt = 0;
-        #pragma unroll 4
-        for (int j = lane; j < KEYS; j += 32) {
-            const float x = root != 0 && j < K ? float(widened(at.key.at(low + i, j))) : 0;
-            to.at(i, j) = x, energy = fma(double(x), double(x), energy), spoilt |= bad(x);
+    for (int j = first + threadIdx.x % WARPS * line; j < last && token < end; j += WARPS * line) prefetch(&from.at(token, j));
+}
+
+// A chunk of tokens to shared memory: keys where they count, and what is known of them. A warp has every eighth token,
+// and reads all it has of them before it looks at anything: memory is slow.
+__device__ __forceinline__ void load_pairs(const Tokens& to, Weights& all, const PairArrays& at, int low, int n,
+                                           int first_column, int columns) {
+    constexpr int mine = CHUNK / WARPS, wide = (KEYS + 31) / 32;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    float keys[mine][wide];
+    double weight[mine];
+    int spoilt[mine] = {};
+    #pragma unroll
+    for (int m = 0; m < mine; m++) {
+        const int i = warp + m * WARPS;
+        weight[m] = i < n ? 1 : 0;
+        if (i < n && at.weighted) weight[m] = at.weight.at(low + i, 0);
+        #pragma unroll
+        for (int part = 0; part < wide; part++) {
+            const int j = lane + 32 * part;
+            keys[m][part] = i < n && j < K ? float(widened(at.key.at(low + i, j))) : 0;
         }
-        #pragma unroll 4
-        for (int j = first_column + lane; j < min(columns, first_column + VALUES) && root != 0; j += 32)
-            spoilt |= bad(widened(at.value.at(low + i, j)));
-        energy = over_warp(energy), spoilt = __any_sync(0xffffffffu, spoilt);
-        if (lane == 0) all.root[i] = root, all.energy[i] = root * root * energy, all.spoilt[i] = spoilt;
+    }
+    #pragma unroll 1
+    for (int j = first_column + lane; j < min(columns, first_column + VALUES); j += 32)
+        #pragma unroll
+        for (int m = 0; m < mine; m++)
+            if (warp + m * WARPS < n) spoilt[m] |= bad(widened(at.value.at(low + warp + m * WARPS, j)));
+    #pragma unroll
+    for (int m = 0; m < mine; m++) {
+        const int i = warp + m * WARPS;
+        double energy = 0;
+        #pragma unroll
+        for (int part = 0; part < wide; part++) {
+            const float x = weight[m] != 0 ? keys[m][part] : 0;
+            energy = fma(double(x), double(x), energy), spoilt[m] |= bad(x);
+            if (lane + 32 * part < KEYS) to.at(i, lane + 32 * part) = x;
+        }
+        energy = over_warp(energy), spoilt[m] = __any_sync(0xffffffffu, spoilt[m] && weight[m] != 0);
+        if (lane == 0) all.root[i] = sqrt(weight[m]), all.energy[i] = weight[m] * energy, all.spoilt[i] = spoilt[m];
     }
     if (warp != WARPS - 1) return;
     double total = at.decays && lane < n ? fmax(double(at.decay.at(low + lane, 0)), FAINTEST) : 0;
@@ -70,6 +102,36 @@ __device__ void load_pairs(const Tokens& to, Weights& all, const PairArrays& at,
         total += lane >= distance ? earlier : 0;
     }
     all.decay[lane] = total, all.left[lane] = exp(total);
+}
+// Rows of a chunk to shared memory, as they are; all are read before one is written.
+template <class T>
+__device__ __forceinline__ void load_rows(const Tokens& to, const Rows<T>& from, int low, int n) {
+    constexpr int mine = CHUNK / WARPS, wide = (KEYS + 31) / 32;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    float x[mine][wide];
+    #pragma unroll
+    for (int m = 0; m < mine; m++)
+        for (int part = 0; part < wide; part++) {
+            const int i = warp + m * WARPS, j = lane + 32 * part;
+            x[m][part] = i < n && j < K ? float(widened(from.at(low + i, j))) : 0;
+        }
+    #pragma unroll
+    for (int m = 0; m < mine; m++)
+        for (int part = 0; part < wide; part++)
+            if (lane + 32 * part < KEYS) to.at(warp + m * WARPS, lane + 32 * part) = x[m][part];
+}
+// Values of a chunk to shared memory, where they count. A thread has one column of every second token.
+template <class Tile>
+__device__ __forceinline__ void load_values(const Tile& to, const Weights& all, const PairArrays& at, int low, int n,
+                                            int first_column, int columns) {
+    const int j = threadIdx.x % VALUES, first = threadIdx.x / VALUES, column = first_column + j;
+    #pragma unroll
+    for (int i = 0; i < CHUNK; i += THREADS / VALUES) {
+        const int token = i + first;
+        const bool there = column < columns && token < n;
+        const float x = there ? float(widened(at.value.at(low + token, column))) : 0;
+        to.at(token, j) = all.root[token] != 0 ? x : 0;
+    }
 }
 
 // The tiles of the lower triangle of a symmetric matrix, 16 x 8 each, that are this warp's: use(number, row, column).

@@ -24,13 +24,10 @@ pair_sums(const data* k, const data* v, const gate* log_decay, const gate* beta,
     #pragma unroll 1
     for (int low = piece * length, end = low + length; low < end; low += CHUNK) {
         load_pairs(keys, all, arrays, low, CHUNK, first_column, columns);
+        prefetch_tokens(arrays.key, low + CHUNK, end, 0, K);
+        prefetch_tokens(arrays.value, low + CHUNK, end, first_column, min(columns, first_column + VALUES));
         __syncthreads();  // weights are there
-        #pragma unroll 1
-        for (int i = threadIdx.x; i < CHUNK * VALUES; i += THREADS) {
-            const int token = i / VALUES, column = first_column + i % VALUES;
-            const bool counts = column < columns && all.root[token] != 0;
-            values.at(token, i % VALUES) = counts ? float(widened(arrays.value.at(low + token, column))) : 0;
-        }
+        load_values(values, all, arrays, low, CHUNK, first_column, columns);
         __syncthreads();  // pairs are there
         const double rest = all.left[CHUNK - 1];
         left *= rest;

@@ -41,7 +41,7 @@ recall_chunks(const gate* x, const data* k, const data* v, const gate* log_decay
     const Room room(dynamic_shared());
     Memory memory;
     const int which = blockIdx.x / blocks, column_block = blockIdx.x % blocks / pieces, piece = blockIdx.x % pieces;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = column_block * VALUES + 16 * warp;
+    const int warp = threadIdx.x / 32, first = column_block * VALUES + 16 * warp;
     const auto point = rows(x, table, axes, X, which);
     const auto answer = rows(o, table, axes, O, which);
     const auto state = rows(G, table, axes, STATE, which);
@@ -58,22 +58,17 @@ recall_chunks(const gate* x, const data* k, const data* v, const gate* log_decay
     for (int low = piece * length, end = min(tokens, low + length), n; low < end; low += n) {
         n = min(CHUNK, end - low);
         load_pairs(room.k, all, pairs, low, n, column_block * VALUES, columns);
+        prefetch_tokens(pairs.key, low + CHUNK, end, 0, K);
+        prefetch_tokens(pairs.value, low + CHUNK, end, column_block * VALUES, min(columns, (column_block + 1) * VALUES));
+        prefetch_tokens(point, low + CHUNK, end, 0, K);
         __syncthreads();  // keys and weights are there
         const int count = tokens_together(all, n, false);
         if (count < n) shorten(room.k, all, count);
         n = count;
-        #pragma unroll 1
-        for (int i = threadIdx.x; i < CHUNK * VALUES; i += THREADS) {
-            const int token = i / VALUES, column = column_block * VALUES + i % VALUES;
-            const bool counts = column < columns && all.root[token] != 0;
-            room.v.at(token, i % VALUES) = counts ? float(widened(pairs.value.at(low + token, column))) : 0;
-        }
+        load_values(room.v, all, pairs, low, n, column_block * VALUES, columns);
         #pragma unroll 1
         for (int group = 0; group < groups; group++) {  // the points that share this memory
-            #pragma unroll 1
-            for (int i = warp; i < CHUNK; i += WARPS)
-                for (int j = lane; j < KEYS; j += 32)
-                    room.x.at(i, j) = i < n && j < K ? float(point.of(group).at(low + i, j)) : 0;
+            load_rows(room.x, point.of(group), low, n);
             __syncthreads();  // points and values are there
             score(room, all);
             Sum answers[CHUNK / 8] = {};

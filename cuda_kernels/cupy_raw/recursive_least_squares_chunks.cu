@@ -43,20 +43,35 @@ __device__ double trace(const Square& A) {
     return over_warp(total);
 }
 
-// A = A^-1 for a symmetric A, pivot by pivot; false if one is not positive. Nothing is searched for: A is definite.
-__device__ bool invert(const Square& A, double* row, double* column) {
+// A = A^-1 for a symmetric A, pivot by pivot; false if one is not positive. Nothing is searched for: A is definite. Rows
+// and columns are left in `lines`, for two pivots in turn; a thread has the same columns every time.
+__device__ bool invert(const Square& A, double* lines) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     #pragma unroll 1
     for (int p = 0; p < K; p++) {
+        double *row = lines + p % 2 * 2 * KEYS, *column = row + KEYS;
         __syncthreads();  // A is what pivot p - 1 left
-        for (int i = threadIdx.x; i < K; i += THREADS) row[i] = A.at(p, i), column[i] = A.at(i, p);
+        for (int i = threadIdx.x; i < KEYS; i += THREADS) row[i] = A.at(p, i), column[i] = A.at(i, p);
         __syncthreads();  // its row and its column are there
-        const double pivot = row[p];
+        const double pivot = row[p], share = 1 / pivot;
         if (!(pivot > 0)) return false;
-        each_of_square(K, [&](int i, int j) {
-            const double along = row[j] / pivot;
-            double& x = A.at(i, j);
-            x = i == p ? j == p ? 1 / pivot : along : j == p ? -column[i] / pivot : fma(-column[i], along, x);
-        });
+        double along[(KEYS + 31) / 32];
+        #pragma unroll
+        for (int m = 0; m < (KEYS + 31) / 32; m++) {
+            const int j = min(lane + 32 * m, KEYS - 1);
+            along[m] = j == p ? share : share * row[j];
+        }
+        #pragma unroll 4
+        for (int i = warp; i < KEYS; i += WARPS) {
+            const double factor = -column[i];
+            #pragma unroll
+            for (int m = 0; m < (KEYS + 31) / 32; m++) {
+                const int j = lane + 32 * m;
+                if (KEYS % 32 && j >= KEYS) continue;
+                double& x = A.at(i, j);
+                x = i == p ? along[m] : fma(factor, along[m], j == p ? 0 : x);
+            }
+        }
     }
     __syncthreads();  // A is whole
     each_of_square(K, [&](int i, int j) { if (j > i) A.at(i, j) = A.at(j, i); });
@@ -149,13 +164,15 @@ __device__ __forceinline__ Sum meet(const Tokens& x, const Columns& W, int row, 
     return sums[0];
 }
 __device__ __forceinline__ void meet_pairs(const Room& room) {
-    each_pair_tile([&](int row, int column) {
+    #pragma unroll 1
+    for (int task = threadIdx.x / 32; task < CHUNK / 16 * (CHUNK / 8); task += WARPS) {
+        const int row = task / (CHUNK / 8) * 16, column = task % (CHUNK / 8) * 8;
         Sum sum = meet(room.k, room.W, row, column);
         each(sum, [&](int i, int j, double x) {
             const int token = row + i, other = column + j;
             room.pairs.at(token, other) = room.all.root[token] * x + (token == other ? room.all.left[token] : 0);
         });
-    });
+    }
 }
 __device__ __forceinline__ void score(const Room& room) {
     each_pair_tile([&](int row, int column) {
@@ -164,28 +181,32 @@ __device__ __forceinline__ void score(const Room& room) {
     });
 }
 
-// L^-1 in the place of the lower triangle of L L^T, by one warp; a lane has a column of what is left and of the inverse.
-__device__ void invert_factor(const Pairs& A, double* shares) {
+// L^-1 in the place of L L^T, by one warp. A lane has a column of what is left and of the inverse in registers, from
+// row p on; columns that rows are taken off by go through shared memory, two in turn.
+__device__ __forceinline__ void invert_factor(const Pairs& A, double* factors) {
     const int own = threadIdx.x % 32;
-    double pivot = 1;  // of this lane's row
+    double x[CHUNK], pivot = 1;  // that of this lane's row
+    #pragma unroll
+    for (int i = 0; i < CHUNK; i++) x[i] = A.at(i, own);
+    __syncwarp();  // all lanes have their columns
     #pragma unroll 1
     for (int p = 0; p < CHUNK; p++) {
-        const double here = A.at(p, p), below = own > p ? A.at(own, p) : 0;
-        const double known = own > p ? below : own == p ? 1 : A.at(p, own);
+        double* const factor = factors + p % 2 * CHUNK;
+        #pragma unroll
+        for (int i = 0; i < CHUNK; i++)
+            if (own == p) factor[i] = x[i];
+        __syncwarp();  // column p is there
+        const double here = factor[0], share = 1 / here, along = own == p ? share : share * x[0];
         pivot = own == p ? here : pivot;
-        shares[own] = below / here;
-        __syncwarp();  // everyone's share of row p is there
-        #pragma unroll 4
-        for (int i = p + 1; i < CHUNK; i++)
-            if (own <= i) A.at(i, own) = fma(-shares[i], known, own == p ? 0 : A.at(i, own));
-        __syncwarp();  // the next row is there
+        A.at(p, own) = own < p ? x[0] : own == p ? 1 : 0;
+        #pragma unroll
+        for (int i = 1; i < CHUNK; i++) x[i - 1] = fma(-factor[i], along, own == p ? 0 : x[i]);
+        x[CHUNK - 1] = 0;
     }
     const double share = 1 / sqrt(pivot);
-    #pragma unroll 1
-    for (int i = 0; i < CHUNK; i++) {
-        const double scale = __shfl_sync(0xffffffffu, share, i);
-        A.at(i, own) = own < i ? scale * A.at(i, own) : own == i ? scale : 0;
-    }
+    __syncwarp();  // all rows are there
+    #pragma unroll 4
+    for (int i = 0; i < CHUNK; i++) A.at(i, own) *= __shfl_sync(0xffffffffu, share, i);
 }
 
 // W = L^-1 W, transposed. What a tile needs is not beyond its own columns, so the last one goes first.
@@ -252,7 +273,7 @@ recursive_least_squares_chunks(const data* q, const data* k, const data* v, cons
         return Sums(reinterpret_cast<double*>(sums), size_t(blockIdx.x / pieces) * stored + p);
     };
     const bool even = load_covariance(room.P, covariance, eps), whole = finite(room.P);
-    if (whole && !(even && invert(room.P, room.W.begin, room.W.begin + KEYS))) {
+    if (whole && !(even && invert(room.P, room.W.begin))) {
         if (threadIdx.x == 0 && piece == 0) rows(bad_next, table, axes, BAD, which).at(0, 0) = true;
         return;
     }
@@ -274,7 +295,7 @@ recursive_least_squares_chunks(const data* q, const data* k, const data* v, cons
         }
         __syncthreads();  // H is there
         information = trace(room.P);
-        invert(room.P, room.W.begin, room.W.begin + KEYS);
+        invert(room.P, room.W.begin);
         memory.multiply(room.P, own_room);
     } else {
         load_covariance(room.P, covariance, eps);
@@ -283,13 +304,6 @@ recursive_least_squares_chunks(const data* q, const data* k, const data* v, cons
 
     #pragma unroll 1
     for (int low = piece * length, end = min(tokens, low + length), n; low < end; low += n) {
-        const auto load_queries = [&](int group) {
-            #pragma unroll 1
-            for (int i = warp; i < CHUNK; i += WARPS)
-                #pragma unroll 4
-                for (int j = lane; j < KEYS; j += 32)
-                    room.q.at(i, j) = i < n && j < K ? float(widened(at.query.of(group).at(low + i, j))) : 0;
-        };
         n = min(CHUNK, end - low);
         load_pairs(room.k, all, at.pairs, low, n, column_block * VALUES, columns);
         __syncthreads();  // keys and weights are there, and P is what the last chunk left
@@ -310,12 +324,15 @@ recursive_least_squares_chunks(const data* q, const data* k, const data* v, cons
             shorten(room.k, all, count);
             n = count;
         }
-        load_queries(0);
+        prefetch_tokens(at.pairs.key, low + CHUNK, end, 0, K);
+        prefetch_tokens(at.query, low + CHUNK, end, 0, K);
+        prefetch_tokens(at.pairs.value, low + CHUNK, end, column_block * VALUES, min(columns, (column_block + 1) * VALUES));
+        load_rows(room.q, at.query.of(0), low, n);
         meet_keys(room);
         __syncthreads();  // K P is there
         meet_pairs(room);
         __syncthreads();  // what is to be inverted is there
-        if (warp == 0) invert_factor(room.pairs, all.share);
+        if (warp == 0) invert_factor(room.pairs, all.factor);
 
         Sum errors[CHUNK / 8] = {}, answers[CHUNK / 8] = {};
         memory.recall(errors, room.k);
@@ -341,7 +358,7 @@ recursive_least_squares_chunks(const data* q, const data* k, const data* v, cons
         for (int group = 0; group < groups; group++) {  // the queries that share this memory
             if (group) {
                 __syncthreads();  // nobody is left at the last queries and scores
-                load_queries(group);
+                load_rows(room.q, at.query.of(group), low, n);
                 __syncthreads();  // these queries are there
                 for (Sum& sum : answers) sum = {};
                 memory.recall(answers, room.q);
