@@ -245,7 +245,6 @@ mesa_chunks(const data* q, const data* k, const data* v, const gate* log_decay, 
         n = count;
         find_decays(room, all);
         const bool safe = !EXACT || all_safe(room, all, eps);
-        __syncthreads();  // decays are there
         bool solved = safe;
         #pragma unroll 1
         for (int group = 0; group < groups && solved; group++) {  // the queries that share this memory
@@ -263,13 +262,11 @@ mesa_chunks(const data* q, const data* k, const data* v, const gate* log_decay, 
             });
             for (int token = 0; token < n; token++)
                 residual = fmax(residual, sqrt(ratio(now.error[token], now.start[token])));
-            __syncthreads();  // everyone has seen what is left
         }
         if (EXACT && !solved) {
             double* const own_H = reinterpret_cast<double*>(rooms) + size_t(blockIdx.x) * 2 * K * K;
             each_of_square(K, [&](int i, int j) { own_H[i * K + j] = room.H.at(i, j); });
             for (int p = threadIdx.x; p < K; p += THREADS) alone.ridge[p] = room.ridge[p];
-            __syncthreads();  // the copy is there
             #pragma unroll 1
             for (int t = low; t < low + n; t++) {
                 stage_key(alone.key, pairs.key, pairs.weight, pairs.weighted, t);
@@ -282,7 +279,6 @@ mesa_chunks(const data* q, const data* k, const data* v, const gate* log_decay, 
                     solve(own_H + K * K, alone, factored);
                     for (int p = threadIdx.x; p < K; p += THREADS) solution.of(group).at(t, p) = gate(alone.x[p]);
                 }
-                __syncthreads();  // nobody is left at this token
             }
         }
         learn_chunk(room, all);

@@ -87,7 +87,6 @@ recall_chunks(const gate* x, const data* k, const data* v, const gate* log_decay
                     const int token = 8 * tile + j, column = first + i;
                     if (token < n && column < columns) put(answer.of(group).at(low + token, column), float(x));
                 });
-            __syncthreads();  // nobody is left at these points
         }
         const double left = all.left[CHUNK - 1];
         for (int m = 0; m < OCTETS && left != 1; m++)

@@ -122,7 +122,6 @@ __device__ bool load_covariance(const Square& P, Rows<const gate> from, double e
     if (threadIdx.x % 32 == 0) sizes[threadIdx.x / 32] = size, gaps[threadIdx.x / 32] = gap;
     __syncthreads();  // the largest is among them
     for (int i = 0; i < WARPS; i++) size = fmax(size, sizes[i]), gap = fmax(gap, gaps[i]);
-    __syncthreads();  // everyone has seen them
     return gap <= 1000 * eps * size;
 }
 __device__ bool finite(const Square& P) {
@@ -357,7 +356,6 @@ recursive_least_squares_chunks(const data* q, const data* k, const data* v, cons
         #pragma unroll 1
         for (int group = 0; group < groups; group++) {  // the queries that share this memory
             if (group) {
-                __syncthreads();  // nobody is left at the last queries and scores
                 load_rows(room.q, at.query.of(group), low, n);
                 __syncthreads();  // these queries are there
                 for (Sum& sum : answers) sum = {};
