@@ -100,7 +100,9 @@ template <int REGISTERS>
 static inline void take_registers() {}
 template <int REGISTERS>
 static inline void leave_registers() {}
-static inline void warpgroup_barrier(int group, int line = __builtin_LINE()) { runner::named_barrier(group + 1, 128, line); }
+static inline void warpgroup_barrier(int group, int line = __builtin_LINE()) {
+    runner::named_barrier(group + 1, 128, line);
+}
 static inline void set_up(Barrier& barrier, int arrivals, int line = __builtin_LINE()) {
     runner::set_up(&barrier, arrivals, line);
 }
