@@ -15,7 +15,7 @@ from test_cuda_kernels import by_the_runner
 from test_operators import HALVES, half, same_bits
 
 import ttr_np
-from cuda_kernels.cupy_raw import _text, softmax_attention
+from cuda_kernels.cupy_raw import _launch, _text, softmax_attention
 
 pytestmark = needed(cudaemu.missing())
 
@@ -255,6 +255,16 @@ def test_all_else_goes_to_the_text_for_any_gpu(name):
         machine.capability, machine.build = capability, lambda *_: lambda *_, **__: None
         ttr_np.softmax_attention(**arrays, **options, backend="cupy")
     assert machine.launches == ["softmax_tensor"]
+
+
+def test_arrays_on_the_device_stay_there_and_the_architecture_is_asked_for(cupy, monkeypatch):
+    monkeypatch.setattr(cupy.Device, "compute_capability", "90")
+    monkeypatch.setattr(_launch, "device", _launch.device.__wrapped__)
+    arrays = drawn(130, k=64, v=64, lead=(), dtype=np.float16)
+    cupy.called.clear()
+    found = ttr_np.softmax_attention(**{name: cupy.ndarray(x) for name, x in arrays.items()})
+    assert isinstance(found, cupy.ndarray) and cupy.called.count("launch") == 1
+    same_bits(found.get(), run(arrays))
 
 
 # ---- fences, waits and barriers --------------------------------------------------------------------------------------

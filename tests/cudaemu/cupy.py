@@ -113,7 +113,8 @@ class RawModule:
     machine = Cupy()
 
     def __init__(self, code: str, options: tuple[str, ...]) -> None:
-        assert options == ("-std=c++17",)
+        own = ("-arch=sm_90a",) if "wgmma.mma_async" in code else ()  # an architecture that the text needs
+        assert options == ("-std=c++17", *own)
         self.code = code
 
     def get_function(self, name: str) -> Any:
