@@ -185,6 +185,8 @@ __device__ __forceinline__ void produce(const Room& room, Barriers& barriers, co
         if (blind) clean(room.values(stage), bad.pair[before], bad.any[before]);
         hand_over(barriers.values[stage], values_in_pieces && !blind);
     }
+    close_copies();
+    finish_copies<0>();  // no thread ends before its copies are there
 }
 
 // ---- products, by a warpgroup ---------------------------------------------------------------------------------------

@@ -42,6 +42,8 @@ struct Copy {  // one that the program does not wait for
     int group, line;
 };
 
+using Phase = std::map<const void*, uint32_t>;
+
 struct Sums {  // of products under way; the registers themselves hold NaN
     float* registers;
     std::vector<float> values;
@@ -65,7 +67,9 @@ struct Thread {
     std::vector<Copy> copies;  // under way
     int group;                 // of copies, the one that is open
     Clock clock;               // only where barriers have phases
+    Phase known;               // of barriers, how many phases it has seen end
     uint64_t shown;            // when it last showed to products what was written
+    Phase shown_known;         // and what it knew then
     bool may_multiply;
     std::vector<Sums> sums;
     std::vector<Lefts> lefts;
@@ -93,8 +97,9 @@ struct Access {  // the last one of its kind to a byte; block 0: none yet
 struct Cell {  // what is known of one byte
     Access write, read;
     bool set, under_way;  // a copy will write it at some time
-    bool copied;          // a copy has written it
     uint64_t time;        // of the write, see Thread::shown
+    const void* barrier;  // with phases, which the copy that has written it told, and in which phase
+    uint32_t phase;
 };
 
 struct Use {  // of 16 bytes by products: those under way, and for each warp when the last one ended
@@ -248,6 +253,8 @@ static void life_of_a_thread() {
     Thread& self = *machine.current;
     if (!self.copies.empty()) fault(RACE, self.copies[0].line, "a copy that nobody waits for");
     if (!self.sums.empty()) fault(RACE, 0, "a product that nobody waits for");
+    for (const Arrival& arrival : machine.coming)
+        if (arrival.thread == self.number) fault(RACE, arrival.line, "a thread ends before its copies are there");
     machine.live--, machine.exited++;
     Warp& warp = machine.warps[size_t(self.warp)];
     warp.alive &= ~(1u << self.lane);
@@ -261,7 +268,8 @@ static void life_of_a_thread() {
 static void prepare(Thread& thread) {
     thread.state = READY;
     thread.copies.clear(), thread.group = 0;
-    thread.clock.clear(), thread.sums.clear(), thread.lefts.clear();
+    thread.clock.clear(), thread.known.clear(), thread.shown_known.clear();
+    thread.sums.clear(), thread.lefts.clear();
     thread.shown = 0, thread.may_multiply = false;
     char* top = machine.stacks + size_t(thread.number + 1) * STACK;
     top -= thread.number % 61 * 320;  // equal places in all stacks would share one set of the cache
@@ -519,7 +527,6 @@ static bool land_copies();
 static void run_block() {
     while (run_ready_threads(), machine.live)
         if (!land_copies()) open_barrier();
-    if (!machine.coming.empty()) fault(RACE, machine.coming[0].line, "a copy that nobody waits for");
 }
 
 static void run_blocks(const unsigned* grid) {
@@ -742,7 +749,7 @@ static void check_byte(Cell& cell, bool writes, int kind, long offset, int line,
         fault_of_access(RACE, line, from, writes ? "write-write race in" : "read-write race in", name_of(kind), offset);
     if (writes && unordered(cell.read)) fault_of_access(RACE, line, from, "write-read race in", name_of(kind), offset);
     if (writes)
-        cell = {access_now(), {}, true, false, false, machine.time};
+        cell = {access_now(), {}, true, false, machine.time, nullptr, 0};
     else
         remember_read(cell.read);
 }
@@ -826,14 +833,14 @@ static void land(const Copy& copy, int line) {
     set_under_way(copy.to, false);
     note_write(copy.to, 16, line);
     memcpy(copy.to, copy.bytes, 16);
-    Shadow* shadow = machine.options.check ? shadow_of(uint64_t(copy.to)) : nullptr;
-    Cell* cells = shadow && shadow->cells ? shadow->cells + (uint64_t(copy.to) - shadow->region.begin) : nullptr;
-    for (int i = 0; cells && i < 16; i++) cells[i].copied = true;
 }
+
+static void land_own_arrivals(Thread& self, int groups_left);
 
 // Waits for all groups of this thread's copies but the newest.
 void runner::finish_copies(int groups_left, int line) {
     Thread& self = *machine.current;
+    land_own_arrivals(self, groups_left);
     std::vector<Copy> left;
     for (const Copy& copy : self.copies) {
         if (copy.group >= self.group - groups_left) {
@@ -854,7 +861,16 @@ unsigned runner::shared_address(const void* at) {
     return unsigned(byte - machine.shared) + SHARED_BEGIN;
 }
 
-void runner::show_to_products() { machine.current->shown = ++machine.time; }
+void runner::show_to_products() {
+    machine.current->shown = ++machine.time;
+    machine.current->shown_known = machine.current->known;
+}
+
+// Whether a thread has seen the end of the phase that a copy told of; of other copies and stores it knows no more.
+static bool has_come(const Phase& known, const Cell& cell) {
+    const auto found = known.find(cell.barrier);
+    return found != known.end() && found->second > cell.phase;
+}
 
 // A matrix by its descriptor, as the PTX manual says: the canonical layouts, in bytes and for numbers of 16 bits, and
 // then pieces of 16 bytes that change places. `major` says that neighbours are along its rows or columns, not inside.
@@ -884,20 +900,20 @@ struct Described {
 
 static void check_operand(Shadow& shadow, long offset, int line) {
     const Thread& self = *machine.current;
-    for (long i = offset; i < offset + 2; i++) {
+    for (long i = offset; i < offset + 16; i++) {
         const Cell& cell = shadow.cells[i];
         const auto wrong = [&](int kind, const char* words) {
             fault_of_access(kind, line, nullptr, words, "shared memory", i);
         };
         if (cell.under_way) wrong(RACE, "a copy is still under way to");
         if (!cell.set) wrong(UNSET, "read of unset");
-        if (unordered(cell.write)) wrong(RACE, "read-write race in");
+        if (cell.barrier ? !has_come(self.known, cell) : unordered(cell.write)) wrong(RACE, "read-write race in");
         const bool shown = machine.threads[cell.write.thread].shown > cell.time;  // by the one who wrote
-        if (!shown && !(cell.copied && self.shown > cell.time)) wrong(RACE, "nobody has shown to products");
+        if (!shown && !has_come(self.shown_known, cell)) wrong(RACE, "nobody has shown to products");
     }
 }
 
-// A number that a product reads.
+// A number that a product reads, and with it the 16 bytes that it is in.
 static float operand(const Described& matrix, unsigned i, unsigned inner, bool half, int line) {
     const unsigned at = matrix.place(i, inner);
     if (at < SHARED_BEGIN || at + 2 > SHARED_BEGIN + machine.options.dynamic_shared)
@@ -905,10 +921,10 @@ static float operand(const Described& matrix, unsigned i, unsigned inner, bool h
     const char* from = machine.shared + (at - SHARED_BEGIN);
     Shadow& shadow = machine.memory[0];
     if (shadow.cells) {
-        check_operand(shadow, from - machine.shared, line);
         const size_t place = size_t(from - machine.shared) / 16;
         Warp& warp = machine.warps[size_t(machine.current->warp)];
         if (warp.flights.empty() || warp.flights.back().place != place || warp.flights.back().group != warp.group) {
+            check_operand(shadow, long(place * 16), line);
             warp.flights.push_back({place, warp.group});
             shadow.uses[place].under_way++;
         }
@@ -939,8 +955,10 @@ static void multiply_of_warp(const void* const* given, void* const*, int line) {
     const Described left(first.left, false), right(first.right, first.left_registers != nullptr);
     const unsigned top = unsigned(machine.current->warp % 4) * 16;
     float a[64][16], b[256][16];  // of the left matrix this warp multiplies 16 rows, but may read those of the others
-    for (unsigned k = 0; k < 16; k++)
-        for (int j = 0; j < first.columns; j++) b[j][k] = operand(right, unsigned(j), k, first.half, line);
+    for (int i = 0; i < 16 * first.columns; i++) {  // neighbours one after the other
+        const int j = right.major ? i % first.columns : i / 16, k = right.major ? i / first.columns : i % 16;
+        b[j][k] = operand(right, unsigned(j), unsigned(k), first.half, line);
+    }
     if (!first.left_registers)
         for (unsigned i = 0; i < 64; i++)
             for (unsigned k = 0; k < 16; k++) a[i][k] = operand(left, i, k, first.half, line);
@@ -1065,27 +1083,50 @@ void runner::wait_for_phase(void* barrier, int phase, int line) {
     Phases& phases = phases_of(barrier, line);
     for (self.awaited = barrier; (phases.phase & 1) == uint32_t(phase & 1);) leave(IN_PHASE, line);
     learn(self.clock, phases.known);
+    self.known[barrier] = phases.phase;
 }
 
 
+static void tell(const Copy& copy, const void* barrier) {
+    Shadow* shadow = machine.options.check ? shadow_of(uint64_t(copy.to)) : nullptr;
+    if (!shadow || !shadow->cells) return;
+    Cell* cells = shadow->cells + (uint64_t(copy.to) - shadow->region.begin);
+    for (int i = 0; i < 16; i++) cells[i].barrier = barrier, cells[i].phase = machine.phases[barrier].phase;
+}
+
 // An arrival that comes with copies, as the thread that has begun them.
+static void land_arrival(size_t place) {
+    Arrival arrival = std::move(machine.coming[place]);
+    machine.coming.erase(machine.coming.begin() + long(place));
+    Thread *before = machine.current, &thread = machine.threads[size_t(arrival.thread)];
+    machine.current = &thread, builtins.thread = thread.index;
+    arrival.clock.swap(thread.clock);
+    thread.clock[size_t(thread.number)]--;  // they were written before the thread went on
+    for (const Copy& copy : arrival.copies) land(copy, arrival.line), tell(copy, arrival.barrier);
+    thread.clock[size_t(thread.number)]++;
+    arrival.clock.swap(thread.clock);
+    machine.current = before, machine.time++;
+    count_arrival(arrival.barrier, machine.phases[arrival.barrier], arrival.clock);
+}
+
 static bool land_copies() {
     if (machine.coming.empty()) return false;
     const size_t last = machine.coming.size() - 1;
     const int order = machine.options.order;
-    const size_t place = order == FORWARD ? 0 : order == REVERSE ? last : machine.chance() % (last + 1);
-    Arrival arrival = std::move(machine.coming[place]);
-    machine.coming.erase(machine.coming.begin() + long(place));
-    Thread& thread = machine.threads[size_t(arrival.thread)];
-    machine.current = &thread, builtins.thread = thread.index;
-    arrival.clock.swap(thread.clock);
-    thread.clock[size_t(thread.number)]--;  // they were written before the thread went on
-    for (const Copy& copy : arrival.copies) land(copy, arrival.line);
-    thread.clock[size_t(thread.number)]++;
-    arrival.clock.swap(thread.clock);
-    machine.current = nullptr, machine.time++;
-    count_arrival(arrival.barrier, machine.phases[arrival.barrier], arrival.clock);
+    land_arrival(order == FORWARD ? 0 : order == REVERSE ? last : machine.chance() % (last + 1));
     return true;
+}
+
+static void land_own_arrivals(Thread& self, int groups_left) {
+    const auto own = [&](const Arrival& arrival) {
+        const auto waited_for = [&](const Copy& copy) { return copy.group < self.group - groups_left; };
+        return arrival.thread == self.number && std::all_of(arrival.copies.begin(), arrival.copies.end(), waited_for);
+    };
+    for (size_t i = 0; i < machine.coming.size();)
+        if (own(machine.coming[i]))
+            land_arrival(i);
+        else
+            i++;
 }
 
 #define HOOKS(bytes)                                                                                                   \
