@@ -67,8 +67,9 @@ struct Thread {
     std::vector<Copy> copies;  // under way
     int group;                 // of copies, the one that is open
     Clock clock;               // only where barriers have phases
+    uint32_t epoch;            // its own count in it
     Phase known;               // of barriers, how many phases it has seen end
-    uint64_t shown;            // when it last showed to products what was written
+    uint32_t shown;            // when it last showed to products what was written
     Phase shown_known;         // and what it knew then
     bool may_multiply;
     std::vector<Sums> sums;
@@ -97,12 +98,12 @@ struct Access {  // the last one of its kind to a byte; block 0: none yet
 struct Cell {  // what is known of one byte
     Access write, read;
     bool set, under_way;  // a copy will write it at some time
-    uint64_t time;        // of the write, see Thread::shown
-    const void* barrier;  // with phases, which the copy that has written it told, and in which phase
-    uint32_t phase;
+    uint32_t time;        // of the write, see Thread::shown
 };
 
 struct Use {  // of 16 bytes by products: those under way, and for each warp when the last one ended
+    const void* barrier;  // with phases, which the copy that has written them told, and in which phase
+    uint32_t phase;
     int under_way;
     std::array<std::pair<uint32_t, uint32_t>, WARPS> ends;  // interval, and epoch of the warp's first lane
 };
@@ -147,7 +148,7 @@ struct Machine {
     uint32_t block, interval;
     std::map<const void*, Phases> phases;
     std::vector<Arrival> coming;
-    uint64_t time;
+    uint32_t time;
     int code;
     char* message;
     int length;
@@ -268,7 +269,7 @@ static void life_of_a_thread() {
 static void prepare(Thread& thread) {
     thread.state = READY;
     thread.copies.clear(), thread.group = 0;
-    thread.clock.clear(), thread.known.clear(), thread.shown_known.clear();
+    thread.epoch = 0, thread.clock.clear(), thread.known.clear(), thread.shown_known.clear();
     thread.sums.clear(), thread.lefts.clear();
     thread.shown = 0, thread.may_multiply = false;
     char* top = machine.stacks + size_t(thread.number + 1) * STACK;
@@ -306,10 +307,7 @@ static void learn(Clock& clock, const Clock& other) {
 // The own count of a thread goes on when it has told others.
 static void go_on(Thread& thread) {
     thread.clock.resize(machine.threads.size());
-    thread.clock[size_t(thread.number)]++;
-}
-static uint32_t epoch_of(const Thread& thread) {
-    return thread.clock.empty() ? 0 : thread.clock[size_t(thread.number)];
+    thread.clock[size_t(thread.number)] = ++thread.epoch;
 }
 static bool knows(const Thread& thread, uint32_t other, uint32_t epoch) {
     return other < thread.clock.size() && thread.clock[other] >= epoch + 1;
@@ -726,7 +724,7 @@ static bool unordered(const Access& before) {
 static Access access_now() {
     const Thread& self = *machine.current;
     const uint32_t warp_interval = machine.warps[size_t(self.warp)].interval;
-    return {machine.block, uint32_t(self.number), machine.interval, warp_interval, epoch_of(self)};
+    return {machine.block, uint32_t(self.number), machine.interval, warp_interval, self.epoch};
 }
 
 static void remember_read(Access& read) {
@@ -749,7 +747,7 @@ static void check_byte(Cell& cell, bool writes, int kind, long offset, int line,
         fault_of_access(RACE, line, from, writes ? "write-write race in" : "read-write race in", name_of(kind), offset);
     if (writes && unordered(cell.read)) fault_of_access(RACE, line, from, "write-read race in", name_of(kind), offset);
     if (writes)
-        cell = {access_now(), {}, true, false, machine.time, nullptr, 0};
+        cell = {access_now(), {}, true, false, machine.time};
     else
         remember_read(cell.read);
 }
@@ -773,10 +771,11 @@ static void guard_registers(uint64_t at, int bytes, bool writes, int line, const
 }
 
 // Whether products are done with what is written.
-static void check_uses(const Shadow& shadow, long offset, int bytes, int line, const void* from) {
+static void check_uses(Shadow& shadow, long offset, int bytes, int line, const void* from) {
     const Thread& self = *machine.current;
     for (long place = offset / 16; place <= (offset + bytes - 1) / 16; place++) {
-        const Use& use = shadow.uses[size_t(place)];
+        Use& use = shadow.uses[size_t(place)];
+        use.barrier = nullptr;
         if (use.under_way) fault_of_access(RACE, line, from, "a product still reads", "shared memory", offset);
         for (int warp = 0; warp < WARPS; warp++) {
             const auto [interval, epoch] = use.ends[size_t(warp)];
@@ -867,9 +866,9 @@ void runner::show_to_products() {
 }
 
 // Whether a thread has seen the end of the phase that a copy told of; of other copies and stores it knows no more.
-static bool has_come(const Phase& known, const Cell& cell) {
-    const auto found = known.find(cell.barrier);
-    return found != known.end() && found->second > cell.phase;
+static bool has_come(const Phase& known, const Use& use) {
+    const auto found = known.find(use.barrier);
+    return found != known.end() && found->second > use.phase;
 }
 
 // A matrix by its descriptor, as the PTX manual says: the canonical layouts, in bytes and for numbers of 16 bits, and
@@ -900,6 +899,8 @@ struct Described {
 
 static void check_operand(Shadow& shadow, long offset, int line) {
     const Thread& self = *machine.current;
+    const Use& use = shadow.uses[size_t(offset) / 16];
+    const bool told = use.barrier, has_told = has_come(self.known, use), shows = has_come(self.shown_known, use);
     for (long i = offset; i < offset + 16; i++) {
         const Cell& cell = shadow.cells[i];
         const auto wrong = [&](int kind, const char* words) {
@@ -907,9 +908,9 @@ static void check_operand(Shadow& shadow, long offset, int line) {
         };
         if (cell.under_way) wrong(RACE, "a copy is still under way to");
         if (!cell.set) wrong(UNSET, "read of unset");
-        if (cell.barrier ? !has_come(self.known, cell) : unordered(cell.write)) wrong(RACE, "read-write race in");
+        if (told ? !has_told : unordered(cell.write)) wrong(RACE, "read-write race in");
         const bool shown = machine.threads[cell.write.thread].shown > cell.time;  // by the one who wrote
-        if (!shown && !has_come(self.shown_known, cell)) wrong(RACE, "nobody has shown to products");
+        if (!shown && !shows) wrong(RACE, "nobody has shown to products");
     }
 }
 
@@ -1020,7 +1021,7 @@ static void finish_of_warp(const void* const* given, void* const*, int) {
     for (const Flight& flight : warp.flights) {
         if (!ended(flight)) continue;
         Use& use = machine.memory[0].uses[flight.place];
-        use.under_way--, use.ends[size_t(machine.current->warp)] = {machine.interval, epoch_of(lanes[0])};
+        use.under_way--, use.ends[size_t(machine.current->warp)] = {machine.interval, lanes[0].epoch};
     }
     warp.flights.erase(std::remove_if(warp.flights.begin(), warp.flights.end(), ended), warp.flights.end());
 }
@@ -1090,8 +1091,9 @@ void runner::wait_for_phase(void* barrier, int phase, int line) {
 static void tell(const Copy& copy, const void* barrier) {
     Shadow* shadow = machine.options.check ? shadow_of(uint64_t(copy.to)) : nullptr;
     if (!shadow || !shadow->cells) return;
-    Cell* cells = shadow->cells + (uint64_t(copy.to) - shadow->region.begin);
-    for (int i = 0; i < 16; i++) cells[i].barrier = barrier, cells[i].phase = machine.phases[barrier].phase;
+    if (shadow->uses.empty()) return;
+    Use& use = shadow->uses[(uint64_t(copy.to) - shadow->region.begin) / 16];
+    use.barrier = barrier, use.phase = machine.phases[barrier].phase;
 }
 
 // An arrival that comes with copies, as the thread that has begun them.
@@ -1101,9 +1103,10 @@ static void land_arrival(size_t place) {
     Thread *before = machine.current, &thread = machine.threads[size_t(arrival.thread)];
     machine.current = &thread, builtins.thread = thread.index;
     arrival.clock.swap(thread.clock);
-    thread.clock[size_t(thread.number)]--;  // they were written before the thread went on
+    const uint32_t epoch = thread.epoch;
+    thread.epoch = thread.clock[size_t(thread.number)] - 1;  // they were written before the thread went on
     for (const Copy& copy : arrival.copies) land(copy, arrival.line), tell(copy, arrival.barrier);
-    thread.clock[size_t(thread.number)]++;
+    thread.epoch = epoch;
     arrival.clock.swap(thread.clock);
     machine.current = before, machine.time++;
     count_arrival(arrival.barrier, machine.phases[arrival.barrier], arrival.clock);
