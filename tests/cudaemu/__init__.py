@@ -13,7 +13,11 @@ between threads and between blocks, misalignment, and (C++ only) overflow of int
 It knows what our kernels use: barriers of a block and of a warp, shuffles, static and dynamic shared memory, and what
 ``tensor.cuh`` writes as PTX: products and loads of a warp with the exact layout in registers, and asynchronous copies,
 which land only when their thread waits and must not be looked at before. Sums of products are cut, not rounded, a
-little worse than tensor cores are said to do it. It has no atomics, and it is neither a clock nor a model of weak
+little worse than tensor cores are said to do it. Of Hopper it knows what ``wgmma.cuh`` writes: products of a warpgroup,
+whose matrices it finds by the bits of their descriptors and whose registers nobody may touch before the wait; what must
+be shown to products before they read it; barriers of some threads, and barriers with phases, where a clock for each
+thread tells what it knows of the others. Copies that arrive at such a barrier land when nothing else goes on. It has no
+atomics, and it is neither a clock nor a model of weak
 memory. exp, sin and cos are those of the C library. In PTX all static shared arrays lie in one piece, and so does
 dynamic shared memory, so that an overrun from one array into the next is not seen. It needs Linux on x86-64 and g++,
 and runs one launch at a time in a process.

@@ -113,7 +113,8 @@ class RawModule:
     machine = Cupy()
 
     def __init__(self, code: str, options: tuple[str, ...]) -> None:
-        assert options == ("-std=c++17",)
+        own = ("-arch=sm_90a",) if "wgmma.mma_async" in code else ()  # an architecture that the text needs
+        assert options == ("-std=c++17", *own)
         self.code = code
 
     def get_function(self, name: str) -> Any:
@@ -183,6 +184,7 @@ class Device:
     """The one device, current or not."""
 
     attributes = {"MultiProcessorCount": 4, "MaxSharedMemoryPerBlockOptin": 227 * 1024}
+    compute_capability = "80"
 
     def __init__(self, number: int = 0) -> None:
         self.id = number
