@@ -12,7 +12,6 @@ first, ``turn`` then walks along the rows of U, whose sums stay in registers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -22,7 +21,7 @@ from numba.extending import intrinsic
 
 from ._compile import inner
 from ._lanes import CHAINS, in_fours, padded
-from ._vectors import Vectors
+from ._vectors import Vectors, known, repeat
 
 __all__ = ["learn_factors", "numbers_of", "place_of"]
 
@@ -46,16 +45,6 @@ def tile_at(builder: Any, i: Any, j: Any) -> Any:
     word = ir.IntType(64)
     before = builder.lshr(builder.mul(j, builder.add(j, word(1))), word(1))
     return builder.mul(builder.add(before, i), word(CHAINS * CHAINS))
-
-
-def repeat(builder: Any, low: Any, high: Any, body: Callable[[Any], None]) -> None:
-    """The body for every number from low on; written out if the sizes are known when it is compiled."""
-    if isinstance(high, int):
-        for i in range(low.constant, high):
-            body(ir.IntType(64)(i))
-        return
-    with cgutils.for_range_slice(builder, low, high, ir.IntType(64)(1), intp=ir.IntType(64)) as (i, _):
-        body(i)
 
 
 def products_side(vectors: Vectors, U: Any, k: Any, block: Any) -> list[Any]:
@@ -133,11 +122,6 @@ def weights_side(typingctx, U, D, k, grow, shrink, variance, blocks):
         return context.get_dummy_value()
 
     return types.void(U, D, k, grow, shrink, variance, types.intp), codegen
-
-
-def known(blocks: Any, value: Any) -> Any:
-    """How many blocks: the number itself if it is known when a kernel is compiled."""
-    return blocks.literal_value if isinstance(blocks, types.IntegerLiteral) else value
 
 
 @intrinsic(prefer_literal=True)

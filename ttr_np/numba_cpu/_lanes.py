@@ -19,7 +19,6 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ._compile import apart, inner
-from ._gates import exp
 from ._panels import gather, matrix, move, row
 from ._vectors import BYTES, Vectors, per_vector
 
@@ -41,6 +40,7 @@ __all__ = [
     "padded",
     "recall_lanes",
     "scale_lanes",
+    "spread_sum",
     "take_state",
     "widths",
 ]
@@ -111,10 +111,14 @@ def sum_alone(vectors: Vectors, x: Any, y: Any, n: Any) -> Any:
     builder, word, (total,) = vectors.builder, ir.IntType(64), vectors.totals(1)
     with cgutils.for_range(builder, builder.udiv(n, word(CHAINS)), intp=word) as loop:
         vectors.accumulate(total, vectors.load(x, loop.index), vectors.load(y, loop.index))
-    sums = builder.load(total)
+    return builder.extract_element(spread_sum(vectors, builder.load(total)), ir.IntType(32)(0))
+
+
+def spread_sum(vectors: Vectors, sums: Any) -> Any:
+    """The sum of CHAINS numbers, in the place of each: neighbours first, then pairs."""
     for places in ([1, 0, 3, 2], [2, 3, 0, 1]):
         sums = vectors.add(sums, vectors.shuffle(sums, sums, places))
-    return builder.extract_element(sums, ir.IntType(32)(0))
+    return sums
 
 
 @intrinsic
@@ -303,14 +307,13 @@ def collect_numbers(into, places, steps, which, here, low, rows, like):
 
 
 @inner
-def forget_lanes(S, gates, n, lanes):
-    """Decay n vectors by e^gate, the gates of one step, one per lane; a full reset forgets even a NaN."""
+def forget_lanes(S, decays, n, lanes):
+    """Decay n vectors, each lane by its own; a full reset forgets even a NaN."""
     apart()
     for lane in range(lanes):
-        gates[lane] = exp(gates[lane])
-        for i in range(n if gates[lane] == 0 else 0):
-            S[i * lanes + lane] = gates[lane]
-    scale_lanes(S, gates, n, lanes)
+        for i in range(n if decays[lane] == 0 else 0):
+            S[i * lanes + lane] = decays[lane]
+    scale_lanes(S, decays, n, lanes)
 
 
 @inner

@@ -6,7 +6,7 @@ two places is written with ``add`` and ``multiply``, which are rounded where the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-__all__ = ["BYTES", "WIDE", "Vectors", "per_vector", "row_of"]
+__all__ = ["BYTES", "WIDE", "Vectors", "known", "per_vector", "repeat", "row_of"]
 
 WIDE = binding.get_host_cpu_features().get("avx512f", False)
 BYTES = 64 if WIDE else 32  # of a register
@@ -35,6 +35,21 @@ def row_of(builder: Any, base: Any, i: int, rows: Any, step: Any) -> Any:
     last = builder.sub(rows, word(1))
     there = builder.select(builder.icmp_signed("<", word(i), last), word(i), last)
     return builder.gep(base, [builder.mul(there, step)])
+
+
+def repeat(builder: Any, low: Any, high: Any, body: Callable[[Any], None]) -> None:
+    """The body for every number from low on; written out if the sizes are known when it is compiled."""
+    if isinstance(high, int):
+        for i in range(low.constant, high):
+            body(ir.IntType(64)(i))
+        return
+    with cgutils.for_range_slice(builder, low, high, ir.IntType(64)(1), intp=ir.IntType(64)) as (i, _):
+        body(i)
+
+
+def known(blocks: Any, value: Any) -> Any:
+    """How many blocks: the number itself if it is known when a kernel is compiled."""
+    return blocks.literal_value if isinstance(blocks, types.IntegerLiteral) else value
 
 
 class Vectors:
