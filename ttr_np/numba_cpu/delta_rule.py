@@ -19,7 +19,7 @@ from ._cache import compiled
 from ._channels import BLOCK, carry_keys, channel_decays, channel_products, channel_shapes, channels_of, meetings
 from ._compile import apart, inner, spliced
 from ._filters import Series, Tokens, walk
-from ._gates import exp, exponentials, step_decays, weigh
+from ._gates import exponentials, step_decays, weigh
 from ._lanes import (
     CHAINS,
     NARROW,
@@ -63,6 +63,7 @@ from ._panels import (
     triangle,
 )
 from ._sequences import NO_GATES, PER_CHANNEL, PER_STEP, column_blocks, lay_out
+from ._steps import learn_rows, recall_rows, shares
 from ._threads import share
 
 __all__ = ["delta_rule"]
@@ -400,11 +401,27 @@ def run_tokens(places, steps, sizes, job, room, low, high, scale_):
     """Token by token."""
     apart()
     for i in range(low, high):
-        memorise_token(sizes, job, room, i, scale_)
-        for group in range(places.shape[2]):
-            q = matrix(places[Q, job.memory, group], steps[Q, 0], steps[Q, 1], scale_)
-            o = matrix(places[O, job.memory, group], sizes.v, 1, scale_)
-            answer_token(sizes, job, below(q, i), move(row(o, i), job.start), room, scale_)
+        step_token(places, steps, sizes, job, room, i, scale_)
+
+
+@inner
+def step_token(places, steps, sizes, job, room, i, scale_):
+    """One step of the recurrence, and the answers: those to further queries once the first are given."""
+    S, k, erase, error, keeps = room.S, row(job.k, i), row(job.erase, i), row(room.errors, 0), row(room.past, 0)
+    shares(keeps, row(job.gates, i), job.gates.column, sizes.k, sizes.gates, scale_)
+    told, columns, d = row(room.answers, 0), job.columns, sizes.k
+    recall_rows(told, S.data, S.step, keeps, sizes.gates, erase, job.erase.column, d, columns)
+    gather(error, move(row(job.v, i), job.start * job.v.column), job.v.column, columns)
+    add_scaled(error, real(scale_, -1), told, columns)
+    scale(error, row(job.beta, i)[0], columns)
+    for group in range(places.shape[2]):
+        q = matrix(places[Q, job.memory, group], steps[Q, 0], steps[Q, 1], scale_)
+        o = move(row(matrix(places[O, job.memory, group], sizes.v, 1, scale_), i), job.start)
+        if group:
+            recall_rows(o, S.data, S.step, keeps, 0, row(q, i), q.column, d, columns)
+        else:
+            learn_rows(o, S.data, S.step, keeps, sizes.gates, k, job.k.column, error, row(q, i), q.column, d, columns)
+        scale(o, scale_, columns)
 
 
 @inner
@@ -476,30 +493,3 @@ def memorise(sizes, job, room, decays, n, like):
         keep = row(room.since, 0)[n]
         scale_rows(room.errors, row(room.pairs, n - 1), n, job.columns)
     multiply(room.S, keys, room.errors, sizes.k, job.columns, n, real(like, 1), keep, full)
-
-
-@inner
-def memorise_token(sizes, job, room, i, like):
-    """One step of the recurrence: the new state."""
-    apart()
-    v, recalled = row(room.errors, 0), row(room.answers, 0)
-    gather(v, move(row(job.v, i), job.start * job.v.column), job.v.column, job.columns)
-    fill(recalled, real(like, 0), job.columns)
-    for p in range(sizes.k):
-        if sizes.gates:
-            scale(row(room.S, p), exp(row(job.gates, i)[p * job.gates.column]), job.columns)
-        add_scaled(recalled, row(job.erase, i)[p * job.erase.column], row(room.S, p), job.columns)
-    add_scaled(v, real(like, -1), recalled, job.columns)
-    for p in range(sizes.k):
-        step = row(job.beta, i)[0] * row(job.k, i)[p * job.k.column]
-        add_scaled(row(room.S, p), step, v, job.columns)
-
-
-@inner
-def answer_token(sizes, job, q, o, room, scale_):
-    """One step of the recurrence: the answer."""
-    apart()
-    fill(o, real(scale_, 0), job.columns)
-    for p in range(sizes.k):
-        add_scaled(o, q.data[p * q.column], row(room.S, p), job.columns)
-    scale(o, scale_, job.columns)
