@@ -80,6 +80,22 @@ def test_filters_of_every_size_are_the_solver_alone_and_in_a_batch(given, k):
         np.testing.assert_allclose(alone, ttr_np.delta_rule(**own, backend="numpy"), rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("k", [3, 8, 16, 18])
+@pytest.mark.parametrize("given", [(), ("beta",), ("log_decay",)], ids=str)
+def test_least_squares_filters_of_every_size_are_the_solver_alone_and_in_a_batch(given, k):
+    rng = np.random.default_rng(k)
+    arrays = {"k": rng.standard_normal((21, 1, 37, k)), "q": rng.standard_normal((21, 2, 37, k))}
+    arrays |= {"v": rng.standard_normal((21, 1, 37, 2))}
+    arrays |= {name: rng.uniform(size=(21, 1, 37)) * (1 if name == "beta" else -0.1) for name in given}
+    o, state = ttr_np.recursive_least_squares(**arrays, output_final_state=True, backend="numba")
+    for i in (0, 15, 20):
+        own = {name: x[i] for name, x in arrays.items()}
+        alone, after = ttr_np.recursive_least_squares(**own, output_final_state=True, backend="numba")
+        for x, y in zip((alone, *after), (o, *state), strict=True):
+            np.testing.assert_array_equal(x, y[i])
+        np.testing.assert_allclose(alone, ttr_np.recursive_least_squares(**own, backend="numpy"), rtol=1e-9, atol=1e-11)
+
+
 @every_case
 def test_on_any_number_of_threads_again_and_again(case):
     arrays, before, found = drawn(case), numba.get_num_threads(), []

@@ -16,7 +16,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ._lanes import CHAINS, spread_sum
-from ._vectors import Vectors, repeat
+from ._vectors import Held, Vectors
 
 __all__ = ["Series", "Tokens", "walk"]
 
@@ -43,54 +43,34 @@ class Tokens(NamedTuple):
     o: Series
 
 
-class Weights(Vectors):
-    """w of a filter: registers if the number of blocks is known, else where it lies."""
+class Weights(Held):
+    """w of a filter."""
 
     def __init__(self, builder: Any, like: Any, w: Any, blocks: Any) -> None:
-        super().__init__(builder, like, CHAINS)
-        self.w, self.blocks, self.held = w, blocks, []
-        if isinstance(blocks, int):
-            self.held = [cgutils.alloca_once_value(builder, self.load(w, i)) for i in range(blocks)]
-
-    def at(self, i: Any) -> Any:
-        """Where block i is."""
-        return self.held[i.constant] if self.held else self.pointer(self.w, self.start(i))
-
-    def get(self, i: Any) -> Any:
-        """Block i."""
-        return self.builder.load(self.at(i), align=None if self.held else self.bits // 8)
-
-    def put(self, x: Any, i: Any) -> None:
-        """Write block i."""
-        self.builder.store(x, self.at(i), align=None if self.held else self.bits // 8)
-
-    def each(self, body: Any) -> None:
-        """The body for every block."""
-        repeat(self.builder, ir.IntType(64)(0), self.blocks, body)
+        super().__init__(Vectors(builder, like, CHAINS), w, blocks)
+        self.each(lambda i: self.put(self.there(i), i))
 
     def dot(self, x: Any) -> Any:
         """w . x, everywhere."""
-        (total,) = self.totals(1)
-        self.each(lambda i: self.accumulate(total, self.load(x, i), self.get(i)))
-        return spread_sum(self, self.builder.load(total))
+        vectors = self.vectors
+        (total,) = vectors.totals(1)
+        self.each(lambda i: vectors.accumulate(total, vectors.load(x, i), self.get(i)))
+        return spread_sum(vectors, vectors.builder.load(total))
 
     def forget(self, decay: Any) -> None:
         """w = decay w; nothing is left of anything, NaN included, where the decay is 0."""
-        gone, decay = self.builder.fcmp_ordered("==", decay, decay.type(0.0)), self.everywhere(decay)
+        vectors, builder = self.vectors, self.vectors.builder
+        gone, decay = builder.fcmp_ordered("==", decay, decay.type(0.0)), vectors.everywhere(decay)
 
         def scale(i: Any) -> None:
-            self.put(self.builder.select(gone, self.constant(0.0), self.builder.fmul(decay, self.get(i))), i)
+            self.put(builder.select(gone, vectors.constant(0.0), builder.fmul(decay, self.get(i))), i)
 
         self.each(scale)
 
     def learn(self, error: Any, k: Any) -> None:
         """w = w + error k."""
-        self.each(lambda i: self.put(self.multiply_add(error, self.load(k, i), self.get(i)), i))
-
-    def leave(self) -> None:
-        """Put w back where it came from."""
-        for i, held in enumerate(self.held):
-            self.store(self.builder.load(held), self.w, i)
+        vectors = self.vectors
+        self.each(lambda i: self.put(vectors.multiply_add(error, vectors.load(k, i), self.get(i)), i))
 
 
 class Lines:
@@ -119,12 +99,12 @@ class Lines:
 
 def learn_token(weights: Weights, lines: Lines, i: Any) -> None:
     """Token i: what is left of the past, and one gradient step."""
-    builder = weights.builder
+    vectors, builder = weights.vectors, weights.vectors.builder
     gated = builder.icmp_signed("!=", lines.series["decays"].step, ir.IntType(64)(0))
     with builder.if_then(gated):
         weights.forget(lines.number("decays", i))
     told = weights.dot(lines.at("erase", i))
-    v, beta = (weights.everywhere(lines.number(name, i)) for name in ("v", "beta"))
+    v, beta = (vectors.everywhere(lines.number(name, i)) for name in ("v", "beta"))
     weights.learn(builder.fmul(beta, builder.fsub(v, told)), lines.at("k", i))
 
 

@@ -154,45 +154,19 @@ def dot_lanes(into, x, y, n, lanes):
 
 
 @intrinsic
-def add_side(typingctx: Any, y: Any, factor: Any, x: Any, n: Any) -> Any:
+def add_lanes(typingctx: Any, y: Any, factor: Any, x: Any, n: Any) -> Any:
     """y = y + factor x in every lane, for n vectors and one factor per lane."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         y, factor, x, n = args
         vectors = Vectors(builder, signature.args[0].dtype)
-        add_all(vectors, y, vectors.load(factor, ir.IntType(64)(0)), x, n)
+        factor = vectors.load(factor, ir.IntType(64)(0))
+        with cgutils.for_range(builder, n, intp=ir.IntType(64)) as loop:
+            total = vectors.multiply_add(factor, vectors.load(x, loop.index), vectors.load(y, loop.index))
+            vectors.store(total, y, loop.index)
         return context.get_dummy_value()
 
     return types.void(y, y, y, types.intp), codegen
-
-
-@intrinsic
-def add_alone(typingctx: Any, y: Any, factor: Any, x: Any, n: Any) -> Any:
-    """y = y + factor x for n numbers of one sequence, n a multiple of CHAINS."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        y, factor, x, n = args
-        vectors = Vectors(builder, signature.args[1], CHAINS)
-        add_all(vectors, y, vectors.everywhere(factor), x, builder.udiv(n, ir.IntType(64)(CHAINS)))
-        return context.get_dummy_value()
-
-    return types.void(y, factor, y, types.intp), codegen
-
-
-def add_all(vectors: Vectors, y: Any, factor: Any, x: Any, n: Any) -> None:
-    """y = y + factor x for n vectors."""
-    with cgutils.for_range(vectors.builder, n, intp=ir.IntType(64)) as loop:
-        total = vectors.multiply_add(factor, vectors.load(x, loop.index), vectors.load(y, loop.index))
-        vectors.store(total, y, loop.index)
-
-
-@inner
-def add_lanes(y, factor, x, n, lanes):
-    """y = y + factor x of every sequence, n numbers each."""
-    if lanes == 1:
-        add_alone(y, factor[0], x, n)
-    else:
-        add_side(y, factor, x, n)
 
 
 @intrinsic

@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-__all__ = ["BYTES", "WIDE", "Vectors", "known", "per_vector", "repeat", "row_of"]
+__all__ = ["BYTES", "WIDE", "Held", "Vectors", "per_vector", "plus", "repeat", "row_of"]
 
 WIDE = binding.get_host_cpu_features().get("avx512f", False)
 BYTES = 64 if WIDE else 32  # of a register
@@ -27,6 +27,12 @@ def per_vector(typingctx: Any, like: Any) -> Any:
     return types.intp(like), lambda context, builder, signature, args: context.get_constant(
         types.intp, BYTES * 8 // like.bitwidth
     )
+
+
+@intrinsic
+def plus(typingctx: Any, x: Any, y: Any) -> Any:
+    """x + y, rounded here: sums of it have the order in which they are written."""
+    return x(x, x), lambda context, builder, signature, args: builder.fadd(*args)
 
 
 def row_of(builder: Any, base: Any, i: int, rows: Any, step: Any) -> Any:
@@ -45,11 +51,6 @@ def repeat(builder: Any, low: Any, high: Any, body: Callable[[Any], None]) -> No
         return
     with cgutils.for_range_slice(builder, low, high, ir.IntType(64)(1), intp=ir.IntType(64)) as (i, _):
         body(i)
-
-
-def known(blocks: Any, value: Any) -> Any:
-    """How many blocks: the number itself if it is known when a kernel is compiled."""
-    return blocks.literal_value if isinstance(blocks, types.IntegerLiteral) else value
 
 
 class Vectors:
@@ -156,3 +157,35 @@ class Vectors:
             mixed = [self.interleave(x, y, size) for x, y in zip(lines[::2], lines[1::2], strict=True)]
             lines, size = [self.add(low, high) for low, high in mixed], 2 * size
         return lines[0]
+
+
+class Held:
+    """Some vectors: in registers if their number is known when a kernel is compiled, else in memory all the time."""
+
+    def __init__(self, vectors: Vectors, base: Any, count: Any) -> None:
+        self.vectors, self.base, self.count, known = vectors, base, count, isinstance(count, int)
+        self.registers = vectors.totals(count) if known else []
+
+    def get(self, i: Any) -> Any:
+        """Vector i."""
+        return self.vectors.builder.load(self.registers[i.constant]) if self.registers else self.there(i)
+
+    def there(self, i: Any) -> Any:
+        """Vector i as it is in memory."""
+        return self.vectors.load(self.base, i)
+
+    def put(self, x: Any, i: Any) -> None:
+        """Write vector i."""
+        if self.registers:
+            self.vectors.builder.store(x, self.registers[i.constant])
+        else:
+            self.vectors.store(x, self.base, i)
+
+    def each(self, body: Callable[[Any], None]) -> None:
+        """The body for every vector's number."""
+        repeat(self.vectors.builder, ir.IntType(64)(0), self.count, body)
+
+    def leave(self) -> None:
+        """Write to memory what is in registers."""
+        for i, x in enumerate(self.registers):
+            self.vectors.store(self.vectors.builder.load(x), self.base, i)

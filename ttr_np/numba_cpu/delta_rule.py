@@ -342,7 +342,7 @@ def learn_lanes(lines, sizes, groups, i, lanes):
         error = move(told, j * lanes)
         for lane in range(lanes):
             error[lane] = beta[lane] * (v[j * lanes + lane] - error[lane])
-        add_lanes(move(lines.S, j * deep * lanes), error, k, deep, lanes)
+        add_lanes(move(lines.S, j * deep * lanes), error, k, deep)
     for group in range(groups):
         at = group * sizes.chunk + i
         q = move(lines.q, at * deep * lanes)
