@@ -28,6 +28,7 @@ __all__ = [
     "TOKENS",
     "add_lanes",
     "ask_ahead",
+    "ask_for",
     "collect",
     "collect_numbers",
     "dot_lanes",
