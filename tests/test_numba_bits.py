@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from test_operators import CASES
 
+import ttr_np
 from ttr_np.notation import ARRAYS
 
 COMPILED = [case for case in CASES if case.backend == "numba"]
@@ -58,6 +59,41 @@ def test_alone_and_in_a_batch_of_many_small_memories(case, dtype, t):
     for i in (0, 9, 20):
         for whole, alone in zip(batch, answers(case, one(arrays, i)), strict=True):
             np.testing.assert_array_equal(whole[i], alone)
+
+
+@pytest.mark.parametrize("k", [1, 8, 16, 18, 32, 36])
+@pytest.mark.parametrize("given", [(), ("erase_key",), ("log_decay",), ("erase_key", "log_decay")], ids=str)
+def test_filters_of_every_size_are_the_solver_alone_and_in_a_batch(given, k):
+    rng, dtype = np.random.default_rng(k), np.float64
+    rows = {name: rng.standard_normal((21, 37, k + 3), dtype) / np.sqrt(k) for name in ("q", "k", "erase_key")}
+    arrays = {name: x[..., :k] for name, x in rows.items() if name in ("q", "k", *given)}
+    arrays |= {"v": rng.standard_normal((21, 37, 2), dtype), "beta": rng.uniform(size=(21, 37))}
+    if "log_decay" in given:
+        with np.errstate(divide="ignore"):
+            arrays["log_decay"] = np.log(rng.integers(0, 5, (21, 37)) / 4)
+    o, (S,) = ttr_np.delta_rule(**arrays, output_final_state=True, backend="numba")
+    for i in (0, 15, 20):
+        own = {name: x[i] for name, x in arrays.items()}
+        alone, (state,) = ttr_np.delta_rule(**own, output_final_state=True, backend="numba")
+        np.testing.assert_array_equal(alone, o[i])
+        np.testing.assert_array_equal(state, S[i])
+        np.testing.assert_allclose(alone, ttr_np.delta_rule(**own, backend="numpy"), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("k", [3, 8, 16, 18])
+@pytest.mark.parametrize("given", [(), ("beta",), ("log_decay",)], ids=str)
+def test_least_squares_filters_of_every_size_are_the_solver_alone_and_in_a_batch(given, k):
+    rng = np.random.default_rng(k)
+    arrays = {"k": rng.standard_normal((21, 1, 37, k)), "q": rng.standard_normal((21, 2, 37, k))}
+    arrays |= {"v": rng.standard_normal((21, 1, 37, 2))}
+    arrays |= {name: rng.uniform(size=(21, 1, 37)) * (1 if name == "beta" else -0.1) for name in given}
+    o, state = ttr_np.recursive_least_squares(**arrays, output_final_state=True, backend="numba")
+    for i in (0, 15, 20):
+        own = {name: x[i] for name, x in arrays.items()}
+        alone, after = ttr_np.recursive_least_squares(**own, output_final_state=True, backend="numba")
+        for x, y in zip((alone, *after), (o, *state), strict=True):
+            np.testing.assert_array_equal(x, y[i])
+        np.testing.assert_allclose(alone, ttr_np.recursive_least_squares(**own, backend="numpy"), rtol=1e-9, atol=1e-11)
 
 
 @every_case

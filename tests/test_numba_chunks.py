@@ -229,3 +229,29 @@ def test_many_callers_at_once_get_the_same_bits(operator):
     with ThreadPoolExecutor(4) as callers:
         for found in callers.map(lambda _: kernel(operator, arrays), range(16)):
             np.testing.assert_array_equal(found, o)
+
+
+def state_of(operator, arrays, options):
+    """A memory that holds something already; the second of the three holds NaN."""
+    held = [x for x in solver(operator, arrays, output_final_state=True, **options)[1] if x is not None]
+    for field in held if "log_decay" in arrays else ():
+        field[1] = np.nan
+    return tuple(held)
+
+
+@every_gate
+@pytest.mark.parametrize(
+    ("operator", "options"),
+    [("delta_rule", {}), ("linear_attention", {}), ("linear_attention", {"normalize": True}),
+     ("linear_attention", {"bonus": np.linspace(0, 1, 7)})],
+)  # fmt: skip
+def test_one_token_of_columns_in_tiles_of_every_width(operator, options, gate):
+    arrays = inputs(operator, gate, lead=(3, 1), t=1, k=7, v=87)
+    arrays["q"] = np.random.default_rng(1).uniform(size=(3, 2, 1, 7))
+    options = options | {"initial_state": state_of(operator, arrays, options)}
+    if "log_decay" in arrays:
+        arrays["log_decay"][1] = -np.inf  # forgets the NaN too
+    (o, state), (wanted, after) = (f(operator, arrays, output_final_state=True, **options) for f in (kernel, solver))
+    assert "bonus" in options or np.isfinite(o).all()
+    for x, y in zip((o, *state), (wanted, *after), strict=True):
+        np.testing.assert_allclose(*((0.0, 0.0) if x is y is None else (x, y)), rtol=1e-13, atol=1e-14)

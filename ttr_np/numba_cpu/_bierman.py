@@ -12,8 +12,7 @@ first, ``turn`` then walks along the rows of U, whose sums stay in registers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba import types
@@ -21,10 +20,12 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ._compile import inner
-from ._lanes import CHAINS, in_fours, padded
-from ._vectors import Vectors
+from ._lanes import CHAINS, in_fours, padded, spread_sum
+from ._vectors import Held, Vectors, repeat
 
-__all__ = ["learn_factors", "numbers_of", "place_of"]
+__all__ = ["Pairs", "learn_factors", "learn_pairs", "numbers_of", "place_of"]
+
+WRITTEN_OUT = (1, 2, 4)  # blocks of keys whose sums stay in registers
 
 
 def numbers_of(d: int) -> int:
@@ -46,16 +47,6 @@ def tile_at(builder: Any, i: Any, j: Any) -> Any:
     word = ir.IntType(64)
     before = builder.lshr(builder.mul(j, builder.add(j, word(1))), word(1))
     return builder.mul(builder.add(before, i), word(CHAINS * CHAINS))
-
-
-def repeat(builder: Any, low: Any, high: Any, body: Callable[[Any], None]) -> None:
-    """The body for every number from low on; written out if the sizes are known when it is compiled."""
-    if isinstance(high, int):
-        for i in range(low.constant, high):
-            body(ir.IntType(64)(i))
-        return
-    with cgutils.for_range_slice(builder, low, high, ir.IntType(64)(1), intp=ir.IntType(64)) as (i, _):
-        body(i)
 
 
 def products_side(vectors: Vectors, U: Any, k: Any, block: Any) -> list[Any]:
@@ -135,41 +126,11 @@ def weights_side(typingctx, U, D, k, grow, shrink, variance, blocks):
     return types.void(U, D, k, grow, shrink, variance, types.intp), codegen
 
 
-def known(blocks: Any, value: Any) -> Any:
-    """How many blocks: the number itself if it is known when a kernel is compiled."""
-    return blocks.literal_value if isinstance(blocks, types.IntegerLiteral) else value
-
-
-@intrinsic(prefer_literal=True)
-def weights_alone(typingctx, U, D, k, grow, shrink, variance, blocks):
-    """The same for one sequence."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        U, D, k, grow, shrink, variance, count = args
-        vectors, word = Vectors(builder, signature.args[0].dtype, CHAINS), ir.IntType(64)
-        total = cgutils.alloca_once_value(builder, vectors.constant(1.0))
-
-        def weigh(block: Any) -> None:
-            f, old = products_alone(vectors, U, k, block), vectors.load(D, block)
-            g = vectors.multiply(old, f)
-            before, after, last = variances_alone(vectors, vectors.multiply(f, g), builder.load(total))
-            vectors.store(g, grow, block)
-            vectors.store(builder.fdiv(builder.fneg(f), before), shrink, block)
-            vectors.store(vectors.multiply(old, builder.fdiv(before, after)), D, block)
-            builder.store(last, total)
-
-        repeat(builder, word(0), known(blocks, count), weigh)
-        builder.store(builder.extract_element(builder.load(total), ir.IntType(32)(0)), variance)
-        return context.get_dummy_value()
-
-    return types.void(U, D, k, grow, shrink, variance, blocks), codegen
-
-
-def turn_column(vectors: Vectors, U: Any, place: Any, factors: tuple[Any, Any], total: Any) -> None:
-    """One vector of a column of U, and the sum along its row."""
-    (grow, shrink), u, b = factors, vectors.load(U, place), vectors.builder.load(total)
-    vectors.store(vectors.multiply_add(shrink, b, u), U, place)
-    vectors.builder.store(vectors.multiply_add(grow, u, b), total)
+def turn_column(vectors: Vectors, U: Any, place: Any, factors: tuple[Any, Any], total: Any) -> Any:
+    """One vector of a column of U, and the sum along its row, with it."""
+    (grow, shrink), u = factors, vectors.load(U, place)
+    vectors.store(vectors.multiply_add(shrink, total, u), U, place)
+    return vectors.multiply_add(grow, u, total)
 
 
 @intrinsic
@@ -186,7 +147,8 @@ def turn_side(typingctx, U, grow, shrink, gain, blocks):
                 for i in range(CHAINS):
                     factors = tuple(vectors.load(x, in_fours(builder, block, i)) for x in (grow, shrink))
                     for r, total in enumerate(totals):
-                        turn_column(vectors, U, builder.add(tile, word(CHAINS * i + r)), factors, total)
+                        place = builder.add(tile, word(CHAINS * i + r))
+                        builder.store(turn_column(vectors, U, place, factors, builder.load(total)), total)
             for r, total in enumerate(totals):
                 vectors.store(builder.load(total), gain, in_fours(builder, rows.index, r))
         return context.get_dummy_value()
@@ -194,53 +156,125 @@ def turn_side(typingctx, U, grow, shrink, gain, blocks):
     return types.void(U, U, U, U, types.intp), codegen
 
 
-@intrinsic(prefer_literal=True)
-def turn_alone(typingctx, U, grow, shrink, gain, blocks):
-    """The same for one sequence."""
+def turn_alone(vectors: Vectors, U: Any, sums: Held, block: Any, factors: tuple[Any, Any]) -> None:
+    """A block of columns of U of one sequence, and the sums along their rows."""
+    builder, word = vectors.builder, ir.IntType(64)
+    columns = [tuple(vectors.shuffle(x, x, [i] * CHAINS) for x in factors) for i in range(CHAINS)]
+
+    def turn(rows: Any) -> None:
+        first, total = builder.udiv(tile_at(builder, rows, block), word(CHAINS)), sums.get(rows)
+        for i, column in enumerate(columns):
+            total = turn_column(vectors, U, builder.add(first, word(i)), column, total)
+        sums.put(total, rows)
+
+    end = block.constant + 1 if isinstance(block, ir.Constant) else builder.add(block, word(1))
+    repeat(builder, word(0), end, turn)
+
+
+def learn_factors_alone(vectors: Vectors, U: Any, D: Any, k: Any, sums: Held) -> Any:
+    """As ``learn_factors``, for one sequence: the gain in ``sums``; returned is the last a everywhere.
+
+    A block of columns is turned as soon as its weights are known: those of the next do not wait for it.
+    """
+    builder, total = vectors.builder, cgutils.alloca_once(vectors.builder, vectors.type)
+    builder.store(vectors.constant(1.0), total)
+    sums.each(lambda i: sums.put(vectors.constant(0.0), i))
+
+    def learn(block: Any) -> None:
+        f, old = products_alone(vectors, U, k, block), vectors.load(D, block)
+        g = vectors.multiply(old, f)
+        before, after, last = variances_alone(vectors, vectors.multiply(f, g), builder.load(total))
+        vectors.store(vectors.multiply(old, builder.fdiv(before, after)), D, block)
+        builder.store(last, total)
+        turn_alone(vectors, U, sums, block, (g, builder.fdiv(builder.fneg(f), before)))
+
+    sums.each(learn)
+    return builder.load(total)
+
+
+class Pairs(NamedTuple):
+    """Where a sequence's memory lies, some pairs that it learns and queries that it answers, see ``learn_pairs``."""
+
+    U: Any
+    D: Any
+    gain: Any
+    S: Any  # w rows
+    k: Any
+    v: Any
+    q: Any
+    told: Any
+
+
+def follow(builder: Any, like: Any, at: Pairs, sizes: dict[str, Any], blocks: Any) -> None:
+    """As ``learn_pairs``, for keys of some blocks."""
+    vectors, word = Vectors(builder, like, CHAINS), ir.IntType(64)
+    deep, w = builder.mul(sizes["blocks"], word(CHAINS)), sizes["w"]
+    sums = Held(vectors, at.gain, blocks)
+
+    def place(base: Any, i: Any, size: Any) -> Any:
+        return builder.gep(base, [builder.mul(i, size)])
+
+    def said(j: Any, x: Any) -> Any:
+        (total,), S = vectors.totals(1), place(at.S, j, deep)
+        sums.each(lambda i: vectors.accumulate(total, vectors.load(x, i), vectors.load(S, i)))
+        return builder.extract_element(spread_sum(vectors, builder.load(total)), ir.IntType(32)(0))
+
+    with cgutils.for_range(builder, sizes["rows"], intp=word) as tokens:
+        k, v = place(at.k, tokens.index, deep), place(at.v, tokens.index, w)
+        with cgutils.for_range(builder, w, intp=word) as outputs:
+            error = place(v, outputs.index, word(1))
+            builder.store(builder.fsub(builder.load(error), said(outputs.index, k)), error)
+        variance = learn_factors_alone(vectors, at.U, at.D, k, sums)
+        with cgutils.for_range(builder, w, intp=word) as outputs:
+            error, S = builder.load(place(v, outputs.index, word(1))), place(at.S, outputs.index, deep)
+            error = builder.fdiv(vectors.everywhere(error), variance)
+            sums.each(lambda i: vectors.store(vectors.multiply_add(error, sums.get(i), vectors.load(S, i)), S, i))
+        with cgutils.for_range(builder, sizes["groups"], intp=word) as readers:
+            row = builder.add(builder.mul(readers.index, sizes["tokens"]), tokens.index)
+            with cgutils.for_range(builder, w, intp=word) as outputs:
+                o = builder.gep(place(at.told, row, w), [outputs.index])
+                builder.store(said(outputs.index, place(at.q, row, deep)), o)
+
+
+@intrinsic
+def learn_pairs(typingctx, pairs, rows, tokens, groups, w, d):
+    """Some tokens of one sequence, one after the other; the sizes of most filters are written out.
+
+    Parameters
+    ----------
+    pairs
+        What is known: U, D and S, updated. What is learnt: keys, and values, which are left as errors. What is asked:
+        queries, and where to answer.
+    rows
+        How many tokens.
+    tokens
+        For how many there is room: a group's queries begin so many after those of the group before.
+    groups, w, d
+        Queries of a token, outputs, and the size of a key.
+    """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        U, grow, shrink, gain, count = args
-        vectors, word = Vectors(builder, signature.args[0].dtype, CHAINS), ir.IntType(64)
-
-        def turn(rows: Any) -> None:
-            (total,) = vectors.totals(1)
-
-            def turn_tile(block: Any) -> None:
-                tile = builder.udiv(tile_at(builder, rows, block), word(CHAINS))
-                for i in range(CHAINS):
-                    numbers = (builder.load(builder.gep(x, [in_fours(builder, block, i)])) for x in (grow, shrink))
-                    factors = tuple(vectors.everywhere(number) for number in numbers)
-                    turn_column(vectors, U, builder.add(tile, word(i)), factors, total)
-
-            repeat(builder, rows, known(blocks, count), turn_tile)
-            vectors.store(builder.load(total), gain, rows)
-
-        repeat(builder, word(0), known(blocks, count), turn)
+        pairs, rows, tokens, groups, w, d = args
+        at = Pairs(*(builder.extract_value(pairs, i) for i in range(len(Pairs._fields))))
+        blocks = builder.udiv(builder.add(d, d.type(CHAINS - 1)), d.type(CHAINS))
+        end = builder.append_basic_block("learnt")
+        sizes = {"rows": rows, "tokens": tokens, "groups": groups, "w": w, "blocks": blocks}
+        like = signature.args[0][0].dtype
+        for count in WRITTEN_OUT:
+            with builder.if_then(builder.icmp_unsigned("==", blocks, d.type(count))):
+                follow(builder, like, at, sizes | {"blocks": d.type(count)}, count)
+                builder.branch(end)
+        follow(builder, like, at, sizes, blocks)
+        builder.branch(end)
+        builder.position_at_end(end)
         return context.get_dummy_value()
 
-    return types.void(U, grow, shrink, gain, blocks), codegen
+    return types.void(pairs, *[types.intp] * 5), codegen
 
 
 @inner
-def learn_one(U, D, k, gain, grow, shrink, variance, blocks):
-    """As ``learn_factors``, for one sequence of as many blocks; the sizes of most filters are written out."""
-    if blocks == 1:
-        weights_alone(U, D, k, grow, shrink, variance, 1)
-        turn_alone(U, grow, shrink, gain, 1)
-    elif blocks == 2:
-        weights_alone(U, D, k, grow, shrink, variance, 2)
-        turn_alone(U, grow, shrink, gain, 2)
-    elif blocks == 4:
-        weights_alone(U, D, k, grow, shrink, variance, 4)
-        turn_alone(U, grow, shrink, gain, 4)
-    else:
-        weights_alone(U, D, k, grow, shrink, variance, blocks)
-        turn_alone(U, grow, shrink, gain, blocks)
-
-
-@inner
-def learn_factors(U, D, k, gain, grow, shrink, variance, d, lanes):
-    """One pair of every sequence: U, D and, for what the pair teaches, the gain U D U^T k and its variance.
+def learn_factors(U, D, k, gain, grow, shrink, variance, d):
+    """One pair of a vector of sequences: U, D and, for what the pair teaches, the gain U D U^T k and its variance.
 
     Parameters
     ----------
@@ -254,12 +288,7 @@ def learn_factors(U, D, k, gain, grow, shrink, variance, d, lanes):
         Written: the last a, one vector.
     d
         Sizes of the keys.
-    lanes
-        Sequences in a vector, 1 for one sequence whose numbers fill the vectors.
     """
     blocks = padded(d) // CHAINS
-    if lanes == 1:
-        learn_one(U, D, k, gain, grow, shrink, variance, blocks)
-    else:
-        weights_side(U, D, k, grow, shrink, variance, blocks)
-        turn_side(U, grow, shrink, gain, blocks)
+    weights_side(U, D, k, grow, shrink, variance, blocks)
+    turn_side(U, grow, shrink, gain, blocks)

@@ -19,7 +19,6 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ._compile import apart, inner
-from ._gates import exp
 from ._panels import gather, matrix, move, row
 from ._vectors import BYTES, Vectors, per_vector
 
@@ -29,6 +28,7 @@ __all__ = [
     "TOKENS",
     "add_lanes",
     "ask_ahead",
+    "ask_for",
     "collect",
     "collect_numbers",
     "dot_lanes",
@@ -41,6 +41,7 @@ __all__ = [
     "padded",
     "recall_lanes",
     "scale_lanes",
+    "spread_sum",
     "take_state",
     "widths",
 ]
@@ -111,10 +112,14 @@ def sum_alone(vectors: Vectors, x: Any, y: Any, n: Any) -> Any:
     builder, word, (total,) = vectors.builder, ir.IntType(64), vectors.totals(1)
     with cgutils.for_range(builder, builder.udiv(n, word(CHAINS)), intp=word) as loop:
         vectors.accumulate(total, vectors.load(x, loop.index), vectors.load(y, loop.index))
-    sums = builder.load(total)
+    return builder.extract_element(spread_sum(vectors, builder.load(total)), ir.IntType(32)(0))
+
+
+def spread_sum(vectors: Vectors, sums: Any) -> Any:
+    """The sum of CHAINS numbers, in the place of each: neighbours first, then pairs."""
     for places in ([1, 0, 3, 2], [2, 3, 0, 1]):
         sums = vectors.add(sums, vectors.shuffle(sums, sums, places))
-    return builder.extract_element(sums, ir.IntType(32)(0))
+    return sums
 
 
 @intrinsic
@@ -150,45 +155,19 @@ def dot_lanes(into, x, y, n, lanes):
 
 
 @intrinsic
-def add_side(typingctx: Any, y: Any, factor: Any, x: Any, n: Any) -> Any:
+def add_lanes(typingctx: Any, y: Any, factor: Any, x: Any, n: Any) -> Any:
     """y = y + factor x in every lane, for n vectors and one factor per lane."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         y, factor, x, n = args
         vectors = Vectors(builder, signature.args[0].dtype)
-        add_all(vectors, y, vectors.load(factor, ir.IntType(64)(0)), x, n)
+        factor = vectors.load(factor, ir.IntType(64)(0))
+        with cgutils.for_range(builder, n, intp=ir.IntType(64)) as loop:
+            total = vectors.multiply_add(factor, vectors.load(x, loop.index), vectors.load(y, loop.index))
+            vectors.store(total, y, loop.index)
         return context.get_dummy_value()
 
     return types.void(y, y, y, types.intp), codegen
-
-
-@intrinsic
-def add_alone(typingctx: Any, y: Any, factor: Any, x: Any, n: Any) -> Any:
-    """y = y + factor x for n numbers of one sequence, n a multiple of CHAINS."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        y, factor, x, n = args
-        vectors = Vectors(builder, signature.args[1], CHAINS)
-        add_all(vectors, y, vectors.everywhere(factor), x, builder.udiv(n, ir.IntType(64)(CHAINS)))
-        return context.get_dummy_value()
-
-    return types.void(y, factor, y, types.intp), codegen
-
-
-def add_all(vectors: Vectors, y: Any, factor: Any, x: Any, n: Any) -> None:
-    """y = y + factor x for n vectors."""
-    with cgutils.for_range(vectors.builder, n, intp=ir.IntType(64)) as loop:
-        total = vectors.multiply_add(factor, vectors.load(x, loop.index), vectors.load(y, loop.index))
-        vectors.store(total, y, loop.index)
-
-
-@inner
-def add_lanes(y, factor, x, n, lanes):
-    """y = y + factor x of every sequence, n numbers each."""
-    if lanes == 1:
-        add_alone(y, factor[0], x, n)
-    else:
-        add_side(y, factor, x, n)
 
 
 @intrinsic
@@ -303,14 +282,13 @@ def collect_numbers(into, places, steps, which, here, low, rows, like):
 
 
 @inner
-def forget_lanes(S, gates, n, lanes):
-    """Decay n vectors by e^gate, the gates of one step, one per lane; a full reset forgets even a NaN."""
+def forget_lanes(S, decays, n, lanes):
+    """Decay n vectors, each lane by its own; a full reset forgets even a NaN."""
     apart()
     for lane in range(lanes):
-        gates[lane] = exp(gates[lane])
-        for i in range(n if gates[lane] == 0 else 0):
-            S[i * lanes + lane] = gates[lane]
-    scale_lanes(S, gates, n, lanes)
+        for i in range(n if decays[lane] == 0 else 0):
+            S[i * lanes + lane] = decays[lane]
+    scale_lanes(S, decays, n, lanes)
 
 
 @inner

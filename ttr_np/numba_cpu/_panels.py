@@ -29,8 +29,8 @@ from ._vectors import BYTES, WIDE, Vectors, per_vector, row_of
 __all__ = [
     "ROWS", "Matrix", "add_scaled", "answers", "below", "clean_until", "clean_within", "copy", "count_bad_of", "dot",
     "fill", "finite", "full", "gather", "give", "lanes", "load", "load_transposed", "lower", "matrix", "most", "move",
-    "multiply", "panel", "panels", "real", "row", "scale", "scale_rows", "solve_unit_lower", "store", "times",
-    "transposed", "triangle",
+    "multiply", "panel", "panels", "pointer", "real", "row", "scale", "scale_rows", "solve_unit_lower", "store",
+    "times", "transposed", "triangle",
 ]  # fmt: skip
 
 # One tile of a product is held in registers: ROWS x LINE bytes of sums, which hide the latency of multiply-add. Tiles

@@ -7,6 +7,7 @@ broadcasts has the same address in several places.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ class Layout(NamedTuple):
 
 @compiled
 def walk(rows: np.ndarray, shape: np.ndarray, places: np.ndarray) -> None:
-    """Fill ``places (arrays, sequences)`` with address + index . strides, the last axis fastest; see ``row_of``."""
+    """Fill ``places (arrays, sequences)`` with address + index . strides, the last axis fastest; see ``Kind.row``."""
     index = np.zeros_like(shape)
     for sequence in range(places.shape[1]):
         for array in range(places.shape[0]):
@@ -57,17 +58,44 @@ def whole(x: np.ndarray) -> np.ndarray:
     return x if x.flags.aligned else x.copy()
 
 
-def row_of(x: np.ndarray | None, own: int, order: Sequence[int]) -> list[int]:
-    """Two steps of an array's own axes in numbers, its address, and its leading axes' strides in bytes."""
-    if x is None:
-        return [0] * (3 + len(order))
-    size, inner, strides = x.itemsize, x.ndim - own, [0] * len(order)
-    steps = [stride // size for stride in x.strides[inner:]] + [0] * (2 - own)
-    outer = len(order) - inner
-    for to, axis in enumerate(order):
-        if axis >= outer and x.shape[axis - outer] > 1:
-            strides[to] = x.strides[axis - outer]
-    return [*steps, x.__array_interface__["data"][0], *strides]
+class Kind(NamedTuple):
+    """What a layout must know of an array besides its address."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    size: int  # of a number
+    own: int  # axes, the last ones
+
+    def row(self, order: Sequence[int]) -> list[int]:
+        """Two steps of its own axes in numbers, 0 for its address, and its leading axes' strides in bytes."""
+        inner, strides = len(self.shape) - self.own, [0] * len(order)
+        steps = [stride // self.size for stride in self.strides[inner:]] + [0] * (2 - self.own)
+        outer = len(order) - inner
+        for to, axis in enumerate(order):
+            if axis >= outer and self.shape[axis - outer] > 1:
+                strides[to] = self.strides[axis - outer]
+        return [*steps, 0, *strides]
+
+
+class Form(NamedTuple):
+    """A layout without its addresses, the same for all calls with such arrays."""
+
+    rows: np.ndarray  # see ``Kind.row``
+    steps: np.ndarray
+    axes: np.ndarray  # sizes of the leading axes as they are walked
+    shape: tuple[int, int, int]  # of the places
+
+
+@lru_cache(maxsize=1000)
+def form_of(memory: tuple[int, ...], lead: tuple[int, ...], kinds: tuple[Kind | None, ...]) -> Form:
+    """The form of arrays whose leading axes broadcast to ``lead``; see ``lay_out``."""
+    memory = (1,) * (len(lead) - len(memory)) + memory
+    order = sorted(range(len(lead)), key=lambda axis: memory[axis] == 1 and lead[axis] != 1)
+    rows = np.array([[0] * (3 + len(order)) if kind is None else kind.row(order) for kind in kinds], np.int64)
+    memories = prod(memory)
+    groups = prod(lead) // memories if memories else 0
+    axes = np.array([lead[axis] for axis in order], np.int64)
+    return Form(rows, rows[:, :2].copy(), axes, (len(kinds), memories, groups))
 
 
 def lay_out(memory: tuple[int, ...], lead: tuple[int, ...], *arrays: tuple[np.ndarray | None, int]) -> Layout:
@@ -82,15 +110,16 @@ def lay_out(memory: tuple[int, ...], lead: tuple[int, ...], *arrays: tuple[np.nd
     *arrays
         Pairs of an array (or None) and its number of own axes, 1 or 2.
     """
-    memory = (1,) * (len(lead) - len(memory)) + memory
-    order = sorted(range(len(lead)), key=lambda axis: memory[axis] == 1 and lead[axis] != 1)
     keep = [None if x is None else whole(x) for x, _ in arrays]
-    rows = np.array([row_of(x, own, order) for x, (_, own) in zip(keep, arrays, strict=True)], np.int64)
-    memories = prod(memory)
-    places = np.empty((len(arrays), prod(lead)), np.int64)
-    walk(rows, np.array([lead[axis] for axis in order], np.int64), places)
-    groups = places.shape[1] // memories if memories else 0
-    return Layout(places.reshape(len(arrays), memories, groups), rows[:, :2].copy(), keep)
+    kinds = [
+        None if x is None else Kind(x.shape, x.strides, x.itemsize, own)
+        for x, (_, own) in zip(keep, arrays, strict=True)
+    ]
+    form = form_of(memory, lead, tuple(kinds))
+    rows, places = form.rows.copy(), np.empty(form.shape, np.int64)
+    rows[:, 2] = [0 if x is None else x.__array_interface__["data"][0] for x in keep]
+    walk(rows, form.axes, places.reshape(len(rows), -1))
+    return Layout(places, form.steps, keep)
 
 
 def column_blocks(memories: int, columns: int) -> int:

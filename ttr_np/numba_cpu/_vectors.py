@@ -6,7 +6,7 @@ two places is written with ``add`` and ``multiply``, which are rounded where the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-__all__ = ["BYTES", "WIDE", "Vectors", "per_vector", "row_of"]
+__all__ = ["BYTES", "WIDE", "Held", "Vectors", "per_vector", "plus", "repeat", "row_of"]
 
 WIDE = binding.get_host_cpu_features().get("avx512f", False)
 BYTES = 64 if WIDE else 32  # of a register
@@ -29,12 +29,28 @@ def per_vector(typingctx: Any, like: Any) -> Any:
     )
 
 
+@intrinsic
+def plus(typingctx: Any, x: Any, y: Any) -> Any:
+    """x + y, rounded here: sums of it have the order in which they are written."""
+    return x(x, x), lambda context, builder, signature, args: builder.fadd(*args)
+
+
 def row_of(builder: Any, base: Any, i: int, rows: Any, step: Any) -> Any:
     """Pointer to row i of some; rows that are not there repeat the last one."""
     word = ir.IntType(64)
     last = builder.sub(rows, word(1))
     there = builder.select(builder.icmp_signed("<", word(i), last), word(i), last)
     return builder.gep(base, [builder.mul(there, step)])
+
+
+def repeat(builder: Any, low: Any, high: Any, body: Callable[[Any], None]) -> None:
+    """The body for every number from low on; written out if the sizes are known when it is compiled."""
+    if isinstance(high, int):
+        for i in range(low.constant, high):
+            body(ir.IntType(64)(i))
+        return
+    with cgutils.for_range_slice(builder, low, high, ir.IntType(64)(1), intp=ir.IntType(64)) as (i, _):
+        body(i)
 
 
 class Vectors:
@@ -141,3 +157,35 @@ class Vectors:
             mixed = [self.interleave(x, y, size) for x, y in zip(lines[::2], lines[1::2], strict=True)]
             lines, size = [self.add(low, high) for low, high in mixed], 2 * size
         return lines[0]
+
+
+class Held:
+    """Some vectors: in registers if their number is known when a kernel is compiled, else in memory all the time."""
+
+    def __init__(self, vectors: Vectors, base: Any, count: Any) -> None:
+        self.vectors, self.base, self.count, known = vectors, base, count, isinstance(count, int)
+        self.registers = vectors.totals(count) if known else []
+
+    def get(self, i: Any) -> Any:
+        """Vector i."""
+        return self.vectors.builder.load(self.registers[i.constant]) if self.registers else self.there(i)
+
+    def there(self, i: Any) -> Any:
+        """Vector i as it is in memory."""
+        return self.vectors.load(self.base, i)
+
+    def put(self, x: Any, i: Any) -> None:
+        """Write vector i."""
+        if self.registers:
+            self.vectors.builder.store(x, self.registers[i.constant])
+        else:
+            self.vectors.store(x, self.base, i)
+
+    def each(self, body: Callable[[Any], None]) -> None:
+        """The body for every vector's number."""
+        repeat(self.vectors.builder, ir.IntType(64)(0), self.count, body)
+
+    def leave(self) -> None:
+        """Write to memory what is in registers."""
+        for i, x in enumerate(self.registers):
+            self.vectors.store(self.vectors.builder.load(x), self.base, i)

@@ -18,7 +18,8 @@ from ..solvers._chunks import output_like
 from ._cache import compiled
 from ._channels import BLOCK, carry_keys, channel_decays, channel_products, channel_shapes, channels_of, meetings
 from ._compile import apart, inner, spliced
-from ._gates import exp, step_decays, weigh
+from ._filters import Series, Tokens, walk
+from ._gates import exponentials, step_decays, weigh
 from ._lanes import (
     CHAINS,
     NARROW,
@@ -51,6 +52,7 @@ from ._panels import (
     move,
     multiply,
     panel,
+    pointer,
     real,
     row,
     scale,
@@ -61,6 +63,7 @@ from ._panels import (
     triangle,
 )
 from ._sequences import NO_GATES, PER_CHANNEL, PER_STEP, column_blocks, lay_out
+from ._steps import learn_rows, recall_rows, shares
 from ._threads import share
 
 __all__ = ["delta_rule"]
@@ -198,7 +201,7 @@ class Lines(NamedTuple):
     erase: Any
     v: Any
     beta: Any
-    gates: Any
+    gates: Any  # decays
     q: Any  # of each group of queries
     told: Any
 
@@ -225,15 +228,86 @@ def narrow(table, places, steps, sizes, scale_, first, last):
         lines = lines_of(room.data, sizes, groups, here.lanes)
         fill(room.data, real(scale_, 0), room.step)
         take_state(lines.S, places, STATE, here, sizes.k, sizes.v, scale_)
-        for start in range(0, sizes.t, sizes.chunk):
-            rows = min(sizes.chunk, sizes.t - start)
-            take_tokens(lines, places, steps, sizes, here, start, rows, scale_)
-            for i in range(rows):
-                learn_lanes(lines, sizes, groups, i, here.lanes)
-            for group in range(groups):
-                told = move(lines.told, group * sizes.chunk * sizes.v * here.lanes)
-                give_answers(told, places, O, here, group, start, rows, sizes.v, scale_, scale_)
+        if here.lanes == 1:
+            follow_alone(lines, places, steps, sizes, here, scale_)
+        else:
+            follow_side(lines, places, steps, sizes, here, scale_)
         give_state(lines.S, places, STATE, here, sizes.k, sizes.v, scale_)
+
+
+@inner
+def follow_side(lines, places, steps, sizes, here, scale_):
+    """All tokens of as many sequences as a vector holds."""
+    for start in range(0, sizes.t, sizes.chunk):
+        rows = min(sizes.chunk, sizes.t - start)
+        take_tokens(lines, places, steps, sizes, here, start, rows, scale_)
+        for i in range(rows):
+            learn_lanes(lines, sizes, places.shape[2], i, here.lanes)
+        give_told(lines, places, sizes, here, start, rows, scale_, scale_)
+
+
+@inner
+def give_told(lines, places, sizes, here, start, rows, scale_, like):
+    """Write the answers of some tokens."""
+    for group in range(places.shape[2]):
+        told = move(lines.told, group * sizes.chunk * sizes.v * here.lanes)
+        give_answers(told, places, O, here, group, start, rows, sizes.v, scale_, like)
+
+
+@inner
+def follow_alone(lines, places, steps, sizes, here, scale_):
+    """All tokens of one sequence: rows that are whole vectors are read where they are, others are copied first."""
+    groups, deep = places.shape[2], padded(sizes.k)
+    there = reads_there(steps, sizes, groups)
+    chunk = max(sizes.t, 1) if there else sizes.chunk
+    for start in range(0, sizes.t, chunk):
+        rows = min(chunk, sizes.t - start)
+        if not there:
+            take_tokens(lines, places, steps, sizes, here, start, rows, scale_)
+        for j in range(sizes.v):
+            x = tokens_there(places, steps, sizes, here.first, j, scale_) if there else tokens_here(lines, sizes, j)
+            walk(move(lines.S, j * deep), x, scale_, rows, groups, sizes.k)
+        if not there:
+            give_told(lines, places, sizes, here, start, rows, real(scale_, 1), scale_)
+
+
+@inner
+def reads_there(steps, sizes, groups):
+    """Whether the rows of keys and queries are whole vectors where they lie, and nothing else stands against it."""
+    erase = ERASE if sizes.erases else K
+    rows = steps[K, 1] == 1 and steps[Q, 1] == 1 and steps[erase, 1] == 1
+    return rows and sizes.k == padded(sizes.k) and groups == 1 and sizes.gates == NO_GATES
+
+
+@inner
+def tokens_there(places, steps, sizes, memory, j, like):
+    """Those of all tokens, where the arrays are."""
+    erase = ERASE if sizes.erases else K
+    return Tokens(
+        Series(pointer(places[K, memory, 0], like), steps[K, 0], 0),
+        Series(pointer(places[erase, memory, 0], like), steps[erase, 0], 0),
+        Series(move(pointer(places[V, memory, 0], like), j * steps[V, 1]), steps[V, 0], 0),
+        Series(pointer(places[BETA, memory, 0], like), steps[BETA, 0], 0),
+        Series(pointer(places[GATE, memory, 0], like), 0, 0),
+        Series(pointer(places[Q, memory, 0], like), steps[Q, 0], 0),
+        Series(move(pointer(places[O, memory, 0], like), j), sizes.v, 0),
+    )
+
+
+@inner
+def tokens_here(lines, sizes, j):
+    """Those that ``take_tokens`` brought together."""
+    deep, w, unit = padded(sizes.k), sizes.v, 1
+    k = Series(lines.k, deep, 0)
+    return Tokens(
+        k,
+        Series(lines.erase, deep, 0) if sizes.erases else k,
+        Series(move(lines.v, j), w, 0),
+        Series(lines.beta, unit, 0),
+        Series(lines.gates, unit if sizes.gates else 0, 0),
+        Series(lines.q, deep, sizes.chunk * deep),
+        Series(move(lines.told, j), w, sizes.chunk * w),
+    )
 
 
 @inner
@@ -248,6 +322,7 @@ def take_tokens(lines, places, steps, sizes, here, start, rows, like):
         collect(lines.erase, places, steps, ERASE, here, 0, start, rows, sizes.k, deep, like)
     if sizes.gates:
         collect_numbers(lines.gates, places, steps, GATE, here, start, rows, like)
+        exponentials(lines.gates, rows * here.lanes)
     for group in range(places.shape[2]):
         q = move(lines.q, group * sizes.chunk * deep * here.lanes)
         collect(q, places, steps, Q, here, group, start, rows, sizes.k, deep, like)
@@ -267,7 +342,7 @@ def learn_lanes(lines, sizes, groups, i, lanes):
         error = move(told, j * lanes)
         for lane in range(lanes):
             error[lane] = beta[lane] * (v[j * lanes + lane] - error[lane])
-        add_lanes(move(lines.S, j * deep * lanes), error, k, deep, lanes)
+        add_lanes(move(lines.S, j * deep * lanes), error, k, deep)
     for group in range(groups):
         at = group * sizes.chunk + i
         q = move(lines.q, at * deep * lanes)
@@ -326,11 +401,27 @@ def run_tokens(places, steps, sizes, job, room, low, high, scale_):
     """Token by token."""
     apart()
     for i in range(low, high):
-        memorise_token(sizes, job, room, i, scale_)
-        for group in range(places.shape[2]):
-            q = matrix(places[Q, job.memory, group], steps[Q, 0], steps[Q, 1], scale_)
-            o = matrix(places[O, job.memory, group], sizes.v, 1, scale_)
-            answer_token(sizes, job, below(q, i), move(row(o, i), job.start), room, scale_)
+        step_token(places, steps, sizes, job, room, i, scale_)
+
+
+@inner
+def step_token(places, steps, sizes, job, room, i, scale_):
+    """One step of the recurrence, and the answers: those to further queries once the first are given."""
+    S, k, erase, error, keeps = room.S, row(job.k, i), row(job.erase, i), row(room.errors, 0), row(room.past, 0)
+    shares(keeps, row(job.gates, i), job.gates.column, sizes.k, sizes.gates, scale_)
+    told, columns, d = row(room.answers, 0), job.columns, sizes.k
+    recall_rows(told, S.data, S.step, keeps, sizes.gates, erase, job.erase.column, d, columns)
+    gather(error, move(row(job.v, i), job.start * job.v.column), job.v.column, columns)
+    add_scaled(error, real(scale_, -1), told, columns)
+    scale(error, row(job.beta, i)[0], columns)
+    for group in range(places.shape[2]):
+        q = matrix(places[Q, job.memory, group], steps[Q, 0], steps[Q, 1], scale_)
+        o = move(row(matrix(places[O, job.memory, group], sizes.v, 1, scale_), i), job.start)
+        if group:
+            recall_rows(o, S.data, S.step, keeps, 0, row(q, i), q.column, d, columns)
+        else:
+            learn_rows(o, S.data, S.step, keeps, sizes.gates, k, job.k.column, error, row(q, i), q.column, d, columns)
+        scale(o, scale_, columns)
 
 
 @inner
@@ -402,30 +493,3 @@ def memorise(sizes, job, room, decays, n, like):
         keep = row(room.since, 0)[n]
         scale_rows(room.errors, row(room.pairs, n - 1), n, job.columns)
     multiply(room.S, keys, room.errors, sizes.k, job.columns, n, real(like, 1), keep, full)
-
-
-@inner
-def memorise_token(sizes, job, room, i, like):
-    """One step of the recurrence: the new state."""
-    apart()
-    v, recalled = row(room.errors, 0), row(room.answers, 0)
-    gather(v, move(row(job.v, i), job.start * job.v.column), job.v.column, job.columns)
-    fill(recalled, real(like, 0), job.columns)
-    for p in range(sizes.k):
-        if sizes.gates:
-            scale(row(room.S, p), exp(row(job.gates, i)[p * job.gates.column]), job.columns)
-        add_scaled(recalled, row(job.erase, i)[p * job.erase.column], row(room.S, p), job.columns)
-    add_scaled(v, real(like, -1), recalled, job.columns)
-    for p in range(sizes.k):
-        step = row(job.beta, i)[0] * row(job.k, i)[p * job.k.column]
-        add_scaled(row(room.S, p), step, v, job.columns)
-
-
-@inner
-def answer_token(sizes, job, q, o, room, scale_):
-    """One step of the recurrence: the answer."""
-    apart()
-    fill(o, real(scale_, 0), job.columns)
-    for p in range(sizes.k):
-        add_scaled(o, q.data[p * q.column], row(room.S, p), job.columns)
-    scale(o, scale_, job.columns)

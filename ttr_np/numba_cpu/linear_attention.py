@@ -19,12 +19,14 @@ from ..solvers.linear_attention import start
 from ._cache import compiled
 from ._channels import BLOCK, carry_keys, channel_decays, channel_products, channel_shapes, channels_of, meetings
 from ._compile import apart, inner, spliced
-from ._gates import exp, step_decays, weigh
+from ._gates import step_decays, weigh
 from ._panels import (
     Matrix,
+    add_scaled,
     answers,
     below,
     clean_until,
+    copy,
     dot,
     fill,
     full,
@@ -46,6 +48,7 @@ from ._panels import (
     triangle,
 )
 from ._sequences import NO_GATES, PER_CHANNEL, PER_STEP, column_blocks, lay_out
+from ._steps import learn_rows, recall_rows, shares
 from ._threads import share
 
 __all__ = ["linear_attention"]
@@ -242,9 +245,15 @@ def run_tokens(places, steps, sizes, job, room, low, high, scale):
     """Token by token."""
     apart()
     for i in range(low, high):
-        for group in range(places.shape[2]):
-            answer_token(sizes, job, reader_of(places, steps, sizes, job.memory, group, scale), room, i, scale)
-        memorise_token(sizes, job, room, i, scale)
+        gather(row(room.values, 0), move(row(job.v, i), job.start * job.v.column), job.v.column, job.columns)
+        shares(row(room.past, 0), row(job.gates, i), job.gates.column, sizes.k, sizes.gates, scale)
+        if sizes.late:
+            for group in range(places.shape[2]):
+                answer_early(sizes, job, reader_of(places, steps, sizes, job.memory, group, scale), room, i, scale)
+        reader = reader_of(places, steps, sizes, job.memory, 0, scale)
+        memorise_token(sizes, job, reader, room, i, scale)
+        for group in range(0 if sizes.late else places.shape[2]):
+            answer_token(sizes, reader_of(places, steps, sizes, job.memory, group, scale), job, room, group, i, scale)
 
 
 @inner
@@ -272,9 +281,7 @@ def answer(sizes, job, reader, room, decays, low, n, scale):
     q, past = below(reader.q, low), room.past
     if sizes.gates == PER_CHANNEL:
         load(room.queries, q, 0, n, 0, k)
-        channel_products(
-            room.scores, past, room.keys, room.queries, room.rows, n, k, decays, sizes.late, scale
-        )
+        channel_products(room.scores, past, room.keys, room.queries, room.rows, n, k, decays, sizes.late, scale)
     else:
         multiply(room.scores, q, room.keys, n, n, k, one, zero, triangle)
         weigh(room.scores, room.pairs, n, sizes.gates, sizes.late, scale)
@@ -368,51 +375,50 @@ def along(x, step, y, n, like):
 
 
 @inner
-def answer_token(sizes, job, reader, room, i, scale_):
-    """One step of the recurrence: the answer."""
-    apart()
-    o, v, z, weight = move(row(reader.o, i), job.start), row(room.values, 0), row(room.z, 0), real(scale_, 0)
-    fill(o, real(scale_, 0), job.columns)
-    gather(v, move(row(job.v, i), job.start * job.v.column), job.v.column, job.columns)
-    for p in range(sizes.k):
-        q, k, keep = row(reader.q, i)[p * reader.q.column], row(job.k, i)[p * job.k.column], real(scale_, 1)
-        if sizes.late:
-            k *= reader.bonus.data[p * reader.bonus.column]
-        elif sizes.gates:
-            keep = exp(row(job.gates, i)[p * job.gates.column])
-        read_row(o, q, keep, row(room.S, p), k, v, job.columns)
-        weight += q * (keep * z[p] + k)
-    if sizes.normalize:
-        divide_row(o, weight, job.columns, scale_)
+def memorise_token(sizes, job, reader, room, i, like):
+    """One step of the recurrence: the new state, and what it says to a first reader."""
+    S, z, keeps, k = room.S, row(room.z, 0), row(room.past, 0), row(job.k, i)
+    learn_rows(
+        row(room.answers, 0), S.data, S.step, keeps, sizes.gates, k, job.k.column, row(room.values, 0),
+        row(reader.q, i), reader.q.column, sizes.k, job.columns,
+    )  # fmt: skip
+    for p in range(sizes.k if sizes.normalize else 0):
+        z[p] = kept(keeps[p], z[p]) + k[p * job.k.column]
+
+
+@inner
+def kept(keep, x):
+    """What is kept of a number: where that is nothing, not even of a NaN."""
+    return keep * x if keep != 0 else keep
+
+
+@inner
+def answer_token(sizes, reader, job, room, group, i, scale_):
+    """One step of the recurrence: the answer of the new state; that to a first reader is there."""
+    S, o, q = room.S, move(row(reader.o, i), job.start), row(reader.q, i)
+    if group:
+        recall_rows(o, S.data, S.step, row(room.past, 0), 0, q, reader.q.column, sizes.k, job.columns)
     else:
-        scale(o, scale_, job.columns)
+        copy(o, row(room.answers, 0), job.columns)
+    weigh_token(sizes, reader, room, o, i, real(scale_, 0), job.columns, scale_)
 
 
 @inner
-def read_row(o, q, keep, S, k, v, n):
-    """o = o + q (keep S + k v)."""
-    apart()
-    for j in range(n):
-        o[j] += q * (keep * S[j] + k * v[j])
+def answer_early(sizes, job, reader, room, i, scale_):
+    """One step of the recurrence: the answer of the old state and the token's own bonus."""
+    S, o, q = room.S, move(row(reader.o, i), job.start), row(reader.q, i)
+    recall_rows(o, S.data, S.step, row(room.past, 0), 0, q, reader.q.column, sizes.k, job.columns)
+    mine = own(reader.q, job.k, reader.bonus, i, sizes.k, scale_)
+    add_scaled(o, mine, row(room.values, 0), job.columns)
+    weigh_token(sizes, reader, room, o, i, mine, job.columns, scale_)
 
 
 @inner
-def memorise_token(sizes, job, room, i, like):
-    """One step of the recurrence: the new state."""
-    apart()
-    z, v = row(room.z, 0), row(room.values, 0)
-    gather(v, move(row(job.v, i), job.start * job.v.column), job.v.column, job.columns)
-    for p in range(sizes.k):
-        k, keep = row(job.k, i)[p * job.k.column], real(like, 1)
-        if sizes.gates:
-            keep = exp(row(job.gates, i)[p * job.gates.column])
-        update_row(row(room.S, p), keep, k, v, job.columns)
-        z[p] = keep * z[p] + k
-
-
-@inner
-def update_row(S, keep, k, v, n):
-    """S = keep S + k v."""
-    apart()
-    for j in range(n):
-        S[j] = keep * S[j] + k * v[j]
+def weigh_token(sizes, reader, room, o, i, mine, columns, scale_):
+    """An answer times its scale, or over its total weight: ``mine`` and what the memory adds."""
+    if sizes.normalize:
+        asking = row(room.queries, 0)
+        gather(asking, row(reader.q, i), reader.q.column, sizes.k)
+        divide_row(o, mine + dot(asking, row(room.z, 0), sizes.k, scale_), columns, scale_)
+    else:
+        scale(o, scale_, columns)

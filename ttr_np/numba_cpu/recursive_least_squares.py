@@ -21,7 +21,7 @@ from ..calling import run
 from ..notation import RecursiveLeastSquaresState
 from ..solvers._chunks import output_like
 from ..solvers.recursive_least_squares import FAINTEST, LARGEST, SLACK, check_ridge, check_weights, factor, limit, start
-from ._bierman import learn_factors, numbers_of, place_of
+from ._bierman import Pairs, learn_factors, learn_pairs, numbers_of, place_of
 from ._cache import compiled
 from ._compile import apart, inner
 from ._factors import BLOCK, Reflections, cholesky, eps, invert_lower, no_future, orthogonalise, reflect, square
@@ -72,6 +72,7 @@ from ._panels import (
 )
 from ._sequences import lay_out
 from ._threads import share
+from ._vectors import plus
 
 __all__ = ["recursive_least_squares"]
 
@@ -381,23 +382,44 @@ def weigh_tokens(lines, places, rows, d, w, lanes, like):
 def learn_tokens(lines, places, steps, here, since, rows, sizes, room, limit):
     """Some tokens, one after the other: the past forgets, the pair is learnt, the queries are answered."""
     apart()
-    (_, d, w, tokens), lanes = sizes, here.lanes
-    deep, gated = padded(d), places[GATE, 0, 0] != 0
+    (_, d, w, tokens), lanes, groups = sizes, here.lanes, places.shape[2]
+    gated = places[GATE, 0, 0] != 0
     calm = not gated and small_enough(lines, rows, lanes, limit)
+    if calm and lanes == 1:
+        inform(lines, 0, rows, lanes)
+        learn_pairs(pairs_of(lines, 0, d, w), rows, tokens, groups, w, d)
+        return
     for i in range(rows):
-        if lanes > 1:
-            ask_ahead(places, steps, K, here, since + tokens + i, d, limit)
         if gated:
             decay_lanes(lines, i, d, lanes)
-        for lane in range(lanes):
-            lines.numbers[INFORMATION * lanes + lane] += lines.energy[i * lanes + lane]
+        inform(lines, i, 1, lanes)
         if not calm:
             cap_lanes(lines, i, room, d, lanes, limit)
-        learn_lanes(lines, i, d, w, lanes)
-        for group in range(places.shape[2]):
-            at = group * tokens + i
-            told, q = move(lines.told, at * w * lanes), move(lines.q, at * deep * lanes)
-            recall_lanes(told, lines.S, q, deep, w, lanes)
+        if lanes == 1:
+            learn_pairs(pairs_of(lines, i, d, w), 1, tokens, groups, w, d)
+        else:
+            ask_ahead(places, steps, K, here, since + tokens + i, d, limit)
+            learn_lanes(lines, i, sizes, groups, lanes)
+
+
+@inner
+def inform(lines, first, rows, lanes):
+    """Add some energies to the traces of P^-1, one after the other whatever the lanes."""
+    for lane in range(lanes):
+        total = lines.numbers[INFORMATION * lanes + lane]
+        for i in range(first, first + rows):
+            total = plus(total, lines.energy[i * lanes + lane])
+        lines.numbers[INFORMATION * lanes + lane] = total
+
+
+@inner
+def pairs_of(lines, i, d, w):
+    """One sequence from token i on."""
+    deep = padded(d)
+    return Pairs(
+        lines.U, lines.D, lines.gain, lines.S, move(lines.k, i * deep), move(lines.v, i * w), move(lines.q, i * deep),
+        move(lines.told, i * w),
+    )  # fmt: skip
 
 
 @inner
@@ -468,17 +490,21 @@ def cap_lane(lines, lane, energy, room, d, lanes, limit):
 
 
 @inner
-def learn_lanes(lines, i, d, w, lanes):
+def learn_lanes(lines, i, sizes, groups, lanes):
     """One pair of all memories: Bierman's update of U and D, in which nothing is subtracted from a variance."""
+    (_, d, w, tokens) = sizes
     deep, variance = padded(d), move(lines.numbers, VARIANCE * lanes)
     k, v = move(lines.k, i * deep * lanes), move(lines.v, i * w * lanes)
     foretell(lines, k, v, deep, w, lanes)  # first, so that it need not wait for the factors
-    learn_factors(lines.U, lines.D, k, lines.gain, lines.grow, lines.shrink, variance, d, lanes)
+    learn_factors(lines.U, lines.D, k, lines.gain, lines.grow, lines.shrink, variance, d)
     for j in range(w):
         error = move(v, j * lanes)
         for lane in range(lanes):
             error[lane] /= variance[lane]
-        add_lanes(move(lines.S, j * deep * lanes), error, lines.gain, deep, lanes)
+        add_lanes(move(lines.S, j * deep * lanes), error, lines.gain, deep)
+    for group in range(groups):
+        at = group * tokens + i
+        recall_lanes(move(lines.told, at * w * lanes), lines.S, move(lines.q, at * deep * lanes), deep, w, lanes)
 
 
 @inner

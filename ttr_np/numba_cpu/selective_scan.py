@@ -21,6 +21,7 @@ from ..notation import SelectiveScanState
 from ..solvers.selective_scan import output
 from ._cache import compiled
 from ._compile import apart, inner
+from ._lanes import ask_for
 from ._panels import (
     add_scaled,
     copy,
@@ -38,11 +39,12 @@ from ._panels import (
 from ._powers import LOG2E, exp2
 from ._sequences import lay_out
 from ._threads import share
-from ._vectors import Vectors
+from ._vectors import Vectors, per_vector
 
 __all__ = ["selective_scan"]
 
 CHANNELS = 64  # of a job: its memory and rates stay in the first cache
+AHEAD = 4  # steps, the time in which a line of numbers arrives
 EXPONENTIAL = 16  # multiplications in the time of one
 U, DELTA, RATES, B, C, DIRECT, STATE, O = range(8)
 
@@ -123,19 +125,26 @@ def at(places, steps, array, memory, group, i, low, like):
 
 
 @inner
+def ask_line(x, step, ahead, channels, like):
+    """Ask for the line of a later step: lines of many channels are so far apart that no machine foresees them."""
+    for c in range(0, channels, per_vector(like)):
+        ask_for(move(x, ahead + c * step))
+
+
+@inner
 def advance(h, rates, line, places, steps, memory, i, low, channels, n, like):
     """One step of the memory."""
     apart()
     u, u_step = at(places, steps, U, memory, 0, i, low, like)
     delta, delta_step = at(places, steps, DELTA, memory, 0, i, low, like)
     b, b_step = at(places, steps, B, memory, 0, i, 0, like)
+    ask_line(u, u_step, AHEAD * steps[U, 0], channels, like)
+    ask_line(delta, delta_step, AHEAD * steps[DELTA, 0], channels, like)
     gather(line.u, u, u_step, channels)
     gather(line.delta, delta, delta_step, channels)
     times(line.entered, line.delta, line.u, channels)
     c, c_step = at(places, steps, C, memory, 0, i, 0, like)
-    step_all(
-        h.data, rates.data, h.step, line.delta, line.entered, line.o, b, b_step, c, c_step, channels, n
-    )
+    step_all(h.data, rates.data, h.step, line.delta, line.entered, line.o, b, b_step, c, c_step, channels, n)
 
 
 @intrinsic
@@ -144,6 +153,7 @@ def step_all(
     c_step: Any, channels: Any, n: Any,
 ) -> Any:  # fmt: skip
     """h = 2^(delta rate) h + entered b and o = c . h, whole vectors of channels; rates are in powers of two."""
+
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         h, rates, step, delta, entered, o, b, b_step, c, c_step, channels, n = args
         vectors, word = Vectors(builder, signature.args[0].dtype), ir.IntType(64)
@@ -186,6 +196,7 @@ def answer(line, places, steps, memory, group, i, low, channels, like):
     """What was seen, and the direct path."""
     apart()
     o = move(row(matrix(places[O, memory, group], steps[O, 0], 1, like), i), low)
+    ask_line(o, 1, AHEAD * steps[O, 0], channels, like)
     copy(o, line.o, channels)
     if places[DIRECT, memory, group]:
         direct = row(matrix(places[DIRECT, memory, group], 0, 1, like), 0)
