@@ -1,4 +1,4 @@
-"""Exact least squares in chunks on tensor cores in double precision, executed on the CPU: cupy's form of longer calls."""
+"""Exact least squares in chunks, executed on the CPU: the form of longer calls of cupy, in double precision."""
 
 import ctypes
 import re
@@ -118,8 +118,8 @@ def test_a_small_ridge_costs_no_digits(operator, options):
 @each
 def test_pieces_begin_where_the_last_ones_end(operator, options):
     arrays = pairs(operator, 1100)
-    state = run(operator, "numpy", {name: x[..., :50, :] if name in "qkv" else x[..., :50] for name, x in arrays.items()})
-    for more in ({}, {"initial_state": state[1]}):
+    part = {name: x[..., :50, :] if name in "qkv" else x[..., :50] for name, x in arrays.items()}
+    for more in ({}, {"initial_state": run(operator, "numpy", part)[1]}):
         with on_cpu("cupy") as machine:
             getattr(ttr_np, operator)(**arrays, **options, **more, backend="cupy")
         assert machine.launches[:2] == ["pair_sums", CHUNK[operator]]

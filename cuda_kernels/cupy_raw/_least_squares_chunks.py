@@ -1,7 +1,7 @@
 """Exact least squares on the GPU, chunk by chunk on tensor cores in double precision.
 
-A block walks over one memory with up to 128 value columns. Where that leaves multiprocessors idle the sequence is cut in
-pieces: ``pair_sums.cu`` makes what the pairs of each piece add to the Gram matrix and to the solution, and a piece
+A block walks over one memory with up to 128 value columns. Where that leaves multiprocessors idle the sequence is cut
+in pieces: ``pair_sums.cu`` makes what the pairs of each piece add to the Gram matrix and to the solution, and a piece
 begins with the solution of all pairs before it. Memory beside arrays and states: those sums, and a matrix per block.
 """
 

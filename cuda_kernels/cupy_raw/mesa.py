@@ -2,11 +2,12 @@
 
     H_t = g_t H_{t-1} + beta_t k_t k_t^T,    x_t = (H_t + diag(ridge))^-1 q_t,    o_t = G_t^T x_t
 
-In chunks, on tensor cores in double precision: ``mesa_chunks.cu`` takes the conjugate gradients of all tokens of a chunk
-together, to 1e-11 of the right side where the solver is ``exact``; ``recall_chunks.cu`` is linear attention at the
-solutions. Few tokens, Chebyshev steps, keys of many channels and data in double precision go another way: ``gram.cu`` walks over the keys and leaves H at the start of each piece of tokens; the kernel of the solver has a block
-per piece; ``recall.cu`` walks over keys and values. All sums are in double precision. Memory beside arrays and states:
-two matrices of the size of H per piece, three for ``cg``. See ``ttr_np.solvers.mesa`` for the solvers and the sources.
+In chunks, on tensor cores in double precision: ``mesa_chunks.cu`` takes the conjugate gradients of all tokens of a
+chunk together, to 1e-11 of the right side where the solver is ``exact``; ``recall_chunks.cu`` is linear attention at
+the solutions. Few tokens, Chebyshev steps, keys of many channels and data in double precision go another way:
+``gram.cu`` walks over the keys and leaves H at the start of each piece of tokens; the kernel of the solver has a block
+per piece; ``recall.cu`` walks over keys and values. Memory beside arrays and states: two matrices of the size of H per
+piece, three for ``cg``. All sums are in double precision. See ``ttr_np.solvers.mesa`` for the solvers and the sources.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 In chunks P and the solution are carried together, by ``recursive_chunks.cu``. Few tokens, keys of many
 channels and data in double precision go another way: P does not depend on the values, so
 ``recursive_least_squares.cu`` walks over it alone, one block per memory, and leaves the gain of every token;
-``innovations.cu`` follows with as many blocks as the values need. See ``ttr_np.solvers.recursive_least_squares`` for the
-mathematics, the two caps, and the sources.
+``innovations.cu`` follows with as many blocks as the values need. See ``ttr_np.solvers.recursive_least_squares`` for
+the mathematics, the two caps, and the sources.
 """
 
 from __future__ import annotations
