@@ -54,7 +54,7 @@ struct alignas(2 * sizeof(T)) Two {
 
 // A matrix in shared memory, row by row.
 template <class T, int STRIDE>
-struct Matrix {
+struct Panel {
     T* begin;
 
     static constexpr int stride = STRIDE;
@@ -63,18 +63,18 @@ struct Matrix {
     __device__ __forceinline__ T& at(int i, int j) const { return begin[i * STRIDE + j]; }
     __device__ __forceinline__ Two<T>& two(int i, int j) const { return reinterpret_cast<Two<T>&>(at(i, j)); }
 
-    // Left[i][j] = matrix[row + i][column + j].
+    // Left[i][j] = panel[row + i][column + j].
     __device__ __forceinline__ Left left(int row, int column) const {
         const int line = threadIdx.x % 32 / 4, pair = threadIdx.x % 4 * 2;
         const Two<T> low = two(row + line, column + pair), high = two(row + line + 8, column + pair);
         return {in_double(low.x[0]), in_double(high.x[0]), in_double(low.x[1]), in_double(high.x[1])};
     }
-    // Right[i][j] = matrix[row + j][column + i].
+    // Right[i][j] = panel[row + j][column + i].
     __device__ __forceinline__ Right transposed(int row, int column) const {
         const Two<T> both = two(row + threadIdx.x % 32 / 4, column + threadIdx.x % 4 * 2);
         return {in_double(both.x[0]), in_double(both.x[1])};
     }
-    // Right[i][j] = matrix[row + i][column + j].
+    // Right[i][j] = panel[row + i][column + j].
     __device__ __forceinline__ Right right(int row, int column) const {
         const int line = threadIdx.x % 32 / 4, pair = threadIdx.x % 4 * 2;
         return {in_double(at(row + pair, column + line)), in_double(at(row + pair + 1, column + line))};

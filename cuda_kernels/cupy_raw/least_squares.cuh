@@ -6,10 +6,10 @@ constexpr int WARPS = 8, THREADS = 32 * WARPS, VALUES = 16 * WARPS;
 constexpr int OCTETS = KEYS / 8, BLOCKS = KEYS / 16, TILES = BLOCKS * (BLOCKS + 1);  // of a symmetric matrix
 constexpr double FAINTEST = -60;
 
-typedef Matrix<float, KEYS + 8> Tokens;     // rows of keys or queries, as they are
-typedef Matrix<double, KEYS + 8> Square;    // keys x keys
-typedef Matrix<double, CHUNK + 2> Columns;  // keys x tokens
-typedef Matrix<double, CHUNK + 8> Pairs;    // tokens x tokens
+typedef Panel<float, KEYS + 8> Tokens;     // rows of keys or queries, as they are
+typedef Panel<double, KEYS + 8> Square;    // keys x keys
+typedef Panel<double, CHUNK + 2> Columns;  // keys x tokens
+typedef Panel<double, CHUNK + 8> Pairs;    // tokens x tokens
 
 __device__ __forceinline__ bool bad(double x) { return x - x != 0; }
 
@@ -211,7 +211,7 @@ __device__ __forceinline__ void each_pair_tile(Use use) {
 
 // Left[i][j] = x[token + j][row + i], of tokens in rows.
 template <class T, int STRIDE>
-__device__ __forceinline__ Left left_of_columns(const Matrix<T, STRIDE>& x, int row, int token) {
+__device__ __forceinline__ Left left_of_columns(const Panel<T, STRIDE>& x, int row, int token) {
     const Right low = x.right(token, row), high = x.right(token, row + 8);
     return {low.x[0], high.x[0], low.x[1], high.x[1]};
 }

@@ -13,7 +13,7 @@ enum { Q, KEY, V, GATE, BETA, RIDGE, STATE, STATE_NEXT, WORST, X };
 
 constexpr int HALVES = KEYS > 64 ? 1 : 2, OWN = CHUNK / 8 / HALVES;  // tiles of 8 tokens that a warp has
 
-typedef Matrix<double, KEYS + 8> Vectors64;  // tokens x keys
+typedef Panel<double, KEYS + 8> Vectors64;  // tokens x keys
 
 // What a block keeps in shared memory.
 struct Room {

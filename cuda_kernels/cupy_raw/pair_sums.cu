@@ -11,7 +11,7 @@ pair_sums(const data* k, const data* v, const gate* log_decay, const gate* beta,
     __shared__ PairArrays arrays;
     unsigned char* const at = dynamic_shared();
     const Tokens keys = {reinterpret_cast<float*>(at)};
-    const Matrix<float, VALUES + 8> values = {keys.begin + CHUNK * Tokens::stride};
+    const Panel<float, VALUES + 8> values = {keys.begin + CHUNK * Tokens::stride};
     const int memory = blockIdx.x / blocks, piece = blockIdx.x % stored, warp = threadIdx.x / 32;
     const int first_column = blockIdx.x % blocks / stored * VALUES;
     if (threadIdx.x == 0) arrays = pairs_of(k, v, log_decay, beta, table, axes, KEY, memory);

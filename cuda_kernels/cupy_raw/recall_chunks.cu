@@ -7,7 +7,7 @@ enum { X, KEY, V, GATE, BETA, STATE, STATE_NEXT, O };
 // What a block keeps in shared memory.
 struct Room {
     Tokens k, x;
-    Matrix<float, VALUES + 8> v;
+    Panel<float, VALUES + 8> v;
     Pairs scores;
 
     __device__ __forceinline__ explicit Room(unsigned char* at) {
