@@ -36,7 +36,9 @@ from .torch_peers import no_gradients
 __all__ = ["FIRST", "SHAPES", "Clock", "answered", "main", "questions_of", "table_of"]
 
 # Files in this order: what only a GPU shows, then the most telling of what was executed on the CPU.
-TESTED = ("device", "streams", "chunks", "delta_chunks", "squares", "attention", "fuzz", "kernels")
+TESTED = (
+    "device", "streams", "wgmma", "least_squares", "chunks", "delta_chunks", "squares", "attention", "fuzz", "kernels"
+)  # fmt: skip
 TESTS = tuple(f"tests/test_cuda_{name}.py" for name in TESTED)
 TESTS_SHARE = 0.35  # of the time
 LEAST = 1e-3  # seconds of a sample: shorter calls are made several times
