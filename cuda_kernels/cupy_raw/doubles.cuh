@@ -74,6 +74,17 @@ struct Panel {
         const Two<T> both = two(row + threadIdx.x % 32 / 4, column + threadIdx.x % 4 * 2);
         return {in_double(both.x[0]), in_double(both.x[1])};
     }
+    // Sum[i][j] = panel[row + i][column + j], and back.
+    __device__ __forceinline__ Sum sum(int row, int column) const {
+        const int line = threadIdx.x % 32 / 4, pair = threadIdx.x % 4 * 2;
+        const Two<T> low = two(row + line, column + pair), high = two(row + line + 8, column + pair);
+        return {low.x[0], low.x[1], high.x[0], high.x[1]};
+    }
+    __device__ __forceinline__ void store(const Sum& sum, int row, int column) const {
+        const int line = threadIdx.x % 32 / 4, pair = threadIdx.x % 4 * 2;
+        two(row + line, column + pair) = {sum.x[0], sum.x[1]};
+        two(row + line + 8, column + pair) = {sum.x[2], sum.x[3]};
+    }
     // Right[i][j] = panel[row + i][column + j].
     __device__ __forceinline__ Right right(int row, int column) const {
         const int line = threadIdx.x % 32 / 4, pair = threadIdx.x % 4 * 2;

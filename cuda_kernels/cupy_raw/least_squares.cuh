@@ -209,6 +209,12 @@ __device__ __forceinline__ void each_pair_tile(Use use) {
     }
 }
 
+// A tile of the lower triangle, to both triangles.
+__device__ __forceinline__ void store_symmetric(const Square& A, Sum& sum, int row, int column) {
+    A.store(sum, row, column);
+    if (column < row) each(sum, [&](int i, int j, double x) { A.at(column + j, row + i) = x; });
+}
+
 // Left[i][j] = x[token + j][row + i], of tokens in rows.
 template <class T, int STRIDE>
 __device__ __forceinline__ Left left_of_columns(const Panel<T, STRIDE>& x, int row, int token) {
@@ -249,11 +255,9 @@ struct Sums {
     __device__ __forceinline__ void add_to(const Square& H) const {
         const double left = decay();
         each_tile([&](int, int row, int column) {
-            each(tile(row, column), [&](int i, int j, double x) {
-                double& h = H.at(row + i, column + j);
-                h = fma(left, h, x);
-                if (column < row) H.at(column + j, row + i) = h;
-            });
+            Sum sum = H.sum(row, column);
+            for (int i = 0; i < 4; i++) sum.x[i] = fma(left, sum.x[i], tile(row, column).x[i]);
+            store_symmetric(H, sum, row, column);
         });
     }
     __device__ __forceinline__ void add_to(Memory& G) const {

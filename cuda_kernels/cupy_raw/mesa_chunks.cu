@@ -93,11 +93,9 @@ __device__ __forceinline__ void apply(Sum (&product)[OWN], const Sum (&p)[OWN], 
         for (int inner = 0; inner < KEYS; inner += 16)
             for (int n = 0; n < 2; n++)
                 sums[n].add(room.p.left(row, inner + 8 * n), room.k.transposed(column, inner + 8 * n));
-        each(sums[0], [&](int i, int j, double& x) { room.scores.at(row + i, column + j) = x; });
-        each(sums[1], [&](int i, int j, double x) {
-            double& score = room.scores.at(row + i, column + j);
-            score = room.decays.at(row + i, column + j) * (score + x);
-        });
+        const Sum decays = room.decays.sum(row, column);
+        for (int i = 0; i < 4; i++) sums[0].x[i] = decays.x[i] * (sums[0].x[i] + sums[1].x[i]);
+        room.scores.store(sums[0], row, column);
     });
     for (Sum& sum : product) sum = {};
     #pragma unroll 2
@@ -187,18 +185,15 @@ __device__ bool all_safe(const Room& room, const Weights& all, double eps) {
 // H = left H + the pairs of the chunk.
 __device__ __forceinline__ void learn_chunk(const Room& room, const Weights& all) {
     each_tile([&](int, int row, int column) {
-        Sum sum;
-        each(sum, [&](int i, int j, double& x) { x = all.left[CHUNK - 1] * room.H.at(row + i, column + j); });
+        Sum sum = room.H.sum(row, column);
+        for (double& x : sum.x) x *= all.left[CHUNK - 1];
         #pragma unroll 1
         for (int token = 0; token < CHUNK; token += 8) {
             Right right = room.k.right(token, column);
             for (int i = 0; i < 2; i++) right.x[i] *= room.decays.at(CHUNK - 1, token + threadIdx.x % 4 * 2 + i);
             sum.add(left_of_columns(room.k, row, token), right);
         }
-        each(sum, [&](int i, int j, double x) {
-            room.H.at(row + i, column + j) = x;
-            if (column < row) room.H.at(column + j, row + i) = x;
-        });
+        store_symmetric(room.H, sum, row, column);
     });
 }
 

@@ -24,11 +24,12 @@ __device__ __forceinline__ void score(const Room& room, const Weights& all) {
         Sum sum = {};
         #pragma unroll 2
         for (int inner = 0; inner < KEYS; inner += 8) sum.add(room.x.left(row, inner), room.k.transposed(column, inner));
-        each(sum, [&](int i, int j, double x) {
+        each(sum, [&](int i, int j, double& x) {
             const int token = row + i, other = column + j;
             const double share = all.root[other] * all.root[other];
-            room.scores.at(token, other) = other <= token ? share * exp(all.decay[token] - all.decay[other]) * x : 0;
+            x = other <= token ? share * exp(all.decay[token] - all.decay[other]) * x : 0;
         });
+        room.scores.store(sum, row, column);
     });
 }
 

@@ -145,11 +145,10 @@ __device__ __forceinline__ void meet_keys(const Room& room) {
             #pragma unroll
             for (int tile = 0; tile < tiles; tile++) sums[tile].add(left, room.k.transposed(first + 8 * tile, inner));
         }
-        for (int tile = 0; tile < tiles; tile++)
-            each(sums[tile], [&](int i, int j, double x) {
-                const int token = first + 8 * tile + j;
-                room.W.at(row + i, token) = room.all.root[token] * x;
-            });
+        for (int tile = 0; tile < tiles; tile++) {
+            each(sums[tile], [&](int, int j, double& x) { x *= room.all.root[first + 8 * tile + j]; });
+            room.W.store(sums[tile], row, first + 8 * tile);
+        }
     }
 }
 
@@ -167,16 +166,18 @@ __device__ __forceinline__ void meet_pairs(const Room& room) {
     for (int task = threadIdx.x / 32; task < CHUNK / 16 * (CHUNK / 8); task += WARPS) {
         const int row = task / (CHUNK / 8) * 16, column = task % (CHUNK / 8) * 8;
         Sum sum = meet(room.k, room.W, row, column);
-        each(sum, [&](int i, int j, double x) {
-            const int token = row + i, other = column + j;
-            room.pairs.at(token, other) = room.all.root[token] * x + (token == other ? room.all.left[token] : 0);
+        each(sum, [&](int i, int j, double& x) {
+            const int token = row + i;
+            x = room.all.root[token] * x + (token == column + j ? room.all.left[token] : 0);
         });
+        room.pairs.store(sum, row, column);
     }
 }
 __device__ __forceinline__ void score(const Room& room) {
     each_pair_tile([&](int row, int column) {
         Sum sum = meet(room.q, room.W, row, column);
-        each(sum, [&](int i, int j, double x) { room.pairs.at(row + i, column + j) = column + j <= row + i ? x : 0; });
+        each(sum, [&](int i, int j, double& x) { x = column + j <= row + i ? x : 0; });
+        room.pairs.store(sum, row, column);
     });
 }
 
@@ -218,7 +219,7 @@ __device__ __forceinline__ void whiten(const Room& room) {
             for (int inner = 0; inner <= tile; inner++)
                 sum.add(room.W.left(row, 8 * inner), room.pairs.transposed(8 * tile, 8 * inner));
             __syncwarp();  // all lanes have read them
-            each(sum, [&](int i, int j, double x) { room.W.at(row + i, 8 * tile + j) = x; });
+            room.W.store(sum, row, 8 * tile);
         }
 }
 
@@ -236,13 +237,10 @@ __device__ __forceinline__ void learn(const Room& room, double rest) {
         }
         #pragma unroll 1
         for (int column = 8 * half; column < row + 16; column += 16) {
-            Sum sum;
-            each(sum, [&](int i, int j, double& x) { x = room.P.at(row + i, column + j); });
+            Sum sum = room.P.sum(row, column);
             for (int n = 0; n < CHUNK / 8; n++) sum.add(known[n], room.W.transposed(column, 8 * n));
-            each(sum, [&](int i, int j, double x) {
-                room.P.at(row + i, column + j) = rest * x;
-                if (column < row) room.P.at(column + j, row + i) = rest * x;
-            });
+            for (double& x : sum.x) x *= rest;
+            store_symmetric(room.P, sum, row, column);
         }
     }
 }
