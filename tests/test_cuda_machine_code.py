@@ -120,10 +120,10 @@ def test_texts_of_least_squares_compile_within_their_budget(operator, options, a
 # them is addresses.
 CHUNKED = [("recursive_least_squares", {}), ("mesa", {"solver": "exact"}), ("mesa", {"solver": "cg"})]
 CHUNK_STACK = {
-    "pair_sums": (0, 0, 16),
-    "recursive_least_squares_chunks": (304, 184, 48),
+    "pair_sums": (48, 48, 56),
+    "recursive_least_squares_chunks": (360, 328, 48),
     "mesa_chunks": (0, 0, 0),
-    "recall_chunks": (0, 104, 0),
+    "recall_chunks": (8, 144, 0),
 }
 
 
