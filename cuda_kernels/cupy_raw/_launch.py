@@ -40,6 +40,7 @@ class Device(NamedTuple):
 
     multiprocessors: int
     shared: int  # bytes that one block may have
+    capability: str = ""  # compute capability, two digits
 
 
 class Gpu:
@@ -127,12 +128,21 @@ class Gpu:
 
         return device(cupy.cuda.Device().id)
 
-    def run(self, source: str, name: str, blocks: int, threads: int, arguments: list[Any], shared: int = 0) -> None:
+    def run(
+        self,
+        source: str,
+        name: str,
+        blocks: int,
+        threads: int,
+        arguments: list[Any],
+        shared: int = 0,
+        architecture: str = "",
+    ) -> None:
         """Launch; a null pointer is the number 0."""
         import cupy
 
         given = tuple([NULL if x is None else x for x in arguments])
-        kernel = compiled(cupy.cuda.Device().id, source, name, shared)
+        kernel = compiled(cupy.cuda.Device().id, source, name, shared, architecture)
         kernel((blocks,), (threads,), given, shared_mem=shared)
 
 
@@ -141,19 +151,23 @@ def device(number: int) -> Device:
     """One of the GPUs of CuPy."""
     import cupy
 
-    attributes = cupy.cuda.Device(number).attributes
-    return Device(attributes["MultiProcessorCount"], attributes["MaxSharedMemoryPerBlockOptin"])
+    one = cupy.cuda.Device(number)
+    attributes = one.attributes
+    sizes = attributes["MultiProcessorCount"], attributes["MaxSharedMemoryPerBlockOptin"]
+    return Device(*sizes, one.compute_capability)
 
 
 @cache
-def compiled(number: int, source: str, name: str, shared: int = 0) -> Any:
+def compiled(number: int, source: str, name: str, shared: int = 0, architecture: str = "") -> Any:
     """A kernel of CuPy on its current GPU, which has that number; beyond 48 KB shared memory must be asked for there.
 
-    CuPy keeps its machine code on disk.
+    CuPy keeps its machine code on disk. It names the GPU's own architecture, and does not know those whose instructions
+    no later one has: such a name comes as an option more, which NVRTC prefers.
     """
     import cupy
 
-    kernel = cupy.RawModule(code=source, options=("-std=c++17",)).get_function(name)
+    options = ("-std=c++17", f"-arch={architecture}") if architecture else ("-std=c++17",)
+    kernel = cupy.RawModule(code=source, options=options).get_function(name)
     if shared > 48 * 1024:
         kernel.max_dynamic_shared_size_bytes = shared
     return kernel
@@ -238,7 +252,8 @@ def launch(
             table = table_of(sequences, here, arrays)
         arguments = kernel.typed(here | {"table": _calls.fixed(machine.table(table))} | sizes | scalars, names)
         what = (kernel.source(names, constants), kernel.name, sequences.memories * blocks, threads)
-        _calls.begin(_calls.Launch(machine, what, arguments, (shared,)))
+        more = (shared, kernel.architecture) if kernel.architecture else (shared,)
+        _calls.begin(_calls.Launch(machine, what, arguments, more))
 
 
 def table_of(sequences: Sequences, here: Mapping[str, Any], arrays: _calls.Arrays) -> np.ndarray | None:

@@ -39,11 +39,22 @@ class Parameter(NamedTuple):
 
 
 class Kernel:
-    """The kernel of one ``.cu`` file of this folder, named like it; ``headers`` beyond those that all kernels share."""
+    """The kernel of one ``.cu`` file of this folder, named like it.
 
-    def __init__(self, name: str, *headers: str) -> None:
+    Parameters
+    ----------
+    name
+        Of the file and of the kernel.
+    *headers
+        Beyond those that all kernels share.
+    architecture
+        The only one that it is for, such as ``sm_90a``, whose own instructions it has; empty for any.
+    """
+
+    def __init__(self, name: str, *headers: str, architecture: str = "") -> None:
         self.name = name
         self.headers = headers
+        self.architecture = architecture
 
     def text(self) -> str:
         """What the file says."""

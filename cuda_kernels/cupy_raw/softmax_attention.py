@@ -1,4 +1,10 @@
-"""Softmax attention on the GPU: one launch of ``softmax_attention.cu``; few queries of a long past are two."""
+"""Softmax attention on the GPU: one launch, of one of three texts; few queries of a long past are two launches.
+
+``softmax_wgmma.cu`` is for data of 16 bits on GPUs of compute capability 9.0 (Hopper): heads of more than 32 and up to
+128 channels, causal or full, without a window, a mask, gates, packed sequences or a scale that is not above zero; see
+``on_hopper``. ``softmax_tensor.cu`` is for all other data of 16 bits, ``softmax_attention.cu`` for what is wider, for
+few queries, and for carried states.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +27,16 @@ __all__ = ["softmax_attention"]
 KERNEL = Kernel("softmax_attention", "pairs.cuh")
 MERGE = Kernel("softmax_merge", "pairs.cuh")
 TENSOR = Kernel("softmax_tensor", "pairs.cuh", "tensor.cuh")
+HOPPER = Kernel("softmax_wgmma", "pairs.cuh", "tensor.cuh", "wgmma.cuh", architecture="sm_90a")
 LANES = 16  # of a row
 SLAB = 16  # channels of keys and queries staged at a time
 COLUMNS = 4  # of the values that a thread answers for at a time
 FEW = 8  # queries of a block where there are no more
 PIECE = 512  # pairs of a piece of the past, about
 WIDEST = 128  # value columns of a block there
-STATIC = 5120  # bytes of shared memory for what the text for tensor cores declares itself
+STATIC = 5120  # bytes of shared memory for what the texts for tensor cores declare themselves
+LONG = 128  # queries: a block has as many
+BEGIN = 1024  # bytes: matrices of the tensor cores of Hopper begin at multiples of these
 
 
 def softmax_attention(
@@ -90,7 +99,11 @@ def core(
     options = {"causal": causal, "window": window or 0, "sinks": sinks}
     sequences = Sequences(state.k.shape[:-2], np.broadcast_shapes(q.shape[:-2], state.k.shape[:-2]))
     if sequences.groups * q.shape[-2] > FEW and on_tensor_cores(q.dtype, pairs):
-        o = tensor(q, pairs, log_decay, sequences, width, options)
+        plain = log_decay is None and pairs.position is None and not window
+        if plain and on_hopper(q, pairs, sequences, width):
+            o = hopper(q, pairs, sequences, width, causal)
+        else:
+            o = tensor(q, pairs, log_decay, sequences, width, options)
     else:
         o = average(q, pairs, log_decay, state, DOT, state.k.dtype, width, options)
     return o, append(state, k, v, log_decay, mask, window, sinks) if keep else state
@@ -161,4 +174,51 @@ def tensor(q: Any, pairs: Pairs, log_decay: Any, sequences: Sequences, scale: fl
     constants = cut._asdict() | {"LANES": 4, "GATED": int(log_decay is not None)}
     arrays = {"q": (q, BOTH), **given, "log_decay": (log_decay, ROW), "o": (o, BOTH)}
     launch(TENSOR, sequences, arrays, ("o",), types, constants, grid, **sizes, width=scale / log(2), **options)
+    return o
+
+
+class HopperBlock(NamedTuple):
+    """Constants of the kernel for Hopper: warpgroups of 64 queries, pairs of a tile, tiles that it holds; columns."""
+
+    CONSUMERS: int
+    PAIRS: int
+    STAGES: int
+    KD: int
+    VD: int
+
+    @property
+    def shared(self) -> int:
+        """Bytes that it is launched with."""
+        rows = 64 * self.CONSUMERS * self.KD + self.STAGES * self.PAIRS * (self.KD + self.VD)
+        return 2 * rows + BEGIN
+
+
+def hopper_block(channels: int, values: int) -> HopperBlock:
+    """What registers have room for: answers and logits of 64 queries by a warpgroup."""
+    wide, columns = (-(-size // 64) * 64 for size in (channels, values))
+    consumers = 3 if max(wide, columns) == 64 else 2
+    return HopperBlock(consumers, 128, 2, wide, columns)
+
+
+def on_hopper(q: Any, pairs: Pairs, sequences: Sequences, scale: float) -> bool:
+    """Whether the tensor cores of Hopper take the data: they are fast where rows lie in pieces of 16 bytes."""
+    sizes = q.shape[-1], pairs.v.shape[-1]
+    if _launch.machine.device().capability != "90" or not all(32 < size <= 128 and size % 8 == 0 for size in sizes):
+        return False
+    even = all(x.strides[-1] == 2 and all(step % 16 == 0 for step in x.strides[:-1]) for x in (q, pairs.k, pairs.v))
+    return even and sequences.groups * q.shape[-2] >= LONG and scale > np.finfo(np.float32).tiny
+
+
+def hopper(q: Any, pairs: Pairs, sequences: Sequences, scale: float, causal: bool) -> Any:
+    """Means on the tensor cores of Hopper."""
+    (tokens, channels), values = q.shape[-2:], pairs.v.shape[-1]
+    o = empty(sequences, (tokens, values), q.dtype, q)
+    cut = hopper_block(channels, values)
+    blocks = -(-sequences.groups * tokens // (64 * cut.CONSUMERS))
+    grid = Grid(blocks, THREADS * (1 + cut.CONSUMERS), cut.shared)
+    arrays = {"q": (q, BOTH), "k": (pairs.k, BOTH), "v": (pairs.v, BOTH), "o": (o, BOTH)}
+    sizes = {"tokens": tokens, "columns": values, "channels": channels, "pairs": pairs.k.shape[-2], "causal": causal}
+    types = {"data": q.dtype, "stored": q.dtype, "logs": np.float32, "real": np.float32}
+    constants = cut._asdict() | {"LANES": 4}
+    launch(HOPPER, sequences, arrays, ("o",), types, constants, grid, **sizes, width=scale / log(2))
     return o

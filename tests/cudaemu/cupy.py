@@ -183,6 +183,7 @@ class Device:
     """The one device, current or not."""
 
     attributes = {"MultiProcessorCount": 4, "MaxSharedMemoryPerBlockOptin": 227 * 1024}
+    compute_capability = "80"
 
     def __init__(self, number: int = 0) -> None:
         self.id = number

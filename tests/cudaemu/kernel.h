@@ -82,3 +82,47 @@ template <int GROUPS>
 static inline void finish_copies(int line = __builtin_LINE()) {
     runner::finish_copies(GROUPS, line);
 }
+
+// What wgmma.cuh writes as PTX.
+typedef unsigned long long Barrier;
+typedef unsigned long long Matrix;
+static inline unsigned shared_address(const void* at) { return runner::shared_address(at); }
+static inline void show_to_products() { runner::show_to_products(); }
+static inline void begin_products(int line = __builtin_LINE()) { runner::begin_products(line); }
+static inline void close_products() { runner::close_products(); }
+template <int GROUPS>
+static inline void finish_products(int line = __builtin_LINE()) {
+    runner::finish_products(GROUPS, line);
+}
+template <int R>
+static inline void done(float (&)[R]) {}
+template <int REGISTERS>
+static inline void take_registers() {}
+template <int REGISTERS>
+static inline void leave_registers() {}
+static inline void warpgroup_barrier(int group, int line = __builtin_LINE()) { runner::named_barrier(group + 1, 128, line); }
+static inline void set_up(Barrier& barrier, int arrivals, int line = __builtin_LINE()) {
+    runner::set_up(&barrier, arrivals, line);
+}
+static inline void arrive(Barrier& barrier, int line = __builtin_LINE()) { runner::arrive(&barrier, line); }
+static inline void arrive_with_copies(Barrier& barrier, int line = __builtin_LINE()) {
+    runner::arrive_with_copies(&barrier, line);
+}
+static inline void wait(Barrier& barrier, int phase, int line = __builtin_LINE()) {
+    runner::wait_for_phase(&barrier, phase, line);
+}
+#define RUNNER_PRODUCTS(format, half)                                                                              \
+    template <int N>                                                                                               \
+    static inline void wgmma_##format(float (&sum)[N / 2], Matrix left, Matrix right, int onto,                    \
+                                      int line = __builtin_LINE()) {                                               \
+        const runner::Product product = {sum, nullptr, left, right, N, onto, half};                                \
+        runner::multiply_shared(&product, line);                                                                   \
+    }                                                                                                              \
+    template <int N>                                                                                               \
+    static inline void wgmma_##format(float (&sum)[N / 2], const unsigned (&left)[4], Matrix right,                \
+                                      int line = __builtin_LINE()) {                                               \
+        const runner::Product product = {sum, left, 0, right, N, 1, half};                                         \
+        runner::multiply_shared(&product, line);                                                                   \
+    }
+RUNNER_PRODUCTS(bf16, false)
+RUNNER_PRODUCTS(f16, true)

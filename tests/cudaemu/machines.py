@@ -86,19 +86,29 @@ class Cupy(OnCpu):
     """For the texts of ``cupy_raw``."""
 
     multiprocessors, shared = 4, 227 * 1024  # of a small GPU with the memory of a large one
+    capability = ""  # of none that has instructions of its own
 
     def device(self) -> Any:
         """What launchers ask of it."""
         from cuda_kernels.cupy_raw._launch import Device
 
-        return Device(self.multiprocessors, self.shared)
+        return Device(self.multiprocessors, self.shared, self.capability)
 
     def place(self) -> Any:
         """What plans depend on beside their arrays."""
-        return self.multiprocessors, self.shared
+        return self.multiprocessors, self.shared, self.capability
 
-    def run(self, text: str, name: str, blocks: int, threads: int, arguments: list[Any], shared: int = 0) -> None:
-        """Launch."""
+    def run(
+        self,
+        text: str,
+        name: str,
+        blocks: int,
+        threads: int,
+        arguments: list[Any],
+        shared: int = 0,
+        architecture: str = "",
+    ) -> None:
+        """Launch, whatever the architecture."""
         kernel = self.build(text, name, self.options["check"])
         self.start(kernel, name, blocks, threads, arguments, dynamic_shared=shared)
 
@@ -121,6 +131,7 @@ class OnGpu:
 
     multiprocessors: int | None = None
     shared: int | None = None
+    capability: str | None = None
 
     def __init__(self, machine: Any) -> None:
         self.machine = machine
@@ -129,11 +140,11 @@ class OnGpu:
 
     def place(self) -> Any:
         """What plans depend on beside their arrays."""
-        return self.machine.place(), self.multiprocessors, self.shared
+        return self.machine.place(), self.multiprocessors, self.shared, self.capability
 
     def device(self) -> Any:
         """What launchers ask of it."""
-        wanted = {"multiprocessors": self.multiprocessors, "shared": self.shared}
+        wanted = {"multiprocessors": self.multiprocessors, "shared": self.shared, "capability": self.capability}
         return self.machine.device()._replace(**{name: x for name, x in wanted.items() if x is not None})
 
     def __getattr__(self, name: str) -> Any:

@@ -16,6 +16,8 @@
 #include <xmmintrin.h>
 
 #include <algorithm>
+#include <array>
+#include <map>
 #include <numeric>
 #include <random>
 #include <vector>
@@ -29,12 +31,25 @@ constexpr size_t PAGE = 4096;
 constexpr uint32_t SEVERAL = UINT32_MAX;  // threads, or blocks
 constexpr uint32_t OF_ONE_WARP = 1u << 31;  // several threads, all of the warp that is named in the other bits
 
-enum State { READY, AT_BARRIER, IN_EXCHANGE, DONE };
+enum State { READY, AT_BARRIER, IN_EXCHANGE, AT_NAMED, IN_PHASE, DONE };
+constexpr int WARPS = 32;                // of a block, at most
+constexpr unsigned SHARED_BEGIN = 1024;  // shared address of dynamic shared memory
+using Clock = std::vector<uint32_t>;     // for each thread: what is known to have happened, in its own count
 
 struct Copy {  // one that the program does not wait for
     void* to;
     unsigned char bytes[16];
     int group, line;
+};
+
+struct Sums {  // of products under way; the registers themselves hold NaN
+    float* registers;
+    std::vector<float> values;
+    int group;
+};
+struct Lefts {  // registers of a left matrix, which nobody may change
+    const unsigned* registers;
+    int group;
 };
 
 struct Thread {
@@ -49,25 +64,61 @@ struct Thread {
     unsigned mask;
     std::vector<Copy> copies;  // under way
     int group;                 // of copies, the one that is open
+    Clock clock;               // only where barriers have phases
+    uint64_t shown;            // when it last showed to products what was written
+    bool may_multiply;
+    std::vector<Sums> sums;
+    std::vector<Lefts> lefts;
+    const void* awaited;  // a barrier with phases, or the number of one that has a name
+    int named;
+};
+
+struct Flight {  // 16 bytes that a product reads
+    size_t place;
+    int group;
 };
 
 struct Warp {
     unsigned alive, arrived;  // one bit per lane
     uint32_t interval;        // how many barriers of the warp came before
+    int group;                // of products, the one that is open
+    std::vector<Flight> flights;
 };
 
 struct Access {  // the last one of its kind to a byte; block 0: none yet
     uint32_t block, thread, interval, warp_interval;  // intervals: how many barriers came before
+    uint32_t epoch;                                   // in the count of the thread, see Clock
 };
 
 struct Cell {  // what is known of one byte
     Access write, read;
     bool set, under_way;  // a copy will write it at some time
+    uint64_t time;        // of the write, see Thread::shown
+};
+
+struct Use {  // of 16 bytes by products: those under way, and for each warp when the last one ended
+    int under_way;
+    std::array<std::pair<uint32_t, uint32_t>, WARPS> ends;  // interval, and epoch of the warp's first lane
 };
 
 struct Shadow {
     Region region;
-    Cell* cells;  // none where the memory is too large to follow
+    Cell* cells;            // none where the memory is too large to follow
+    std::vector<Use> uses;  // of dynamic shared memory
+};
+
+struct Phases {  // a barrier in shared memory that counts arrivals
+    int arrivals, pending;
+    uint32_t phase;
+    Clock gathered, known;  // of those who have arrived; at the end of the last phase
+};
+
+struct Arrival {  // one that comes with copies
+    int thread;
+    void* barrier;
+    std::vector<Copy> copies;
+    Clock clock;
+    int line;
 };
 
 struct Machine {
@@ -88,6 +139,9 @@ struct Machine {
     int live, exited;
     bool votes, vote;  // of the next barrier, of the last one
     uint32_t block, interval;
+    std::map<const void*, Phases> phases;
+    std::vector<Arrival> coming;
+    uint64_t time;
     int code;
     char* message;
     int length;
@@ -160,7 +214,10 @@ static void fault_of_waiting(const char* words) {
         const long many = std::count_if(machine.threads.begin(), machine.threads.end(), [&](const Thread& other) {
             return other.state == place.first && (other.state == DONE || other.line == place.second);
         });
-        const char* doing = place.first == DONE ? "exited" : place.first == AT_BARRIER ? "at a barrier" : "in a shuffle";
+        const char* doing = place.first == DONE         ? "exited"
+                            : place.first == IN_EXCHANGE ? "in a shuffle"
+                            : place.first == IN_PHASE    ? "waiting for a phase"
+                                                         : "at a barrier";
         at = say(at, "%s %ld %s", seen.size() > 1 ? "," : "", many, doing);
         if (place.first != DONE) at = say(at, " (line %d)", place.second);
     }
@@ -189,6 +246,7 @@ static void life_of_a_thread() {
     machine.call(machine.arguments);
     Thread& self = *machine.current;
     if (!self.copies.empty()) fault(RACE, self.copies[0].line, "a copy that nobody waits for");
+    if (!self.sums.empty()) fault(RACE, 0, "a product that nobody waits for");
     machine.live--, machine.exited++;
     Warp& warp = machine.warps[size_t(self.warp)];
     warp.alive &= ~(1u << self.lane);
@@ -202,6 +260,8 @@ static void life_of_a_thread() {
 static void prepare(Thread& thread) {
     thread.state = READY;
     thread.copies.clear(), thread.group = 0;
+    thread.clock.clear(), thread.sums.clear(), thread.lefts.clear();
+    thread.shown = 0, thread.may_multiply = false;
     char* top = machine.stacks + size_t(thread.number + 1) * STACK;
     top -= thread.number % 61 * 320;  // equal places in all stacks would share one set of the cache
     void** at = reinterpret_cast<void**>(top);
@@ -227,6 +287,32 @@ int runner::block_vote(int any, int line) {
 }
 
 char* runner::dynamic_shared() { return machine.shared; }
+
+// ---- who knows what: clocks, where barriers do not stop all threads ----------------------------------------------------
+
+static void learn(Clock& clock, const Clock& other) {
+    clock.resize(machine.threads.size());
+    for (size_t i = 0; i < other.size(); i++) clock[i] = std::max(clock[i], other[i]);
+}
+// The own count of a thread goes on when it has told others.
+static void go_on(Thread& thread) {
+    thread.clock.resize(machine.threads.size());
+    thread.clock[size_t(thread.number)]++;
+}
+static uint32_t epoch_of(const Thread& thread) {
+    return thread.clock.empty() ? 0 : thread.clock[size_t(thread.number)];
+}
+static bool knows(const Thread& thread, uint32_t other, uint32_t epoch) {
+    return other < thread.clock.size() && thread.clock[other] >= epoch + 1;
+}
+template <class Which>
+static void tell_each_other(Which which) {
+    Clock all;
+    for (Thread& thread : machine.threads)
+        if (which(thread)) go_on(thread), learn(all, thread.clock);
+    for (Thread& thread : machine.threads)
+        if (which(thread)) learn(thread.clock, all);
+}
 
 // ---- what the lanes of a warp do together ---------------------------------------------------------------------------
 
@@ -283,7 +369,11 @@ uint64_t runner::exchange(uint64_t value, int source, unsigned mask, int line) {
     return value;
 }
 
-static void meet(const void* const*, void* const*, int) { machine.warps[size_t(machine.current->warp)].interval++; }
+static void meet(const void* const*, void* const*, int) {
+    const int warp = machine.current->warp;
+    machine.warps[size_t(warp)].interval++;
+    if (!machine.phases.empty()) tell_each_other([&](const Thread& thread) { return thread.warp == warp; });
+}
 
 // Orders what lanes of the whole warp did before it and do after it; a part of a warp is not ordered.
 void runner::warp_barrier(unsigned mask, int line) {
@@ -374,6 +464,7 @@ static void forget(Shadow& shadow) {
     if (!shadow.cells) return;
     const size_t bytes = size_t(shadow.region.end - shadow.region.begin);
     std::fill(shadow.cells, shadow.cells + bytes, Cell{});
+    std::fill(shadow.uses.begin(), shadow.uses.end(), Use{});
 }
 
 static void begin_block(uint64_t number, const unsigned* grid) {
@@ -387,9 +478,10 @@ static void begin_block(uint64_t number, const unsigned* grid) {
         forget(shadow);
     }
     machine.live = int(machine.threads.size()), machine.exited = 0, machine.votes = false;
+    machine.phases.clear(), machine.coming.clear(), machine.time = 1;
     for (size_t i = 0; i < machine.warps.size(); i++) {
         const size_t lanes = std::min<size_t>(machine.threads.size() - i * 32, 32);
-        machine.warps[i] = {lanes < 32 ? (1u << lanes) - 1 : UINT32_MAX, 0, 0};
+        machine.warps[i] = {lanes < 32 ? (1u << lanes) - 1 : UINT32_MAX, 0, 0, 0, {}};
     }
     for (Thread& thread : machine.threads) prepare(thread);
 }
@@ -410,7 +502,7 @@ static void run_ready_threads() {
 static void open_barrier() {
     int line = 0;
     for (const Thread& thread : machine.threads) {
-        if (thread.state == IN_EXCHANGE) fault_of_waiting("deadlock");
+        if (thread.state != AT_BARRIER && thread.state != DONE) fault_of_waiting("deadlock");
         if (thread.state != AT_BARRIER) continue;
         if (line && thread.line != line) fault_of_waiting("divergent barrier");
         line = thread.line;
@@ -421,8 +513,12 @@ static void open_barrier() {
     for (Thread& thread : machine.threads) thread.state = READY;
 }
 
+static bool land_copies();
+
 static void run_block() {
-    while (run_ready_threads(), machine.live) open_barrier();
+    while (run_ready_threads(), machine.live)
+        if (!land_copies()) open_barrier();
+    if (!machine.coming.empty()) fault(RACE, machine.coming[0].line, "a copy that nobody waits for");
 }
 
 static void run_blocks(const unsigned* grid) {
@@ -487,7 +583,7 @@ static void add_memory(Region region) {
         if (region.kind == GLOBAL && !region.unset)
             for (uint64_t i = 0; i < bytes; i++) cells[i].set = true;
     }
-    machine.memory.push_back({region, cells});
+    machine.memory.push_back({region, cells, {}});
 }
 
 static Region region_of(const char* begin, const char* end, Kind kind) {
@@ -502,6 +598,7 @@ static void make_memory(const Region* regions, int count) {
         machine.shared = static_cast<char*>(aligned_alloc(1024, machine.shared_size));
     }
     add_memory(region_of(machine.shared, machine.shared + bytes, SHARED));
+    if (machine.memory[0].cells) machine.memory[0].uses.resize((bytes + 15) / 16);
     add_memory(region_of(__start_runner_shared, __stop_runner_shared, SHARED));
     add_memory(region_of(__start_runner_constant, __stop_runner_constant, CONSTANT));
     for (int i = 0; i < count; i++) add_memory(regions[i]);
@@ -613,13 +710,15 @@ static bool unordered(const Access& before) {
     const Thread& self = *machine.current;
     if (before.thread == uint32_t(self.number) || before.interval != machine.interval) return false;
     if (before.thread == SEVERAL) return true;
+    if (!(before.thread & OF_ONE_WARP) && knows(self, before.thread, before.epoch)) return false;
     const uint32_t warp = before.thread & OF_ONE_WARP ? before.thread & ~OF_ONE_WARP : before.thread / 32;
     return warp != uint32_t(self.warp) || before.warp_interval == machine.warps[size_t(self.warp)].interval;
 }
 
 static Access access_now() {
     const Thread& self = *machine.current;
-    return {machine.block, uint32_t(self.number), machine.interval, machine.warps[size_t(self.warp)].interval};
+    const uint32_t warp_interval = machine.warps[size_t(self.warp)].interval;
+    return {machine.block, uint32_t(self.number), machine.interval, warp_interval, epoch_of(self)};
 }
 
 static void remember_read(Access& read) {
@@ -642,7 +741,7 @@ static void check_byte(Cell& cell, bool writes, int kind, long offset, int line,
         fault_of_access(RACE, line, from, writes ? "write-write race in" : "read-write race in", name_of(kind), offset);
     if (writes && unordered(cell.read)) fault_of_access(RACE, line, from, "write-read race in", name_of(kind), offset);
     if (writes)
-        cell = {access_now(), {}, true, false};
+        cell = {access_now(), {}, true, false, machine.time};
     else
         remember_read(cell.read);
 }
@@ -652,9 +751,37 @@ static bool private_to_thread(uint64_t at) {
     return (at >= stacks && at < stacks + machine.stack_count * STACK) || (at >= own && at < own + sizeof builtins);
 }
 
+// Registers of products under way: sums are nobody's, those of left matrices may be read.
+static void guard_registers(uint64_t at, int bytes, bool writes, int line, const void* from) {
+    const auto meets = [&](const void* registers, size_t size) {
+        return at < uint64_t(registers) + size && uint64_t(registers) < at + uint64_t(bytes);
+    };
+    for (const Sums& sums : machine.current->sums)
+        if (meets(sums.registers, sums.values.size() * 4))
+            fault_of_access(RACE, line, from, "a product is still under way to", "registers", 0);
+    for (const Lefts& lefts : machine.current->lefts)
+        if (writes && meets(lefts.registers, 16))
+            fault_of_access(RACE, line, from, "a product still reads", "registers", 0);
+}
+
+// Whether products are done with what is written.
+static void check_uses(const Shadow& shadow, long offset, int bytes, int line, const void* from) {
+    const Thread& self = *machine.current;
+    for (long place = offset / 16; place <= (offset + bytes - 1) / 16; place++) {
+        const Use& use = shadow.uses[size_t(place)];
+        if (use.under_way) fault_of_access(RACE, line, from, "a product still reads", "shared memory", offset);
+        for (int warp = 0; warp < WARPS; warp++) {
+            const auto [interval, epoch] = use.ends[size_t(warp)];
+            if (interval != machine.interval || warp == self.warp || knows(self, uint32_t(warp * 32), epoch)) continue;
+            fault_of_access(RACE, line, from, "write-read race in", "shared memory", offset);
+        }
+    }
+}
+
 static void check_access(const void* address, int bytes, bool writes, int line, const void* from) {
     const uint64_t at = uint64_t(address);
-    if (!machine.options.check || !machine.current || private_to_thread(at)) return;
+    if (!machine.options.check || !machine.current) return;
+    if (private_to_thread(at)) return guard_registers(at, bytes, writes, line, from);
     Shadow* shadow = shadow_of(at);
     if (!shadow || at + uint64_t(bytes) > shadow->region.end) fault_of_bounds(at, writes, line, from);
     const Region& region = shadow->region;
@@ -663,6 +790,7 @@ static void check_access(const void* address, int bytes, bool writes, int line, 
     if (at % uint64_t(bytes)) fault_of_access(ARITHMETIC, line, from, "misaligned access to", what, offset);
     if (writes && region.read_only) fault_of_access(BOUNDS, line, from, "write to read-only", what, offset);
     if (!shadow->cells) return;
+    if (writes && !shadow->uses.empty()) check_uses(*shadow, offset, bytes, line, from);
     for (int i = 0; i < bytes; i++) check_byte(shadow->cells[offset + i], writes, region.kind, offset + i, line, from);
 }
 
@@ -693,6 +821,12 @@ void runner::copy_later(void* to, const void* from, int bytes, int line) {
 
 void runner::close_copies() { machine.current->group++; }
 
+static void land(const Copy& copy, int line) {
+    set_under_way(copy.to, false);
+    note_write(copy.to, 16, line);
+    memcpy(copy.to, copy.bytes, 16);
+}
+
 // Waits for all groups of this thread's copies but the newest.
 void runner::finish_copies(int groups_left, int line) {
     Thread& self = *machine.current;
@@ -702,11 +836,249 @@ void runner::finish_copies(int groups_left, int line) {
             left.push_back(copy);
             continue;
         }
-        set_under_way(copy.to, false);
-        note_write(copy.to, 16, line);
-        memcpy(copy.to, copy.bytes, 16);
+        land(copy, line);
     }
     self.copies.swap(left);
+}
+
+// ---- products of a warpgroup, whose matrices lie in shared memory -----------------------------------------------------
+
+unsigned runner::shared_address(const void* at) {
+    const char* byte = static_cast<const char*>(at);
+    const bool inside = byte >= machine.shared && byte < machine.shared + machine.options.dynamic_shared;
+    if (!inside) fault(BOUNDS, 0, "a shared address of what is no dynamic shared memory");
+    return unsigned(byte - machine.shared) + SHARED_BEGIN;
+}
+
+void runner::show_to_products() { machine.current->shown = ++machine.time; }
+
+// A matrix by its descriptor, as the PTX manual says: the canonical layouts, in bytes and for numbers of 16 bits, and
+// then pieces of 16 bytes that change places. `major` says that neighbours are along its rows or columns, not inside.
+struct Described {
+    unsigned start, leading, stride, base, row;  // bytes; of a row of pieces: 16, or as wide as they change places
+    bool major;
+
+    Described(uint64_t bits, bool major) : major(major) {
+        const auto field = [&](int at) { return unsigned(bits >> at & 0x3fff) << 4; };
+        start = field(0), leading = field(16), stride = field(32), base = unsigned(bits >> 49 & 7);
+        const unsigned mode = unsigned(bits >> 62);
+        row = mode == 0 ? 16 : 256u >> mode;
+    }
+    unsigned place(unsigned i, unsigned inner) const {  // of number `inner` of row or column i
+        unsigned at;
+        if (row == 16)
+            at = major ? i % 8 * 2 + i / 8 * stride + inner % 8 * 16 + inner / 8 * leading
+                       : i % 8 * 16 + i / 8 * stride + inner % 8 * 2 + inner / 8 * leading;
+        else
+            at = major ? i % (row / 2) * 2 + i / (row / 2) * leading + inner % 8 * row + inner / 8 * stride
+                       : i % 8 * row + i / 8 * stride + inner * 2;
+        at += start;
+        const unsigned turn = ((at >> 7) - base) & (row / 16 - 1);
+        return at ^ turn << 4;
+    }
+};
+
+static void check_operand(Shadow& shadow, long offset, int line) {
+    const Thread& self = *machine.current;
+    for (long i = offset; i < offset + 2; i++) {
+        const Cell& cell = shadow.cells[i];
+        const auto wrong = [&](int kind, const char* words) {
+            fault_of_access(kind, line, nullptr, words, "shared memory", i);
+        };
+        if (cell.under_way) wrong(RACE, "a copy is still under way to");
+        if (!cell.set) wrong(UNSET, "read of unset");
+        if (unordered(cell.write)) wrong(RACE, "read-write race in");
+        const bool shown = self.shown > cell.time || machine.threads[cell.write.thread].shown > cell.time;
+        if (!shown) wrong(RACE, "nobody has shown to products");
+    }
+}
+
+// A number that a product reads.
+static float operand(const Described& matrix, unsigned i, unsigned inner, bool half, int line) {
+    const unsigned at = matrix.place(i, inner);
+    if (at < SHARED_BEGIN || at + 2 > SHARED_BEGIN + machine.options.dynamic_shared)
+        fault(BOUNDS, line, "a matrix outside shared memory");
+    const char* from = machine.shared + (at - SHARED_BEGIN);
+    Shadow& shadow = machine.memory[0];
+    if (shadow.cells) {
+        check_operand(shadow, from - machine.shared, line);
+        const size_t place = size_t(from - machine.shared) / 16;
+        Warp& warp = machine.warps[size_t(machine.current->warp)];
+        if (warp.flights.empty() || warp.flights.back().place != place || warp.flights.back().group != warp.group) {
+            warp.flights.push_back({place, warp.group});
+            shadow.uses[place].under_way++;
+        }
+    }
+    uint16_t bits;
+    memcpy(&bits, from, 2);
+    return number(bits, half);
+}
+
+// What sums have been so far: those of the last product under way, or the registers.
+static Sums& sums_of(Thread& thread, const Product& product, int group) {
+    const size_t count = size_t(product.columns) / 2;
+    for (Sums& sums : thread.sums) {
+        if (sums.registers != product.sum) continue;
+        if (sums.values.size() != count) fault(RACE, 0, "products of different shapes in the same registers");
+        sums.group = group;
+        return sums;
+    }
+    thread.sums.push_back({product.sum, std::vector<float>(product.sum, product.sum + count), group});
+    std::fill(product.sum, product.sum + count, NAN);
+    return thread.sums.back();
+}
+
+static void multiply_of_warp(const void* const* given, void* const*, int line) {
+    const Product& first = *static_cast<const Product*>(given[0]);
+    Warp& warp = machine.warps[size_t(machine.current->warp)];
+    Thread* lanes = &machine.threads[size_t(machine.current->warp) * 32];
+    const Described left(first.left, false), right(first.right, first.left_registers != nullptr);
+    const unsigned top = unsigned(machine.current->warp % 4) * 16;
+    float a[16][16], b[256][16];
+    for (unsigned k = 0; k < 16; k++)
+        for (int j = 0; j < first.columns; j++) b[j][k] = operand(right, unsigned(j), k, first.half, line);
+    if (!first.left_registers)
+        for (unsigned i = 0; i < 16; i++)
+            for (unsigned k = 0; k < 16; k++) a[i][k] = operand(left, top + i, k, first.half, line);
+    for (int lane = 0; lane < 32; lane++) {
+        const Product& mine = *static_cast<const Product*>(given[lane]);
+        if (mine.left != first.left || mine.right != first.right || mine.onto != first.onto)
+            fault(WARP, line, "lanes of one warp multiply different matrices");
+        if (!lanes[lane].may_multiply) fault(RACE, line, "a product without a fence before it");
+        for (int i = 0; mine.left_registers && i < 4; i++)
+            for (int j = 0; j < 2; j++)
+                a[lane / 4 + i % 2 * 8][lane % 4 * 2 + i / 2 * 8 + j] =
+                    number(mine.left_registers[i] >> 16 * j, first.half);
+        if (mine.left_registers) lanes[lane].lefts.push_back({mine.left_registers, warp.group});
+    }
+    for (int lane = 0; lane < 32; lane++) {
+        Sums& sums = sums_of(lanes[lane], *static_cast<const Product*>(given[lane]), warp.group);
+        for (int i = 0; i < first.columns / 2; i++) {
+            const float *row = a[lane / 4 + i / 2 % 2 * 8], *column = b[i / 4 * 8 + lane % 4 * 2 + i % 2];
+            double terms[17];
+            for (int k = 0; k < 16; k++) terms[k] = double(row[k]) * column[k];
+            terms[16] = first.onto ? sums.values[size_t(i)] : 0;
+            sums.values[size_t(i)] = added(terms, 17);
+        }
+    }
+}
+
+void runner::multiply_shared(const Product* product, int line) {
+    together(multiply_of_warp, product, nullptr, 0xffffffffu, line);
+}
+
+void runner::begin_products(int) {
+    machine.current->may_multiply = true;
+}
+
+static void close_of_warp(const void* const*, void* const*, int) { machine.warps[size_t(machine.current->warp)].group++; }
+
+void runner::close_products() {
+    static const char nothing = 0;
+    together(close_of_warp, &nothing, nullptr, 0xffffffffu, 0);
+}
+
+struct Finish {
+    int groups_left;
+};
+static void finish_of_warp(const void* const* given, void* const*, int) {
+    Warp& warp = machine.warps[size_t(machine.current->warp)];
+    Thread* lanes = &machine.threads[size_t(machine.current->warp) * 32];
+    const int open = warp.group - static_cast<const Finish*>(given[0])->groups_left;  // groups from here on go on
+    const auto ended = [&](const auto& one) { return one.group < open; };
+    for (Thread* lane = lanes; lane < lanes + 32; lane++) {
+        for (Sums& sums : lane->sums)
+            if (ended(sums)) std::copy(sums.values.begin(), sums.values.end(), sums.registers);
+        lane->sums.erase(std::remove_if(lane->sums.begin(), lane->sums.end(), ended), lane->sums.end());
+        lane->lefts.erase(std::remove_if(lane->lefts.begin(), lane->lefts.end(), ended), lane->lefts.end());
+        lane->may_multiply = false;
+    }
+    for (const Flight& flight : warp.flights) {
+        if (!ended(flight)) continue;
+        Use& use = machine.memory[0].uses[flight.place];
+        use.under_way--, use.ends[size_t(machine.current->warp)] = {machine.interval, epoch_of(lanes[0])};
+    }
+    warp.flights.erase(std::remove_if(warp.flights.begin(), warp.flights.end(), ended), warp.flights.end());
+}
+
+void runner::finish_products(int groups_left, int line) {
+    const Finish given = {groups_left};
+    together(finish_of_warp, &given, nullptr, 0xffffffffu, line);
+}
+
+// ---- barriers of some threads, and barriers with phases ---------------------------------------------------------------
+
+void runner::named_barrier(int number, int threads, int line) {
+    Thread& self = *machine.current;
+    self.named = number, self.state = AT_NAMED, self.line = line;
+    const auto here = [&](const Thread& one) { return one.state == AT_NAMED && one.named == number; };
+    if (std::count_if(machine.threads.begin(), machine.threads.end(), here) < threads) return leave(AT_NAMED, line);
+    tell_each_other(here);
+    for (Thread& one : machine.threads)
+        if (here(one)) one.state = READY;
+}
+
+static Phases& phases_of(void* barrier, int line) {
+    note_read(barrier, 8, line);
+    const auto found = machine.phases.find(barrier);
+    if (found == machine.phases.end()) fault(UNSET, line, "a barrier that nobody has set up");
+    return found->second;
+}
+
+void runner::set_up(void* barrier, int arrivals, int line) {
+    note_write(barrier, 8, line);
+    machine.phases[barrier] = {arrivals, arrivals, 0, {}, {}};
+}
+
+static void count_arrival(void* barrier, Phases& phases, const Clock& clock) {
+    learn(phases.gathered, clock);
+    if (--phases.pending) return;
+    phases.pending = phases.arrivals, phases.phase++;
+    phases.known = phases.gathered;
+    for (Thread& one : machine.threads)
+        if (one.state == IN_PHASE && one.awaited == barrier) one.state = READY;
+}
+
+void runner::arrive(void* barrier, int line) {
+    Phases& phases = phases_of(barrier, line);
+    go_on(*machine.current);
+    count_arrival(barrier, phases, machine.current->clock);
+}
+
+// The copies land, and the arrival counts, when nothing else goes on.
+void runner::arrive_with_copies(void* barrier, int line) {
+    phases_of(barrier, line);
+    Thread& self = *machine.current;
+    go_on(self);
+    machine.coming.push_back({self.number, barrier, std::move(self.copies), self.clock, line});
+    self.copies.clear();
+}
+
+void runner::wait_for_phase(void* barrier, int phase, int line) {
+    Thread& self = *machine.current;
+    Phases& phases = phases_of(barrier, line);
+    for (self.awaited = barrier; (phases.phase & 1) == uint32_t(phase & 1);) leave(IN_PHASE, line);
+    learn(self.clock, phases.known);
+}
+
+
+// An arrival that comes with copies, as the thread that has begun them.
+static bool land_copies() {
+    if (machine.coming.empty()) return false;
+    const size_t last = machine.coming.size() - 1;
+    const size_t place = machine.options.order == FORWARD ? 0 : machine.options.order == REVERSE ? last : machine.chance() % (last + 1);
+    Arrival arrival = std::move(machine.coming[place]);
+    machine.coming.erase(machine.coming.begin() + long(place));
+    Thread& thread = machine.threads[size_t(arrival.thread)];
+    machine.current = &thread, builtins.thread = thread.index;
+    arrival.clock.swap(thread.clock);
+    thread.clock[size_t(thread.number)]--;  // they were written before the thread went on
+    for (const Copy& copy : arrival.copies) land(copy, arrival.line);
+    thread.clock[size_t(thread.number)]++;
+    arrival.clock.swap(thread.clock);
+    machine.current = nullptr, machine.time++;
+    count_arrival(arrival.barrier, machine.phases[arrival.barrier], arrival.clock);
+    return true;
 }
 
 #define HOOKS(bytes)                                                                                                   \

@@ -43,6 +43,15 @@ using Call = void (*)(void** arguments);
 // What a warp does together: what each lane gives, and where each takes the result; null for lanes that stay away.
 using Together = void (*)(const void* const* given, void* const* taken, int line);
 
+// One product of a warpgroup: `columns` / 2 sums of this thread, and matrices in shared memory by their descriptors; the
+// left one in registers where it is given, and then the right one lies in rows of its columns.
+struct Product {
+    float* sum;
+    const unsigned* left_registers;
+    uint64_t left, right;
+    int columns, onto, half;
+};
+
 extern "C" {
 extern Builtins builtins;
 void block_barrier(int line);
@@ -58,6 +67,17 @@ void copy_later(void* to, const void* from, int bytes, int line);
 void close_copies();
 void finish_copies(int groups_left, int line);
 char* dynamic_shared();
+unsigned shared_address(const void* at);
+void show_to_products();
+void begin_products(int line);
+void close_products();
+void finish_products(int groups_left, int line);
+void multiply_shared(const Product* product, int line);
+void named_barrier(int number, int threads, int line);
+void set_up(void* barrier, int arrivals, int line);
+void arrive(void* barrier, int line);
+void arrive_with_copies(void* barrier, int line);
+void wait_for_phase(void* barrier, int phase, int line);
 void note_read(const void* at, int bytes, int line);
 void note_write(const void* at, int bytes, int line);
 [[noreturn]] void fault(int kind, int line, const char* words);
