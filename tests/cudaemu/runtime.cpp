@@ -458,6 +458,20 @@ static void load(const void* const* given, void* const* taken, bool transposed) 
 void runner::load_matrices(const void* const* given, void* const* taken, int) { load(given, taken, false); }
 void runner::load_transposed_matrices(const void* const* given, void* const* taken, int) { load(given, taken, true); }
 
+// The same four matrices, back to their rows.
+static void store(const void* const* given, void* const* taken, bool transposed) {
+    for (int lane = 0; lane < 32; lane++)
+        for (int matrix = 0; matrix < 4; matrix++)
+            for (int j = 0; j < 2; j++) {
+                const int line = lane / 4, pair = lane % 4 * 2 + j;
+                uint16_t* row = static_cast<uint16_t*>(taken[matrix * 8 + (transposed ? pair : line)]);
+                row[transposed ? line : pair] = uint16_t(static_cast<const unsigned*>(given[lane])[matrix] >> 16 * j);
+            }
+}
+
+void runner::store_matrices(const void* const* given, void* const* taken, int) { store(given, taken, false); }
+void runner::store_transposed_matrices(const void* const* given, void* const* taken, int) { store(given, taken, true); }
+
 // ---- the scheduler ------------------------------------------------------------------------------------------------
 
 static void forget(Shadow& shadow) {
@@ -932,7 +946,7 @@ static void multiply_of_warp(const void* const* given, void* const*, int line) {
     const Product& first = *static_cast<const Product*>(given[0]);
     Warp& warp = machine.warps[size_t(machine.current->warp)];
     Thread* lanes = &machine.threads[size_t(machine.current->warp) * 32];
-    const Described left(first.left, false), right(first.right, first.left_registers != nullptr);
+    const Described left(first.left, false), right(first.right, first.rows != 0);
     const unsigned top = unsigned(machine.current->warp % 4) * 16;
     float a[16][16], b[256][16];
     for (unsigned k = 0; k < 16; k++)

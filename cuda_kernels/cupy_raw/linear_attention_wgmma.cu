@@ -1,0 +1,650 @@
+// Linear attention on the tensor cores of Hopper, chunk by chunk, for bfloat16 and at most one gate per step:
+//
+//   O = (tril(Q K^T) * decay) V + decay Q S,  S = decay S + (decay K)^T V.
+//
+// See linear_attention_chunks.cu for other data, wgmma.cuh for the products. All is transposed, so that the state is a
+// left matrix and never leaves the registers: a warpgroup has 64 value columns of it, which are the rows of its sums, and
+// answers O^T = S^T Q^T + V^T P^T for them. Of the scores P it makes the columns of some keys; they are all that
+// warpgroups tell each other, through shared memory. One more warpgroup brings the next chunks and sums their gates.
+//
+// Whatever is computed is kept in two bfloat16, never in one. What a chunk adds to the state is summed from zero and
+// then added, because tensor cores cut what they add instead of rounding it.
+//
+// Decays are powers of two of sums of gates that all have one sign, never of differences. Tokens come in blocks of 16:
+// from a key to a query of a later block lead the rest of the key's block, the blocks between, and the query's block up
+// to itself.
+//
+// Zero times NaN is NaN, so a product would carry a bad number into the past. Where answers are not finite, the chunk is
+// taken again without the values that are not, which gives the tokens before the first of them the bits that they have
+// without it; and all from there on comes from one token after the other, in the registers where the state is.
+//
+// STATES: the first of two launches, if the sequence is cut in pieces. It makes what each piece adds to the state, and
+// its decay; the second launch begins each piece with the sum over those before it.
+
+enum { Q, KEY, V, GATE_OF, STATE, STATE_NEXT, O };
+
+constexpr int CHUNK = 64, GROUPS = VALUES / 64, WARPS = 4 * GROUPS, PRODUCERS = 128;  // threads
+constexpr int SHARE = CHUNK / GROUPS;  // keys whose scores a warpgroup makes
+constexpr float LOG2E = 1.44269504f;
+static_assert(GROUPS == 1 || GROUPS == 2, "a thread of the warpgroup that is more takes 8 rows of tiles of 128 columns");
+
+typedef Swizzled<data, CHUNK, KEYS> Keys;
+typedef Swizzled<data, CHUNK, VALUES> Values;
+typedef Swizzled<bfloat16, CHUNK, CHUNK> Scores;  // one of their two terms
+typedef float State[KEYS / 2];     // S^T: 64 columns of the state, KEYS keys
+typedef float Answers[CHUNK / 2];  // O^T: 64 columns, CHUNK tokens
+typedef float OwnScores[SHARE / 2];
+typedef unsigned LeftPart[4];
+typedef LeftPart LeftValues[CHUNK / 16];  // V^T
+
+// ---- what all warpgroups share ----------------------------------------------------------------------------------------
+
+// One gate per step: the decays of a chunk, but `log` and `total` are for all that a token and the chunk leave.
+struct alignas(16) Decays {
+    float log[CHUNK];                       // gates, in log 2
+    float since[CHUNK];                     // from the start of its block of 16 to each token
+    float rest[CHUNK / 16 - 1][CHUNK];      // from each token to the start of block 1, 2, 3
+    float within[16][CHUNK + 8];            // from token j to token i of one block, at [i % 16][j]
+    float from_start[CHUNK], to_end[CHUNK]; // from the chunk's start to a token and from it to the end
+    float total;
+};
+
+// The dynamic shared memory.
+struct Room {
+    unsigned char* at;
+
+    static constexpr int stage = (STATES ? 1 : 2) * Keys::bytes + Values::bytes, terms = 2 * Scores::bytes;
+    static constexpr int answers = 16 * CHUNK * 2;  // of a warp
+
+    __device__ __forceinline__ Keys keys(int n) const { return {at + n % STAGES * stage}; }
+    __device__ __forceinline__ Values values(int n) const { return {at + n % STAGES * stage + Keys::bytes}; }
+    __device__ __forceinline__ Keys queries(int n) const {
+        return {at + n % STAGES * stage + Keys::bytes + Values::bytes};
+    }
+    __device__ __forceinline__ Scores scores(int n, int term) const {  // of two chunks in turn
+        return {at + STAGES * stage + n % 2 * terms + term * Scores::bytes};
+    }
+    __device__ __forceinline__ unsigned char* answers_of(int warp) const {
+        return at + STAGES * stage + 2 * terms + warp * answers;
+    }
+    __device__ __forceinline__ Decays& decays(int n) const {
+        unsigned char* begin = at + STAGES * stage + (STATES ? 0 : 2 * terms + WARPS * answers);
+        return reinterpret_cast<Decays*>(begin)[n % STAGES];
+    }
+};
+
+struct Barriers {
+    Barrier there[STAGES], free[STAGES];  // chunks, and places that nobody needs any more
+    Barrier scores, votes[GROUPS];        // of all consumers; of a warpgroup
+
+    __device__ __forceinline__ void set_up_all() {
+        for (int i = 0; i < STAGES; i++) set_up(there[i], 2 * PRODUCERS), set_up(free[i], WARPS);
+        set_up(scores, WARPS);
+        for (int i = 0; i < GROUPS; i++) set_up(votes[i], 4);
+    }
+};
+
+// Which sequence a block has and where it lies. In shared memory, because registers are for the state.
+struct Places {
+    int which, column_block, first_column, group, piece, begin, end;  // begin, end: tokens
+    int columns, stored;
+    Rows<const data> q, k, v;
+    Rows<const real> gate;
+    Rows<data> o;
+
+    __device__ __forceinline__ int chunks() const { return (end - begin + CHUNK - 1) / CHUNK; }
+    __device__ __forceinline__ int first_of(int n) const { return begin + n * CHUNK; }
+    __device__ __forceinline__ int tokens_of(int n) const { return min(CHUNK, end - first_of(n)); }
+};
+
+// ---- bringing chunks, by a warpgroup ----------------------------------------------------------------------------------
+
+// tile[i][j] = from[first + i][first_column + j] for i < rows and j < columns, zero elsewhere.
+template <class Tile>
+__device__ __forceinline__ void bring(Tile tile, const Rows<const data>& from, long long first, int first_column,
+                                      int rows, int columns, bool vectors) {
+    constexpr int pieces = Tile::columns / 8, step = PRODUCERS / pieces;
+    const int column = threadIdx.x % pieces * 8, row = threadIdx.x / pieces;
+    if (vectors) {
+        const int bytes = max(min(columns - column, 8), 0) * int(sizeof(data));
+        const data* at = from.begin + (first + row) * from.row + first_column + column;
+        #pragma unroll 4
+        for (int i = row; i < CHUNK; i += step, at += step * from.row) {
+            const int wanted = i < rows ? bytes : 0;
+            copy_later(tile.piece(i, column), wanted ? at : from.begin, wanted);
+        }
+        return;
+    }
+    #pragma unroll 1
+    for (int i = row; i < CHUNK; i += step)
+        for (int j = 0; j < 8; j++) {
+            const bool there = i < rows && column + j < columns;
+            reinterpret_cast<data*>(tile.piece(i, column))[j] =
+                there ? from.begin[(first + i) * from.row + (first_column + column + j) * from.column] : data{};
+        }
+}
+
+// Two gates of each lane, of tokens lane and lane + 32, and sums over their blocks of 16: each warp has them all.
+struct Gates {
+    float log[2], until[2], rest[2], block[4];  // until: this token among them; rest: those behind it
+
+    __device__ __forceinline__ void read(const Places& places, int n) {
+        #pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int i = threadIdx.x % 32 + 32 * half;
+            log[half] = n < places.chunks() && i < places.tokens_of(n) ? places.gate.at(places.first_of(n) + i, 0) : 0;
+        }
+    }
+    __device__ __forceinline__ void sum() {
+        const int lane = threadIdx.x % 32, place = lane % 16;
+        #pragma unroll
+        for (int half = 0; half < 2; half++) {
+            until[half] = rest[half] = log[half] *= LOG2E;
+            for (int distance = 1; distance < 16; distance *= 2) {
+                const float earlier = __shfl_up_sync(0xffffffffu, until[half], distance);
+                const float later = __shfl_sync(0xffffffffu, rest[half], min(lane + distance, 31));
+                until[half] += place >= distance ? earlier : 0, rest[half] += place + distance < 16 ? later : 0;
+            }
+            const float later = __shfl_sync(0xffffffffu, rest[half], min(lane + 1, 31));
+            rest[half] = place < 15 ? later : 0;
+            for (int i = 0; i < 2; i++) block[2 * half + i] = __shfl_sync(0xffffffffu, until[half], 16 * i + 15);
+        }
+    }
+};
+
+// Warp w of those that bring chunks has the decays of queries of block w.
+__device__ __forceinline__ void put_decays(Decays& decays, const Gates& gates) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    #pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int token = lane + 32 * half, own = token / 16;
+        float before = 0, behind = 0, between = 0;
+        #pragma unroll
+        for (int b = 0; b < CHUNK / 16; b++) {
+            before += b < own ? gates.block[b] : 0, behind += b > own ? gates.block[b] : 0;
+            between += b > own && b < warp ? gates.block[b] : 0;
+        }
+        if (warp == 0) decays.log[token] = gates.log[half], decays.to_end[token] = exp2f(gates.rest[half] + behind);
+        if (warp > 0 && own < warp && !STATES) decays.rest[warp - 1][token] = exp2f(gates.rest[half] + between);
+        if (warp == own && !STATES) decays.since[token] = exp2f(gates.until[half]);
+        if (warp == own && !STATES) decays.from_start[token] = exp2f(before + gates.until[half]);
+    }
+    if (threadIdx.x == 0) decays.total = exp2f((gates.block[0] + gates.block[1]) + (gates.block[2] + gates.block[3]));
+    float sum = 0;
+    #pragma unroll
+    for (int place = 0; place < 16 && !STATES; place++) {
+        const float gate = __shfl_sync(0xffffffffu, warp < 2 ? gates.log[0] : gates.log[1], warp % 2 * 16 + place);
+        sum += place > lane % 16 ? gate : 0;
+        if (lane < 16) decays.within[place][16 * warp + lane] = place >= lane ? exp2f(sum) : 0;
+    }
+}
+
+__device__ __forceinline__ void produce(const Room& room, Barriers& barriers, const Places& places) {
+    const bool wide_q = in_vectors(places.q), wide_k = in_vectors(places.k), wide_v = in_vectors(places.v);
+    const int chunks = places.chunks();
+    Gates gates;
+    if (GATE) gates.read(places, 0);
+    #pragma unroll 1
+    for (int n = 0; n < chunks; n++) {
+        const int first = places.first_of(n), count = places.tokens_of(n), column = places.first_column;
+        if (n >= STAGES) wait(barriers.free[n % STAGES], n / STAGES - 1 & 1);
+        bring(room.keys(n), places.k, first, 0, count, K, wide_k);
+        if (!STATES) bring(room.queries(n), places.q, first, 0, count, K, wide_q);
+        bring(room.values(n), places.v, first, column, count, places.columns - column, wide_v);
+        arrive_with_copies(barriers.there[n % STAGES]);
+        if (GATE) gates.sum(), put_decays(room.decays(n), gates), gates.read(places, n + 1);
+        arrive(barriers.there[n % STAGES]);
+    }
+}
+
+// ---- what a thread of a warpgroup has ---------------------------------------------------------------------------------
+
+struct Self {
+    int group, warp, lane, line, pair;  // warp: of the warpgroup
+
+    __device__ __forceinline__ Self()
+        : group(threadIdx.x / 128 - 1), warp(threadIdx.x % 128 / 32), lane(threadIdx.x % 32),
+          line(threadIdx.x % 32 / 4), pair(threadIdx.x % 4 * 2) {}
+    __device__ __forceinline__ int thread() const { return threadIdx.x - PRODUCERS; }  // of all consumers
+    __device__ __forceinline__ int first_value() const { return 64 * group + 16 * warp; }  // of its warp
+};
+// All lanes of a warp have come.
+__device__ __forceinline__ void arrive_as_warp(Barrier& barrier, const Self& self) {
+    __syncwarp();
+    if (self.lane == 0) arrive(barrier);
+}
+// For each number of sums of 64 rows: use(row of the warp, column, x).
+template <int R, class Use>
+__device__ __forceinline__ void each_sum(float (&sum)[R], const Self& self, Use use) {
+    #pragma unroll
+    for (int i = 0; i < R; i++) use(self.line + i / 2 % 2 * 8, i / 4 * 8 + self.pair + i % 2, sum[i]);
+}
+struct alignas(8) Pair {
+    float x[2];
+};
+__device__ __forceinline__ Pair two(const float* at) { return *reinterpret_cast<const Pair*>(at); }
+__device__ __forceinline__ bool bad(float x) { return x - x != 0; }
+// Zero, or NaN if any number is not finite.
+template <int R>
+__device__ __forceinline__ float spoilt(const float (&x)[R]) {
+    float sum = 0;
+    #pragma unroll
+    for (int i = 0; i < R; i++) sum = fma(0.0f, x[i], sum);
+    return sum;
+}
+
+// ---- scores -----------------------------------------------------------------------------------------------------------
+
+// Q K^T, of all queries and the keys of this warpgroup.
+__device__ __forceinline__ void begin_scores(OwnScores& scores, const Keys& queries, const Keys& keys, const Self& self) {
+    const Matrix q = queries.matrix(), k = keys.matrix();
+    #pragma unroll
+    for (int c = 0; c < KEYS; c += 16)
+        wgmma_bf16<SHARE>(scores, part(queries, q, 0, c), part(keys, k, SHARE * self.group, c), int(c > 0));
+    close_products();
+}
+// What is left at a query of what was stored at a key; where nothing is, not even a NaN is.
+__device__ __forceinline__ void decay_scores(OwnScores& scores, const Decays& decays, const Self& self) {
+    #pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int row = self.line + 8 * half, query = 16 * self.warp + row;
+        const float since = GATE ? decays.since[query] : 1;
+        #pragma unroll
+        for (int n = 0; n < SHARE / 8; n++) {
+            const int key = SHARE * self.group + 8 * n + self.pair, block = (SHARE * self.group + 8 * n) / 16;
+            float* x = &scores[4 * n + 2 * half];
+            if (!GATE) {
+                for (int i = 0; i < 2; i++) x[i] = key + i <= query ? x[i] : 0;
+                continue;
+            }
+            const float* factors = block < self.warp ? &decays.rest[self.warp - 1][key] : &decays.within[row][key];
+            const float factor = block < self.warp ? since : block == self.warp ? 1 : 0;
+            const Pair pair = two(factors);
+            for (int i = 0; i < 2; i++) x[i] = kept(factor * pair.x[i], x[i]);
+        }
+    }
+}
+__device__ __forceinline__ void put_scores(const Room& room, int n, const OwnScores& scores, const Self& self) {
+    #pragma unroll
+    for (int i = 0; i < SHARE / 16; i++) {
+        unsigned terms[2][4];
+        for (int r = 0; r < 4; r++) set_pair<bfloat16>(terms, r, scores[8 * i + 2 * r], scores[8 * i + 2 * r + 1]);
+        const int row = 16 * self.warp + self.lane % 16, column = SHARE * self.group + 16 * i + self.lane / 16 * 8;
+        for (int term = 0; term < 2; term++) store_matrices(terms[term], room.scores(n, term).piece(row, column));
+    }
+}
+
+// ---- products with values and the state -------------------------------------------------------------------------------
+
+// V^T, as it is.
+__device__ __forceinline__ void load_values(LeftValues& left, const Values& values, const Self& self) {
+    const int token = self.lane / 16 * 8 + self.lane % 8, column = self.first_value() + self.lane / 8 % 2 * 8;
+    #pragma unroll
+    for (int i = 0; i < CHUNK / 16; i++) load_transposed_matrices(left[i], values.piece(16 * i + token, column));
+}
+// For each number of V^T: use(token, x), where x may be changed.
+template <class Use>
+__device__ __forceinline__ void each_value(LeftValues& left, const Self& self, Use use) {
+    #pragma unroll
+    for (int i = 0; i < CHUNK / 16; i++)
+        for (int r = 0; r < 4; r++) {
+            const int token = 16 * i + self.pair + r / 2 * 8;
+            float low = low_of<bfloat16>(left[i][r]), high = high_of<bfloat16>(left[i][r]);
+            use(token, low), use(token + 1, high);
+            left[i][r] = packed<bfloat16>(low, high);
+        }
+}
+// What is left of the values at the end of the chunk, in two terms.
+__device__ __forceinline__ void decay_values(LeftValues (&terms)[2], const LeftValues& left, const Decays& decays,
+                                             const Self& self) {
+    #pragma unroll
+    for (int i = 0; i < CHUNK / 16; i++)
+        for (int r = 0; r < 4; r++) {
+            const Pair to_end = two(&decays.to_end[16 * i + self.pair + r / 2 * 8]);
+            unsigned both[2][1];
+            set_pair<bfloat16>(both, 0, low_of<bfloat16>(left[i][r]) * to_end.x[0],
+                               high_of<bfloat16>(left[i][r]) * to_end.x[1]);
+            for (int term = 0; term < 2; term++) terms[term][i][r] = both[term][0];
+        }
+}
+
+// S^T in two terms.
+struct StateTerms {
+    LeftPart term[KEYS / 16][2];
+
+    __device__ __forceinline__ void split(const State& state, int begin, int end) {
+        #pragma unroll
+        for (int c = begin; c < end; c++)
+            for (int r = 0; r < 4; r++)
+                set_pair<bfloat16>(term[c], r, state[8 * c + 2 * r], state[8 * c + 2 * r + 1]);
+    }
+};
+// S^T Q^T. The state is split while scores, or the products of its first half, are under way.
+__device__ __forceinline__ void begin_recall(Answers& answers, StateTerms& terms, const State& state, const Keys& queries) {
+    const Matrix q = queries.matrix();
+    #pragma unroll
+    for (int half = 0; half < 2; half++) {
+        terms.split(state, half * KEYS / 32, (half + 1) * KEYS / 32);
+        begin_products();
+        #pragma unroll
+        for (int c = half * KEYS / 32; c < (half + 1) * KEYS / 32; c++)
+            for (int term = 0; term < 2; term++)
+                wgmma_bf16_columns<CHUNK>(answers, terms.term[c][term], part(queries, q, 0, 16 * c), c + term > 0);
+    }
+    close_products();
+}
+// What is left of the state at each token.
+__device__ __forceinline__ void decay_answers(Answers& answers, const Decays& decays, const Self& self) {
+    #pragma unroll
+    for (int n = 0; n < CHUNK / 8; n++) {
+        const Pair decay = two(&decays.from_start[8 * n + self.pair]);
+        for (int i = 0; i < 4; i++) answers[4 * n + i] *= decay.x[i % 2];
+    }
+}
+// V^T P^T, added.
+__device__ __forceinline__ void begin_weighing(Answers& answers, const LeftValues& values, const Room& room, int n) {
+    const Scores terms[2] = {room.scores(n, 0), room.scores(n, 1)};
+    const Matrix scores[2] = {terms[0].matrix(), terms[1].matrix()};
+    #pragma unroll
+    for (int i = 0; i < CHUNK / 16; i++)
+        for (int term = 0; term < 2; term++)
+            wgmma_bf16_columns<CHUNK>(answers, values[i], part(terms[term], scores[term], 0, 16 * i), 1);
+    close_products();
+}
+// V^T K.
+template <int TERMS>
+__device__ __forceinline__ void begin_memorising(State& added, const LeftValues (&values)[TERMS], const Keys& keys) {
+    const Matrix k = keys.matrix();
+    #pragma unroll
+    for (int i = 0; i < CHUNK / 16; i++)
+        for (int term = TERMS - 1; term >= 0; term--)
+            wgmma_bf16<KEYS>(added, values[term][i], part(keys, k, 16 * i, 0), int(i > 0 || term < TERMS - 1));
+    close_products();
+}
+
+// ---- answers ----------------------------------------------------------------------------------------------------------
+
+struct alignas(16) Piece {
+    data x[8];
+};
+// Through shared memory of the warp, where they change rows and columns, to global memory, for tokens before `count`.
+__device__ __forceinline__ void put_answers(unsigned char* own, const Answers& answers, const Places& places, int first,
+                                            int count, float scale, const Self& self) {
+    const auto piece = [&](int token, int half) { return own + token * 32 + (half ^ token / 4 & 1) * 16; };
+    #pragma unroll
+    for (int n = 0; n < CHUNK / 8; n += 2) {
+        unsigned x[4];
+        for (int r = 0; r < 4; r++) x[r] = packed<data>(scale * answers[4 * n + 2 * r], scale * answers[4 * n + 2 * r + 1]);
+        store_transposed_matrices(x, piece(8 * n + self.lane / 16 * 8 + self.lane % 8, self.lane / 8 % 2));
+    }
+    __syncwarp();  // the answers are there
+    const int column = places.first_column + self.first_value() + self.lane % 2 * 8;
+    const bool vectors = in_vectors(places.o) && column + 8 <= places.columns;
+    #pragma unroll
+    for (int i = 0; i < CHUNK / 16; i++) {
+        const int token = 16 * i + self.lane / 2;
+        const Piece found = *reinterpret_cast<const Piece*>(piece(token, self.lane % 2));
+        data* at = places.o.begin + (first + token) * places.o.row + column * places.o.column;
+        if (token >= count) continue;
+        if (vectors)
+            *reinterpret_cast<Piece*>(at) = found;
+        else
+            for (int j = 0; j < 8; j++)
+                if (column + j < places.columns) at[j * places.o.column] = found.x[j];
+    }
+    __syncwarp();  // and nobody looks at them any more
+}
+// The first token that has a bad number, by a warp together.
+struct First {
+    int token = CHUNK;
+
+    __device__ __forceinline__ void look(int where, float x) { token = bad(x) ? min(token, where) : token; }
+    __device__ __forceinline__ int of_warp() const {
+        int first = token;
+        for (int distance = 1; distance < 32; distance *= 2) first = min(first, __shfl_xor_sync(0xffffffffu, first, distance));
+        return first;
+    }
+};
+
+// One token after the other, from the state before the chunk; answers are written from token `good` on.
+__device__ __forceinline__ void walk(State& state, const Room& room, int n, const Places& places, int good, float scale,
+                                     const Self& self) {
+    const Keys keys = room.keys(n), queries = room.queries(n);
+    const Values values = room.values(n);
+    const int column = self.first_value() + self.line;
+    #pragma unroll 1
+    for (int t = 0; t < places.tokens_of(n); t++) {
+        const float decay = GATE ? exp2f(room.decays(n).log[t]) : 1;
+        float answer[2] = {}, value[2];
+        for (int half = 0; half < 2; half++) {
+            const int j = column + 8 * half;
+            value[half] = widened(reinterpret_cast<const data*>(values.piece(t, j))[j % 8]);
+        }
+        #pragma unroll
+        for (int c = 0; c < KEYS / 8; c++) {
+            const unsigned k = reinterpret_cast<const unsigned*>(keys.piece(t, 8 * c))[self.pair / 2];
+            const unsigned q = STATES ? 0 : reinterpret_cast<const unsigned*>(queries.piece(t, 8 * c))[self.pair / 2];
+            for (int i = 0; i < 4; i++) {
+                float& x = state[4 * c + i];
+                x = fma(half_of<data>(k, i % 2), value[i / 2], kept(decay, x));
+                answer[i / 2] = fma(half_of<data>(q, i % 2), x, answer[i / 2]);
+            }
+        }
+        for (int half = 0; half < 2 && !STATES; half++) {
+            for (int distance = 1; distance < 4; distance *= 2)
+                answer[half] += __shfl_xor_sync(0xffffffffu, answer[half], distance);
+            const int j = places.first_column + column + 8 * half;
+            if (t >= good && self.pair == 0 && j < places.columns)
+                put(places.o.at(places.first_of(n) + t, j), scale * answer[half]);
+        }
+    }
+}
+
+// ---- the walk over chunks ---------------------------------------------------------------------------------------------
+
+struct Consumer {
+    const Room& room;
+    Barriers& barriers;
+    const Places& places;
+    int* votes;  // of each warp
+    float scale;
+    Self self;
+
+    __device__ __forceinline__ void add(State& state, const State& added, float total) const {
+        #pragma unroll
+        for (int i = 0; i < KEYS / 2; i++) state[i] = GATE ? fma(total, total == 0 ? 0 : state[i], added[i]) : state[i] + added[i];
+    }
+    __device__ __forceinline__ void memorise(State& added, const LeftValues& values, int n) const {
+        if constexpr (GATE) {
+            LeftValues terms[2];
+            decay_values(terms, values, room.decays(n), self);
+            begin_products();
+            begin_memorising(added, terms, room.keys(n));
+        } else {
+            begin_products();
+            begin_memorising(added, reinterpret_cast<const LeftValues(&)[1]>(values), room.keys(n));
+        }
+    }
+    // Whether any warp of the warpgroup votes for it.
+    __device__ __forceinline__ bool any(bool vote, int n) const {
+        const int found = __any_sync(0xffffffffu, vote);
+        if (self.lane == 0) votes[4 * self.group + self.warp] = found;
+        arrive_as_warp(barriers.votes[self.group], self);
+        wait(barriers.votes[self.group], n & 1);
+        const int* all = votes + 4 * self.group;
+        return all[0] | all[1] | all[2] | all[3];
+    }
+    // The answers again, without the values that are not finite and those behind them; the first token that needs more.
+    __device__ __forceinline__ int answer_again(Answers& answers, LeftValues& values, const State& state, int n) const {
+        First first_value, first_answer;
+        each_value(values, self, [&](int token, float& x) { first_value.look(token, x); });
+        const int good = first_value.of_warp();
+        each_value(values, self, [&](int token, float& x) { x = token < good ? x : 0; });
+        StateTerms terms;
+        begin_recall(answers, terms, state, room.queries(n));
+        finish_products<0>();
+        done(answers);
+        if (GATE) decay_answers(answers, room.decays(n), self);
+        begin_products();
+        begin_weighing(answers, values, room, n);
+        finish_products<0>();
+        done(answers);
+        each_sum(answers, self, [&](int, int token, float x) { first_answer.look(token, x); });
+        return min(good, first_answer.of_warp());
+    }
+
+    __device__ __forceinline__ void states_of(State& state, int n) const {
+        State added;
+        LeftValues values;
+        load_values(values, room.values(n), self);
+        memorise(added, values, n);
+        finish_products<0>();
+        done(added);
+        if (GATE && __any_sync(0xffffffffu, spoilt(added) != 0))  // a gate may forget it, if it is not multiplied by zero
+            walk(state, room, n, places, CHUNK, scale, self);
+        else
+            add(state, added, GATE ? room.decays(n).total : 1);
+    }
+    __device__ __forceinline__ void answer(State& state, int n) const {
+        const int count = places.tokens_of(n);
+        State added;
+        Answers answers;
+        LeftValues values;
+        {
+            OwnScores scores;
+            StateTerms terms;
+            begin_products();
+            begin_scores(scores, room.queries(n), room.keys(n), self);
+            begin_recall(answers, terms, state, room.queries(n));
+            finish_products<1>();
+            done(scores);
+            decay_scores(scores, room.decays(n), self);
+            put_scores(room, n, scores, self);
+            show_to_products();
+            arrive_as_warp(barriers.scores, self);
+            load_values(values, room.values(n), self);
+            finish_products<0>();
+            done(answers);
+        }
+        if (GATE) decay_answers(answers, room.decays(n), self);
+        wait(barriers.scores, n & 1);
+        show_to_products();
+        begin_products();
+        begin_weighing(answers, values, room, n);
+        memorise(added, values, n);
+        finish_products<1>();
+        done(answers);
+        const bool again = any(spoilt(answers) != 0, n);
+        if (!again) put_answers(room.answers_of(self.thread() / 32), answers, places, places.first_of(n), count, scale, self);
+        finish_products<0>();
+        done(added);
+        if (!again) return add(state, added, GATE ? room.decays(n).total : 1);
+        const int good = min(answer_again(answers, values, state, n), count);
+        put_answers(room.answers_of(self.thread() / 32), answers, places, places.first_of(n), good, scale, self);
+        walk(state, room, n, places, good, scale, self);
+    }
+    // All chunks of the piece; and what the piece leaves of a state.
+    __device__ __forceinline__ float take(State& state) const {
+        float product = 1;
+        const int chunks = places.chunks();
+        #pragma unroll 1
+        for (int n = 0; n < chunks; n++) {
+            wait(barriers.there[n % STAGES], n / STAGES & 1);
+            show_to_products();
+            if (STATES)
+                states_of(state, n);
+            else
+                answer(state, n);
+            if (GATE && STATES) product = kept(room.decays(n).total, product);
+            arrive_as_warp(barriers.free[n % STAGES], self);
+        }
+        return product;
+    }
+};
+
+// What earlier pieces add to the state lies as the threads have it; the decay of a piece follows once.
+struct Stored {
+    real *sums, *piece_decays;
+
+    __device__ __forceinline__ real* sum_of(const Places& at, int columns, int p, const Self& self) const {
+        const int column_blocks = (columns + VALUES - 1) / VALUES;
+        const size_t block = (size_t(at.which) * column_blocks + at.column_block) * at.stored + p;
+        return sums + block * (KEYS / 2) * (128 * GROUPS) + self.thread();
+    }
+    __device__ __forceinline__ real& decay_of(const Places& at, int p) const {
+        return piece_decays[(size_t(at.which) * at.stored + p) * KEYS];
+    }
+};
+// The numbers of the state that a thread has: use(key, column, x).
+template <class Use>
+__device__ __forceinline__ void each_stored(State& state, const Places& places, const Self& self, Use use) {
+    #pragma unroll
+    for (int n = 0; n < KEYS / 8; n++) {
+        for (int i = 0; i < 4; i++) {
+            const int column = places.first_column + self.first_value() + self.line + i / 2 * 8;
+            const int key = 8 * n + self.pair + i % 2;
+            if (key < K && column < places.columns) use(key, column, state[4 * n + i]);
+        }
+        if (n % 8 == 7) __syncwarp();  // not all addresses at once: they need registers
+    }
+}
+
+__device__ __forceinline__ void consume(const Consumer& consumer, const Stored& stored, const real* before, real* after) {
+    constexpr int stride = 128 * GROUPS;
+    const Places& places = consumer.places;
+    const Self& self = consumer.self;
+    State state = {};
+    if (!STATES)
+        each_stored(state, places, self, [&](int key, int column, float& x) { x = before[key * places.columns + column]; });
+    #pragma unroll 1
+    for (int p = 0; p < places.piece && !STATES; p++) {
+        const float decay = GATE ? stored.decay_of(places, p) : 1;
+        const real* sum = stored.sum_of(places, places.columns, p, self);
+        #pragma unroll
+        for (int i = 0; i < KEYS / 2; i++) state[i] = kept(decay, state[i]) + sum[i * stride];
+    }
+    const float product = consumer.take(state);
+    if (STATES) {
+        real* sum = stored.sum_of(places, places.columns, places.piece, self);
+        #pragma unroll
+        for (int i = 0; i < KEYS / 2; i++) sum[i * stride] = state[i];
+        if (GATE && self.thread() == 0 && places.column_block == 0) stored.decay_of(places, places.piece) = product;
+    } else if (after) {
+        each_stored(state, places, self, [&](int key, int column, float& x) { after[key * places.columns + column] = x; });
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(PRODUCERS + 128 * GROUPS, 1)
+linear_attention_wgmma(const data* q, const data* k, const data* v, const real* log_decay, const real* S, real* S_next,
+                       data* o, real* sums, real* piece_decays, const long long* table, int axes, int tokens, int columns,
+                       int groups, int pieces, int stored, int length, real scale) {
+    __shared__ Barriers barriers;
+    __shared__ Places places;
+    __shared__ int votes[WARPS];
+    const Room room = {dynamic_shared() + (-shared_address(dynamic_shared()) & 1023)};
+    if (threadIdx.x == 0) {
+        const int column_blocks = (columns + VALUES - 1) / VALUES, number = blockIdx.x / pieces;
+        const int which = number / column_blocks / groups, group = number / column_blocks % groups;
+        places.which = which, places.group = group, places.piece = blockIdx.x % pieces;
+        places.column_block = number % column_blocks, places.first_column = places.column_block * VALUES;
+        places.begin = places.piece * length, places.end = min(tokens, places.begin + length);
+        places.columns = columns, places.stored = stored;
+        places.q = rows(q, table, axes, Q, which).of(group);
+        places.k = rows(k, table, axes, KEY, which);
+        places.v = rows(v, table, axes, V, which);
+        places.o = rows(o, table, axes, O, which).of(group);
+        places.gate = rows(log_decay, table, axes, GATE_OF, which);
+        barriers.set_up_all();
+    }
+    __syncthreads();  // the places are known, and the barriers are there
+    if (threadIdx.x < PRODUCERS) {
+        leave_registers<GROUPS == 2 ? 40 : 56>();
+        produce(room, barriers, places);
+    } else {
+        take_registers<GROUPS == 2 ? 232 : 240>();
+        const bool last = places.end == tokens && places.group == 0;
+        const real* before = STATES ? nullptr : rows(S, table, axes, STATE, places.which).begin;
+        real* after = STATES || !last ? nullptr : rows(S_next, table, axes, STATE_NEXT, places.which).begin;
+        consume({room, barriers, places, votes, scale, {}}, {sums, piece_decays}, before, after);
+    }
+}
