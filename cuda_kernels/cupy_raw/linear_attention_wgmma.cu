@@ -36,6 +36,9 @@ typedef float Answers[CHUNK / 2];  // O^T: 64 columns, CHUNK tokens
 typedef float OwnScores[SHARE / 2];
 typedef unsigned LeftPart[4];
 typedef LeftPart LeftValues[CHUNK / 16];  // V^T
+constexpr int TERMS = GATE ? 2 : 1;
+typedef LeftValues Decayed[TERMS];  // what is left of it at the end of the chunk
+typedef float Added[KEYS / 4];      // what a chunk adds to the state, for one half of the keys
 
 // ---- what all warpgroups share ----------------------------------------------------------------------------------------
 
@@ -94,7 +97,7 @@ struct Places {
 
     __device__ __forceinline__ int chunks() const { return (end - begin + CHUNK - 1) / CHUNK; }
     __device__ __forceinline__ int first_of(int n) const { return begin + n * CHUNK; }
-    __device__ __forceinline__ int tokens_of(int n) const { return min(CHUNK, end - first_of(n)); }
+    __device__ __forceinline__ int tokens_of(int n) const { return min(int(CHUNK), end - first_of(n)); }
 };
 
 // ---- bringing chunks, by a warpgroup ----------------------------------------------------------------------------------
@@ -203,7 +206,7 @@ struct Self {
     int group, warp, lane, line, pair;  // warp: of the warpgroup
 
     __device__ __forceinline__ Self()
-        : group(threadIdx.x / 128 - 1), warp(threadIdx.x % 128 / 32), lane(threadIdx.x % 32),
+        : group(__shfl_sync(0xffffffffu, int(threadIdx.x / 128) - 1, 0)), warp(threadIdx.x % 128 / 32), lane(threadIdx.x % 32),
           line(threadIdx.x % 32 / 4), pair(threadIdx.x % 4 * 2) {}
     __device__ __forceinline__ int thread() const { return threadIdx.x - PRODUCERS; }  // of all consumers
     __device__ __forceinline__ int first_value() const { return 64 * group + 16 * warp; }  // of its warp
@@ -294,17 +297,17 @@ __device__ __forceinline__ void each_value(LeftValues& left, const Self& self, U
             left[i][r] = packed<bfloat16>(low, high);
         }
 }
-// What is left of the values at the end of the chunk, in two terms.
-__device__ __forceinline__ void decay_values(LeftValues (&terms)[2], const LeftValues& left, const Decays& decays,
+__device__ __forceinline__ void decay_values(Decayed& terms, const LeftValues& left, const Decays& decays,
                                              const Self& self) {
     #pragma unroll
     for (int i = 0; i < CHUNK / 16; i++)
         for (int r = 0; r < 4; r++) {
-            const Pair to_end = two(&decays.to_end[16 * i + self.pair + r / 2 * 8]);
-            unsigned both[2][1];
-            set_pair<bfloat16>(both, 0, low_of<bfloat16>(left[i][r]) * to_end.x[0],
-                               high_of<bfloat16>(left[i][r]) * to_end.x[1]);
-            for (int term = 0; term < 2; term++) terms[term][i][r] = both[term][0];
+            const Pair to_end = GATE ? two(&decays.to_end[16 * i + self.pair + r / 2 * 8]) : Pair{};
+            unsigned both[TERMS][1] = {{left[i][r]}};
+            if (GATE)
+                set_pair<bfloat16>(both, 0, low_of<bfloat16>(left[i][r]) * to_end.x[0],
+                                   high_of<bfloat16>(left[i][r]) * to_end.x[1]);
+            for (int term = 0; term < TERMS; term++) terms[term][i][r] = both[term][0];
         }
 }
 
@@ -351,15 +354,21 @@ __device__ __forceinline__ void begin_weighing(Answers& answers, const LeftValue
             wgmma_bf16_columns<CHUNK>(answers, values[i], part(terms[term], scores[term], 0, 16 * i), 1);
     close_products();
 }
-// V^T K.
-template <int TERMS>
-__device__ __forceinline__ void begin_memorising(State& added, const LeftValues (&values)[TERMS], const Keys& keys) {
+// V^T K, of one half of the keys.
+__device__ __forceinline__ void begin_memorising(Added& added, const Decayed& values, const Keys& keys, int half) {
     const Matrix k = keys.matrix();
     #pragma unroll
     for (int i = 0; i < CHUNK / 16; i++)
         for (int term = TERMS - 1; term >= 0; term--)
-            wgmma_bf16<KEYS>(added, values[term][i], part(keys, k, 16 * i, 0), int(i > 0 || term < TERMS - 1));
+            wgmma_bf16<KEYS / 2>(added, values[term][i], part(keys, k, 16 * i, KEYS / 2 * half), i > 0 || term < TERMS - 1);
     close_products();
+}
+__device__ __forceinline__ void add(State& state, const Added& added, int half, float total) {
+    #pragma unroll
+    for (int i = 0; i < KEYS / 4; i++) {
+        float& x = state[KEYS / 4 * half + i];
+        x = GATE ? fma(total, total == 0 ? 0 : x, added[i]) : x + added[i];
+    }
 }
 
 // ---- answers ----------------------------------------------------------------------------------------------------------
@@ -389,8 +398,9 @@ __device__ __forceinline__ void put_answers(unsigned char* own, const Answers& a
         if (vectors)
             *reinterpret_cast<Piece*>(at) = found;
         else
-            for (int j = 0; j < 8; j++)
-                if (column + j < places.columns) at[j * places.o.column] = found.x[j];
+            #pragma unroll 1
+            for (int j = 0; j < min(places.columns - column, 8); j++)
+                at[j * places.o.column] = reinterpret_cast<const data*>(piece(token, self.lane % 2))[j];
     }
     __syncwarp();  // and nobody looks at them any more
 }
@@ -450,21 +460,7 @@ struct Consumer {
     float scale;
     Self self;
 
-    __device__ __forceinline__ void add(State& state, const State& added, float total) const {
-        #pragma unroll
-        for (int i = 0; i < KEYS / 2; i++) state[i] = GATE ? fma(total, total == 0 ? 0 : state[i], added[i]) : state[i] + added[i];
-    }
-    __device__ __forceinline__ void memorise(State& added, const LeftValues& values, int n) const {
-        if constexpr (GATE) {
-            LeftValues terms[2];
-            decay_values(terms, values, room.decays(n), self);
-            begin_products();
-            begin_memorising(added, terms, room.keys(n));
-        } else {
-            begin_products();
-            begin_memorising(added, reinterpret_cast<const LeftValues(&)[1]>(values), room.keys(n));
-        }
-    }
+    __device__ __forceinline__ float total(int n) const { return GATE ? room.decays(n).total : 1; }
     // Whether any warp of the warpgroup votes for it.
     __device__ __forceinline__ bool any(bool vote, int n) const {
         const int found = __any_sync(0xffffffffu, vote);
@@ -475,8 +471,10 @@ struct Consumer {
         return all[0] | all[1] | all[2] | all[3];
     }
     // The answers again, without the values that are not finite and those behind them; the first token that needs more.
-    __device__ __forceinline__ int answer_again(Answers& answers, LeftValues& values, const State& state, int n) const {
+    __device__ __forceinline__ int answer_again(Answers& answers, const State& state, int n) const {
         First first_value, first_answer;
+        LeftValues values;
+        load_values(values, room.values(n), self);
         each_value(values, self, [&](int token, float& x) { first_value.look(token, x); });
         const int good = first_value.of_warp();
         each_value(values, self, [&](int token, float& x) { x = token < good ? x : 0; });
@@ -494,53 +492,64 @@ struct Consumer {
     }
 
     __device__ __forceinline__ void states_of(State& state, int n) const {
-        State added;
+        Added added[2];
         LeftValues values;
+        Decayed decayed;
         load_values(values, room.values(n), self);
-        memorise(added, values, n);
+        decay_values(decayed, values, room.decays(n), self);
+        begin_products();
+        for (int half = 0; half < 2; half++) begin_memorising(added[half], decayed, room.keys(n), half);
         finish_products<0>();
-        done(added);
-        if (GATE && __any_sync(0xffffffffu, spoilt(added) != 0))  // a gate may forget it, if it is not multiplied by zero
-            walk(state, room, n, places, CHUNK, scale, self);
-        else
-            add(state, added, GATE ? room.decays(n).total : 1);
+        for (int half = 0; half < 2; half++) done(added[half]);
+        if (GATE && __any_sync(0xffffffffu, spoilt(added[0]) + spoilt(added[1]) != 0))
+            return walk(state, room, n, places, CHUNK, scale, self);  // a gate may forget what no product forgets
+        for (int half = 0; half < 2; half++) add(state, added[half], half, total(n));
+    }
+    // Scores for all, and what the state answers.
+    __device__ __forceinline__ void recall(Answers& answers, LeftValues& values, const State& state, int n) const {
+        OwnScores scores;
+        StateTerms terms;
+        begin_products();
+        begin_scores(scores, room.queries(n), room.keys(n), self);
+        begin_recall(answers, terms, state, room.queries(n));
+        finish_products<1>();
+        done(scores);
+        decay_scores(scores, room.decays(n), self);
+        put_scores(room, n, scores, self);
+        show_to_products();
+        arrive_as_warp(barriers.scores, self);
+        load_values(values, room.values(n), self);
+        finish_products<0>();
+        done(answers);
+        if (GATE) decay_answers(answers, room.decays(n), self);
     }
     __device__ __forceinline__ void answer(State& state, int n) const {
-        const int count = places.tokens_of(n);
-        State added;
         Answers answers;
         LeftValues values;
-        {
-            OwnScores scores;
-            StateTerms terms;
-            begin_products();
-            begin_scores(scores, room.queries(n), room.keys(n), self);
-            begin_recall(answers, terms, state, room.queries(n));
-            finish_products<1>();
-            done(scores);
-            decay_scores(scores, room.decays(n), self);
-            put_scores(room, n, scores, self);
-            show_to_products();
-            arrive_as_warp(barriers.scores, self);
-            load_values(values, room.values(n), self);
-            finish_products<0>();
-            done(answers);
-        }
-        if (GATE) decay_answers(answers, room.decays(n), self);
+        Decayed decayed;
+        Added early, late;
+        recall(answers, values, state, n);
         wait(barriers.scores, n & 1);
         show_to_products();
         begin_products();
         begin_weighing(answers, values, room, n);
-        memorise(added, values, n);
+        decay_values(decayed, values, room.decays(n), self);
+        begin_products();
+        begin_memorising(early, decayed, room.keys(n), 0);
         finish_products<1>();
         done(answers);
         const bool again = any(spoilt(answers) != 0, n);
-        if (!again) put_answers(room.answers_of(self.thread() / 32), answers, places, places.first_of(n), count, scale, self);
-        finish_products<0>();
-        done(added);
-        if (!again) return add(state, added, GATE ? room.decays(n).total : 1);
-        const int good = min(answer_again(answers, values, state, n), count);
+        int good = places.tokens_of(n);
+        if (again) good = min(answer_again(answers, state, n), good);
+        begin_products();
+        begin_memorising(late, decayed, room.keys(n), 1);
         put_answers(room.answers_of(self.thread() / 32), answers, places, places.first_of(n), good, scale, self);
+        finish_products<1>();
+        done(early);
+        if (!again) add(state, early, 0, total(n));
+        finish_products<0>();
+        done(late);
+        if (!again) return add(state, late, 1, total(n));
         walk(state, room, n, places, good, scale, self);
     }
     // All chunks of the piece; and what the piece leaves of a state.

@@ -20,6 +20,7 @@
 #include <map>
 #include <numeric>
 #include <random>
+#include <unordered_map>
 #include <vector>
 
 using namespace runner;
@@ -125,6 +126,7 @@ struct Machine {
     std::vector<Thread> threads;
     std::vector<Warp> warps;
     std::vector<Shadow> memory;
+    std::unordered_map<const Cell*, std::vector<Access>> readers;  // since the last write, see remember_reader
     std::vector<int> order;
     std::mt19937_64 chance;
     Options options;
@@ -492,7 +494,7 @@ static void begin_block(uint64_t number, const unsigned* grid) {
         forget(shadow);
     }
     machine.live = int(machine.threads.size()), machine.exited = 0, machine.votes = false;
-    machine.phases.clear(), machine.coming.clear(), machine.time = 1;
+    machine.phases.clear(), machine.readers.clear(), machine.coming.clear(), machine.time = 1;
     for (size_t i = 0; i < machine.warps.size(); i++) {
         const size_t lanes = std::min<size_t>(machine.threads.size() - i * 32, 32);
         machine.warps[i] = {lanes < 32 ? (1u << lanes) - 1 : UINT32_MAX, 0, 0, 0, {}};
@@ -748,14 +750,34 @@ static void remember_read(Access& read) {
     }
 }
 
+// Where barriers have phases, several may read what one of them, who has heard from all, writes next: each is kept.
+static void remember_reader(std::vector<Access>& readers) {
+    const Access now = access_now();
+    for (Access& known : readers)
+        if (known.thread == now.thread) return void(known = now);
+    readers.push_back(now);
+}
+
+static bool unordered_readers(const Cell& cell, int kind) {
+    if (kind != SHARED || machine.phases.empty()) return unordered(cell.read);
+    const auto found = machine.readers.find(&cell);
+    if (found == machine.readers.end()) return unordered(cell.read);
+    const bool any = std::any_of(found->second.begin(), found->second.end(), unordered);
+    machine.readers.erase(found);
+    return any || unordered(cell.read);
+}
+
 static void check_byte(Cell& cell, bool writes, int kind, long offset, int line, const void* from) {
     if (cell.under_way) fault_of_access(RACE, line, from, "a copy is still under way to", name_of(kind), offset);
     if (!writes && !cell.set) fault_of_access(UNSET, line, from, "read of unset", name_of(kind), offset);
     if (unordered(cell.write))
         fault_of_access(RACE, line, from, writes ? "write-write race in" : "read-write race in", name_of(kind), offset);
-    if (writes && unordered(cell.read)) fault_of_access(RACE, line, from, "write-read race in", name_of(kind), offset);
+    if (writes && unordered_readers(cell, kind))
+        fault_of_access(RACE, line, from, "write-read race in", name_of(kind), offset);
     if (writes)
         cell = {access_now(), {}, true, false, machine.time};
+    else if (kind == SHARED && !machine.phases.empty())
+        remember_reader(machine.readers[&cell]);
     else
         remember_read(cell.read);
 }
