@@ -202,13 +202,17 @@ __device__ __forceinline__ void produce(const Room& room, Barriers& barriers, co
 
 // ---- what a thread of a warpgroup has ---------------------------------------------------------------------------------
 
+// Who a thread is. Asked anew for every chunk, so that what follows from it does not wait in registers.
 struct Self {
     int group, warp, lane, line, pair;  // warp: of the warpgroup
 
-    __device__ __forceinline__ Self()
-        : group(__shfl_sync(0xffffffffu, int(threadIdx.x / 128) - 1, 0)), warp(threadIdx.x % 128 / 32), lane(threadIdx.x % 32),
-          line(threadIdx.x % 32 / 4), pair(threadIdx.x % 4 * 2) {}
-    __device__ __forceinline__ int thread() const { return threadIdx.x - PRODUCERS; }  // of all consumers
+    __device__ __forceinline__ Self() {
+        const unsigned thread = this_thread() - PRODUCERS;
+        group = __shfl_sync(0xffffffffu, thread / 128, 0) & GROUPS - 1;
+        warp = thread % 128 / 32, lane = thread % 32, line = lane / 4, pair = lane % 4 * 2;
+    }
+    __device__ __forceinline__ int all_warps() const { return 4 * group + warp; }
+    __device__ __forceinline__ int thread() const { return 32 * all_warps() + lane; }  // of all consumers
     __device__ __forceinline__ int first_value() const { return 64 * group + 16 * warp; }  // of its warp
 };
 // All lanes of a warp have come.
@@ -240,10 +244,9 @@ __device__ __forceinline__ float spoilt(const float (&x)[R]) {
 
 // Q K^T, of all queries and the keys of this warpgroup.
 __device__ __forceinline__ void begin_scores(OwnScores& scores, const Keys& queries, const Keys& keys, const Self& self) {
-    const Matrix q = queries.matrix(), k = keys.matrix();
+    const Matrix q = queries.matrix(), k = part(keys, keys.matrix(), SHARE * self.group, 0);
     #pragma unroll
-    for (int c = 0; c < KEYS; c += 16)
-        wgmma_bf16<SHARE>(scores, part(queries, q, 0, c), part(keys, k, SHARE * self.group, c), int(c > 0));
+    for (int c = 0; c < KEYS; c += 16) wgmma_bf16<SHARE>(scores, part(queries, q, 0, c), part(keys, k, 0, c), c > 0);
     close_products();
 }
 // What is left at a query of what was stored at a key; where nothing is, not even a NaN is.
@@ -311,29 +314,27 @@ __device__ __forceinline__ void decay_values(Decayed& terms, const LeftValues& l
         }
 }
 
-// S^T in two terms.
+// S^T of one half of the keys, in two terms.
 struct StateTerms {
-    LeftPart term[KEYS / 16][2];
+    LeftPart term[KEYS / 32][2];
 
-    __device__ __forceinline__ void split(const State& state, int begin, int end) {
+    __device__ __forceinline__ StateTerms(const State& state, int half) {
         #pragma unroll
-        for (int c = begin; c < end; c++)
-            for (int r = 0; r < 4; r++)
-                set_pair<bfloat16>(term[c], r, state[8 * c + 2 * r], state[8 * c + 2 * r + 1]);
+        for (int c = 0; c < KEYS / 32; c++)
+            for (int r = 0; r < 4; r++) {
+                const float* x = &state[KEYS / 4 * half + 8 * c + 2 * r];
+                set_pair<bfloat16>(term[c], r, x[0], x[1]);
+            }
     }
 };
-// S^T Q^T. The state is split while scores, or the products of its first half, are under way.
-__device__ __forceinline__ void begin_recall(Answers& answers, StateTerms& terms, const State& state, const Keys& queries) {
+// S^T Q^T of one half of the keys.
+__device__ __forceinline__ void begin_recall(Answers& answers, const StateTerms& terms, const Keys& queries, int half) {
     const Matrix q = queries.matrix();
     #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        terms.split(state, half * KEYS / 32, (half + 1) * KEYS / 32);
-        begin_products();
-        #pragma unroll
-        for (int c = half * KEYS / 32; c < (half + 1) * KEYS / 32; c++)
-            for (int term = 0; term < 2; term++)
-                wgmma_bf16_columns<CHUNK>(answers, terms.term[c][term], part(queries, q, 0, 16 * c), c + term > 0);
-    }
+    for (int c = 0; c < KEYS / 32; c++)
+        for (int term = 0; term < 2; term++)
+            wgmma_bf16_columns<CHUNK>(answers, terms.term[c][term], part(queries, q, 0, KEYS / 2 * half + 16 * c),
+                                      half + c + term > 0);
     close_products();
 }
 // What is left of the state at each token.
@@ -464,31 +465,42 @@ struct Consumer {
     // Whether any warp of the warpgroup votes for it.
     __device__ __forceinline__ bool any(bool vote, int n) const {
         const int found = __any_sync(0xffffffffu, vote);
-        if (self.lane == 0) votes[4 * self.group + self.warp] = found;
+        if (self.lane == 0) votes[self.all_warps()] = found;
         arrive_as_warp(barriers.votes[self.group], self);
         wait(barriers.votes[self.group], n & 1);
         const int* all = votes + 4 * self.group;
         return all[0] | all[1] | all[2] | all[3];
     }
+    __device__ __forceinline__ void put(const Answers& answers, int n, int count, const Self& by) const {
+        put_answers(room.answers_of(by.all_warps()), answers, places, places.first_of(n), count, scale, by);
+    }
     // The answers again, without the values that are not finite and those behind them; the first token that needs more.
-    __device__ __forceinline__ int answer_again(Answers& answers, const State& state, int n) const {
-        First first_value, first_answer;
+    __device__ __forceinline__ int answer_again(Answers& answers, const State& state, int n, const Self& by) const {
+        First value, answer;
         LeftValues values;
-        load_values(values, room.values(n), self);
-        each_value(values, self, [&](int token, float& x) { first_value.look(token, x); });
-        const int good = first_value.of_warp();
-        each_value(values, self, [&](int token, float& x) { x = token < good ? x : 0; });
-        StateTerms terms;
-        begin_recall(answers, terms, state, room.queries(n));
+        load_values(values, room.values(n), by);
+        each_value(values, by, [&](int token, float& x) { value.look(token, x); });
+        const int good = value.of_warp();
+        each_value(values, by, [&](int token, float& x) { x = token < good ? x : 0; });
+        const StateTerms early(state, 0), late(state, 1);
+        begin_products();
+        begin_recall(answers, early, room.queries(n), 0);
+        begin_recall(answers, late, room.queries(n), 1);
         finish_products<0>();
         done(answers);
-        if (GATE) decay_answers(answers, room.decays(n), self);
+        if (GATE) decay_answers(answers, room.decays(n), by);
         begin_products();
         begin_weighing(answers, values, room, n);
         finish_products<0>();
         done(answers);
-        each_sum(answers, self, [&](int, int token, float x) { first_answer.look(token, x); });
-        return min(good, first_answer.of_warp());
+        each_sum(answers, by, [&](int, int token, float x) { answer.look(token, x); });
+        return min(good, answer.of_warp());
+    }
+    __device__ __forceinline__ void answer_one_by_one(Answers& answers, State& state, int n) const {
+        const Self anew;
+        const int good = min(answer_again(answers, state, n, anew), places.tokens_of(n));
+        put(answers, n, good, anew);
+        walk(state, room, n, places, good, scale, anew);
     }
 
     __device__ __forceinline__ void states_of(State& state, int n) const {
@@ -508,16 +520,20 @@ struct Consumer {
     // Scores for all, and what the state answers.
     __device__ __forceinline__ void recall(Answers& answers, LeftValues& values, const State& state, int n) const {
         OwnScores scores;
-        StateTerms terms;
         begin_products();
         begin_scores(scores, room.queries(n), room.keys(n), self);
-        begin_recall(answers, terms, state, room.queries(n));
+        const StateTerms early(state, 0);
+        begin_products();
+        begin_recall(answers, early, room.queries(n), 0);
         finish_products<1>();
         done(scores);
         decay_scores(scores, room.decays(n), self);
         put_scores(room, n, scores, self);
         show_to_products();
         arrive_as_warp(barriers.scores, self);
+        const StateTerms late(state, 1);
+        begin_products();
+        begin_recall(answers, late, room.queries(n), 1);
         load_values(values, room.values(n), self);
         finish_products<0>();
         done(answers);
@@ -534,23 +550,24 @@ struct Consumer {
         begin_products();
         begin_weighing(answers, values, room, n);
         decay_values(decayed, values, room.decays(n), self);
+        finish_products<0>();
+        done(answers);
         begin_products();
         begin_memorising(early, decayed, room.keys(n), 0);
-        finish_products<1>();
-        done(answers);
-        const bool again = any(spoilt(answers) != 0, n);
-        int good = places.tokens_of(n);
-        if (again) good = min(answer_again(answers, state, n), good);
+        if (any(spoilt(answers) != 0, n)) {
+            finish_products<0>();
+            done(early);
+            return answer_one_by_one(answers, state, n);
+        }
+        put(answers, n, places.tokens_of(n), self);
         begin_products();
         begin_memorising(late, decayed, room.keys(n), 1);
-        put_answers(room.answers_of(self.thread() / 32), answers, places, places.first_of(n), good, scale, self);
         finish_products<1>();
         done(early);
-        if (!again) add(state, early, 0, total(n));
+        add(state, early, 0, total(n));
         finish_products<0>();
         done(late);
-        if (!again) return add(state, late, 1, total(n));
-        walk(state, room, n, places, good, scale, self);
+        add(state, late, 1, total(n));
     }
     // All chunks of the piece; and what the piece leaves of a state.
     __device__ __forceinline__ float take(State& state) const {
@@ -558,12 +575,13 @@ struct Consumer {
         const int chunks = places.chunks();
         #pragma unroll 1
         for (int n = 0; n < chunks; n++) {
+            const Consumer now = {room, barriers, places, votes, scale, Self()};
             wait(barriers.there[n % STAGES], n / STAGES & 1);
             show_to_products();
             if (STATES)
-                states_of(state, n);
+                now.states_of(state, n);
             else
-                answer(state, n);
+                now.answer(state, n);
             if (GATE && STATES) product = kept(room.decays(n).total, product);
             arrive_as_warp(barriers.free[n % STAGES], self);
         }

@@ -39,6 +39,12 @@ __device__ __forceinline__ void leave_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(REGISTERS));
 }
 
+// The number of this thread, which the compiler does not know to be the same whenever it is asked.
+__device__ __forceinline__ unsigned this_thread() {
+    unsigned thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+}
 // All threads of one warpgroup of several; see PTX: barrier 0 is that of the block.
 __device__ __forceinline__ void warpgroup_barrier(int group) {
     asm volatile("bar.sync %0, 128;" :: "r"(group + 1) : "memory");
@@ -147,7 +153,7 @@ struct Swizzled {
 // The part of a matrix that begins at a row, a multiple of 8, and a column, a multiple of 16.
 template <class T, int R, int C>
 __device__ __forceinline__ Matrix part(const Swizzled<T, R, C>&, Matrix matrix, int row, int column) {
-    return matrix + ((column / 64 * (R * 128) + row * 128 + column % 64 * sizeof(T)) >> 4);
+    return matrix + (unsigned(column / 64 * (R * 128) + row * 128 + column % 64 * int(sizeof(T))) >> 4);
 }
 
 template <class T, int N>
