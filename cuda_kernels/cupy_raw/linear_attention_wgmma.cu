@@ -546,7 +546,6 @@ struct Consumer {
         Added early, late;
         recall(answers, values, state, n);
         wait(barriers.scores, n & 1);
-        show_to_products();
         begin_products();
         begin_weighing(answers, values, room, n);
         decay_values(decayed, values, room.decays(n), self);
