@@ -183,7 +183,8 @@ __device__ __forceinline__ void put_decays(Decays& decays, const Gates& gates) {
 }
 
 __device__ __forceinline__ void produce(const Room& room, Barriers& barriers, const Places& places) {
-    const bool wide_q = in_vectors(places.q), wide_k = in_vectors(places.k), wide_v = in_vectors(places.v);
+    const bool wide_q = STATES || in_vectors(places.q), wide_k = in_vectors(places.k), wide_v = in_vectors(places.v);
+    const bool wide = wide_q && wide_k && wide_v;
     const int chunks = places.chunks();
     Gates gates;
     if (GATE) gates.read(places, 0);
@@ -195,6 +196,7 @@ __device__ __forceinline__ void produce(const Room& room, Barriers& barriers, co
         if (!STATES) bring(room.queries(n), places.q, first, 0, count, K, wide_q);
         bring(room.values(n), places.v, first, column, count, places.columns - column, wide_v);
         arrive_with_copies(barriers.there[n % STAGES]);
+        if (!wide) show_to_products();
         if (GATE) gates.sum(), put_decays(room.decays(n), gates), gates.read(places, n + 1);
         arrive(barriers.there[n % STAGES]);
     }
@@ -403,7 +405,6 @@ __device__ __forceinline__ void put_answers(unsigned char* own, const Answers& a
             for (int j = 0; j < min(places.columns - column, 8); j++)
                 at[j * places.o.column] = reinterpret_cast<const data*>(piece(token, self.lane % 2))[j];
     }
-    __syncwarp();  // and nobody looks at them any more
 }
 // The first token that has a bad number, by a warp together.
 struct First {
@@ -554,7 +555,7 @@ struct Consumer {
         begin_products();
         begin_memorising(early, decayed, room.keys(n), 0);
         if (any(spoilt(answers) != 0, n)) {
-            finish_products<0>();
+            finish_products<0>();  // sums that nobody wants leave their registers
             done(early);
             return answer_one_by_one(answers, state, n);
         }
