@@ -246,9 +246,9 @@ __device__ __forceinline__ float spoilt(const float (&x)[R]) {
 
 // Q K^T, of all queries and the keys of this warpgroup.
 __device__ __forceinline__ void begin_scores(OwnScores& scores, const Keys& queries, const Keys& keys, const Self& self) {
-    const Matrix q = queries.matrix(), k = part(keys, keys.matrix(), SHARE * self.group, 0);
+    const Matrix q = queries.matrix(), k = Keys::part(keys.matrix(), SHARE * self.group, 0);
     #pragma unroll
-    for (int c = 0; c < KEYS; c += 16) wgmma_bf16<SHARE>(scores, part(queries, q, 0, c), part(keys, k, 0, c), c > 0);
+    for (int c = 0; c < KEYS; c += 16) wgmma_bf16<SHARE>(scores, Keys::part(q, 0, c), Keys::part(k, 0, c), c > 0);
     close_products();
 }
 // What is left at a query of what was stored at a key; where nothing is, not even a NaN is.
@@ -335,7 +335,7 @@ __device__ __forceinline__ void begin_recall(Answers& answers, const StateTerms&
     #pragma unroll
     for (int c = 0; c < KEYS / 32; c++)
         for (int term = 0; term < 2; term++)
-            wgmma_bf16_columns<CHUNK>(answers, terms.term[c][term], part(queries, q, 0, KEYS / 2 * half + 16 * c),
+            wgmma_bf16_columns<CHUNK>(answers, terms.term[c][term], Keys::part(q, 0, KEYS / 2 * half + 16 * c),
                                       half + c + term > 0);
     close_products();
 }
@@ -354,7 +354,7 @@ __device__ __forceinline__ void begin_weighing(Answers& answers, const LeftValue
     #pragma unroll
     for (int i = 0; i < CHUNK / 16; i++)
         for (int term = 0; term < 2; term++)
-            wgmma_bf16_columns<CHUNK>(answers, values[i], part(terms[term], scores[term], 0, 16 * i), 1);
+            wgmma_bf16_columns<CHUNK>(answers, values[i], Scores::part(scores[term], 0, 16 * i), 1);
     close_products();
 }
 // V^T K, of one half of the keys.
@@ -363,7 +363,7 @@ __device__ __forceinline__ void begin_memorising(Added& added, const Decayed& va
     #pragma unroll
     for (int i = 0; i < CHUNK / 16; i++)
         for (int term = TERMS - 1; term >= 0; term--)
-            wgmma_bf16<KEYS / 2>(added, values[term][i], part(keys, k, 16 * i, KEYS / 2 * half), i > 0 || term < TERMS - 1);
+            wgmma_bf16<KEYS / 2>(added, values[term][i], Keys::part(k, 16 * i, KEYS / 2 * half), i > 0 || term < TERMS - 1);
     close_products();
 }
 __device__ __forceinline__ void add(State& state, const Added& added, int half, float total) {

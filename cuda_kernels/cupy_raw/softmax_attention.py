@@ -189,7 +189,7 @@ class HopperBlock(NamedTuple):
     @property
     def shared(self) -> int:
         """Bytes that it is launched with."""
-        rows = 64 * self.CONSUMERS * self.KD + self.STAGES * self.PAIRS * (self.KD + self.VD)
+        rows = 64 * self.CONSUMERS * max(self.KD, self.VD) + self.STAGES * self.PAIRS * (self.KD + self.VD)
         return 2 * rows + BEGIN
 
 

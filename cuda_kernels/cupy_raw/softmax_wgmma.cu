@@ -13,6 +13,7 @@ const real FAR = 1 << 24;
 typedef Swizzled<data, ROWS, KD> Queries;
 typedef Swizzled<data, PAIRS, KD> Keys;
 typedef Swizzled<data, PAIRS, VD> Values;
+typedef Swizzled<data, ROWS, VD> Results;
 typedef float Scores[PAIRS / 2];
 typedef float Answers[VD / 2];
 typedef unsigned Weights[PAIRS / 16][4];
@@ -20,20 +21,21 @@ typedef unsigned Weights[PAIRS / 16][4];
 // ---- what all warpgroups share --------------------------------------------------------------------------------------
 
 struct Room {  // the shared memory of a launch
+    static constexpr int rows = Queries::bytes > Results::bytes ? Queries::bytes : Results::bytes;
     unsigned char* at;
 
     __device__ __forceinline__ Queries queries() const { return {at}; }
-    __device__ __forceinline__ Keys keys(int stage) const { return {at + Queries::bytes + stage * Keys::bytes}; }
+    __device__ __forceinline__ Results results() const { return {at}; }  // of a warp where its queries were
+    __device__ __forceinline__ Keys keys(int stage) const { return {at + rows + stage * Keys::bytes}; }
     __device__ __forceinline__ Values values(int stage) const {
-        return {at + Queries::bytes + STAGES * Keys::bytes + stage * Values::bytes};
+        return {at + rows + STAGES * Keys::bytes + stage * Values::bytes};
     }
 };
 struct Barriers {
-    Barrier queries, keys[STAGES], values[STAGES];      // what is there
-    Barrier free_keys[STAGES], free_values[STAGES];     // places that nobody needs any more
+    Barrier keys[STAGES], values[STAGES];            // what is there
+    Barrier free_keys[STAGES], free_values[STAGES];  // places that nobody needs any more
 
     __device__ __forceinline__ void set_up_all() {
-        set_up(queries, 128);
         for (int i = 0; i < STAGES; i++) {
             set_up(keys[i], 128), set_up(values[i], 128);
             set_up(free_keys[i], 4 * CONSUMERS), set_up(free_values[i], 4 * CONSUMERS);
@@ -143,19 +145,24 @@ __device__ __forceinline__ void clean(Values tile, bool (&bad)[PAIRS], int (&any
     found_any = __any_sync(0xffffffffu, found_any);
     if (threadIdx.x % 32 == 0) any[threadIdx.x % 128 / 32] = found_any;
 }
-__device__ __forceinline__ void bring_queries(Queries tile, const Source& from, const Work& work, Barrier& there) {
+// The queries of a warpgroup, by itself.
+__device__ __forceinline__ void bring_queries(Queries tile, const Source& from, const Work& work, int group) {
     const Hand<Queries> hand;
+    const int numbers = from.numbers(hand.column), first = 64 * group + hand.row;
     const bool pieces = from.in_pieces();
     #pragma unroll 1
-    for (int i = 0; i < ROWS; i += Hand<Queries>::step) {
-        const int row = min(work.first + hand.row + i, work.end - 1);  // nobody looks at rows beyond the last
+    for (int i = first; i < first + 64; i += Hand<Queries>::step) {
+        const int row = min(work.first + i, work.end - 1);  // nobody looks at rows beyond the last
         const data* at = &from.rows.of(row % work.groups).at(row / work.groups, hand.column);
         if (pieces)
-            from.copy(hand.first(tile) + i * 128, at, from.numbers(hand.column));
+            from.copy(tile.piece(i, hand.column), at, numbers);
         else
-            from.copy_now(hand.first(tile) + i * 128, at, from.numbers(hand.column));
+            from.copy_now(tile.piece(i, hand.column), at, numbers);
     }
-    hand_over(there, pieces);
+    close_copies();
+    finish_copies<0>();
+    show_to_products();
+    warpgroup_barrier(group);  // all of them are there
 }
 
 // Keys are one tile ahead of values.
@@ -186,18 +193,16 @@ __device__ __forceinline__ void produce(const Room& room, Barriers& barriers, co
 
 // ---- products, by a warpgroup ---------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void multiply_keys(Scores& score, Queries queries, Keys keys, int first) {
-    const Matrix left = queries.matrix(), right = keys.matrix();
+__device__ __forceinline__ void multiply_keys(Scores& score, Matrix queries, Matrix keys) {
     #pragma unroll
     for (int c = 0; c < KD; c += 16)
-        Product<data, PAIRS>::begin(score, part(queries, left, first, c), part(keys, right, 0, c), int(c > 0));
+        Product<data, PAIRS>::begin(score, Queries::part(queries, 0, c), Keys::part(keys, 0, c), int(c > 0));
     close_products();
 }
-__device__ __forceinline__ void multiply_values(Answers& answer, const Weights& weights, Values values) {
-    const Matrix right = values.matrix();
+__device__ __forceinline__ void multiply_values(Answers& answer, const Weights& weights, Matrix values) {
     #pragma unroll
     for (int j = 0; j < PAIRS / 16; j++)
-        Product<data, VD>::begin(answer, weights[j], part(values, right, 16 * j, 0));
+        Product<data, VD>::begin(answer, weights[j], Values::part(values, 16 * j, 0));
     close_products();
 }
 
@@ -224,24 +229,39 @@ struct Softmax {
         width = scale;
         for (int half = 0; half < 2; half++) top[half] = -infinite(), weight[half] = 0;
     }
-    // Logits to weights, and what is kept of those before.
-    __device__ __forceinline__ void weigh(Scores& score) {
+    // The top of both rows; several numbers at a time, for one waits for the one before it.
+    __device__ __forceinline__ void raise(Scores& score, real (&base)[2]) {
+        real highest[2][2];
         #pragma unroll
         for (int half = 0; half < 2; half++) {
-            real highest = top[half];
-            along_row(score, half, [&](real x, int) { highest = fmaxf(highest, x); });
+            highest[half][0] = highest[half][1] = top[half];
+            along_row(score, half, [&](real x, int j) { highest[half][j % 2] = fmaxf(highest[half][j % 2], x); });
+        }
+        #pragma unroll
+        for (int half = 0; half < 2; half++) {
+            real all = fmaxf(highest[half][0], highest[half][1]);
             for (int distance = 1; distance < 4; distance *= 2)
-                highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, distance));
-            const real base = highest == -infinite() ? real(0) : highest;
-            kept[half] = exp2((top[half] - base) * width), top[half] = highest;
-            real shift = base * width;
-            const bool far = !(fabsf(shift) < FAR);  // a product less its rounded value would be large
-            if (__any_sync(0xffffffffu, far)) {
-                along_row(score, half, [&](real& x, int) { x -= far ? base : real(0); });
-                shift = far ? real(0) : shift;
+                all = fmaxf(all, __shfl_xor_sync(0xffffffffu, all, distance));
+            base[half] = all == -infinite() ? real(0) : all;
+            kept[half] = exp2((top[half] - base[half]) * width), top[half] = all;
+        }
+    }
+    // Logits to weights, and what is kept of those before.
+    __device__ __forceinline__ void weigh(Scores& score) {
+        real base[2];
+        raise(score, base);
+        real shift[2] = {base[0] * width, base[1] * width};
+        const bool far[2] = {!(fabsf(shift[0]) < FAR), !(fabsf(shift[1]) < FAR)};
+        if (__any_sync(0xffffffffu, far[0] | far[1])) {  // a product less its rounded value would be large
+            for (int half = 0; half < 2; half++) {
+                along_row(score, half, [&](real& x, int) { x -= far[half] ? base[half] : real(0); });
+                shift[half] = far[half] ? real(0) : shift[half];
             }
+        }
+        #pragma unroll
+        for (int half = 0; half < 2; half++) {
             real sum = 0;
-            along_row(score, half, [&](real& x, int) { x = exp2(fma(width, x, -shift)), sum += x; });
+            along_row(score, half, [&](real& x, int) { x = exp2(fma(width, x, -shift[half])), sum += x; });
             weight[half] = fma(weight[half], kept[half], sum);
         }
     }
@@ -267,8 +287,8 @@ struct Consumer {
         if (lane == 0) arrive(place);
     }
 };
-// Answers to where the queries of the warp were, and from there to global memory, 16 bytes at a time where they lie so.
-__device__ __forceinline__ void stage(Queries to, const Answers& answer, const real (&share)[2], const Consumer& self) {
+// Answers to shared memory, and from there to global memory, 16 bytes at a time where they lie so.
+__device__ __forceinline__ void stage(Results to, const Answers& answer, const real (&share)[2], const Consumer& self) {
     #pragma unroll
     for (int i = 0; i < VD / 4; i++) {
         const real part = share[i % 2], x = number(answer[2 * i] * part), y = number(answer[2 * i + 1] * part);
@@ -276,7 +296,7 @@ __device__ __forceinline__ void stage(Queries to, const Answers& answer, const r
         reinterpret_cast<unsigned&>(*at) = packed<data>(x, y);
     }
 }
-__device__ __forceinline__ void write(Queries from, const Rows<data>& out, const Work& work, int columns,
+__device__ __forceinline__ void write(Results from, const Rows<data>& out, const Work& work, int columns,
                                       const Consumer& self) {
     const bool pieces = in_vectors(out) && out.group % 8 == 0;
     #pragma unroll 1
@@ -314,11 +334,12 @@ __device__ __forceinline__ void spoil(const Rows<data>& out, const Work& work, c
 
 // ---- the whole ------------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void consume(const Room& room, Barriers& barriers, const Work& work, const Source& values,
-                                        const Bad& bad, real width, const Rows<data>& o) {
-    const Consumer self = {int(threadIdx.x) / 128 - 1, int(threadIdx.x) % 128 / 32, int(threadIdx.x) % 32};
+__device__ __forceinline__ void consume(const Room& room, Barriers& barriers, const Work& work, const Source& given,
+                                        const Source& values, const Bad& bad, real width, const Rows<data>& o) {
+    const int group = __shfl_sync(0xffffffffu, int(threadIdx.x) / 128 - 1, 0);  // the same for all, and known to be
+    const Consumer self = {group, int(threadIdx.x) % 128 / 32, int(threadIdx.x) % 32};
     const int tiles = work.tiles(), whole = work.whole(work.first + 64 * self.group);
-    const Queries queries = room.queries();
+    const Matrix queries = Queries::part(room.queries().matrix(), 64 * group, 0);
     Scores score;
     Answers answer;
     Weights weights;
@@ -330,11 +351,11 @@ __device__ __forceinline__ void consume(const Room& room, Barriers& barriers, co
         softmax.weigh(score);
     };
 
-    wait(barriers.queries, 0);
+    bring_queries(room.queries(), given, work, group);
     wait(barriers.keys[0], 0);
     show_to_products();
     begin_products();
-    multiply_keys(score, queries, room.keys(0), 64 * self.group);
+    multiply_keys(score, queries, room.keys(0).matrix());
     finish_products<0>();
     done(score);
     self.free(barriers.free_keys[0]);
@@ -348,8 +369,8 @@ __device__ __forceinline__ void consume(const Room& room, Barriers& barriers, co
         wait(barriers.values[last], (turn - 1) / STAGES & 1);
         show_to_products();
         begin_products();
-        multiply_keys(score, queries, room.keys(stage), 64 * self.group);
-        multiply_values(answer, weights, room.values(last));
+        multiply_keys(score, queries, room.keys(stage).matrix());
+        multiply_values(answer, weights, room.values(last).matrix());
         finish_products<1>();
         done(score);
         self.free(barriers.free_keys[stage]);
@@ -364,7 +385,7 @@ __device__ __forceinline__ void consume(const Room& room, Barriers& barriers, co
     wait(barriers.values[last], (tiles - 1) / STAGES & 1);
     show_to_products();
     begin_products();
-    multiply_values(answer, weights, room.values(last));
+    multiply_values(answer, weights, room.values(last).matrix());
     finish_products<0>();
     done(answer);
 
@@ -374,9 +395,9 @@ __device__ __forceinline__ void consume(const Room& room, Barriers& barriers, co
         share[half] = weight != 0 ? 1 / weight : real(1);
     }
     warpgroup_barrier(self.group);  // nobody is left at the queries
-    stage(queries, answer, share, self);
+    stage(room.results(), answer, share, self);
     __syncwarp();
-    write(queries, o, work, values.columns, self);
+    write(room.results(), o, work, values.columns, self);
     __syncwarp();  // what is not finite comes last
     spoil(o, work, bad, values, self);
 }
@@ -396,12 +417,11 @@ softmax_wgmma(const data* q, const data* k, const data* v, data* o, const long l
     __syncthreads();  // the barriers are there
     if (threadIdx.x < 128) {
         leave_registers<CONSUMERS == 2 ? 40 : 32>();
-        const Source queries = {rows(q, table, axes, Q, memory), tokens, channels};
         const Source keys = {rows(k, table, axes, KEY, memory), pairs, channels};
-        bring_queries(room.queries(), queries, work, barriers.queries);
         produce(room, barriers, work, keys, values, bad);
     } else {
         take_registers<CONSUMERS == 2 ? 232 : 160>();
-        consume(room, barriers, work, values, bad, width, rows(o, table, axes, O, memory));
+        const Source queries = {rows(q, table, axes, Q, memory), tokens, channels};
+        consume(room, barriers, work, queries, values, bad, width, rows(o, table, axes, O, memory));
     }
 }

@@ -149,12 +149,11 @@ struct Swizzled {
         const Matrix start = (shared_address(begin) & 0x3ffff) >> 4;
         return start | Matrix(R * 128 >> 4) << 16 | Matrix(1024 >> 4) << 32 | Matrix(1) << 62;
     }
+    // The part of it that begins at a row, a multiple of 8, and a column, a multiple of 16.
+    static __device__ __forceinline__ Matrix part(Matrix whole, int row, int column) {
+        return whole + (unsigned(column / 64 * (R * 128) + row * 128 + column % 64 * int(sizeof(T))) >> 4);
+    }
 };
-// The part of a matrix that begins at a row, a multiple of 8, and a column, a multiple of 16.
-template <class T, int R, int C>
-__device__ __forceinline__ Matrix part(const Swizzled<T, R, C>&, Matrix matrix, int row, int column) {
-    return matrix + (unsigned(column / 64 * (R * 128) + row * 128 + column % 64 * int(sizeof(T))) >> 4);
-}
 
 template <class T, int N>
 struct Product;
