@@ -1,14 +1,14 @@
 // Softmax attention on the tensor cores of Hopper, for data of 16 bits: see wgmma.cuh for its products.
 //
-// A block has 64 rows of queries for each of CONSUMERS warpgroups, and one more warpgroup brings tiles of PAIRS keys and
-// values, newest first, to STAGES places each. The products of a tile's weights with its values go on while the logits
-// of the next tile become weights. Logits, weights and answers stay in registers.
+// A block has 64 rows of queries for each of CONSUMERS warpgroups, and one more warpgroup brings tiles of PAIRS keys
+// and values, newest first, to STAGES places each. The products of a tile's weights with its values go on while the
+// logits of the next tile become weights. Logits, weights and answers stay in registers.
 //
 // A weight is exp2(width x - shift), where the shift is the top of the row so far. It is rounded to the format of the
 // data where it meets the values, but not where weights are added up: the errors are of either sign.
 
 enum { Q, KEY, V, O };
-enum { ROWS = 64 * CONSUMERS, CROWD = 16, BLIND = (ROWS - 2) / PAIRS + 2 };  // tiles that some rows see in part, at most
+enum { ROWS = 64 * CONSUMERS, CROWD = 16, BLIND = (ROWS - 2) / PAIRS + 2 };  // the last: tiles that rows see in part
 const real FAR = 1 << 24;
 typedef Swizzled<data, ROWS, KD> Queries;
 typedef Swizzled<data, PAIRS, KD> Keys;
@@ -81,7 +81,7 @@ struct Source {
 
     __device__ __forceinline__ bool in_pieces() const { return in_vectors(rows) && rows.group % 8 == 0; }
     __device__ __forceinline__ int numbers(int column) const { return max(min(columns - column, 8), 0); }
-    // 16 bytes of a row, of which so many numbers are there and the rest are zeros: while the program goes on, or at once.
+    // 16 bytes of a row, so many numbers and then zeros: while the program goes on, or at once.
     __device__ __forceinline__ void copy(unsigned char* to, const data* at, int numbers) const {
         copy_later(to, at, numbers * int(sizeof(data)));
     }
@@ -115,12 +115,11 @@ __device__ __forceinline__ void copy(Tile tile, const Source& from, int start, b
             from.copy_now(to + i * 128, at, i < left ? numbers : 0);
     }
 }
-// Say that a thread has brought its part.
-__device__ __forceinline__ void hand_over(Barrier& there, bool pieces) {
-    if (pieces)
-        arrive_with_copies(there);
-    else
-        arrive(there);
+// Say that a thread has brought its part, with copies that may be under way or without.
+__device__ __forceinline__ void hand_over(Barrier& there, bool under_way) {
+    if (under_way) return arrive_with_copies(there);
+    show_to_products();
+    arrive(there);
 }
 // Zeros in place of values that are not finite, so that no weight of zero meets them: each thread in its own part.
 __device__ __forceinline__ void clean(Values tile, bool (&bad)[PAIRS], int (&any)[4]) {
@@ -182,12 +181,9 @@ __device__ __forceinline__ void produce(const Room& room, Barriers& barriers, co
         if (before < 0) continue;
         if (before >= STAGES) wait(barriers.free_values[stage], before / STAGES - 1 & 1);
         copy(room.values(stage), values, tile * PAIRS, values_in_pieces);
-        if (work.causal && tile >= whole) {
-            clean(room.values(stage), bad.pair[before], bad.any[before]);
-            arrive(barriers.values[stage]);
-        } else {
-            hand_over(barriers.values[stage], values_in_pieces);
-        }
+        const bool blind = work.causal && tile >= whole;
+        if (blind) clean(room.values(stage), bad.pair[before], bad.any[before]);
+        hand_over(barriers.values[stage], values_in_pieces && !blind);
     }
 }
 
@@ -277,7 +273,7 @@ __device__ __forceinline__ void round_weights(Weights& weights, const Scores& sc
 
 // ---- answers --------------------------------------------------------------------------------------------------------
 
-// Where a warp of a warpgroup is: it has 16 rows, from the first of a block on, and each lane `row` and row + 8 of them.
+// Where a warp of a warpgroup is: it has 16 rows of the block, and each lane `row` and row + 8 of them.
 struct Consumer {
     int group, warp, lane;
 

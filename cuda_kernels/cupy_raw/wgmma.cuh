@@ -1,7 +1,7 @@
 // Tensor cores of Hopper (sm_90a): products by a warpgroup, four warps, of matrices that lie in shared memory.
 //
-// A product is 64 x 16 times 16 x N, of numbers of 16 bits, added in float. Warp w of the four has rows 16 w to 16 w + 15
-// of the left matrix and of the sum; in these, with line = lane / 4 and pair = lane % 4 * 2:
+// A product is 64 x 16 times 16 x N, of numbers of 16 bits, added in float. Warp w of the four has the 16 rows from
+// 16 w on of the left matrix and of the sum; in these, with line = lane / 4 and pair = lane % 4 * 2:
 //
 //   left      a[i]:  row line + 8 (i % 2),  inner pair + 8 (i / 2)  and the one after it
 //   sum       x[i]:  row line + 8 (i / 2 % 2),  column 8 (i / 4) + pair + i % 2

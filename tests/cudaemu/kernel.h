@@ -101,7 +101,9 @@ static inline void take_registers() {}
 template <int REGISTERS>
 static inline void leave_registers() {}
 static inline unsigned this_thread() { return threadIdx.x; }
-static inline void warpgroup_barrier(int group, int line = __builtin_LINE()) { runner::named_barrier(group + 1, 128, line); }
+static inline void warpgroup_barrier(int group, int line = __builtin_LINE()) {
+    runner::named_barrier(group + 1, 128, line);
+}
 static inline void set_up(Barrier& barrier, int arrivals, int line = __builtin_LINE()) {
     runner::set_up(&barrier, arrivals, line);
 }

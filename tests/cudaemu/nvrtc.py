@@ -47,19 +47,24 @@ def machine_code(text: str, architecture: str) -> bytes:
     RuntimeError
         With the compiler's words.
     """
+    return machine_code_and_words(text, architecture)[0]
+
+
+def machine_code_and_words(text: str, architecture: str) -> tuple[bytes, str]:
+    """The same, and what the compiler has to say of it."""
     from cuda.bindings import nvrtc
 
     _, program = nvrtc.nvrtcCreateProgram(text.encode(), b"kernel.cu", 0, [], [])
     options = (*OPTIONS, f"--gpu-architecture={architecture}".encode())
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), list(options))
+    words = bytearray(nvrtc.nvrtcGetProgramLogSize(program)[1])
+    nvrtc.nvrtcGetProgramLog(program, words)
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        words = bytearray(nvrtc.nvrtcGetProgramLogSize(program)[1])
-        nvrtc.nvrtcGetProgramLog(program, words)
         raise RuntimeError(words.decode())
     code = bytearray(nvrtc.nvrtcGetCUBINSize(program)[1])
     nvrtc.nvrtcGetCUBIN(program, code)
     nvrtc.nvrtcDestroyProgram(program)
-    return bytes(code)
+    return bytes(code), words.decode()
 
 
 def needs(cubin: bytes) -> Needs:

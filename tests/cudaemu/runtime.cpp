@@ -94,6 +94,7 @@ struct Access {  // the last one of its kind to a byte; block 0: none yet
 struct Cell {  // what is known of one byte
     Access write, read;
     bool set, under_way;  // a copy will write it at some time
+    bool copied;          // a copy has written it
     uint64_t time;        // of the write, see Thread::shown
 };
 
@@ -290,7 +291,7 @@ int runner::block_vote(int any, int line) {
 
 char* runner::dynamic_shared() { return machine.shared; }
 
-// ---- who knows what: clocks, where barriers do not stop all threads ----------------------------------------------------
+// ---- who knows what: clocks, where barriers do not stop all threads -------------------------------------------------
 
 static void learn(Clock& clock, const Clock& other) {
     clock.resize(machine.threads.size());
@@ -775,7 +776,7 @@ static void check_byte(Cell& cell, bool writes, int kind, long offset, int line,
     if (writes && unordered_readers(cell, kind))
         fault_of_access(RACE, line, from, "write-read race in", name_of(kind), offset);
     if (writes)
-        cell = {access_now(), {}, true, false, machine.time};
+        cell = {access_now(), {}, true, false, false, machine.time};
     else if (kind == SHARED && !machine.phases.empty())
         remember_reader(machine.readers[&cell]);
     else
@@ -861,6 +862,9 @@ static void land(const Copy& copy, int line) {
     set_under_way(copy.to, false);
     note_write(copy.to, 16, line);
     memcpy(copy.to, copy.bytes, 16);
+    Shadow* shadow = machine.options.check ? shadow_of(uint64_t(copy.to)) : nullptr;
+    Cell* cells = shadow && shadow->cells ? shadow->cells + (uint64_t(copy.to) - shadow->region.begin) : nullptr;
+    for (int i = 0; cells && i < 16; i++) cells[i].copied = true;
 }
 
 // Waits for all groups of this thread's copies but the newest.
@@ -877,7 +881,7 @@ void runner::finish_copies(int groups_left, int line) {
     self.copies.swap(left);
 }
 
-// ---- products of a warpgroup, whose matrices lie in shared memory -----------------------------------------------------
+// ---- products of a warpgroup, whose matrices lie in shared memory ---------------------------------------------------
 
 unsigned runner::shared_address(const void* at) {
     const char* byte = static_cast<const char*>(at);
@@ -924,8 +928,8 @@ static void check_operand(Shadow& shadow, long offset, int line) {
         if (cell.under_way) wrong(RACE, "a copy is still under way to");
         if (!cell.set) wrong(UNSET, "read of unset");
         if (unordered(cell.write)) wrong(RACE, "read-write race in");
-        const bool shown = self.shown > cell.time || machine.threads[cell.write.thread].shown > cell.time;
-        if (!shown) wrong(RACE, "nobody has shown to products");
+        const bool shown = machine.threads[cell.write.thread].shown > cell.time;  // by the one who wrote
+        if (!shown && !(cell.copied && self.shown > cell.time)) wrong(RACE, "nobody has shown to products");
     }
 }
 
@@ -970,12 +974,12 @@ static void multiply_of_warp(const void* const* given, void* const*, int line) {
     Thread* lanes = &machine.threads[size_t(machine.current->warp) * 32];
     const Described left(first.left, false), right(first.right, first.rows != 0);
     const unsigned top = unsigned(machine.current->warp % 4) * 16;
-    float a[16][16], b[256][16];
+    float a[64][16], b[256][16];  // of the left matrix this warp multiplies 16 rows, but may read those of the others
     for (unsigned k = 0; k < 16; k++)
         for (int j = 0; j < first.columns; j++) b[j][k] = operand(right, unsigned(j), k, first.half, line);
     if (!first.left_registers)
-        for (unsigned i = 0; i < 16; i++)
-            for (unsigned k = 0; k < 16; k++) a[i][k] = operand(left, top + i, k, first.half, line);
+        for (unsigned i = 0; i < 64; i++)
+            for (unsigned k = 0; k < 16; k++) a[i][k] = operand(left, i, k, first.half, line);
     for (int lane = 0; lane < 32; lane++) {
         const Product& mine = *static_cast<const Product*>(given[lane]);
         if (mine.left != first.left || mine.right != first.right || mine.onto != first.onto)
@@ -983,14 +987,14 @@ static void multiply_of_warp(const void* const* given, void* const*, int line) {
         if (!lanes[lane].may_multiply) fault(RACE, line, "a product without a fence before it");
         for (int i = 0; mine.left_registers && i < 4; i++)
             for (int j = 0; j < 2; j++)
-                a[lane / 4 + i % 2 * 8][lane % 4 * 2 + i / 2 * 8 + j] =
+                a[top + lane / 4 + i % 2 * 8][lane % 4 * 2 + i / 2 * 8 + j] =
                     number(mine.left_registers[i] >> 16 * j, first.half);
         if (mine.left_registers) lanes[lane].lefts.push_back({mine.left_registers, warp.group});
     }
     for (int lane = 0; lane < 32; lane++) {
         Sums& sums = sums_of(lanes[lane], *static_cast<const Product*>(given[lane]), warp.group);
         for (int i = 0; i < first.columns / 2; i++) {
-            const float *row = a[lane / 4 + i / 2 % 2 * 8], *column = b[i / 4 * 8 + lane % 4 * 2 + i % 2];
+            const float *row = a[top + lane / 4 + i / 2 % 2 * 8], *column = b[i / 4 * 8 + lane % 4 * 2 + i % 2];
             double terms[17];
             for (int k = 0; k < 16; k++) terms[k] = double(row[k]) * column[k];
             terms[16] = first.onto ? sums.values[size_t(i)] : 0;
@@ -1007,7 +1011,9 @@ void runner::begin_products(int) {
     machine.current->may_multiply = true;
 }
 
-static void close_of_warp(const void* const*, void* const*, int) { machine.warps[size_t(machine.current->warp)].group++; }
+static void close_of_warp(const void* const*, void* const*, int) {
+    machine.warps[size_t(machine.current->warp)].group++;
+}
 
 void runner::close_products() {
     static const char nothing = 0;
@@ -1042,7 +1048,7 @@ void runner::finish_products(int groups_left, int line) {
     together(finish_of_warp, &given, nullptr, 0xffffffffu, line);
 }
 
-// ---- barriers of some threads, and barriers with phases ---------------------------------------------------------------
+// ---- barriers of some threads, and barriers with phases -------------------------------------------------------------
 
 void runner::named_barrier(int number, int threads, int line) {
     Thread& self = *machine.current;
@@ -1102,7 +1108,8 @@ void runner::wait_for_phase(void* barrier, int phase, int line) {
 static bool land_copies() {
     if (machine.coming.empty()) return false;
     const size_t last = machine.coming.size() - 1;
-    const size_t place = machine.options.order == FORWARD ? 0 : machine.options.order == REVERSE ? last : machine.chance() % (last + 1);
+    const int order = machine.options.order;
+    const size_t place = order == FORWARD ? 0 : order == REVERSE ? last : machine.chance() % (last + 1);
     Arrival arrival = std::move(machine.coming[place]);
     machine.coming.erase(machine.coming.begin() + long(place));
     Thread& thread = machine.threads[size_t(arrival.thread)];

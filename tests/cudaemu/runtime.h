@@ -43,8 +43,8 @@ using Call = void (*)(void** arguments);
 // What a warp does together: what each lane gives, and where each takes the result; null for lanes that stay away.
 using Together = void (*)(const void* const* given, void* const* taken, int line);
 
-// One product of a warpgroup: `columns` / 2 sums of this thread, and matrices in shared memory by their descriptors; the
-// left one in registers where it is given. Of the right one rows lie there, or columns.
+// One product of a warpgroup: `columns` / 2 sums of this thread, and matrices in shared memory by their descriptors.
+// The left one may be in registers. Of the right one, rows lie there or columns.
 struct Product {
     float* sum;
     const unsigned* left_registers;
