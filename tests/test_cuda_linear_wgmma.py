@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import test_cuda_chunks as chunks
 import test_cuda_kernels as kernels
-from cudaemu import BoundsFault, Fault, needed
+from cudaemu import BoundsFault, Fault, needed, nvrtc
 from cudaemu.build import ON_GPU
 from cudaemu.machines import on_cpu
 from test_cuda_chunks import attend, distance
 
+import ttr_np
 from cuda_kernels.cupy_raw import _linear_attention_wgmma as hopper
 
 LONG = 64 * 7 + 2  # tokens: the fewest chunks that are cut in pieces
@@ -39,8 +40,6 @@ def bits(x):
 
 def answered(arrays, options, **machine):
     """Answers and state as the kernel leaves them."""
-    import ttr_np
-
     with on_hopper(**machine) as here:
         o, state = ttr_np.linear_attention(**arrays, **options, backend="cupy")
     assert set(here.launches) == {"linear_attention_wgmma"}
@@ -161,7 +160,7 @@ def test_other_calls_are_for_the_older_texts():
 
 def places_of(text):
     """What orders threads, copies and products. Sums that nobody wants have registers of their own on the runner."""
-    kinds = r"__sync\w+\(\);|wait\(barriers.*?\);|show_to_products\(\);|finish_products<\d>\(\);(?!  // sums that nobody)"
+    kinds = r"__sync\w+\(\);|wait\(barriers.*?\);|show_to_products\(\);|finish_products<\d>\(\);(?!  // sums that)"
     found = re.finditer(rf"^ +({kinds})", text, re.M)
     return [place.span(1) for place in found]
 
@@ -183,3 +182,38 @@ def test_each_barrier_and_each_wait_is_needed(monkeypatch):
         except Fault:
             pass
     assert survivors == []
+
+
+# ---- machine code ----------------------------------------------------------------------------------------------------
+
+# By gate, for both launches: bytes of the stack, for what waits through a chunk or is seldom needed.
+STACK = {"none": (8, 8), "step": (8, 96)}
+
+
+def texts(gate):
+    """Of both launches of a call."""
+    found = []
+    with on_hopper(multiprocessors=3) as machine:
+        machine.run = lambda text, *rest: found.append(text)
+        arrays, _ = inputs(gate, t=LONG)
+        ttr_np.linear_attention(**arrays, backend="cupy")
+    return found
+
+
+@needed(nvrtc.missing())
+@pytest.mark.parametrize("gate", STACK)
+def test_it_compiles_within_its_registers_and_its_products_run_beside_other_work(gate):
+    for text, stack in zip(texts(gate), STACK[gate], strict=True):
+        code, words = nvrtc.machine_code_and_words(text, "sm_90a")
+        found = nvrtc.needs(code)
+        assert "wgmma" not in words  # the compiler says so where it must wait for each product
+        assert found.registers <= 168  # of 384 threads, before warpgroups trade them
+        assert found.stack <= stack
+        assert found.shared - 1024 <= hopper.STATIC  # what the system keeps
+
+
+@needed(nvrtc.missing())
+def test_a_product_that_is_not_waited_for_is_seen():
+    text = texts("none")[0]
+    waited = text.replace("finish_products<0>();\n        for (int half", "for (int half")
+    assert waited != text and "wgmma" in nvrtc.machine_code_and_words(waited, "sm_90a")[1]

@@ -1,5 +1,6 @@
-"""Linear attention on the GPU: token by token in one launch of ``linear_attention.cu``, or chunk by chunk, in one of two
-texts for tensor cores: see ``_linear_attention_wgmma`` and ``_linear_attention_chunks``.
+"""Linear attention on the GPU: token by token in one launch of ``linear_attention.cu``, or chunk by chunk.
+
+There are two texts for chunks: see ``_linear_attention_wgmma`` and ``_linear_attention_chunks``.
 """
 
 from __future__ import annotations
