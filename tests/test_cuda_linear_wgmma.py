@@ -61,11 +61,27 @@ def same_bits(found, wanted):
 )  # fmt: skip
 def test_it_is_as_good_as_the_solver(gate, k, v, t, multiprocessors):
     arrays, options = inputs(gate, k=k, v=v, t=t, seed=t)
+    compare(arrays, options, multiprocessors=multiprocessors)
+
+
+def compare(arrays, options, **machine):
+    """Errors, against double precision, of the kernel and of the solver."""
     exact, plain = attend(arrays, options, dtype=np.float64), attend(arrays, options)
-    found = answered(arrays, options, multiprocessors=multiprocessors)
+    found = answered(arrays, options, **machine)
     assert distance(found[0].astype(np.float64), exact[0]) <= 2 * distance(plain[0], exact[0])
     floor = 2**-16 * np.max(np.abs(exact[1]))  # the state is made of what is computed in 16 bits, as in older texts
     assert distance(found[1], exact[1]) <= max(2 * distance(plain[1], exact[1]), floor)
+
+
+@pytest.mark.parametrize("gate", ["none", "step"])
+def test_answers_are_as_good_where_they_are_small_beside_what_they_are_made_of(gate):
+    arrays, options = inputs(gate, t=130)
+    rng, q, k, S = np.random.default_rng(0), arrays["q"], arrays["k"], options["initial_state"]
+    q[..., 1::2] = -q[..., ::2]  # the rest of channels that are nearly alike: the state in one bfloat16 has none
+    for x, across in ((k, (..., slice(None, None, 2))), (S, (..., slice(None, None, 2), slice(None)))):
+        near = x[across] * (1 + rng.standard_normal(x[across].shape) / 16)
+        x[(*across[:1], slice(1, None, 2), *across[2:])] = near.astype(x.dtype)
+    compare(arrays, options)
 
 
 def test_queries_in_groups_share_a_memory():
@@ -82,7 +98,7 @@ def test_queries_in_groups_share_a_memory():
 
 @pytest.mark.parametrize(
     "gate, name, bad, reset, multiprocessors",
-    [("none", "v", 100, None, 3), ("step", "v", 70, 90, 3), ("step", "k", 70, 200, 1), ("step", "q", 5, 4, 1)],
+    [("none", "v", 100, None, 3), ("step", "v", 110, 120, 3), ("step", "k", 70, 200, 1), ("step", "q", 5, 4, 1)],
 )  # fmt: skip
 def test_a_bad_number_reaches_what_it_must_and_no_bit_of_the_past(gate, name, bad, reset, multiprocessors):
     arrays, _ = inputs(gate, t=LONG if multiprocessors > 1 else 210)
