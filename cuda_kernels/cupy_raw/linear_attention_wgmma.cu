@@ -3,8 +3,8 @@
 //   O = (tril(Q K^T) * decay) V + decay Q S,  S = decay S + (decay K)^T V.
 //
 // See linear_attention_chunks.cu for other data, wgmma.cuh for the products. All is transposed, so that the state is a
-// left matrix and never leaves the registers: a warpgroup has 64 value columns of it, which are the rows of its sums, and
-// answers O^T = S^T Q^T + V^T P^T for them. Of the scores P it makes the columns of some keys; they are all that
+// left matrix and never leaves the registers: a warpgroup has 64 value columns of it, which are the rows of its sums,
+// and answers O^T = S^T Q^T + V^T P^T for them. Of the scores P it makes the columns of some keys; they are all that
 // warpgroups tell each other, through shared memory. One more warpgroup brings the next chunks and sums their gates.
 //
 // Whatever is computed is kept in two bfloat16, never in one. What a chunk adds to the state is summed from zero and
@@ -14,9 +14,9 @@
 // from a key to a query of a later block lead the rest of the key's block, the blocks between, and the query's block up
 // to itself.
 //
-// Zero times NaN is NaN, so a product would carry a bad number into the past. Where answers are not finite, the chunk is
-// taken again without the values that are not, which gives the tokens before the first of them the bits that they have
-// without it; and all from there on comes from one token after the other, in the registers where the state is.
+// Zero times NaN is NaN, so a product would carry a bad number into the past. Where answers are not finite, the chunk
+// is taken again without the values that are not, which gives the tokens before the first of them the bits that they
+// have without it; and all from there on comes from one token after the other, in the registers where the state is.
 //
 // STATES: the first of two launches, if the sequence is cut in pieces. It makes what each piece adds to the state, and
 // its decay; the second launch begins each piece with the sum over those before it.
@@ -26,7 +26,7 @@ enum { Q, KEY, V, GATE_OF, STATE, STATE_NEXT, O };
 constexpr int CHUNK = 64, GROUPS = VALUES / 64, WARPS = 4 * GROUPS, PRODUCERS = 128;  // threads
 constexpr int SHARE = CHUNK / GROUPS;  // keys whose scores a warpgroup makes
 constexpr float LOG2E = 1.44269504f;
-static_assert(GROUPS == 1 || GROUPS == 2, "a thread of the warpgroup that is more takes 8 rows of tiles of 128 columns");
+static_assert(GROUPS == 1 || GROUPS == 2, "the warpgroup that brings tiles has whole rows of them");
 
 typedef Swizzled<data, CHUNK, KEYS> Keys;
 typedef Swizzled<data, CHUNK, VALUES> Values;
@@ -40,7 +40,7 @@ constexpr int TERMS = GATE ? 2 : 1;
 typedef LeftValues Decayed[TERMS];  // what is left of it at the end of the chunk
 typedef float Added[KEYS / 4];      // what a chunk adds to the state, for one half of the keys
 
-// ---- what all warpgroups share ----------------------------------------------------------------------------------------
+// ---- what all warpgroups share -------------------------------------------------------------------------------------
 
 // One gate per step: the decays of a chunk, but `log` and `total` are for all that a token and the chunk leave.
 struct alignas(16) Decays {
@@ -100,7 +100,7 @@ struct Places {
     __device__ __forceinline__ int tokens_of(int n) const { return min(int(CHUNK), end - first_of(n)); }
 };
 
-// ---- bringing chunks, by a warpgroup ----------------------------------------------------------------------------------
+// ---- bringing chunks, by a warpgroup -------------------------------------------------------------------------------
 
 // tile[i][j] = from[first + i][first_column + j] for i < rows and j < columns, zero elsewhere.
 template <class Tile>
@@ -202,7 +202,7 @@ __device__ __forceinline__ void produce(const Room& room, Barriers& barriers, co
     }
 }
 
-// ---- what a thread of a warpgroup has ---------------------------------------------------------------------------------
+// ---- what a thread of a warpgroup has ------------------------------------------------------------------------------
 
 // Who a thread is. Asked anew for every chunk, so that what follows from it does not wait in registers.
 struct Self {
@@ -242,10 +242,11 @@ __device__ __forceinline__ float spoilt(const float (&x)[R]) {
     return sum;
 }
 
-// ---- scores -----------------------------------------------------------------------------------------------------------
+// ---- scores --------------------------------------------------------------------------------------------------------
 
 // Q K^T, of all queries and the keys of this warpgroup.
-__device__ __forceinline__ void begin_scores(OwnScores& scores, const Keys& queries, const Keys& keys, const Self& self) {
+__device__ __forceinline__ void begin_scores(OwnScores& scores, const Keys& queries, const Keys& keys,
+                                             const Self& self) {
     const Matrix q = queries.matrix(), k = Keys::part(keys.matrix(), SHARE * self.group, 0);
     #pragma unroll
     for (int c = 0; c < KEYS; c += 16) wgmma_bf16<SHARE>(scores, Keys::part(q, 0, c), Keys::part(k, 0, c), c > 0);
@@ -282,7 +283,7 @@ __device__ __forceinline__ void put_scores(const Room& room, int n, const OwnSco
     }
 }
 
-// ---- products with values and the state -------------------------------------------------------------------------------
+// ---- products with values and the state ----------------------------------------------------------------------------
 
 // V^T, as it is.
 __device__ __forceinline__ void load_values(LeftValues& left, const Values& values, const Self& self) {
@@ -363,7 +364,8 @@ __device__ __forceinline__ void begin_memorising(Added& added, const Decayed& va
     #pragma unroll
     for (int i = 0; i < CHUNK / 16; i++)
         for (int term = TERMS - 1; term >= 0; term--)
-            wgmma_bf16<KEYS / 2>(added, values[term][i], Keys::part(k, 16 * i, KEYS / 2 * half), i > 0 || term < TERMS - 1);
+            wgmma_bf16<KEYS / 2>(added, values[term][i], Keys::part(k, 16 * i, KEYS / 2 * half),
+                                 i > 0 || term < TERMS - 1);
     close_products();
 }
 __device__ __forceinline__ void add(State& state, const Added& added, int half, float total) {
@@ -374,7 +376,7 @@ __device__ __forceinline__ void add(State& state, const Added& added, int half, 
     }
 }
 
-// ---- answers ----------------------------------------------------------------------------------------------------------
+// ---- answers -------------------------------------------------------------------------------------------------------
 
 struct alignas(16) Piece {
     data x[8];
@@ -386,7 +388,10 @@ __device__ __forceinline__ void put_answers(unsigned char* own, const Answers& a
     #pragma unroll
     for (int n = 0; n < CHUNK / 8; n += 2) {
         unsigned x[4];
-        for (int r = 0; r < 4; r++) x[r] = packed<data>(scale * answers[4 * n + 2 * r], scale * answers[4 * n + 2 * r + 1]);
+        for (int r = 0; r < 4; r++) {
+            const float* pair = &answers[4 * n + 2 * r];
+            x[r] = packed<data>(scale * pair[0], scale * pair[1]);
+        }
         store_transposed_matrices(x, piece(8 * n + self.lane / 16 * 8 + self.lane % 8, self.lane / 8 % 2));
     }
     __syncwarp();  // the answers are there
@@ -413,7 +418,8 @@ struct First {
     __device__ __forceinline__ void look(int where, float x) { token = bad(x) ? min(token, where) : token; }
     __device__ __forceinline__ int of_warp() const {
         int first = token;
-        for (int distance = 1; distance < 32; distance *= 2) first = min(first, __shfl_xor_sync(0xffffffffu, first, distance));
+        for (int distance = 1; distance < 32; distance *= 2)
+            first = min(first, __shfl_xor_sync(0xffffffffu, first, distance));
         return first;
     }
 };
@@ -452,7 +458,7 @@ __device__ __forceinline__ void walk(State& state, const Room& room, int n, cons
     }
 }
 
-// ---- the walk over chunks ---------------------------------------------------------------------------------------------
+// ---- the walk over chunks ------------------------------------------------------------------------------------------
 
 struct Consumer {
     const Room& room;
@@ -616,13 +622,15 @@ __device__ __forceinline__ void each_stored(State& state, const Places& places, 
     }
 }
 
-__device__ __forceinline__ void consume(const Consumer& consumer, const Stored& stored, const real* before, real* after) {
+__device__ __forceinline__ void consume(const Consumer& consumer, const Stored& stored, const real* before,
+                                        real* after) {
     constexpr int stride = 128 * GROUPS;
     const Places& places = consumer.places;
     const Self& self = consumer.self;
     State state = {};
+    const auto place = [&](int key, int column) { return key * places.columns + column; };
     if (!STATES)
-        each_stored(state, places, self, [&](int key, int column, float& x) { x = before[key * places.columns + column]; });
+        each_stored(state, places, self, [&](int key, int column, float& x) { x = before[place(key, column)]; });
     #pragma unroll 1
     for (int p = 0; p < places.piece && !STATES; p++) {
         const float decay = GATE ? stored.decay_of(places, p) : 1;
@@ -637,14 +645,14 @@ __device__ __forceinline__ void consume(const Consumer& consumer, const Stored& 
         for (int i = 0; i < KEYS / 2; i++) sum[i * stride] = state[i];
         if (GATE && self.thread() == 0 && places.column_block == 0) stored.decay_of(places, places.piece) = product;
     } else if (after) {
-        each_stored(state, places, self, [&](int key, int column, float& x) { after[key * places.columns + column] = x; });
+        each_stored(state, places, self, [&](int key, int column, float& x) { after[place(key, column)] = x; });
     }
 }
 
 extern "C" __global__ void __launch_bounds__(PRODUCERS + 128 * GROUPS, 1)
 linear_attention_wgmma(const data* q, const data* k, const data* v, const real* log_decay, const real* S, real* S_next,
-                       data* o, real* sums, real* piece_decays, const long long* table, int axes, int tokens, int columns,
-                       int groups, int pieces, int stored, int length, real scale) {
+                       data* o, real* sums, real* piece_decays, const long long* table, int axes, int tokens,
+                       int columns, int groups, int pieces, int stored, int length, real scale) {
     __shared__ Barriers barriers;
     __shared__ Places places;
     __shared__ int votes[WARPS];

@@ -121,7 +121,7 @@ PRODUCTS(bf16, "bf16", 128, 64, 64, 65, 66, 67, 68, 69)
 PRODUCTS(f16, "f16", 64, 32, 32, 33, 34, 35, 36, 37)
 PRODUCTS(f16, "f16", 128, 64, 64, 65, 66, 67, 68, 69)
 
-// Four matrices of 8 x 8 to shared memory, what load_matrices and load_transposed_matrices of tensor.cuh bring from there:
+// Four matrices of 8 x 8 to shared memory; load_matrices and load_transposed_matrices of tensor.cuh bring them back:
 // x[m] of a lane holds of matrix m row `line`, columns pair and pair + 1, or column `line`, rows pair and pair + 1.
 __device__ __forceinline__ void store_transposed_matrices(const unsigned (&x)[4], void* row) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
