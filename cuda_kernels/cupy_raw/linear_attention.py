@@ -1,4 +1,7 @@
-"""Linear attention on the GPU: token by token in one launch of ``linear_attention.cu``, or chunk by chunk."""
+"""Linear attention on the GPU: token by token in one launch of ``linear_attention.cu``, or chunk by chunk.
+
+There are two texts for chunks: see ``_linear_attention_wgmma`` and ``_linear_attention_chunks``.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from ttr_np.solvers.linear_attention import start
 from .._calls import split
 from .._sequences import BOTH, COLUMN, ROW, Sequences
 from . import _linear_attention_chunks as chunks
+from . import _linear_attention_wgmma as hopper
 from ._launch import Kernel, empty, even, launch, replayed, run
 
 __all__ = ["linear_attention"]
@@ -44,6 +48,9 @@ def core(
     (S, z), (tokens, rows), columns = state, q.shape[-2:], v.shape[-1]
     sequences = Sequences(S.shape[:-2], np.broadcast_shapes(q.shape[:-2], S.shape[:-2]))
     arrays = {"q": q, "k": k, "v": v, "log_decay": log_decay, "bonus": bonus}
+    wide = hopper.plan(q, v, arrays, sequences, normalize)
+    if wide is not None:
+        return hopper.attend(wide, sequences, arrays, state, scale)
     chosen = chunks.plan(q, v, log_decay, sequences)
     if chosen is not None:
         return chunks.attend(chosen, sequences, arrays, state, normalize, scale)

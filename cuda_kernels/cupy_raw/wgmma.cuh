@@ -39,6 +39,12 @@ __device__ __forceinline__ void leave_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(REGISTERS));
 }
 
+// The number of this thread, which the compiler does not know to be the same whenever it is asked.
+__device__ __forceinline__ unsigned this_thread() {
+    unsigned thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+}
 // All threads of one warpgroup of several; see PTX: barrier 0 is that of the block.
 __device__ __forceinline__ void warpgroup_barrier(int group) {
     asm volatile("bar.sync %0, 128;" :: "r"(group + 1) : "memory");
@@ -64,6 +70,7 @@ __device__ __forceinline__ void wait(Barrier& barrier, int phase) {
         :: "r"(shared_address(&barrier)), "r"(phase) : "memory");
 }
 
+#define REGISTERS_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define REGISTERS_32                                                                             \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                     \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -73,12 +80,13 @@ __device__ __forceinline__ void wait(Barrier& barrier, int phase) {
 #define SUMS_8(x, i)                                                                             \
     "+f"(x[i]), "+f"(x[i + 1]), "+f"(x[i + 2]), "+f"(x[i + 3]), "+f"(x[i + 4]), "+f"(x[i + 5]), \
         "+f"(x[i + 6]), "+f"(x[i + 7])
+#define SUMS_16(x, i) SUMS_8(x, i), SUMS_8(x, i + 8)
 #define SUMS_32(x, i) SUMS_8(x, i), SUMS_8(x, i + 8), SUMS_8(x, i + 16), SUMS_8(x, i + 24)
 #define SUMS_64(x, i) SUMS_32(x, i), SUMS_32(x, i + 32)
 
-// sum = a b, or sum += a b, where rows of a and columns of b lie in shared memory; and sum += a b where a is in
-// registers and rows of b lie in shared memory. Matrices there are given by their descriptors.
-#define PRODUCTS(format, type, columns, half, a, b, c, d, e)                                                          \
+// sum = a b, or sum += a b, where rows of a and columns of b lie in shared memory; the same where a is in registers and
+// rows of b lie in shared memory, or columns of b. Matrices there are given by their descriptors.
+#define PRODUCTS(format, type, columns, half, a, b, c, d, e, f)                                                       \
     template <>                                                                                                        \
     __device__ __forceinline__ void wgmma_##format<columns>(float (&sum)[half], Matrix left, Matrix right, int onto) { \
         asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #c ", 0;\n"                                                  \
@@ -86,22 +94,43 @@ __device__ __forceinline__ void wait(Barrier& barrier, int phase) {
                      " {" REGISTERS_##half "}, %" #a ", %" #b ", p, 1, 1, 0, 0;\n}"                                    \
                      : SUMS_##half(sum, 0) : "l"(left), "l"(right), "r"(onto));                                        \
     }                                                                                                                  \
+    FROM_REGISTERS(wgmma_##format, type, columns, half, a, b, c, d, e, f, "1")                                         \
+    FROM_REGISTERS(wgmma_##format##_columns, type, columns, half, a, b, c, d, e, f, "0")
+#define FROM_REGISTERS(name, type, columns, half, a, b, c, d, e, f, rows)                                              \
     template <>                                                                                                        \
-    __device__ __forceinline__ void wgmma_##format<columns>(float (&sum)[half], const unsigned (&left)[4],             \
-                                                            Matrix right) {                                            \
-        asm volatile("wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type                             \
-                     " {" REGISTERS_##half "}, {%" #a ", %" #b ", %" #c ", %" #d "}, %" #e ", 1, 1, 1, 1;"             \
-                     : SUMS_##half(sum, 0) : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right));      \
+    __device__ __forceinline__ void name<columns>(float (&sum)[half], const unsigned (&left)[4], Matrix right,         \
+                                                  int onto) {                                                          \
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #f ", 0;\n"                                                  \
+                     "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type                             \
+                     " {" REGISTERS_##half "}, {%" #a ", %" #b ", %" #c ", %" #d "}, %" #e ", p, 1, 1, " rows ";\n}"   \
+                     : SUMS_##half(sum, 0)                                                                             \
+                     : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right), "r"(onto));                 \
     }
 typedef unsigned long long Matrix;
 template <int N> __device__ void wgmma_bf16(float (&sum)[N / 2], Matrix left, Matrix right, int onto);
-template <int N> __device__ void wgmma_bf16(float (&sum)[N / 2], const unsigned (&left)[4], Matrix right);
+template <int N> __device__ void wgmma_bf16(float (&sum)[N / 2], const unsigned (&left)[4], Matrix right, int onto = 1);
+template <int N> __device__ void wgmma_bf16_columns(float (&sum)[N / 2], const unsigned (&left)[4], Matrix right,
+                                                    int onto);
 template <int N> __device__ void wgmma_f16(float (&sum)[N / 2], Matrix left, Matrix right, int onto);
-template <int N> __device__ void wgmma_f16(float (&sum)[N / 2], const unsigned (&left)[4], Matrix right);
-PRODUCTS(bf16, "bf16", 64, 32, 32, 33, 34, 35, 36)
-PRODUCTS(bf16, "bf16", 128, 64, 64, 65, 66, 67, 68)
-PRODUCTS(f16, "f16", 64, 32, 32, 33, 34, 35, 36)
-PRODUCTS(f16, "f16", 128, 64, 64, 65, 66, 67, 68)
+template <int N> __device__ void wgmma_f16(float (&sum)[N / 2], const unsigned (&left)[4], Matrix right, int onto = 1);
+template <int N> __device__ void wgmma_f16_columns(float (&sum)[N / 2], const unsigned (&left)[4], Matrix right,
+                                                   int onto);
+PRODUCTS(bf16, "bf16", 32, 16, 16, 17, 18, 19, 20, 21)
+PRODUCTS(bf16, "bf16", 64, 32, 32, 33, 34, 35, 36, 37)
+PRODUCTS(bf16, "bf16", 128, 64, 64, 65, 66, 67, 68, 69)
+PRODUCTS(f16, "f16", 64, 32, 32, 33, 34, 35, 36, 37)
+PRODUCTS(f16, "f16", 128, 64, 64, 65, 66, 67, 68, 69)
+
+// Four matrices of 8 x 8 to shared memory; load_matrices and load_transposed_matrices of tensor.cuh bring them back:
+// x[m] of a lane holds of matrix m row `line`, columns pair and pair + 1, or column `line`, rows pair and pair + 1.
+__device__ __forceinline__ void store_transposed_matrices(const unsigned (&x)[4], void* row) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+                 :: "r"(shared_address(row)), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
+}
+__device__ __forceinline__ void store_matrices(const unsigned (&x)[4], void* row) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
+                 :: "r"(shared_address(row)), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
+}
 #endif  // for the CPU, the header that defines threads defines these too
 
 // A matrix of R rows in shared memory, of numbers of 16 bits, as products take it.
@@ -122,7 +151,7 @@ struct Swizzled {
     }
     // The part of it that begins at a row, a multiple of 8, and a column, a multiple of 16.
     static __device__ __forceinline__ Matrix part(Matrix whole, int row, int column) {
-        return whole + ((column / 64 * (R * 128) + row * 128 + column % 64 * int(sizeof(T))) >> 4);
+        return whole + (unsigned(column / 64 * (R * 128) + row * 128 + column % 64 * int(sizeof(T))) >> 4);
     }
 };
 

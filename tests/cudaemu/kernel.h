@@ -109,6 +109,7 @@ template <int REGISTERS>
 static inline void take_registers() {}
 template <int REGISTERS>
 static inline void leave_registers() {}
+static inline unsigned this_thread() { return threadIdx.x; }
 static inline void warpgroup_barrier(int group, int line = __builtin_LINE()) {
     runner::named_barrier(group + 1, 128, line);
 }
@@ -126,14 +127,29 @@ static inline void wait(Barrier& barrier, int phase, int line = __builtin_LINE()
     template <int N>                                                                                               \
     static inline void wgmma_##format(float (&sum)[N / 2], Matrix left, Matrix right, int onto,                    \
                                       int line = __builtin_LINE()) {                                               \
-        const runner::Product product = {sum, nullptr, left, right, N, onto, half};                                \
+        const runner::Product product = {sum, nullptr, left, right, N, onto, half, 0};                             \
         runner::multiply_shared(&product, line);                                                                   \
     }                                                                                                              \
     template <int N>                                                                                               \
-    static inline void wgmma_##format(float (&sum)[N / 2], const unsigned (&left)[4], Matrix right,                \
+    static inline void wgmma_##format(float (&sum)[N / 2], const unsigned (&left)[4], Matrix right, int onto = 1,  \
                                       int line = __builtin_LINE()) {                                               \
-        const runner::Product product = {sum, left, 0, right, N, 1, half};                                         \
+        const runner::Product product = {sum, left, 0, right, N, onto, half, 1};                                   \
+        runner::multiply_shared(&product, line);                                                                   \
+    }                                                                                                              \
+    template <int N>                                                                                               \
+    static inline void wgmma_##format##_columns(float (&sum)[N / 2], const unsigned (&left)[4], Matrix right,      \
+                                                int onto, int line = __builtin_LINE()) {                           \
+        const runner::Product product = {sum, left, 0, right, N, onto, half, 0};                                   \
         runner::multiply_shared(&product, line);                                                                   \
     }
 RUNNER_PRODUCTS(bf16, false)
 RUNNER_PRODUCTS(f16, true)
+
+static inline void store_matrices(const unsigned (&x)[4], void* row, int line = __builtin_LINE()) {
+    runner::note_write(row, 16, line);
+    runner::together(runner::store_matrices, &x, row, 0xffffffffu, line);
+}
+static inline void store_transposed_matrices(const unsigned (&x)[4], void* row, int line = __builtin_LINE()) {
+    runner::note_write(row, 16, line);
+    runner::together(runner::store_transposed_matrices, &x, row, 0xffffffffu, line);
+}

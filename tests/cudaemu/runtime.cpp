@@ -20,6 +20,7 @@
 #include <map>
 #include <numeric>
 #include <random>
+#include <unordered_map>
 #include <vector>
 
 using namespace runner;
@@ -35,14 +36,13 @@ enum State { READY, AT_BARRIER, IN_EXCHANGE, AT_NAMED, IN_PHASE, DONE };
 constexpr int WARPS = 32;                // of a block, at most
 constexpr unsigned SHARED_BEGIN = 1024;  // shared address of dynamic shared memory
 using Clock = std::vector<uint32_t>;     // for each thread: what is known to have happened, in its own count
+using Ended = std::map<const void*, uint32_t>;  // of barriers, how many phases are known to have ended
 
 struct Copy {  // one that the program does not wait for
     void* to;
     unsigned char bytes[16];
     int group, line;
 };
-
-using Phase = std::map<const void*, uint32_t>;
 
 struct Sums {  // of products under way; the registers themselves hold NaN
     float* registers;
@@ -68,9 +68,9 @@ struct Thread {
     int group;                 // of copies, the one that is open
     Clock clock;               // only where barriers have phases
     uint32_t epoch;            // its own count in it
-    Phase known;               // of barriers, how many phases it has seen end
+    Ended known;               // what it has waited for itself
     uint32_t shown;            // when it last showed to products what was written
-    Phase shown_known;         // and what it knew then
+    Ended shown_known;         // and what it knew then
     bool may_multiply;
     std::vector<Sums> sums;
     std::vector<Lefts> lefts;
@@ -132,6 +132,7 @@ struct Machine {
     std::vector<Thread> threads;
     std::vector<Warp> warps;
     std::vector<Shadow> memory;
+    std::unordered_map<const Cell*, std::vector<Access>> readers;  // since the last write, see remember_reader
     std::vector<int> order;
     std::mt19937_64 chance;
     Options options;
@@ -298,7 +299,11 @@ int runner::block_vote(int any, int line) {
 
 char* runner::dynamic_shared() { return machine.shared; }
 
-// ---- who knows what: clocks, where barriers do not stop all threads -------------------------------------------------
+// ---- who knows what, where barriers do not stop all threads ---------------------------------------------------------
+//
+// Of loads, stores and products a thread knows by its clock: it has heard from those who made them. That does not tell
+// of copies which arrive at a barrier, because the other has only begun them. To read these by a product, a thread
+// waits for their phase itself, and it shows them after that, unless who has begun them has waited and shown them.
 
 static void learn(Clock& clock, const Clock& other) {
     clock.resize(machine.threads.size());
@@ -487,6 +492,20 @@ static void load(const void* const* given, void* const* taken, bool transposed) 
 void runner::load_matrices(const void* const* given, void* const* taken, int) { load(given, taken, false); }
 void runner::load_transposed_matrices(const void* const* given, void* const* taken, int) { load(given, taken, true); }
 
+// The same four matrices, back to their rows.
+static void store(const void* const* given, void* const* taken, bool transposed) {
+    for (int lane = 0; lane < 32; lane++)
+        for (int matrix = 0; matrix < 4; matrix++)
+            for (int j = 0; j < 2; j++) {
+                const int line = lane / 4, pair = lane % 4 * 2 + j;
+                uint16_t* row = static_cast<uint16_t*>(taken[matrix * 8 + (transposed ? pair : line)]);
+                row[transposed ? line : pair] = uint16_t(static_cast<const unsigned*>(given[lane])[matrix] >> 16 * j);
+            }
+}
+
+void runner::store_matrices(const void* const* given, void* const* taken, int) { store(given, taken, false); }
+void runner::store_transposed_matrices(const void* const* given, void* const* taken, int) { store(given, taken, true); }
+
 // ---- the scheduler ------------------------------------------------------------------------------------------------
 
 static void forget(Shadow& shadow) {
@@ -507,7 +526,7 @@ static void begin_block(uint64_t number, const unsigned* grid) {
         forget(shadow);
     }
     machine.live = int(machine.threads.size()), machine.exited = 0, machine.votes = false;
-    machine.phases.clear(), machine.coming.clear(), machine.time = 1;
+    machine.phases.clear(), machine.readers.clear(), machine.coming.clear(), machine.time = 1;
     for (size_t i = 0; i < machine.warps.size(); i++) {
         const size_t lanes = std::min<size_t>(machine.threads.size() - i * 32, 32);
         machine.warps[i] = {lanes < 32 ? (1u << lanes) - 1 : UINT32_MAX, 0, 0, 0, {}};
@@ -762,14 +781,34 @@ static void remember_read(Access& read) {
     }
 }
 
+// Where barriers have phases, several may read what one of them, who has heard from all, writes next: each is kept.
+static void remember_reader(std::vector<Access>& readers) {
+    const Access now = access_now();
+    for (Access& known : readers)
+        if (known.thread == now.thread) return void(known = now);
+    readers.push_back(now);
+}
+
+// Whether somebody may still read what is written now. Readers before that are done with.
+static bool still_read(const Cell& cell) {
+    if (unordered(cell.read)) return true;
+    const auto found = machine.readers.find(&cell);
+    if (found == machine.readers.end()) return false;
+    const bool any = std::any_of(found->second.begin(), found->second.end(), unordered);
+    machine.readers.erase(found);
+    return any;
+}
+
 static void check_byte(Cell& cell, bool writes, int kind, long offset, int line, const void* from) {
     if (cell.under_way) fault_of_access(RACE, line, from, "a copy is still under way to", name_of(kind), offset);
     if (!writes && !cell.set) fault_of_access(UNSET, line, from, "read of unset", name_of(kind), offset);
     if (unordered(cell.write))
         fault_of_access(RACE, line, from, writes ? "write-write race in" : "read-write race in", name_of(kind), offset);
-    if (writes && unordered(cell.read)) fault_of_access(RACE, line, from, "write-read race in", name_of(kind), offset);
+    if (writes && still_read(cell)) fault_of_access(RACE, line, from, "write-read race in", name_of(kind), offset);
     if (writes)
         cell = {access_now(), {}, true, false, machine.time};
+    else if (kind == SHARED && !machine.phases.empty())
+        remember_reader(machine.readers[&cell]);
     else
         remember_read(cell.read);
 }
@@ -888,7 +927,7 @@ void runner::show_to_products() {
 }
 
 // Whether a thread has seen the end of the phase that a copy told of; of other copies and stores it knows no more.
-static bool has_come(const Phase& known, const Use& use) {
+static bool has_come(const Ended& known, const Use& use) {
     const auto found = known.find(use.barrier);
     return found != known.end() && found->second > use.phase;
 }
@@ -975,7 +1014,7 @@ static void multiply_of_warp(const void* const* given, void* const*, int line) {
     const Product& first = *static_cast<const Product*>(given[0]);
     Warp& warp = machine.warps[size_t(machine.current->warp)];
     Thread* lanes = &machine.threads[size_t(machine.current->warp) * 32];
-    const Described left(first.left, false), right(first.right, first.left_registers != nullptr);
+    const Described left(first.left, false), right(first.right, first.rows != 0);
     const unsigned top = unsigned(machine.current->warp % 4) * 16;
     float a[64][16], b[256][16];  // of the left matrix this warp multiplies 16 rows, but may read those of the others
     for (int i = 0; i < 16 * first.columns; i++) {  // neighbours one after the other
@@ -1109,11 +1148,10 @@ void runner::wait_for_phase(void* barrier, int phase, int line) {
     self.known[barrier] = phases.phase;
 }
 
-
+// Who reads the copy must wait for this barrier.
 static void tell(const Copy& copy, const void* barrier) {
     Shadow* shadow = machine.options.check ? shadow_of(uint64_t(copy.to)) : nullptr;
-    if (!shadow || !shadow->cells) return;
-    if (shadow->uses.empty()) return;
+    if (!shadow || shadow->uses.empty()) return;
     Use& use = shadow->uses[(uint64_t(copy.to) - shadow->region.begin) / 16];
     use.barrier = barrier, use.phase = machine.phases[barrier].phase;
 }
@@ -1142,6 +1180,7 @@ static bool land_copies() {
     return true;
 }
 
+// Those that a thread waits for itself.
 static void land_own_arrivals(Thread& self, int groups_left) {
     const auto own = [&](const Arrival& arrival) {
         const auto waited_for = [&](const Copy& copy) { return copy.group < self.group - groups_left; };

@@ -44,12 +44,12 @@ using Call = void (*)(void** arguments);
 using Together = void (*)(const void* const* given, void* const* taken, int line);
 
 // One product of a warpgroup: `columns` / 2 sums of this thread, and matrices in shared memory by their descriptors.
-// Where the left one is in registers, rows of the right one in memory are its columns, as wgmma.cuh has it.
+// The left one may be in registers. Of the right one, rows lie there or columns.
 struct Product {
     float* sum;
     const unsigned* left_registers;
     uint64_t left, right;
-    int columns, onto, half;
+    int columns, onto, half, rows;
 };
 
 extern "C" {
@@ -64,6 +64,8 @@ void mma_f16(const void* const* given, void* const* taken, int line);
 void mma_f64(const void* const* given, void* const* taken, int line);
 void load_matrices(const void* const* given, void* const* taken, int line);
 void load_transposed_matrices(const void* const* given, void* const* taken, int line);
+void store_matrices(const void* const* given, void* const* taken, int line);
+void store_transposed_matrices(const void* const* given, void* const* taken, int line);
 void copy_later(void* to, const void* from, int bytes, int line);
 void close_copies();
 void finish_copies(int groups_left, int line);

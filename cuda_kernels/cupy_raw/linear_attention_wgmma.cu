@@ -1,0 +1,687 @@
+// Linear attention on the tensor cores of Hopper, chunk by chunk, for bfloat16 and at most one gate per step:
+//
+//   O = (tril(Q K^T) * decay) V + decay Q S,  S = decay S + (decay K)^T V.
+//
+// See linear_attention_chunks.cu for other data, wgmma.cuh for the products. All is transposed, so that the state is a
+// left matrix and never leaves the registers: a warpgroup has 64 value columns of it, which are the rows of its sums,
+// and answers O^T = S^T Q^T + V^T P^T for them. Of the scores P it makes the columns of some keys; they are all that
+// warpgroups tell each other, through shared memory. One more warpgroup brings the next chunks and sums their gates.
+//
+// Whatever is computed is kept in two bfloat16, never in one. What a chunk adds to the state is summed from zero and
+// then added, because tensor cores cut what they add instead of rounding it.
+//
+// Decays are powers of two of sums of gates that all have one sign, never of differences. Tokens come in blocks of 16:
+// from a key to a query of a later block lead the rest of the key's block, the blocks between, and the query's block up
+// to itself.
+//
+// Zero times NaN is NaN, so a product would carry a bad number into the past. Where answers are not finite, the chunk
+// is taken again without the values that are not, which gives the tokens before the first of them the bits that they
+// have without it; and all from there on comes from one token after the other, in the registers where the state is.
+//
+// STATES: the first of two launches, if the sequence is cut in pieces. It makes what each piece adds to the state, and
+// its decay; the second launch begins each piece with the sum over those before it.
+
+enum { Q, KEY, V, GATE_OF, STATE, STATE_NEXT, O };
+
+constexpr int CHUNK = 64, GROUPS = VALUES / 64, WARPS = 4 * GROUPS, PRODUCERS = 128;  // threads
+constexpr int SHARE = CHUNK / GROUPS;  // keys whose scores a warpgroup makes
+constexpr float LOG2E = 1.44269504f;
+static_assert(GROUPS == 1 || GROUPS == 2, "the warpgroup that brings tiles has whole rows of them");
+
+typedef Swizzled<data, CHUNK, KEYS> Keys;
+typedef Swizzled<data, CHUNK, VALUES> Values;
+typedef Swizzled<bfloat16, CHUNK, CHUNK> Scores;  // one of their two terms
+typedef float State[KEYS / 2];     // S^T: 64 columns of the state, KEYS keys
+typedef float Answers[CHUNK / 2];  // O^T: 64 columns, CHUNK tokens
+typedef float OwnScores[SHARE / 2];
+typedef unsigned LeftPart[4];
+typedef LeftPart LeftValues[CHUNK / 16];  // V^T
+constexpr int TERMS = GATE ? 2 : 1;
+typedef LeftValues Decayed[TERMS];  // what is left of it at the end of the chunk
+typedef float Added[KEYS / 4];      // what a chunk adds to the state, for one half of the keys
+
+// ---- what all warpgroups share -------------------------------------------------------------------------------------
+
+// One gate per step: the decays of a chunk, but `log` and `total` are for all that a token and the chunk leave.
+struct alignas(16) Decays {
+    float log[CHUNK];                       // gates, in log 2
+    float since[CHUNK];                     // from the start of its block of 16 to each token
+    float rest[CHUNK / 16 - 1][CHUNK];      // from each token to the start of block 1, 2, 3
+    float within[16][CHUNK + 8];            // from token j to token i of one block, at [i % 16][j]
+    float from_start[CHUNK], to_end[CHUNK]; // from the chunk's start to a token and from it to the end
+    float total;
+};
+
+// The dynamic shared memory.
+struct Room {
+    unsigned char* at;
+
+    static constexpr int stage = (STATES ? 1 : 2) * Keys::bytes + Values::bytes, terms = 2 * Scores::bytes;
+    static constexpr int answers = 16 * CHUNK * 2;  // of a warp
+
+    __device__ __forceinline__ Keys keys(int n) const { return {at + n % STAGES * stage}; }
+    __device__ __forceinline__ Values values(int n) const { return {at + n % STAGES * stage + Keys::bytes}; }
+    __device__ __forceinline__ Keys queries(int n) const {
+        return {at + n % STAGES * stage + Keys::bytes + Values::bytes};
+    }
+    __device__ __forceinline__ Scores scores(int n, int term) const {  // of two chunks in turn
+        return {at + STAGES * stage + n % 2 * terms + term * Scores::bytes};
+    }
+    __device__ __forceinline__ unsigned char* answers_of(int warp) const {
+        return at + STAGES * stage + 2 * terms + warp * answers;
+    }
+    __device__ __forceinline__ Decays& decays(int n) const {
+        unsigned char* begin = at + STAGES * stage + (STATES ? 0 : 2 * terms + WARPS * answers);
+        return reinterpret_cast<Decays*>(begin)[n % STAGES];
+    }
+};
+
+struct Barriers {
+    Barrier there[STAGES], free[STAGES];  // chunks, and places that nobody needs any more
+    Barrier scores, votes[GROUPS];        // of all consumers; of a warpgroup
+
+    __device__ __forceinline__ void set_up_all() {
+        for (int i = 0; i < STAGES; i++) set_up(there[i], 2 * PRODUCERS), set_up(free[i], WARPS);
+        set_up(scores, WARPS);
+        for (int i = 0; i < GROUPS; i++) set_up(votes[i], 4);
+    }
+};
+
+// Which sequence a block has and where it lies. In shared memory, because registers are for the state.
+struct Places {
+    int which, column_block, first_column, group, piece, begin, end;  // begin, end: tokens
+    int columns, stored;
+    Rows<const data> q, k, v;
+    Rows<const real> gate;
+    Rows<data> o;
+
+    __device__ __forceinline__ int chunks() const { return (end - begin + CHUNK - 1) / CHUNK; }
+    __device__ __forceinline__ int first_of(int n) const { return begin + n * CHUNK; }
+    __device__ __forceinline__ int tokens_of(int n) const { return min(int(CHUNK), end - first_of(n)); }
+};
+
+// ---- bringing chunks, by a warpgroup -------------------------------------------------------------------------------
+
+// tile[i][j] = from[first + i][first_column + j] for i < rows and j < columns, zero elsewhere.
+template <class Tile>
+__device__ __forceinline__ void bring(Tile tile, const Rows<const data>& from, long long first, int first_column,
+                                      int rows, int columns, bool vectors) {
+    constexpr int pieces = Tile::columns / 8, step = PRODUCERS / pieces;
+    const int column = threadIdx.x % pieces * 8, row = threadIdx.x / pieces;
+    if (vectors) {
+        const int bytes = max(min(columns - column, 8), 0) * int(sizeof(data));
+        const data* at = from.begin + (first + row) * from.row + first_column + column;
+        #pragma unroll 4
+        for (int i = row; i < CHUNK; i += step, at += step * from.row) {
+            const int wanted = i < rows ? bytes : 0;
+            copy_later(tile.piece(i, column), wanted ? at : from.begin, wanted);
+        }
+        return;
+    }
+    #pragma unroll 1
+    for (int i = row; i < CHUNK; i += step)
+        for (int j = 0; j < 8; j++) {
+            const bool there = i < rows && column + j < columns;
+            reinterpret_cast<data*>(tile.piece(i, column))[j] =
+                there ? from.begin[(first + i) * from.row + (first_column + column + j) * from.column] : data{};
+        }
+}
+
+// Two gates of each lane, of tokens lane and lane + 32, and sums over their blocks of 16: each warp has them all.
+struct Gates {
+    float log[2], until[2], rest[2], block[4];  // until: this token among them; rest: those behind it
+
+    __device__ __forceinline__ void read(const Places& places, int n) {
+        #pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int i = threadIdx.x % 32 + 32 * half;
+            log[half] = n < places.chunks() && i < places.tokens_of(n) ? places.gate.at(places.first_of(n) + i, 0) : 0;
+        }
+    }
+    __device__ __forceinline__ void sum() {
+        const int lane = threadIdx.x % 32, place = lane % 16;
+        #pragma unroll
+        for (int half = 0; half < 2; half++) {
+            until[half] = rest[half] = log[half] *= LOG2E;
+            for (int distance = 1; distance < 16; distance *= 2) {
+                const float earlier = __shfl_up_sync(0xffffffffu, until[half], distance);
+                const float later = __shfl_sync(0xffffffffu, rest[half], min(lane + distance, 31));
+                until[half] += place >= distance ? earlier : 0, rest[half] += place + distance < 16 ? later : 0;
+            }
+            const float later = __shfl_sync(0xffffffffu, rest[half], min(lane + 1, 31));
+            rest[half] = place < 15 ? later : 0;
+            for (int i = 0; i < 2; i++) block[2 * half + i] = __shfl_sync(0xffffffffu, until[half], 16 * i + 15);
+        }
+    }
+};
+
+// Warp w of those that bring chunks has the decays of queries of block w.
+__device__ __forceinline__ void put_decays(Decays& decays, const Gates& gates) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    #pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int token = lane + 32 * half, own = token / 16;
+        float before = 0, behind = 0, between = 0;
+        #pragma unroll
+        for (int b = 0; b < CHUNK / 16; b++) {
+            before += b < own ? gates.block[b] : 0, behind += b > own ? gates.block[b] : 0;
+            between += b > own && b < warp ? gates.block[b] : 0;
+        }
+        if (warp == 0) decays.log[token] = gates.log[half], decays.to_end[token] = exp2f(gates.rest[half] + behind);
+        if (warp > 0 && own < warp && !STATES) decays.rest[warp - 1][token] = exp2f(gates.rest[half] + between);
+        if (warp == own && !STATES) decays.since[token] = exp2f(gates.until[half]);
+        if (warp == own && !STATES) decays.from_start[token] = exp2f(before + gates.until[half]);
+    }
+    if (threadIdx.x == 0) decays.total = exp2f((gates.block[0] + gates.block[1]) + (gates.block[2] + gates.block[3]));
+    float sum = 0;
+    #pragma unroll
+    for (int place = 0; place < 16 && !STATES; place++) {
+        const float gate = __shfl_sync(0xffffffffu, warp < 2 ? gates.log[0] : gates.log[1], warp % 2 * 16 + place);
+        sum += place > lane % 16 ? gate : 0;
+        if (lane < 16) decays.within[place][16 * warp + lane] = place >= lane ? exp2f(sum) : 0;
+    }
+}
+
+__device__ __forceinline__ void produce(const Room& room, Barriers& barriers, const Places& places) {
+    const bool wide_q = STATES || in_vectors(places.q), wide_k = in_vectors(places.k), wide_v = in_vectors(places.v);
+    const bool wide = wide_q && wide_k && wide_v;
+    const int chunks = places.chunks();
+    Gates gates;
+    if (GATE) gates.read(places, 0);
+    #pragma unroll 1
+    for (int n = 0; n < chunks; n++) {
+        const int first = places.first_of(n), count = places.tokens_of(n), column = places.first_column;
+        if (n >= STAGES) wait(barriers.free[n % STAGES], n / STAGES - 1 & 1);
+        bring(room.keys(n), places.k, first, 0, count, K, wide_k);
+        if (!STATES) bring(room.queries(n), places.q, first, 0, count, K, wide_q);
+        bring(room.values(n), places.v, first, column, count, places.columns - column, wide_v);
+        arrive_with_copies(barriers.there[n % STAGES]);
+        if (!wide) show_to_products();
+        if (GATE) gates.sum(), put_decays(room.decays(n), gates), gates.read(places, n + 1);
+        arrive(barriers.there[n % STAGES]);
+    }
+    close_copies();
+    finish_copies<0>();  // no thread ends before its copies are there
+}
+
+// ---- what a thread of a warpgroup has ------------------------------------------------------------------------------
+
+// Who a thread is. Asked anew for every chunk, so that what follows from it does not wait in registers.
+struct Self {
+    int group, warp, lane, line, pair;  // warp: of the warpgroup
+
+    __device__ __forceinline__ Self() {
+        const unsigned thread = this_thread() - PRODUCERS;
+        group = __shfl_sync(0xffffffffu, thread / 128, 0) & GROUPS - 1;
+        warp = thread % 128 / 32, lane = thread % 32, line = lane / 4, pair = lane % 4 * 2;
+    }
+    __device__ __forceinline__ int all_warps() const { return 4 * group + warp; }
+    __device__ __forceinline__ int thread() const { return 32 * all_warps() + lane; }  // of all consumers
+    __device__ __forceinline__ int first_value() const { return 64 * group + 16 * warp; }  // of its warp
+};
+// All lanes of a warp have come.
+__device__ __forceinline__ void arrive_as_warp(Barrier& barrier, const Self& self) {
+    __syncwarp();
+    if (self.lane == 0) arrive(barrier);
+}
+// For each number of sums of 64 rows: use(row of the warp, column, x).
+template <int R, class Use>
+__device__ __forceinline__ void each_sum(float (&sum)[R], const Self& self, Use use) {
+    #pragma unroll
+    for (int i = 0; i < R; i++) use(self.line + i / 2 % 2 * 8, i / 4 * 8 + self.pair + i % 2, sum[i]);
+}
+struct alignas(8) Pair {
+    float x[2];
+};
+__device__ __forceinline__ Pair two(const float* at) { return *reinterpret_cast<const Pair*>(at); }
+__device__ __forceinline__ bool bad(float x) { return x - x != 0; }
+// Zero, or NaN if any number is not finite.
+template <int R>
+__device__ __forceinline__ float spoilt(const float (&x)[R]) {
+    float sum = 0;
+    #pragma unroll
+    for (int i = 0; i < R; i++) sum = fma(0.0f, x[i], sum);
+    return sum;
+}
+
+// ---- scores --------------------------------------------------------------------------------------------------------
+
+// Q K^T, of all queries and the keys of this warpgroup.
+__device__ __forceinline__ void begin_scores(OwnScores& scores, const Keys& queries, const Keys& keys,
+                                             const Self& self) {
+    const Matrix q = queries.matrix(), k = Keys::part(keys.matrix(), SHARE * self.group, 0);
+    #pragma unroll
+    for (int c = 0; c < KEYS; c += 16) wgmma_bf16<SHARE>(scores, Keys::part(q, 0, c), Keys::part(k, 0, c), c > 0);
+    close_products();
+}
+// What is left at a query of what was stored at a key; where nothing is, not even a NaN is.
+__device__ __forceinline__ void decay_scores(OwnScores& scores, const Decays& decays, const Self& self) {
+    #pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int row = self.line + 8 * half, query = 16 * self.warp + row;
+        const float since = GATE ? decays.since[query] : 1;
+        #pragma unroll
+        for (int n = 0; n < SHARE / 8; n++) {
+            const int key = SHARE * self.group + 8 * n + self.pair, block = (SHARE * self.group + 8 * n) / 16;
+            float* x = &scores[4 * n + 2 * half];
+            if (!GATE) {
+                for (int i = 0; i < 2; i++) x[i] = key + i <= query ? x[i] : 0;
+                continue;
+            }
+            const float* factors = block < self.warp ? &decays.rest[self.warp - 1][key] : &decays.within[row][key];
+            const float factor = block < self.warp ? since : block == self.warp ? 1 : 0;
+            const Pair pair = two(factors);
+            for (int i = 0; i < 2; i++) x[i] = kept(factor * pair.x[i], x[i]);
+        }
+    }
+}
+__device__ __forceinline__ void put_scores(const Room& room, int n, const OwnScores& scores, const Self& self) {
+    #pragma unroll
+    for (int i = 0; i < SHARE / 16; i++) {
+        unsigned terms[2][4];
+        for (int r = 0; r < 4; r++) set_pair<bfloat16>(terms, r, scores[8 * i + 2 * r], scores[8 * i + 2 * r + 1]);
+        const int row = 16 * self.warp + self.lane % 16, column = SHARE * self.group + 16 * i + self.lane / 16 * 8;
+        for (int term = 0; term < 2; term++) store_matrices(terms[term], room.scores(n, term).piece(row, column));
+    }
+}
+
+// ---- products with values and the state ----------------------------------------------------------------------------
+
+// V^T, as it is.
+__device__ __forceinline__ void load_values(LeftValues& left, const Values& values, const Self& self) {
+    const int token = self.lane / 16 * 8 + self.lane % 8, column = self.first_value() + self.lane / 8 % 2 * 8;
+    #pragma unroll
+    for (int i = 0; i < CHUNK / 16; i++) load_transposed_matrices(left[i], values.piece(16 * i + token, column));
+}
+// For each number of V^T: use(token, x), where x may be changed.
+template <class Use>
+__device__ __forceinline__ void each_value(LeftValues& left, const Self& self, Use use) {
+    #pragma unroll
+    for (int i = 0; i < CHUNK / 16; i++)
+        for (int r = 0; r < 4; r++) {
+            const int token = 16 * i + self.pair + r / 2 * 8;
+            float low = low_of<bfloat16>(left[i][r]), high = high_of<bfloat16>(left[i][r]);
+            use(token, low), use(token + 1, high);
+            left[i][r] = packed<bfloat16>(low, high);
+        }
+}
+__device__ __forceinline__ void decay_values(Decayed& terms, const LeftValues& left, const Decays& decays,
+                                             const Self& self) {
+    #pragma unroll
+    for (int i = 0; i < CHUNK / 16; i++)
+        for (int r = 0; r < 4; r++) {
+            const Pair to_end = GATE ? two(&decays.to_end[16 * i + self.pair + r / 2 * 8]) : Pair{};
+            unsigned both[TERMS][1] = {{left[i][r]}};
+            if (GATE)
+                set_pair<bfloat16>(both, 0, low_of<bfloat16>(left[i][r]) * to_end.x[0],
+                                   high_of<bfloat16>(left[i][r]) * to_end.x[1]);
+            for (int term = 0; term < TERMS; term++) terms[term][i][r] = both[term][0];
+        }
+}
+
+// S^T of one half of the keys, in two terms.
+struct StateTerms {
+    LeftPart term[KEYS / 32][2];
+
+    __device__ __forceinline__ StateTerms(const State& state, int half) {
+        #pragma unroll
+        for (int c = 0; c < KEYS / 32; c++)
+            for (int r = 0; r < 4; r++) {
+                const float* x = &state[KEYS / 4 * half + 8 * c + 2 * r];
+                set_pair<bfloat16>(term[c], r, x[0], x[1]);
+            }
+    }
+};
+// S^T Q^T of one half of the keys.
+__device__ __forceinline__ void begin_recall(Answers& answers, const StateTerms& terms, const Keys& queries, int half) {
+    const Matrix q = queries.matrix();
+    #pragma unroll
+    for (int c = 0; c < KEYS / 32; c++)
+        for (int term = 0; term < 2; term++)
+            wgmma_bf16_columns<CHUNK>(answers, terms.term[c][term], Keys::part(q, 0, KEYS / 2 * half + 16 * c),
+                                      half + c + term > 0);
+    close_products();
+}
+// What is left of the state at each token.
+__device__ __forceinline__ void decay_answers(Answers& answers, const Decays& decays, const Self& self) {
+    #pragma unroll
+    for (int n = 0; n < CHUNK / 8; n++) {
+        const Pair decay = two(&decays.from_start[8 * n + self.pair]);
+        for (int i = 0; i < 4; i++) answers[4 * n + i] *= decay.x[i % 2];
+    }
+}
+// V^T P^T, added.
+__device__ __forceinline__ void begin_weighing(Answers& answers, const LeftValues& values, const Room& room, int n) {
+    const Scores terms[2] = {room.scores(n, 0), room.scores(n, 1)};
+    const Matrix scores[2] = {terms[0].matrix(), terms[1].matrix()};
+    #pragma unroll
+    for (int i = 0; i < CHUNK / 16; i++)
+        for (int term = 0; term < 2; term++)
+            wgmma_bf16_columns<CHUNK>(answers, values[i], Scores::part(scores[term], 0, 16 * i), 1);
+    close_products();
+}
+// V^T K, of one half of the keys.
+__device__ __forceinline__ void begin_memorising(Added& added, const Decayed& values, const Keys& keys, int half) {
+    const Matrix k = keys.matrix();
+    #pragma unroll
+    for (int i = 0; i < CHUNK / 16; i++)
+        for (int term = TERMS - 1; term >= 0; term--)
+            wgmma_bf16<KEYS / 2>(added, values[term][i], Keys::part(k, 16 * i, KEYS / 2 * half),
+                                 i > 0 || term < TERMS - 1);
+    close_products();
+}
+__device__ __forceinline__ void add(State& state, const Added& added, int half, float total) {
+    #pragma unroll
+    for (int i = 0; i < KEYS / 4; i++) {
+        float& x = state[KEYS / 4 * half + i];
+        x = GATE ? fma(total, total == 0 ? 0 : x, added[i]) : x + added[i];
+    }
+}
+
+// ---- answers -------------------------------------------------------------------------------------------------------
+
+struct alignas(16) Piece {
+    data x[8];
+};
+// Through shared memory of the warp, where they change rows and columns, to global memory, for tokens before `count`.
+__device__ __forceinline__ void put_answers(unsigned char* own, const Answers& answers, const Places& places, int first,
+                                            int count, float scale, const Self& self) {
+    const auto piece = [&](int token, int half) { return own + token * 32 + (half ^ token / 4 & 1) * 16; };
+    #pragma unroll
+    for (int n = 0; n < CHUNK / 8; n += 2) {
+        unsigned x[4];
+        for (int r = 0; r < 4; r++) {
+            const float* pair = &answers[4 * n + 2 * r];
+            x[r] = packed<data>(scale * pair[0], scale * pair[1]);
+        }
+        store_transposed_matrices(x, piece(8 * n + self.lane / 16 * 8 + self.lane % 8, self.lane / 8 % 2));
+    }
+    __syncwarp();  // the answers are there
+    const int column = places.first_column + self.first_value() + self.lane % 2 * 8;
+    const bool vectors = in_vectors(places.o) && column + 8 <= places.columns;
+    #pragma unroll
+    for (int i = 0; i < CHUNK / 16; i++) {
+        const int token = 16 * i + self.lane / 2;
+        const Piece found = *reinterpret_cast<const Piece*>(piece(token, self.lane % 2));
+        data* at = places.o.begin + (first + token) * places.o.row + column * places.o.column;
+        if (token >= count) continue;
+        if (vectors)
+            *reinterpret_cast<Piece*>(at) = found;
+        else
+            #pragma unroll 1
+            for (int j = 0; j < min(places.columns - column, 8); j++)
+                at[j * places.o.column] = reinterpret_cast<const data*>(piece(token, self.lane % 2))[j];
+    }
+}
+// The first token that has a bad number, by a warp together.
+struct First {
+    int token = CHUNK;
+
+    __device__ __forceinline__ void look(int where, float x) { token = bad(x) ? min(token, where) : token; }
+    __device__ __forceinline__ int of_warp() const {
+        int first = token;
+        for (int distance = 1; distance < 32; distance *= 2)
+            first = min(first, __shfl_xor_sync(0xffffffffu, first, distance));
+        return first;
+    }
+};
+
+// One token after the other, from the state before the chunk; answers are written from token `good` on.
+__device__ __forceinline__ void walk(State& state, const Room& room, int n, const Places& places, int good, float scale,
+                                     const Self& self) {
+    const Keys keys = room.keys(n), queries = room.queries(n);
+    const Values values = room.values(n);
+    const int column = self.first_value() + self.line;
+    #pragma unroll 1
+    for (int t = 0; t < places.tokens_of(n); t++) {
+        const float decay = GATE ? exp2f(room.decays(n).log[t]) : 1;
+        float answer[2] = {}, value[2];
+        for (int half = 0; half < 2; half++) {
+            const int j = column + 8 * half;
+            value[half] = widened(reinterpret_cast<const data*>(values.piece(t, j))[j % 8]);
+        }
+        #pragma unroll
+        for (int c = 0; c < KEYS / 8; c++) {
+            const unsigned k = reinterpret_cast<const unsigned*>(keys.piece(t, 8 * c))[self.pair / 2];
+            const unsigned q = STATES ? 0 : reinterpret_cast<const unsigned*>(queries.piece(t, 8 * c))[self.pair / 2];
+            for (int i = 0; i < 4; i++) {
+                float& x = state[4 * c + i];
+                x = fma(half_of<data>(k, i % 2), value[i / 2], kept(decay, x));
+                answer[i / 2] = fma(half_of<data>(q, i % 2), x, answer[i / 2]);
+            }
+        }
+        for (int half = 0; half < 2 && !STATES; half++) {
+            for (int distance = 1; distance < 4; distance *= 2)
+                answer[half] += __shfl_xor_sync(0xffffffffu, answer[half], distance);
+            const int j = places.first_column + column + 8 * half;
+            if (t >= good && self.pair == 0 && j < places.columns)
+                put(places.o.at(places.first_of(n) + t, j), scale * answer[half]);
+        }
+    }
+}
+
+// ---- the walk over chunks ------------------------------------------------------------------------------------------
+
+struct Consumer {
+    const Room& room;
+    Barriers& barriers;
+    const Places& places;
+    int* votes;  // of each warp
+    float scale;
+    Self self;
+
+    __device__ __forceinline__ float total(int n) const { return GATE ? room.decays(n).total : 1; }
+    // Whether any warp of the warpgroup votes for it.
+    __device__ __forceinline__ bool any(bool vote, int n) const {
+        const int found = __any_sync(0xffffffffu, vote);
+        if (self.lane == 0) votes[self.all_warps()] = found;
+        arrive_as_warp(barriers.votes[self.group], self);
+        wait(barriers.votes[self.group], n & 1);
+        const int* all = votes + 4 * self.group;
+        return all[0] | all[1] | all[2] | all[3];
+    }
+    __device__ __forceinline__ void put(const Answers& answers, int n, int count, const Self& by) const {
+        put_answers(room.answers_of(by.all_warps()), answers, places, places.first_of(n), count, scale, by);
+    }
+    // The answers again, without the values that are not finite and those behind them; the first token that needs more.
+    __device__ __forceinline__ int answer_again(Answers& answers, const State& state, int n, const Self& by) const {
+        First value, answer;
+        LeftValues values;
+        load_values(values, room.values(n), by);
+        each_value(values, by, [&](int token, float& x) { value.look(token, x); });
+        const int good = value.of_warp();
+        each_value(values, by, [&](int token, float& x) { x = token < good ? x : 0; });
+        const StateTerms early(state, 0), late(state, 1);
+        begin_products();
+        begin_recall(answers, early, room.queries(n), 0);
+        begin_recall(answers, late, room.queries(n), 1);
+        finish_products<0>();
+        done(answers);
+        if (GATE) decay_answers(answers, room.decays(n), by);
+        begin_products();
+        begin_weighing(answers, values, room, n);
+        finish_products<0>();
+        done(answers);
+        each_sum(answers, by, [&](int, int token, float x) { answer.look(token, x); });
+        return min(good, answer.of_warp());
+    }
+    __device__ __forceinline__ void answer_one_by_one(Answers& answers, State& state, int n) const {
+        const Self anew;
+        const int good = min(answer_again(answers, state, n, anew), places.tokens_of(n));
+        put(answers, n, good, anew);
+        walk(state, room, n, places, good, scale, anew);
+    }
+
+    __device__ __forceinline__ void states_of(State& state, int n) const {
+        Added added[2];
+        LeftValues values;
+        Decayed decayed;
+        load_values(values, room.values(n), self);
+        decay_values(decayed, values, room.decays(n), self);
+        begin_products();
+        for (int half = 0; half < 2; half++) begin_memorising(added[half], decayed, room.keys(n), half);
+        finish_products<0>();
+        for (int half = 0; half < 2; half++) done(added[half]);
+        if (GATE && __any_sync(0xffffffffu, spoilt(added[0]) + spoilt(added[1]) != 0))
+            return walk(state, room, n, places, CHUNK, scale, self);  // a gate may forget what no product forgets
+        for (int half = 0; half < 2; half++) add(state, added[half], half, total(n));
+    }
+    // Scores for all, and what the state answers.
+    __device__ __forceinline__ void recall(Answers& answers, LeftValues& values, const State& state, int n) const {
+        OwnScores scores;
+        begin_products();
+        begin_scores(scores, room.queries(n), room.keys(n), self);
+        const StateTerms early(state, 0);
+        begin_products();
+        begin_recall(answers, early, room.queries(n), 0);
+        finish_products<1>();
+        done(scores);
+        decay_scores(scores, room.decays(n), self);
+        put_scores(room, n, scores, self);
+        show_to_products();
+        arrive_as_warp(barriers.scores, self);
+        const StateTerms late(state, 1);
+        begin_products();
+        begin_recall(answers, late, room.queries(n), 1);
+        load_values(values, room.values(n), self);
+        finish_products<0>();
+        done(answers);
+        if (GATE) decay_answers(answers, room.decays(n), self);
+    }
+    __device__ __forceinline__ void answer(State& state, int n) const {
+        Answers answers;
+        LeftValues values;
+        Decayed decayed;
+        Added early, late;
+        recall(answers, values, state, n);
+        wait(barriers.scores, n & 1);
+        begin_products();
+        begin_weighing(answers, values, room, n);
+        decay_values(decayed, values, room.decays(n), self);
+        finish_products<0>();
+        done(answers);
+        begin_products();
+        begin_memorising(early, decayed, room.keys(n), 0);
+        if (any(spoilt(answers) != 0, n)) {
+            finish_products<0>();  // sums that nobody wants leave their registers
+            done(early);
+            return answer_one_by_one(answers, state, n);
+        }
+        put(answers, n, places.tokens_of(n), self);
+        begin_products();
+        begin_memorising(late, decayed, room.keys(n), 1);
+        finish_products<1>();
+        done(early);
+        add(state, early, 0, total(n));
+        finish_products<0>();
+        done(late);
+        add(state, late, 1, total(n));
+    }
+    // All chunks of the piece; and what the piece leaves of a state.
+    __device__ __forceinline__ float take(State& state) const {
+        float product = 1;
+        const int chunks = places.chunks();
+        #pragma unroll 1
+        for (int n = 0; n < chunks; n++) {
+            const Consumer now = {room, barriers, places, votes, scale, Self()};
+            wait(barriers.there[n % STAGES], n / STAGES & 1);
+            show_to_products();
+            if (STATES)
+                now.states_of(state, n);
+            else
+                now.answer(state, n);
+            if (GATE && STATES) product = kept(room.decays(n).total, product);
+            arrive_as_warp(barriers.free[n % STAGES], self);
+        }
+        return product;
+    }
+};
+
+// What earlier pieces add to the state lies as the threads have it; the decay of a piece follows once.
+struct Stored {
+    real *sums, *piece_decays;
+
+    __device__ __forceinline__ real* sum_of(const Places& at, int columns, int p, const Self& self) const {
+        const int column_blocks = (columns + VALUES - 1) / VALUES;
+        const size_t block = (size_t(at.which) * column_blocks + at.column_block) * at.stored + p;
+        return sums + block * (KEYS / 2) * (128 * GROUPS) + self.thread();
+    }
+    __device__ __forceinline__ real& decay_of(const Places& at, int p) const {
+        return piece_decays[(size_t(at.which) * at.stored + p) * KEYS];
+    }
+};
+// The numbers of the state that a thread has: use(key, column, x).
+template <class Use>
+__device__ __forceinline__ void each_stored(State& state, const Places& places, const Self& self, Use use) {
+    #pragma unroll
+    for (int n = 0; n < KEYS / 8; n++) {
+        for (int i = 0; i < 4; i++) {
+            const int column = places.first_column + self.first_value() + self.line + i / 2 * 8;
+            const int key = 8 * n + self.pair + i % 2;
+            if (key < K && column < places.columns) use(key, column, state[4 * n + i]);
+        }
+        if (n % 8 == 7) __syncwarp();  // not all addresses at once: they need registers
+    }
+}
+
+__device__ __forceinline__ void consume(const Consumer& consumer, const Stored& stored, const real* before,
+                                        real* after) {
+    constexpr int stride = 128 * GROUPS;
+    const Places& places = consumer.places;
+    const Self& self = consumer.self;
+    State state = {};
+    const auto place = [&](int key, int column) { return key * places.columns + column; };
+    if (!STATES)
+        each_stored(state, places, self, [&](int key, int column, float& x) { x = before[place(key, column)]; });
+    #pragma unroll 1
+    for (int p = 0; p < places.piece && !STATES; p++) {
+        const float decay = GATE ? stored.decay_of(places, p) : 1;
+        const real* sum = stored.sum_of(places, places.columns, p, self);
+        #pragma unroll
+        for (int i = 0; i < KEYS / 2; i++) state[i] = kept(decay, state[i]) + sum[i * stride];
+    }
+    const float product = consumer.take(state);
+    if (STATES) {
+        real* sum = stored.sum_of(places, places.columns, places.piece, self);
+        #pragma unroll
+        for (int i = 0; i < KEYS / 2; i++) sum[i * stride] = state[i];
+        if (GATE && self.thread() == 0 && places.column_block == 0) stored.decay_of(places, places.piece) = product;
+    } else if (after) {
+        each_stored(state, places, self, [&](int key, int column, float& x) { after[place(key, column)] = x; });
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(PRODUCERS + 128 * GROUPS, 1)
+linear_attention_wgmma(const data* q, const data* k, const data* v, const real* log_decay, const real* S, real* S_next,
+                       data* o, real* sums, real* piece_decays, const long long* table, int axes, int tokens,
+                       int columns, int groups, int pieces, int stored, int length, real scale) {
+    __shared__ Barriers barriers;
+    __shared__ Places places;
+    __shared__ int votes[WARPS];
+    const Room room = {dynamic_shared() + (-shared_address(dynamic_shared()) & 1023)};
+    if (threadIdx.x == 0) {
+        const int column_blocks = (columns + VALUES - 1) / VALUES, number = blockIdx.x / pieces;
+        const int which = number / column_blocks / groups, group = number / column_blocks % groups;
+        places.which = which, places.group = group, places.piece = blockIdx.x % pieces;
+        places.column_block = number % column_blocks, places.first_column = places.column_block * VALUES;
+        places.begin = places.piece * length, places.end = min(tokens, places.begin + length);
+        places.columns = columns, places.stored = stored;
+        places.q = rows(q, table, axes, Q, which).of(group);
+        places.k = rows(k, table, axes, KEY, which);
+        places.v = rows(v, table, axes, V, which);
+        places.o = rows(o, table, axes, O, which).of(group);
+        places.gate = rows(log_decay, table, axes, GATE_OF, which);
+        barriers.set_up_all();
+    }
+    __syncthreads();  // the places are known, and the barriers are there
+    if (threadIdx.x < PRODUCERS) {
+        leave_registers<GROUPS == 2 ? 40 : 56>();
+        produce(room, barriers, places);
+    } else {
+        take_registers<GROUPS == 2 ? 232 : 240>();
+        const bool last = places.end == tokens && places.group == 0;
+        const real* before = STATES ? nullptr : rows(S, table, axes, STATE, places.which).begin;
+        real* after = STATES || !last ? nullptr : rows(S_next, table, axes, STATE_NEXT, places.which).begin;
+        consume({room, barriers, places, votes, scale, {}}, {sums, piece_decays}, before, after);
+    }
+}
