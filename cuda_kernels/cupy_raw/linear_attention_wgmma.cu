@@ -81,7 +81,8 @@ struct Barriers {
     Barrier scores, votes[GROUPS];        // of all consumers; of a warpgroup
 
     __device__ __forceinline__ void set_up_all() {
-        for (int i = 0; i < STAGES; i++) set_up(there[i], 2 * PRODUCERS), set_up(free[i], WARPS);
+        const int arrivals = (STATES ? 2 : 3) * 32 + GATE;  // of all lanes that bring tiles, and of the warp with decays
+        for (int i = 0; i < STAGES; i++) set_up(there[i], arrivals), set_up(free[i], WARPS);
         set_up(scores, WARPS);
         for (int i = 0; i < GROUPS; i++) set_up(votes[i], 4);
     }
@@ -100,34 +101,66 @@ struct Places {
     __device__ __forceinline__ int tokens_of(int n) const { return min(int(CHUNK), end - first_of(n)); }
 };
 
-// ---- bringing chunks, by a warpgroup -------------------------------------------------------------------------------
+// ---- bringing chunks, by a warpgroup: a warp for each array ---------------------------------------------------------
 
-// tile[i][j] = from[first + i][first_column + j] for i < rows and j < columns, zero elsewhere.
+// What a lane brings of one array: of every second row of a chunk, 16 bytes. All that it needs is in its registers:
+// between two copies there is no time to ask shared memory where the next one is.
 template <class Tile>
-__device__ __forceinline__ void bring(Tile tile, const Rows<const data>& from, long long first, int first_column,
-                                      int rows, int columns, bool vectors) {
-    constexpr int pieces = Tile::columns / 8, step = PRODUCERS / pieces;
-    const int column = threadIdx.x % pieces * 8, row = threadIdx.x / pieces;
-    if (vectors) {
-        const int bytes = max(min(columns - column, 8), 0) * int(sizeof(data));
-        const data* at = from.begin + (first + row) * from.row + first_column + column;
-        #pragma unroll 4
-        for (int i = row; i < CHUNK; i += step, at += step * from.row) {
-            const int wanted = i < rows ? bytes : 0;
-            copy_later(tile.piece(i, column), wanted ? at : from.begin, wanted);
-        }
-        return;
+struct Carrier {
+    static constexpr int pieces = Tile::columns / 8, step = 32 / pieces;
+    const data* at;  // in the next chunk
+    long long row, column;
+    int first, piece, numbers;  // the first row and the column in the tile, and the numbers there
+    bool vectors;
+
+    __device__ __forceinline__ Carrier(const Rows<const data>& from, int first_token, int first_column, int columns)
+        : row(from.row), column(from.column), first(threadIdx.x % 32 / pieces), piece(threadIdx.x % pieces * 8),
+          numbers(max(min(columns - piece, 8), 0)), vectors(in_vectors(from) && columns % 8 == 0) {
+        at = &from.at(first_token + first, first_column + piece);
     }
-    #pragma unroll 1
-    for (int i = row; i < CHUNK; i += step)
-        for (int j = 0; j < 8; j++) {
-            const bool there = i < rows && column + j < columns;
-            reinterpret_cast<data*>(tile.piece(i, column))[j] =
-                there ? from.begin[(first + i) * from.row + (first_column + column + j) * from.column] : data{};
+    // tile[i][j] = the array's number for i < rows, zero elsewhere.
+    __device__ __forceinline__ void bring(Tile tile, int rows) {
+        if (vectors) {
+            const int left = numbers > 0 ? rows - first : 0;
+            #pragma unroll 1
+            for (int i = 0; i < 8; i += step) {  // rows of one place among eight
+                unsigned char* to = tile.piece(first + i, piece);
+                const data* from = at + i * row;
+                #pragma unroll
+                for (int far = 0; far < CHUNK; far += 8, from += 8 * row)
+                    copy_later(to + far * 128, from, i + far < left ? 16 : 0);
+            }
+        } else {
+            #pragma unroll 1
+            for (int i = first; i < CHUNK; i += step)
+                for (int j = 0; j < 8; j++)
+                    reinterpret_cast<data*>(tile.piece(i, piece))[j] =
+                        i < rows && j < numbers ? at[(i - first) * row + j * column] : data{};
         }
+        at += CHUNK * row;
+    }
+    __device__ __forceinline__ void hand_over(Barrier& there) const {
+        if (vectors) return arrive_with_copies(there);
+        show_to_products();
+        arrive(there);
+    }
+};
+// All chunks of an array to the tiles of its name.
+template <class Tile, class TileOf>
+__device__ __forceinline__ void carry(Carrier<Tile> carrier, Barriers& barriers, const Places& places,
+                                      TileOf tile_of) {
+    const int chunks = places.chunks();
+    #pragma unroll 1
+    for (int n = 0; n < chunks; n++) {
+        if (n >= STAGES) wait(barriers.free[n % STAGES], n / STAGES - 1 & 1);
+        carrier.bring(tile_of(n), places.tokens_of(n));
+        carrier.hand_over(barriers.there[n % STAGES]);
+    }
 }
 
-// Two gates of each lane, of tokens lane and lane + 32, and sums over their blocks of 16: each warp has them all.
+// ---- decays, by the last warp of that warpgroup ---------------------------------------------------------------------
+
+// Two gates of each lane, of tokens lane and lane + 32, and sums over their blocks of 16.
 struct Gates {
     float log[2], until[2], rest[2], block[4];  // until: this token among them; rest: those behind it
 
@@ -155,50 +188,76 @@ struct Gates {
     }
 };
 
-// Warp w of those that bring chunks has the decays of queries of block w.
+// The sum of all blocks from `first` to `last - 1`.
+__device__ __forceinline__ float blocks_between(const Gates& gates, int first, int last) {
+    float sum = 0;
+    #pragma unroll
+    for (int b = 0; b < CHUNK / 16; b++) sum += b >= first && b < last ? gates.block[b] : 0;
+    return sum;
+}
+// From each token to later ones of its block.
+__device__ __forceinline__ void put_within(Decays& decays, const Gates& gates) {
+    const int lane = threadIdx.x % 32;
+    #pragma unroll
+    for (int half = 0; half < 2; half++) {
+        float sum = 0;
+        #pragma unroll
+        for (int place = 0; place < 16; place++) {
+            const float gate = __shfl_sync(0xffffffffu, gates.log[half], (lane & 16) + place);
+            sum += place > lane % 16 ? gate : 0;
+            decays.within[place][32 * half + lane] = place >= lane % 16 ? exp2f(sum) : 0;
+        }
+    }
+}
 __device__ __forceinline__ void put_decays(Decays& decays, const Gates& gates) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int lane = threadIdx.x % 32;
     #pragma unroll
     for (int half = 0; half < 2; half++) {
         const int token = lane + 32 * half, own = token / 16;
-        float before = 0, behind = 0, between = 0;
+        decays.log[token] = gates.log[half];
+        decays.to_end[token] = exp2f(gates.rest[half] + blocks_between(gates, own + 1, CHUNK / 16));
+        if (STATES) continue;
+        decays.since[token] = exp2f(gates.until[half]);
+        decays.from_start[token] = exp2f(blocks_between(gates, 0, own) + gates.until[half]);
         #pragma unroll
-        for (int b = 0; b < CHUNK / 16; b++) {
-            before += b < own ? gates.block[b] : 0, behind += b > own ? gates.block[b] : 0;
-            between += b > own && b < warp ? gates.block[b] : 0;
-        }
-        if (warp == 0) decays.log[token] = gates.log[half], decays.to_end[token] = exp2f(gates.rest[half] + behind);
-        if (warp > 0 && own < warp && !STATES) decays.rest[warp - 1][token] = exp2f(gates.rest[half] + between);
-        if (warp == own && !STATES) decays.since[token] = exp2f(gates.until[half]);
-        if (warp == own && !STATES) decays.from_start[token] = exp2f(before + gates.until[half]);
+        for (int block = 2 * half + 1; block < CHUNK / 16; block++)
+            if (own < block)
+                decays.rest[block - 1][token] = exp2f(gates.rest[half] + blocks_between(gates, own + 1, block));
     }
-    if (threadIdx.x == 0) decays.total = exp2f((gates.block[0] + gates.block[1]) + (gates.block[2] + gates.block[3]));
-    float sum = 0;
-    #pragma unroll
-    for (int place = 0; place < 16 && !STATES; place++) {
-        const float gate = __shfl_sync(0xffffffffu, warp < 2 ? gates.log[0] : gates.log[1], warp % 2 * 16 + place);
-        sum += place > lane % 16 ? gate : 0;
-        if (lane < 16) decays.within[place][16 * warp + lane] = place >= lane ? exp2f(sum) : 0;
+    if (lane == 0) decays.total = exp2f((gates.block[0] + gates.block[1]) + (gates.block[2] + gates.block[3]));
+    if (!STATES) put_within(decays, gates);
+}
+// The decays of all chunks. Gates are read two chunks at a time, while those before them are worked on.
+__device__ __forceinline__ void produce_decays(const Room& room, Barriers& barriers, const Places& places) {
+    const int chunks = places.chunks();
+    Gates next[2];
+    for (int i = 0; i < 2; i++) next[i].read(places, i);
+    #pragma unroll 1
+    for (int n = 0; n < chunks;) {
+        const Gates now[2] = {next[0], next[1]};
+        for (int i = 0; i < 2; i++) next[i].read(places, n + 2 + i);
+        #pragma unroll 1
+        for (int i = 0; i < 2 && n < chunks; i++, n++) {
+            Gates gates = {{i ? now[1].log[0] : now[0].log[0], i ? now[1].log[1] : now[0].log[1]}};
+            if (n >= STAGES) wait(barriers.free[n % STAGES], n / STAGES - 1 & 1);
+            gates.sum(), put_decays(room.decays(n), gates);
+            __syncwarp();  // all decays are there
+            if (threadIdx.x % 32 == 0) arrive(barriers.there[n % STAGES]);
+        }
     }
 }
 
 __device__ __forceinline__ void produce(const Room& room, Barriers& barriers, const Places& places) {
-    const bool wide_q = STATES || in_vectors(places.q), wide_k = in_vectors(places.k), wide_v = in_vectors(places.v);
-    const bool wide = wide_q && wide_k && wide_v;
-    const int chunks = places.chunks();
-    Gates gates;
-    if (GATE) gates.read(places, 0);
-    #pragma unroll 1
-    for (int n = 0; n < chunks; n++) {
-        const int first = places.first_of(n), count = places.tokens_of(n), column = places.first_column;
-        if (n >= STAGES) wait(barriers.free[n % STAGES], n / STAGES - 1 & 1);
-        bring(room.keys(n), places.k, first, 0, count, K, wide_k);
-        if (!STATES) bring(room.queries(n), places.q, first, 0, count, K, wide_q);
-        bring(room.values(n), places.v, first, column, count, places.columns - column, wide_v);
-        arrive_with_copies(barriers.there[n % STAGES]);
-        if (!wide) show_to_products();
-        if (GATE) gates.sum(), put_decays(room.decays(n), gates), gates.read(places, n + 1);
-        arrive(barriers.there[n % STAGES]);
+    const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), begin = places.begin;
+    if (warp == 0) {
+        carry<Keys>({places.k, begin, 0, K}, barriers, places, [&](int n) { return room.keys(n); });
+    } else if (warp == 1) {
+        const int first = places.first_column, columns = places.columns - first;
+        carry<Values>({places.v, begin, first, columns}, barriers, places, [&](int n) { return room.values(n); });
+    } else if (warp == 2 && !STATES) {
+        carry<Keys>({places.q, begin, 0, K}, barriers, places, [&](int n) { return room.queries(n); });
+    } else if (warp == 3 && GATE) {
+        produce_decays(room, barriers, places);
     }
 }
 
