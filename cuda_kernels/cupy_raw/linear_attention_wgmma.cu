@@ -4,8 +4,9 @@
 //
 // See linear_attention_chunks.cu for other data, wgmma.cuh for the products. All is transposed, so that the state is a
 // left matrix and never leaves the registers: a warpgroup has 64 value columns of it, which are the rows of its sums,
-// and answers O^T = S^T Q^T + V^T P^T for them. Of the scores P it makes the columns of some keys; they are all that
-// warpgroups tell each other, through shared memory. One more warpgroup brings the next chunks and sums their gates.
+// and answers O^T = S^T Q^T + V^T P^T for them. It makes all scores P for itself, though another has the same: so none
+// waits for another, and one multiplies while another does what is between products. One more warpgroup brings the next
+// chunks and sums their gates.
 //
 // Whatever is computed is kept in two bfloat16, never in one. What a chunk adds to the state is summed from zero and
 // then added, because tensor cores cut what they add instead of rounding it.
@@ -24,7 +25,6 @@
 enum { Q, KEY, V, GATE_OF, STATE, STATE_NEXT, O };
 
 constexpr int CHUNK = 64, GROUPS = VALUES / 64, WARPS = 4 * GROUPS, PRODUCERS = 128;  // threads
-constexpr int SHARE = CHUNK / GROUPS;  // keys whose scores a warpgroup makes
 constexpr float LOG2E = 1.44269504f;
 static_assert(GROUPS == 1 || GROUPS == 2, "the warpgroup that brings tiles has whole rows of them");
 
@@ -33,7 +33,7 @@ typedef Swizzled<data, CHUNK, VALUES> Values;
 typedef Swizzled<bfloat16, CHUNK, CHUNK> Scores;  // one of their two terms
 typedef float State[KEYS / 2];     // S^T: 64 columns of the state, KEYS keys
 typedef float Answers[CHUNK / 2];  // O^T: 64 columns, CHUNK tokens
-typedef float OwnScores[SHARE / 2];
+typedef float OwnScores[CHUNK / 2];  // of a warpgroup: all queries and keys
 typedef unsigned LeftPart[4];
 typedef LeftPart LeftValues[CHUNK / 16];  // V^T
 constexpr int TERMS = GATE ? 2 : 1;
@@ -64,27 +64,26 @@ struct Room {
     __device__ __forceinline__ Keys queries(int n) const {
         return {at + n % STAGES * stage + Keys::bytes + Values::bytes};
     }
-    __device__ __forceinline__ Scores scores(int n, int term) const {  // of two chunks in turn
-        return {at + STAGES * stage + n % 2 * terms + term * Scores::bytes};
+    __device__ __forceinline__ Scores scores(int group, int term) const {
+        return {at + STAGES * stage + group * terms + term * Scores::bytes};
     }
     __device__ __forceinline__ unsigned char* answers_of(int warp) const {
-        return at + STAGES * stage + 2 * terms + warp * answers;
+        return at + STAGES * stage + GROUPS * terms + warp * answers;
     }
     __device__ __forceinline__ Decays& decays(int n) const {
-        unsigned char* begin = at + STAGES * stage + (STATES ? 0 : 2 * terms + WARPS * answers);
+        unsigned char* begin = at + STAGES * stage + (STATES ? 0 : GROUPS * terms + WARPS * answers);
         return reinterpret_cast<Decays*>(begin)[n % STAGES];
     }
 };
 
 struct Barriers {
     Barrier there[STAGES], free[STAGES];  // chunks, and places that nobody needs any more
-    Barrier scores, votes[GROUPS];        // of all consumers; of a warpgroup
+    Barrier scores[GROUPS], votes[GROUPS];
 
     __device__ __forceinline__ void set_up_all() {
         const int arrivals = (STATES ? 2 : 3) * 32 + GATE;  // of all lanes that bring tiles, and of the warp with decays
         for (int i = 0; i < STAGES; i++) set_up(there[i], arrivals), set_up(free[i], WARPS);
-        set_up(scores, WARPS);
-        for (int i = 0; i < GROUPS; i++) set_up(votes[i], 4);
+        for (int i = 0; i < GROUPS; i++) set_up(scores[i], 4), set_up(votes[i], 4);
     }
 };
 
@@ -303,12 +302,11 @@ __device__ __forceinline__ float spoilt(const float (&x)[R]) {
 
 // ---- scores --------------------------------------------------------------------------------------------------------
 
-// Q K^T, of all queries and the keys of this warpgroup.
-__device__ __forceinline__ void begin_scores(OwnScores& scores, const Keys& queries, const Keys& keys,
-                                             const Self& self) {
-    const Matrix q = queries.matrix(), k = Keys::part(keys.matrix(), SHARE * self.group, 0);
+// Q K^T.
+__device__ __forceinline__ void begin_scores(OwnScores& scores, const Keys& queries, const Keys& keys) {
+    const Matrix q = queries.matrix(), k = keys.matrix();
     #pragma unroll
-    for (int c = 0; c < KEYS; c += 16) wgmma_bf16<SHARE>(scores, Keys::part(q, 0, c), Keys::part(k, 0, c), c > 0);
+    for (int c = 0; c < KEYS; c += 16) wgmma_bf16<CHUNK>(scores, Keys::part(q, 0, c), Keys::part(k, 0, c), c > 0);
     close_products();
 }
 // What is left at a query of what was stored at a key; where nothing is, not even a NaN is.
@@ -318,8 +316,8 @@ __device__ __forceinline__ void decay_scores(OwnScores& scores, const Decays& de
         const int row = self.line + 8 * half, query = 16 * self.warp + row;
         const float since = GATE ? decays.since[query] : 1;
         #pragma unroll
-        for (int n = 0; n < SHARE / 8; n++) {
-            const int key = SHARE * self.group + 8 * n + self.pair, block = (SHARE * self.group + 8 * n) / 16;
+        for (int n = 0; n < CHUNK / 8; n++) {
+            const int key = 8 * n + self.pair, block = n / 2;
             float* x = &scores[4 * n + 2 * half];
             if (!GATE) {
                 for (int i = 0; i < 2; i++) x[i] = key + i <= query ? x[i] : 0;
@@ -332,13 +330,14 @@ __device__ __forceinline__ void decay_scores(OwnScores& scores, const Decays& de
         }
     }
 }
-__device__ __forceinline__ void put_scores(const Room& room, int n, const OwnScores& scores, const Self& self) {
+__device__ __forceinline__ void put_scores(const Room& room, const OwnScores& scores, const Self& self) {
     #pragma unroll
-    for (int i = 0; i < SHARE / 16; i++) {
+    for (int i = 0; i < CHUNK / 16; i++) {
         unsigned terms[2][4];
         for (int r = 0; r < 4; r++) set_pair<bfloat16>(terms, r, scores[8 * i + 2 * r], scores[8 * i + 2 * r + 1]);
-        const int row = 16 * self.warp + self.lane % 16, column = SHARE * self.group + 16 * i + self.lane / 16 * 8;
-        for (int term = 0; term < 2; term++) store_matrices(terms[term], room.scores(n, term).piece(row, column));
+        const int row = 16 * self.warp + self.lane % 16, column = 16 * i + self.lane / 16 * 8;
+        for (int term = 0; term < 2; term++)
+            store_matrices(terms[term], room.scores(self.group, term).piece(row, column));
     }
 }
 
@@ -408,8 +407,8 @@ __device__ __forceinline__ void decay_answers(Answers& answers, const Decays& de
     }
 }
 // V^T P^T, added.
-__device__ __forceinline__ void begin_weighing(Answers& answers, const LeftValues& values, const Room& room, int n) {
-    const Scores terms[2] = {room.scores(n, 0), room.scores(n, 1)};
+__device__ __forceinline__ void begin_weighing(Answers& answers, const LeftValues& values, const Room& room, int group) {
+    const Scores terms[2] = {room.scores(group, 0), room.scores(group, 1)};
     const Matrix scores[2] = {terms[0].matrix(), terms[1].matrix()};
     #pragma unroll
     for (int i = 0; i < CHUNK / 16; i++)
@@ -556,14 +555,17 @@ struct Consumer {
         done(answers);
         if (GATE) decay_answers(answers, room.decays(n), by);
         begin_products();
-        begin_weighing(answers, values, room, n);
+        begin_weighing(answers, values, room, by.group);
         finish_products<0>();
         done(answers);
+        warpgroup_barrier(by.group);  // then the next scores may come
         each_sum(answers, by, [&](int, int token, float x) { answer.look(token, x); });
         return min(good, answer.of_warp());
     }
     __device__ __forceinline__ void answer_one_by_one(Answers& answers, State& state, int n) const {
         const Self anew;
+        // For the compiler these are other numbers: so no term of the state waits in registers for this to happen.
+        for (float& x : state) x = __shfl_sync(0xffffffffu, x, anew.lane);
         const int good = min(answer_again(answers, state, n, anew), places.tokens_of(n));
         put(answers, n, good, anew);
         walk(state, room, n, places, good, scale, anew);
@@ -587,16 +589,16 @@ struct Consumer {
     __device__ __forceinline__ void recall(Answers& answers, LeftValues& values, const State& state, int n) const {
         OwnScores scores;
         begin_products();
-        begin_scores(scores, room.queries(n), room.keys(n), self);
+        begin_scores(scores, room.queries(n), room.keys(n));
         const StateTerms early(state, 0);
         begin_products();
         begin_recall(answers, early, room.queries(n), 0);
         finish_products<1>();
         done(scores);
         decay_scores(scores, room.decays(n), self);
-        put_scores(room, n, scores, self);
+        put_scores(room, scores, self);
         show_to_products();
-        arrive_as_warp(barriers.scores, self);
+        arrive_as_warp(barriers.scores[self.group], self);
         const StateTerms late(state, 1);
         begin_products();
         begin_recall(answers, late, room.queries(n), 1);
@@ -611,9 +613,9 @@ struct Consumer {
         Decayed decayed;
         Added early, late;
         recall(answers, values, state, n);
-        wait(barriers.scores, n & 1);
+        wait(barriers.scores[self.group], n & 1);
         begin_products();
-        begin_weighing(answers, values, room, n);
+        begin_weighing(answers, values, room, self.group);
         decay_values(decayed, values, room.decays(n), self);
         finish_products<0>();
         done(answers);
