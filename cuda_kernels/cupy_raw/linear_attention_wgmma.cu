@@ -81,7 +81,7 @@ struct Barriers {
     Barrier scores[GROUPS], votes[GROUPS];
 
     __device__ __forceinline__ void set_up_all() {
-        const int arrivals = (STATES ? 2 : 3) * 32 + GATE;  // of all lanes that bring tiles, and of the warp with decays
+        const int arrivals = (STATES ? 2 : 3) * 32 + GATE;  // of lanes that bring tiles, and of the warp with decays
         for (int i = 0; i < STAGES; i++) set_up(there[i], arrivals), set_up(free[i], WARPS);
         for (int i = 0; i < GROUPS; i++) set_up(scores[i], 4), set_up(votes[i], 4);
     }
@@ -157,7 +157,7 @@ __device__ __forceinline__ void carry(Carrier<Tile> carrier, Barriers& barriers,
     }
 }
 
-// ---- decays, by the last warp of that warpgroup ---------------------------------------------------------------------
+// ---- decays, by the first warp of that warpgroup --------------------------------------------------------------------
 
 // Two gates of each lane, of tokens lane and lane + 32, and sums over their blocks of 16.
 struct Gates {
@@ -248,15 +248,15 @@ __device__ __forceinline__ void produce_decays(const Room& room, Barriers& barri
 
 __device__ __forceinline__ void produce(const Room& room, Barriers& barriers, const Places& places) {
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), begin = places.begin;
-    if (warp == 0) {
-        carry<Keys>({places.k, begin, 0, K}, barriers, places, [&](int n) { return room.keys(n); });
+    if (warp == 0 && GATE) {  // with warps that have few scores
+        produce_decays(room, barriers, places);
     } else if (warp == 1) {
+        carry<Keys>({places.k, begin, 0, K}, barriers, places, [&](int n) { return room.keys(n); });
+    } else if (warp == 2) {
         const int first = places.first_column, columns = places.columns - first;
         carry<Values>({places.v, begin, first, columns}, barriers, places, [&](int n) { return room.values(n); });
-    } else if (warp == 2 && !STATES) {
+    } else if (warp == 3 && !STATES) {
         carry<Keys>({places.q, begin, 0, K}, barriers, places, [&](int n) { return room.queries(n); });
-    } else if (warp == 3 && GATE) {
-        produce_decays(room, barriers, places);
     }
 }
 
@@ -267,9 +267,9 @@ struct Self {
     int group, warp, lane, line, pair;  // warp: of the warpgroup
 
     __device__ __forceinline__ Self() {
-        const unsigned thread = this_thread() - PRODUCERS;
-        group = __shfl_sync(0xffffffffu, thread / 128, 0) & GROUPS - 1;
-        warp = thread % 128 / 32, lane = thread % 32, line = lane / 4, pair = lane % 4 * 2;
+        const unsigned thread = this_thread() - PRODUCERS, warps = __shfl_sync(0xffffffffu, thread / 32, 0);
+        group = warps / 4 & GROUPS - 1, warp = warps % 4;
+        lane = thread % 32, line = lane / 4, pair = lane % 4 * 2;
     }
     __device__ __forceinline__ int all_warps() const { return 4 * group + warp; }
     __device__ __forceinline__ int thread() const { return 32 * all_warps() + lane; }  // of all consumers
@@ -309,35 +309,49 @@ __device__ __forceinline__ void begin_scores(OwnScores& scores, const Keys& quer
     for (int c = 0; c < KEYS; c += 16) wgmma_bf16<CHUNK>(scores, Keys::part(q, 0, c), Keys::part(k, 0, c), c > 0);
     close_products();
 }
-// What is left at a query of what was stored at a key; where nothing is, not even a NaN is.
-__device__ __forceinline__ void decay_scores(OwnScores& scores, const Decays& decays, const Self& self) {
+// What is left at the queries of this warp of what was stored at keys of a block up to theirs; where nothing is, not
+// even a NaN is.
+__device__ __forceinline__ void decay_scores(OwnScores& scores, int block, const Decays& decays, const Self& self) {
     #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const int row = self.line + 8 * half, query = 16 * self.warp + row;
-        const float since = GATE ? decays.since[query] : 1;
-        #pragma unroll
-        for (int n = 0; n < CHUNK / 8; n++) {
-            const int key = 8 * n + self.pair, block = n / 2;
+    for (int n = 2 * block; n < 2 * block + 2; n++) {
+        const int key = 8 * n + self.pair;
+        const Pair rest = GATE && block < self.warp ? two(&decays.rest[self.warp - 1][key]) : Pair{};
+        for (int half = 0; half < 2; half++) {
+            const int row = self.line + 8 * half, query = 16 * self.warp + row;
             float* x = &scores[4 * n + 2 * half];
             if (!GATE) {
+                if (block < self.warp) continue;
                 for (int i = 0; i < 2; i++) x[i] = key + i <= query ? x[i] : 0;
-                continue;
+            } else if (block < self.warp) {
+                for (int i = 0; i < 2; i++) x[i] = kept(decays.since[query] * rest.x[i], x[i]);
+            } else {
+                const Pair within = two(&decays.within[row][key]);
+                for (int i = 0; i < 2; i++) x[i] = kept(within.x[i], x[i]);
             }
-            const float* factors = block < self.warp ? &decays.rest[self.warp - 1][key] : &decays.within[row][key];
-            const float factor = block < self.warp ? since : block == self.warp ? 1 : 0;
-            const Pair pair = two(factors);
-            for (int i = 0; i < 2; i++) x[i] = kept(factor * pair.x[i], x[i]);
         }
     }
 }
-__device__ __forceinline__ void put_scores(const Room& room, const OwnScores& scores, const Self& self) {
+__device__ __forceinline__ void put_block(const Room& room, const unsigned (&terms)[2][4], int block,
+                                          const Self& self) {
+    const int row = 16 * self.warp + self.lane % 16, column = 16 * block + self.lane / 16 * 8;
+    for (int term = 0; term < 2; term++)
+        store_matrices(terms[term], room.scores(self.group, term).piece(row, column));
+}
+// Nothing comes from keys of later blocks: so it is for all chunks.
+__device__ __forceinline__ void put_zeros(const Room& room, const Self& self) {
+    #pragma unroll 1
+    for (int block = self.warp + 1; block < CHUNK / 16; block++) put_block(room, {}, block, self);
+}
+__device__ __forceinline__ void put_scores(const Room& room, OwnScores& scores, const Decays& decays,
+                                           const Self& self) {
     #pragma unroll
-    for (int i = 0; i < CHUNK / 16; i++) {
+    for (int block = 0; block < CHUNK / 16; block++) {
+        if (block > self.warp) continue;
+        decay_scores(scores, block, decays, self);
         unsigned terms[2][4];
-        for (int r = 0; r < 4; r++) set_pair<bfloat16>(terms, r, scores[8 * i + 2 * r], scores[8 * i + 2 * r + 1]);
-        const int row = 16 * self.warp + self.lane % 16, column = 16 * i + self.lane / 16 * 8;
-        for (int term = 0; term < 2; term++)
-            store_matrices(terms[term], room.scores(self.group, term).piece(row, column));
+        const float* x = &scores[8 * block];
+        for (int r = 0; r < 4; r++) set_pair<bfloat16>(terms, r, x[2 * r], x[2 * r + 1]);
+        put_block(room, terms, block, self);
     }
 }
 
@@ -407,7 +421,8 @@ __device__ __forceinline__ void decay_answers(Answers& answers, const Decays& de
     }
 }
 // V^T P^T, added.
-__device__ __forceinline__ void begin_weighing(Answers& answers, const LeftValues& values, const Room& room, int group) {
+__device__ __forceinline__ void begin_weighing(Answers& answers, const LeftValues& values, const Room& room,
+                                               int group) {
     const Scores terms[2] = {room.scores(group, 0), room.scores(group, 1)};
     const Matrix scores[2] = {terms[0].matrix(), terms[1].matrix()};
     #pragma unroll
@@ -595,8 +610,7 @@ struct Consumer {
         begin_recall(answers, early, room.queries(n), 0);
         finish_products<1>();
         done(scores);
-        decay_scores(scores, room.decays(n), self);
-        put_scores(room, scores, self);
+        put_scores(room, scores, room.decays(n), self);
         show_to_products();
         arrive_as_warp(barriers.scores[self.group], self);
         const StateTerms late(state, 1);
@@ -699,6 +713,7 @@ __device__ __forceinline__ void consume(const Consumer& consumer, const Stored& 
         #pragma unroll
         for (int i = 0; i < KEYS / 2; i++) state[i] = kept(decay, state[i]) + sum[i * stride];
     }
+    if (!STATES) put_zeros(consumer.room, self);
     const float product = consumer.take(state);
     if (STATES) {
         real* sum = stored.sum_of(places, places.columns, places.piece, self);
