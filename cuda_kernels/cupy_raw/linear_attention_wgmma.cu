@@ -600,7 +600,7 @@ struct Consumer {
             return walk(state, room, n, places, CHUNK, scale, self);  // a gate may forget what no product forgets
         for (int half = 0; half < 2; half++) add(state, added[half], half, total(n));
     }
-    // Scores for all, and what the state answers.
+    // Scores, and what the state answers; without gates its last products may be under way at the end.
     __device__ __forceinline__ void recall(Answers& answers, LeftValues& values, const State& state, int n) const {
         OwnScores scores;
         begin_products();
@@ -617,9 +617,10 @@ struct Consumer {
         begin_products();
         begin_recall(answers, late, room.queries(n), 1);
         load_values(values, room.values(n), self);
+        if (!GATE) return;  // sums go on
         finish_products<0>();
         done(answers);
-        if (GATE) decay_answers(answers, room.decays(n), self);
+        decay_answers(answers, room.decays(n), self);
     }
     __device__ __forceinline__ void answer(State& state, int n) const {
         Answers answers;
@@ -631,24 +632,21 @@ struct Consumer {
         begin_products();
         begin_weighing(answers, values, room, self.group);
         decay_values(decayed, values, room.decays(n), self);
-        finish_products<0>();
-        done(answers);
+        if (!GATE) finish_products<1>();  // the terms of the state leave their registers
         begin_products();
         begin_memorising(early, decayed, room.keys(n), 0);
+        begin_memorising(late, decayed, room.keys(n), 1);
+        finish_products<2>();  // sums of the state may be under way
+        done(answers);
         if (any(spoilt(answers) != 0, n)) {
             finish_products<0>();  // sums that nobody wants leave their registers
-            done(early);
+            done(early), done(late);
             return answer_one_by_one(answers, state, n);
         }
         put(answers, n, places.tokens_of(n), self);
-        begin_products();
-        begin_memorising(late, decayed, room.keys(n), 1);
-        finish_products<1>();
-        done(early);
-        add(state, early, 0, total(n));
         finish_products<0>();
-        done(late);
-        add(state, late, 1, total(n));
+        done(early), done(late);
+        add(state, early, 0, total(n)), add(state, late, 1, total(n));
     }
     // All chunks of the piece; and what the piece leaves of a state.
     __device__ __forceinline__ float take(State& state) const {
