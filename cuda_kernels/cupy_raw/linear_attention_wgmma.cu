@@ -442,10 +442,14 @@ __device__ __forceinline__ void begin_memorising(Added& added, const Decayed& va
     close_products();
 }
 __device__ __forceinline__ void add(State& state, const Added& added, int half, float total) {
+    const bool all = total != 0;  // where nothing is left, not even a NaN is
     #pragma unroll
     for (int i = 0; i < KEYS / 4; i++) {
         float& x = state[KEYS / 4 * half + i];
-        x = GATE ? fma(total, total == 0 ? 0 : x, added[i]) : x + added[i];
+        if (GATE)
+            x = all ? fma(total, x, added[i]) : added[i];
+        else
+            x += added[i];
     }
 }
 
