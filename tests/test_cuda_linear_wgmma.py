@@ -205,7 +205,7 @@ def test_each_barrier_and_each_wait_is_needed(monkeypatch):
 # ---- machine code ----------------------------------------------------------------------------------------------------
 
 # By gate, for both launches: bytes of the stack.
-STACK = {"none": (0, 0), "step": (0, 16)}
+STACK = {"none": (0, 0), "step": (0, 8)}
 
 
 def texts(gate):

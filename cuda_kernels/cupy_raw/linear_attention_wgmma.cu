@@ -751,10 +751,10 @@ linear_attention_wgmma(const data* q, const data* k, const data* v, const real* 
     }
     __syncthreads();  // the places are known, and the barriers are there
     if (threadIdx.x < PRODUCERS) {
-        leave_registers<GROUPS == 2 ? 40 : 56>();
+        leave_registers<56>();
         produce(room, barriers, places);
     } else {
-        take_registers<GROUPS == 2 ? 232 : 240>();
+        take_registers<GROUPS == 2 ? 224 : 240>();
         const bool last = places.end == tokens && places.group == 0;
         const real* before = STATES ? nullptr : rows(S, table, axes, STATE, places.which).begin;
         real* after = STATES || !last ? nullptr : rows(S_next, table, axes, STATE_NEXT, places.which).begin;
