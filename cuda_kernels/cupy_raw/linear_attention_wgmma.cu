@@ -4,8 +4,9 @@
 //
 // See linear_attention_chunks.cu for other data, wgmma.cuh for the products. All is transposed, so that the state is a
 // left matrix and never leaves the registers: a warpgroup has 64 value columns of it, which are the rows of its sums,
-// and answers O^T = S^T Q^T + V^T P^T for them. Of the scores P it makes the columns of some keys; they are all that
-// warpgroups tell each other, through shared memory. One more warpgroup brings the next chunks and sums their gates.
+// and answers O^T = S^T Q^T + V^T P^T for them. It makes all scores P for itself, though another has the same: so none
+// waits for another, and one multiplies while another does what is between products. One more warpgroup brings the next
+// chunks and sums their gates.
 //
 // Whatever is computed is kept in two bfloat16, never in one. What a chunk adds to the state is summed from zero and
 // then added, because tensor cores cut what they add instead of rounding it.
@@ -24,7 +25,6 @@
 enum { Q, KEY, V, GATE_OF, STATE, STATE_NEXT, O };
 
 constexpr int CHUNK = 64, GROUPS = VALUES / 64, WARPS = 4 * GROUPS, PRODUCERS = 128;  // threads
-constexpr int SHARE = CHUNK / GROUPS;  // keys whose scores a warpgroup makes
 constexpr float LOG2E = 1.44269504f;
 static_assert(GROUPS == 1 || GROUPS == 2, "the warpgroup that brings tiles has whole rows of them");
 
@@ -33,7 +33,7 @@ typedef Swizzled<data, CHUNK, VALUES> Values;
 typedef Swizzled<bfloat16, CHUNK, CHUNK> Scores;  // one of their two terms
 typedef float State[KEYS / 2];     // S^T: 64 columns of the state, KEYS keys
 typedef float Answers[CHUNK / 2];  // O^T: 64 columns, CHUNK tokens
-typedef float OwnScores[SHARE / 2];
+typedef float OwnScores[CHUNK / 2];  // of a warpgroup: all queries and keys
 typedef unsigned LeftPart[4];
 typedef LeftPart LeftValues[CHUNK / 16];  // V^T
 constexpr int TERMS = GATE ? 2 : 1;
@@ -64,26 +64,26 @@ struct Room {
     __device__ __forceinline__ Keys queries(int n) const {
         return {at + n % STAGES * stage + Keys::bytes + Values::bytes};
     }
-    __device__ __forceinline__ Scores scores(int n, int term) const {  // of two chunks in turn
-        return {at + STAGES * stage + n % 2 * terms + term * Scores::bytes};
+    __device__ __forceinline__ Scores scores(int group, int term) const {
+        return {at + STAGES * stage + group * terms + term * Scores::bytes};
     }
     __device__ __forceinline__ unsigned char* answers_of(int warp) const {
-        return at + STAGES * stage + 2 * terms + warp * answers;
+        return at + STAGES * stage + GROUPS * terms + warp * answers;
     }
     __device__ __forceinline__ Decays& decays(int n) const {
-        unsigned char* begin = at + STAGES * stage + (STATES ? 0 : 2 * terms + WARPS * answers);
+        unsigned char* begin = at + STAGES * stage + (STATES ? 0 : GROUPS * terms + WARPS * answers);
         return reinterpret_cast<Decays*>(begin)[n % STAGES];
     }
 };
 
 struct Barriers {
     Barrier there[STAGES], free[STAGES];  // chunks, and places that nobody needs any more
-    Barrier scores, votes[GROUPS];        // of all consumers; of a warpgroup
+    Barrier scores[GROUPS], votes[GROUPS];
 
     __device__ __forceinline__ void set_up_all() {
-        for (int i = 0; i < STAGES; i++) set_up(there[i], 2 * PRODUCERS), set_up(free[i], WARPS);
-        set_up(scores, WARPS);
-        for (int i = 0; i < GROUPS; i++) set_up(votes[i], 4);
+        const int arrivals = (STATES ? 2 : 3) * 32 + GATE;  // of lanes that bring tiles, and of the warp with decays
+        for (int i = 0; i < STAGES; i++) set_up(there[i], arrivals), set_up(free[i], WARPS);
+        for (int i = 0; i < GROUPS; i++) set_up(scores[i], 4), set_up(votes[i], 4);
     }
 };
 
@@ -100,34 +100,66 @@ struct Places {
     __device__ __forceinline__ int tokens_of(int n) const { return min(int(CHUNK), end - first_of(n)); }
 };
 
-// ---- bringing chunks, by a warpgroup -------------------------------------------------------------------------------
+// ---- bringing chunks, by a warpgroup: a warp for each array ---------------------------------------------------------
 
-// tile[i][j] = from[first + i][first_column + j] for i < rows and j < columns, zero elsewhere.
+// What a lane brings of one array: of every second row of a chunk, 16 bytes. All that it needs is in its registers:
+// between two copies there is no time to ask shared memory where the next one is.
 template <class Tile>
-__device__ __forceinline__ void bring(Tile tile, const Rows<const data>& from, long long first, int first_column,
-                                      int rows, int columns, bool vectors) {
-    constexpr int pieces = Tile::columns / 8, step = PRODUCERS / pieces;
-    const int column = threadIdx.x % pieces * 8, row = threadIdx.x / pieces;
-    if (vectors) {
-        const int bytes = max(min(columns - column, 8), 0) * int(sizeof(data));
-        const data* at = from.begin + (first + row) * from.row + first_column + column;
-        #pragma unroll 4
-        for (int i = row; i < CHUNK; i += step, at += step * from.row) {
-            const int wanted = i < rows ? bytes : 0;
-            copy_later(tile.piece(i, column), wanted ? at : from.begin, wanted);
-        }
-        return;
+struct Carrier {
+    static constexpr int pieces = Tile::columns / 8, step = 32 / pieces;
+    const data* at;  // in the next chunk
+    long long row, column;
+    int first, piece, numbers;  // the first row and the column in the tile, and the numbers there
+    bool vectors;
+
+    __device__ __forceinline__ Carrier(const Rows<const data>& from, int first_token, int first_column, int columns)
+        : row(from.row), column(from.column), first(threadIdx.x % 32 / pieces), piece(threadIdx.x % pieces * 8),
+          numbers(max(min(columns - piece, 8), 0)), vectors(in_vectors(from) && columns % 8 == 0) {
+        at = &from.at(first_token + first, first_column + piece);
     }
-    #pragma unroll 1
-    for (int i = row; i < CHUNK; i += step)
-        for (int j = 0; j < 8; j++) {
-            const bool there = i < rows && column + j < columns;
-            reinterpret_cast<data*>(tile.piece(i, column))[j] =
-                there ? from.begin[(first + i) * from.row + (first_column + column + j) * from.column] : data{};
+    // tile[i][j] = the array's number for i < rows, zero elsewhere.
+    __device__ __forceinline__ void bring(Tile tile, int rows) {
+        if (vectors) {
+            const int left = numbers > 0 ? rows - first : 0;
+            #pragma unroll 1
+            for (int i = 0; i < 8; i += step) {  // rows of one place among eight
+                unsigned char* to = tile.piece(first + i, piece);
+                const data* from = at + i * row;
+                #pragma unroll
+                for (int far = 0; far < CHUNK; far += 8, from += 8 * row)
+                    copy_later(to + far * 128, from, i + far < left ? 16 : 0);
+            }
+        } else {
+            #pragma unroll 1
+            for (int i = first; i < CHUNK; i += step)
+                for (int j = 0; j < 8; j++)
+                    reinterpret_cast<data*>(tile.piece(i, piece))[j] =
+                        i < rows && j < numbers ? at[(i - first) * row + j * column] : data{};
         }
+        at += CHUNK * row;
+    }
+    __device__ __forceinline__ void hand_over(Barrier& there) const {
+        if (vectors) return arrive_with_copies(there);
+        show_to_products();
+        arrive(there);
+    }
+};
+// All chunks of an array to the tiles of its name.
+template <class Tile, class TileOf>
+__device__ __forceinline__ void carry(Carrier<Tile> carrier, Barriers& barriers, const Places& places,
+                                      TileOf tile_of) {
+    const int chunks = places.chunks();
+    #pragma unroll 1
+    for (int n = 0; n < chunks; n++) {
+        if (n >= STAGES) wait(barriers.free[n % STAGES], n / STAGES - 1 & 1);
+        carrier.bring(tile_of(n), places.tokens_of(n));
+        carrier.hand_over(barriers.there[n % STAGES]);
+    }
 }
 
-// Two gates of each lane, of tokens lane and lane + 32, and sums over their blocks of 16: each warp has them all.
+// ---- decays, by the first warp of that warpgroup --------------------------------------------------------------------
+
+// Two gates of each lane, of tokens lane and lane + 32, and sums over their blocks of 16.
 struct Gates {
     float log[2], until[2], rest[2], block[4];  // until: this token among them; rest: those behind it
 
@@ -155,50 +187,76 @@ struct Gates {
     }
 };
 
-// Warp w of those that bring chunks has the decays of queries of block w.
+// The sum of all blocks from `first` to `last - 1`.
+__device__ __forceinline__ float blocks_between(const Gates& gates, int first, int last) {
+    float sum = 0;
+    #pragma unroll
+    for (int b = 0; b < CHUNK / 16; b++) sum += b >= first && b < last ? gates.block[b] : 0;
+    return sum;
+}
+// From each token to later ones of its block.
+__device__ __forceinline__ void put_within(Decays& decays, const Gates& gates) {
+    const int lane = threadIdx.x % 32;
+    #pragma unroll
+    for (int half = 0; half < 2; half++) {
+        float sum = 0;
+        #pragma unroll
+        for (int place = 0; place < 16; place++) {
+            const float gate = __shfl_sync(0xffffffffu, gates.log[half], (lane & 16) + place);
+            sum += place > lane % 16 ? gate : 0;
+            decays.within[place][32 * half + lane] = place >= lane % 16 ? exp2f(sum) : 0;
+        }
+    }
+}
 __device__ __forceinline__ void put_decays(Decays& decays, const Gates& gates) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int lane = threadIdx.x % 32;
     #pragma unroll
     for (int half = 0; half < 2; half++) {
         const int token = lane + 32 * half, own = token / 16;
-        float before = 0, behind = 0, between = 0;
+        decays.log[token] = gates.log[half];
+        decays.to_end[token] = exp2f(gates.rest[half] + blocks_between(gates, own + 1, CHUNK / 16));
+        if (STATES) continue;
+        decays.since[token] = exp2f(gates.until[half]);
+        decays.from_start[token] = exp2f(blocks_between(gates, 0, own) + gates.until[half]);
         #pragma unroll
-        for (int b = 0; b < CHUNK / 16; b++) {
-            before += b < own ? gates.block[b] : 0, behind += b > own ? gates.block[b] : 0;
-            between += b > own && b < warp ? gates.block[b] : 0;
-        }
-        if (warp == 0) decays.log[token] = gates.log[half], decays.to_end[token] = exp2f(gates.rest[half] + behind);
-        if (warp > 0 && own < warp && !STATES) decays.rest[warp - 1][token] = exp2f(gates.rest[half] + between);
-        if (warp == own && !STATES) decays.since[token] = exp2f(gates.until[half]);
-        if (warp == own && !STATES) decays.from_start[token] = exp2f(before + gates.until[half]);
+        for (int block = 2 * half + 1; block < CHUNK / 16; block++)
+            if (own < block)
+                decays.rest[block - 1][token] = exp2f(gates.rest[half] + blocks_between(gates, own + 1, block));
     }
-    if (threadIdx.x == 0) decays.total = exp2f((gates.block[0] + gates.block[1]) + (gates.block[2] + gates.block[3]));
-    float sum = 0;
-    #pragma unroll
-    for (int place = 0; place < 16 && !STATES; place++) {
-        const float gate = __shfl_sync(0xffffffffu, warp < 2 ? gates.log[0] : gates.log[1], warp % 2 * 16 + place);
-        sum += place > lane % 16 ? gate : 0;
-        if (lane < 16) decays.within[place][16 * warp + lane] = place >= lane ? exp2f(sum) : 0;
+    if (lane == 0) decays.total = exp2f((gates.block[0] + gates.block[1]) + (gates.block[2] + gates.block[3]));
+    if (!STATES) put_within(decays, gates);
+}
+// The decays of all chunks. Gates are read two chunks at a time, while those before them are worked on.
+__device__ __forceinline__ void produce_decays(const Room& room, Barriers& barriers, const Places& places) {
+    const int chunks = places.chunks();
+    Gates next[2];
+    for (int i = 0; i < 2; i++) next[i].read(places, i);
+    #pragma unroll 1
+    for (int n = 0; n < chunks;) {
+        const Gates now[2] = {next[0], next[1]};
+        for (int i = 0; i < 2; i++) next[i].read(places, n + 2 + i);
+        #pragma unroll 1
+        for (int i = 0; i < 2 && n < chunks; i++, n++) {
+            Gates gates = {{i ? now[1].log[0] : now[0].log[0], i ? now[1].log[1] : now[0].log[1]}};
+            if (n >= STAGES) wait(barriers.free[n % STAGES], n / STAGES - 1 & 1);
+            gates.sum(), put_decays(room.decays(n), gates);
+            __syncwarp();  // all decays are there
+            if (threadIdx.x % 32 == 0) arrive(barriers.there[n % STAGES]);
+        }
     }
 }
 
 __device__ __forceinline__ void produce(const Room& room, Barriers& barriers, const Places& places) {
-    const bool wide_q = STATES || in_vectors(places.q), wide_k = in_vectors(places.k), wide_v = in_vectors(places.v);
-    const bool wide = wide_q && wide_k && wide_v;
-    const int chunks = places.chunks();
-    Gates gates;
-    if (GATE) gates.read(places, 0);
-    #pragma unroll 1
-    for (int n = 0; n < chunks; n++) {
-        const int first = places.first_of(n), count = places.tokens_of(n), column = places.first_column;
-        if (n >= STAGES) wait(barriers.free[n % STAGES], n / STAGES - 1 & 1);
-        bring(room.keys(n), places.k, first, 0, count, K, wide_k);
-        if (!STATES) bring(room.queries(n), places.q, first, 0, count, K, wide_q);
-        bring(room.values(n), places.v, first, column, count, places.columns - column, wide_v);
-        arrive_with_copies(barriers.there[n % STAGES]);
-        if (!wide) show_to_products();
-        if (GATE) gates.sum(), put_decays(room.decays(n), gates), gates.read(places, n + 1);
-        arrive(barriers.there[n % STAGES]);
+    const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), begin = places.begin;
+    if (warp == 0 && GATE) {  // with warps that have few scores
+        produce_decays(room, barriers, places);
+    } else if (warp == 1) {
+        carry<Keys>({places.k, begin, 0, K}, barriers, places, [&](int n) { return room.keys(n); });
+    } else if (warp == 2) {
+        const int first = places.first_column, columns = places.columns - first;
+        carry<Values>({places.v, begin, first, columns}, barriers, places, [&](int n) { return room.values(n); });
+    } else if (warp == 3 && !STATES) {
+        carry<Keys>({places.q, begin, 0, K}, barriers, places, [&](int n) { return room.queries(n); });
     }
     close_copies();
     finish_copies<0>();  // no thread ends before its copies are there
@@ -211,9 +269,9 @@ struct Self {
     int group, warp, lane, line, pair;  // warp: of the warpgroup
 
     __device__ __forceinline__ Self() {
-        const unsigned thread = this_thread() - PRODUCERS;
-        group = __shfl_sync(0xffffffffu, thread / 128, 0) & GROUPS - 1;
-        warp = thread % 128 / 32, lane = thread % 32, line = lane / 4, pair = lane % 4 * 2;
+        const unsigned thread = this_thread() - PRODUCERS, warps = __shfl_sync(0xffffffffu, thread / 32, 0);
+        group = warps / 4 & GROUPS - 1, warp = warps % 4;
+        lane = thread % 32, line = lane / 4, pair = lane % 4 * 2;
     }
     __device__ __forceinline__ int all_warps() const { return 4 * group + warp; }
     __device__ __forceinline__ int thread() const { return 32 * all_warps() + lane; }  // of all consumers
@@ -246,42 +304,56 @@ __device__ __forceinline__ float spoilt(const float (&x)[R]) {
 
 // ---- scores --------------------------------------------------------------------------------------------------------
 
-// Q K^T, of all queries and the keys of this warpgroup.
-__device__ __forceinline__ void begin_scores(OwnScores& scores, const Keys& queries, const Keys& keys,
-                                             const Self& self) {
-    const Matrix q = queries.matrix(), k = Keys::part(keys.matrix(), SHARE * self.group, 0);
+// Q K^T.
+__device__ __forceinline__ void begin_scores(OwnScores& scores, const Keys& queries, const Keys& keys) {
+    const Matrix q = queries.matrix(), k = keys.matrix();
     #pragma unroll
-    for (int c = 0; c < KEYS; c += 16) wgmma_bf16<SHARE>(scores, Keys::part(q, 0, c), Keys::part(k, 0, c), c > 0);
+    for (int c = 0; c < KEYS; c += 16) wgmma_bf16<CHUNK>(scores, Keys::part(q, 0, c), Keys::part(k, 0, c), c > 0);
     close_products();
 }
-// What is left at a query of what was stored at a key; where nothing is, not even a NaN is.
-__device__ __forceinline__ void decay_scores(OwnScores& scores, const Decays& decays, const Self& self) {
+// What is left at the queries of this warp of what was stored at keys of a block up to theirs; where nothing is, not
+// even a NaN is.
+__device__ __forceinline__ void decay_scores(OwnScores& scores, int block, const Decays& decays, const Self& self) {
     #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const int row = self.line + 8 * half, query = 16 * self.warp + row;
-        const float since = GATE ? decays.since[query] : 1;
-        #pragma unroll
-        for (int n = 0; n < SHARE / 8; n++) {
-            const int key = SHARE * self.group + 8 * n + self.pair, block = (SHARE * self.group + 8 * n) / 16;
+    for (int n = 2 * block; n < 2 * block + 2; n++) {
+        const int key = 8 * n + self.pair;
+        const Pair rest = GATE && block < self.warp ? two(&decays.rest[self.warp - 1][key]) : Pair{};
+        for (int half = 0; half < 2; half++) {
+            const int row = self.line + 8 * half, query = 16 * self.warp + row;
             float* x = &scores[4 * n + 2 * half];
             if (!GATE) {
+                if (block < self.warp) continue;
                 for (int i = 0; i < 2; i++) x[i] = key + i <= query ? x[i] : 0;
-                continue;
+            } else if (block < self.warp) {
+                for (int i = 0; i < 2; i++) x[i] = kept(decays.since[query] * rest.x[i], x[i]);
+            } else {
+                const Pair within = two(&decays.within[row][key]);
+                for (int i = 0; i < 2; i++) x[i] = kept(within.x[i], x[i]);
             }
-            const float* factors = block < self.warp ? &decays.rest[self.warp - 1][key] : &decays.within[row][key];
-            const float factor = block < self.warp ? since : block == self.warp ? 1 : 0;
-            const Pair pair = two(factors);
-            for (int i = 0; i < 2; i++) x[i] = kept(factor * pair.x[i], x[i]);
         }
     }
 }
-__device__ __forceinline__ void put_scores(const Room& room, int n, const OwnScores& scores, const Self& self) {
+__device__ __forceinline__ void put_block(const Room& room, const unsigned (&terms)[2][4], int block,
+                                          const Self& self) {
+    const int row = 16 * self.warp + self.lane % 16, column = 16 * block + self.lane / 16 * 8;
+    for (int term = 0; term < 2; term++)
+        store_matrices(terms[term], room.scores(self.group, term).piece(row, column));
+}
+// Nothing comes from keys of later blocks: so it is for all chunks.
+__device__ __forceinline__ void put_zeros(const Room& room, const Self& self) {
+    #pragma unroll 1
+    for (int block = self.warp + 1; block < CHUNK / 16; block++) put_block(room, {}, block, self);
+}
+__device__ __forceinline__ void put_scores(const Room& room, OwnScores& scores, const Decays& decays,
+                                           const Self& self) {
     #pragma unroll
-    for (int i = 0; i < SHARE / 16; i++) {
+    for (int block = 0; block < CHUNK / 16; block++) {
+        if (block > self.warp) continue;
+        decay_scores(scores, block, decays, self);
         unsigned terms[2][4];
-        for (int r = 0; r < 4; r++) set_pair<bfloat16>(terms, r, scores[8 * i + 2 * r], scores[8 * i + 2 * r + 1]);
-        const int row = 16 * self.warp + self.lane % 16, column = SHARE * self.group + 16 * i + self.lane / 16 * 8;
-        for (int term = 0; term < 2; term++) store_matrices(terms[term], room.scores(n, term).piece(row, column));
+        const float* x = &scores[8 * block];
+        for (int r = 0; r < 4; r++) set_pair<bfloat16>(terms, r, x[2 * r], x[2 * r + 1]);
+        put_block(room, terms, block, self);
     }
 }
 
@@ -351,8 +423,9 @@ __device__ __forceinline__ void decay_answers(Answers& answers, const Decays& de
     }
 }
 // V^T P^T, added.
-__device__ __forceinline__ void begin_weighing(Answers& answers, const LeftValues& values, const Room& room, int n) {
-    const Scores terms[2] = {room.scores(n, 0), room.scores(n, 1)};
+__device__ __forceinline__ void begin_weighing(Answers& answers, const LeftValues& values, const Room& room,
+                                               int group) {
+    const Scores terms[2] = {room.scores(group, 0), room.scores(group, 1)};
     const Matrix scores[2] = {terms[0].matrix(), terms[1].matrix()};
     #pragma unroll
     for (int i = 0; i < CHUNK / 16; i++)
@@ -371,10 +444,14 @@ __device__ __forceinline__ void begin_memorising(Added& added, const Decayed& va
     close_products();
 }
 __device__ __forceinline__ void add(State& state, const Added& added, int half, float total) {
+    const bool all = total != 0;  // where nothing is left, not even a NaN is
     #pragma unroll
     for (int i = 0; i < KEYS / 4; i++) {
         float& x = state[KEYS / 4 * half + i];
-        x = GATE ? fma(total, total == 0 ? 0 : x, added[i]) : x + added[i];
+        if (GATE)
+            x = all ? fma(total, x, added[i]) : added[i];
+        else
+            x += added[i];
     }
 }
 
@@ -499,14 +576,17 @@ struct Consumer {
         done(answers);
         if (GATE) decay_answers(answers, room.decays(n), by);
         begin_products();
-        begin_weighing(answers, values, room, n);
+        begin_weighing(answers, values, room, by.group);
         finish_products<0>();
         done(answers);
+        warpgroup_barrier(by.group);  // then the next scores may come
         each_sum(answers, by, [&](int, int token, float x) { answer.look(token, x); });
         return min(good, answer.of_warp());
     }
     __device__ __forceinline__ void answer_one_by_one(Answers& answers, State& state, int n) const {
         const Self anew;
+        // For the compiler these are other numbers: so no term of the state waits in registers for this to happen.
+        for (float& x : state) x = __shfl_sync(0xffffffffu, x, anew.lane);
         const int good = min(answer_again(answers, state, n, anew), places.tokens_of(n));
         put(answers, n, good, anew);
         walk(state, room, n, places, good, scale, anew);
@@ -526,27 +606,27 @@ struct Consumer {
             return walk(state, room, n, places, CHUNK, scale, self);  // a gate may forget what no product forgets
         for (int half = 0; half < 2; half++) add(state, added[half], half, total(n));
     }
-    // Scores for all, and what the state answers.
+    // Scores, and what the state answers; without gates its last products may be under way at the end.
     __device__ __forceinline__ void recall(Answers& answers, LeftValues& values, const State& state, int n) const {
         OwnScores scores;
         begin_products();
-        begin_scores(scores, room.queries(n), room.keys(n), self);
+        begin_scores(scores, room.queries(n), room.keys(n));
         const StateTerms early(state, 0);
         begin_products();
         begin_recall(answers, early, room.queries(n), 0);
         finish_products<1>();
         done(scores);
-        decay_scores(scores, room.decays(n), self);
-        put_scores(room, n, scores, self);
+        put_scores(room, scores, room.decays(n), self);
         show_to_products();
-        arrive_as_warp(barriers.scores, self);
+        arrive_as_warp(barriers.scores[self.group], self);
         const StateTerms late(state, 1);
         begin_products();
         begin_recall(answers, late, room.queries(n), 1);
         load_values(values, room.values(n), self);
+        if (!GATE) return;  // sums go on
         finish_products<0>();
         done(answers);
-        if (GATE) decay_answers(answers, room.decays(n), self);
+        decay_answers(answers, room.decays(n), self);
     }
     __device__ __forceinline__ void answer(State& state, int n) const {
         Answers answers;
@@ -554,28 +634,25 @@ struct Consumer {
         Decayed decayed;
         Added early, late;
         recall(answers, values, state, n);
-        wait(barriers.scores, n & 1);
+        wait(barriers.scores[self.group], n & 1);
         begin_products();
-        begin_weighing(answers, values, room, n);
+        begin_weighing(answers, values, room, self.group);
         decay_values(decayed, values, room.decays(n), self);
-        finish_products<0>();
-        done(answers);
+        if (!GATE) finish_products<1>();  // the terms of the state leave their registers
         begin_products();
         begin_memorising(early, decayed, room.keys(n), 0);
+        begin_memorising(late, decayed, room.keys(n), 1);
+        finish_products<2>();  // sums of the state may be under way
+        done(answers);
         if (any(spoilt(answers) != 0, n)) {
             finish_products<0>();  // sums that nobody wants leave their registers
-            done(early);
+            done(early), done(late);
             return answer_one_by_one(answers, state, n);
         }
         put(answers, n, places.tokens_of(n), self);
-        begin_products();
-        begin_memorising(late, decayed, room.keys(n), 1);
-        finish_products<1>();
-        done(early);
-        add(state, early, 0, total(n));
         finish_products<0>();
-        done(late);
-        add(state, late, 1, total(n));
+        done(early), done(late);
+        add(state, early, 0, total(n)), add(state, late, 1, total(n));
     }
     // All chunks of the piece; and what the piece leaves of a state.
     __device__ __forceinline__ float take(State& state) const {
@@ -640,6 +717,7 @@ __device__ __forceinline__ void consume(const Consumer& consumer, const Stored& 
         #pragma unroll
         for (int i = 0; i < KEYS / 2; i++) state[i] = kept(decay, state[i]) + sum[i * stride];
     }
+    if (!STATES) put_zeros(consumer.room, self);
     const float product = consumer.take(state);
     if (STATES) {
         real* sum = stored.sum_of(places, places.columns, places.piece, self);
@@ -675,10 +753,10 @@ linear_attention_wgmma(const data* q, const data* k, const data* v, const real* 
     }
     __syncthreads();  // the places are known, and the barriers are there
     if (threadIdx.x < PRODUCERS) {
-        leave_registers<GROUPS == 2 ? 40 : 56>();
+        leave_registers<56>();
         produce(room, barriers, places);
     } else {
-        take_registers<GROUPS == 2 ? 232 : 240>();
+        take_registers<GROUPS == 2 ? 224 : 240>();
         const bool last = places.end == tokens && places.group == 0;
         const real* before = STATES ? nullptr : rows(S, table, axes, STATE, places.which).begin;
         real* after = STATES || !last ? nullptr : rows(S_next, table, axes, STATE_NEXT, places.which).begin;
