@@ -225,6 +225,15 @@ def test_what_conjugate_gradients_cannot_solve_is_solved_token_by_token():
         sentences.close(o[:, 8:], wanted[:, 8:], 1e-4)  # before, too few pairs: rounding says what counts as zero
 
 
+def test_nothing_is_left_after_a_full_reset():
+    arrays = pairs("mesa", 40)
+    arrays["log_decay"][0, 20] = -np.inf
+    arrays["v"][0, :20] *= 1e30
+    wanted, _ = run("mesa", "numpy", arrays)
+    o, _ = run("mesa", "cupy", arrays)
+    sentences.close(o[:, 20:], wanted[:, 20:], 1e-5)
+
+
 def test_a_limit_on_the_steps_is_reported():
     arrays = pairs("mesa", 40)
     words = "solver 'cg' stopped after 2 iterations at a relative residual of .*, above the tolerance 1"
