@@ -126,6 +126,23 @@ def test_pieces_begin_where_the_last_ones_end(operator, options):
         is_as_good(operator, arrays, **options, **more)
 
 
+def test_a_piece_whose_beginning_has_faded_walks_over_what_came_before(monkeypatch):
+    monkeypatch.setattr(_least_squares_chunks, "LEAST", 32)  # tokens of a piece
+    arrays = pairs("recursive_least_squares", 127, k=6, v=3)
+    arrays["k"][:, 10:, 3:] = 0  # nothing more of these channels
+    arrays["log_decay"][...] = -3
+    found = []
+    for multiprocessors in (4, 1):
+        with on_cpu("cupy") as machine:
+            machine.multiprocessors = multiprocessors
+            found.append(ttr_np.recursive_least_squares(**arrays, output_final_state=True, backend="cupy"))
+        assert ("pair_sums" in machine.launches) == (multiprocessors > 1)
+    (o, (S, P)), (whole, (S_whole, P_whole)) = found
+    assert np.isfinite(whole).all()
+    for x, y in ((o, whole), (S, S_whole), (P, P_whole)):
+        sentences.same_bits(x, y)
+
+
 def test_what_learns_nothing_moves_nothing():
     arrays = pairs("recursive_least_squares", 1100)
     arrays.pop("log_decay")

@@ -53,9 +53,7 @@ class Plan(NamedTuple):
         return Grid(pieces * self.column_blocks, THREADS, self.shared)
 
 
-def plan(
-    q: Any, v: Any, sequences: Sequences, bytes_of: Callable[[int], int], faintest: int
-) -> Plan | None:
+def plan(q: Any, v: Any, sequences: Sequences, bytes_of: Callable[[int], int], faintest: int) -> Plan | None:
     """The choice for these arrays; None where one token after the other is the better form.
 
     Parameters
