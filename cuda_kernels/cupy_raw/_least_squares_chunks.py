@@ -2,7 +2,8 @@
 
 A block walks over one memory with up to 128 value columns. Where that leaves multiprocessors idle the sequence is cut
 in pieces: ``pair_sums.cu`` makes what the pairs of each piece add to the Gram matrix and to the solution, and a piece
-begins with the solution of all pairs before it. Memory beside arrays and states: those sums, and a matrix per block.
+begins with the solution of all pairs before it. Memory beside arrays and states: those sums, and a matrix per block. A
+piece of ``recursive_least_squares`` before which some directions have faded walks over all tokens from the first on.
 """
 
 from __future__ import annotations
