@@ -126,6 +126,23 @@ def test_pieces_begin_where_the_last_ones_end(operator, options):
         is_as_good(operator, arrays, **options, **more)
 
 
+def test_a_piece_whose_beginning_has_faded_walks_over_what_came_before(monkeypatch):
+    monkeypatch.setattr(_least_squares_chunks, "LEAST", 32)  # tokens of a piece
+    arrays = pairs("recursive_least_squares", 127, k=6, v=3)
+    arrays["k"][:, 10:, 3:] = 0  # nothing more of these channels
+    arrays["log_decay"][...] = -3
+    found = []
+    for multiprocessors in (4, 1):
+        with on_cpu("cupy") as machine:
+            machine.multiprocessors = multiprocessors
+            found.append(ttr_np.recursive_least_squares(**arrays, output_final_state=True, backend="cupy"))
+        assert ("pair_sums" in machine.launches) == (multiprocessors > 1)
+    (o, (S, P)), (whole, (S_whole, P_whole)) = found
+    assert np.isfinite(whole).all()
+    for x, y in ((o, whole), (S, S_whole), (P, P_whole)):
+        sentences.same_bits(x, y)
+
+
 def test_what_learns_nothing_moves_nothing():
     arrays = pairs("recursive_least_squares", 1100)
     arrays.pop("log_decay")
@@ -223,6 +240,15 @@ def test_what_conjugate_gradients_cannot_solve_is_solved_token_by_token():
         wanted, _ = run("mesa", "numpy", {name: doubled(x) for name, x in arrays.items()}, ridge=ridge)
         o, _ = run("mesa", "cupy", arrays, ridge=ridge)
         sentences.close(o[:, 8:], wanted[:, 8:], 1e-4)  # before, too few pairs: rounding says what counts as zero
+
+
+def test_nothing_is_left_after_a_full_reset():
+    arrays = pairs("mesa", 40)
+    arrays["log_decay"][0, 20] = -np.inf
+    arrays["v"][0, :20] *= 1e30
+    wanted, _ = run("mesa", "numpy", arrays)
+    o, _ = run("mesa", "cupy", arrays)
+    sentences.close(o[:, 20:], wanted[:, 20:], 1e-5)
 
 
 def test_a_limit_on_the_steps_is_reported():

@@ -2,7 +2,8 @@
 
 A block walks over one memory with up to 128 value columns. Where that leaves multiprocessors idle the sequence is cut
 in pieces: ``pair_sums.cu`` makes what the pairs of each piece add to the Gram matrix and to the solution, and a piece
-begins with the solution of all pairs before it. Memory beside arrays and states: those sums, and a matrix per block.
+begins with the solution of all pairs before it. Memory beside arrays and states: those sums, and a matrix per block. A
+piece of ``recursive_least_squares`` before which some directions have faded walks over all tokens from the first on.
 """
 
 from __future__ import annotations
@@ -36,11 +37,12 @@ class Plan(NamedTuple):
     pieces: int
     length: int  # tokens of a piece
     shared: int  # bytes that a launch asks for
+    faintest: int  # log decay from which on no less is left
 
     @property
     def constants(self) -> dict[str, int]:
         """What texts are compiled for."""
-        return {"KEYS": self.keys, "CHUNK": CHUNK}
+        return {"KEYS": self.keys, "CHUNK": CHUNK, "FAINTEST": self.faintest}
 
     @property
     def threads(self) -> int:
@@ -52,7 +54,7 @@ class Plan(NamedTuple):
         return Grid(pieces * self.column_blocks, THREADS, self.shared)
 
 
-def plan(q: Any, v: Any, sequences: Sequences, bytes_of: Callable[[int], int]) -> Plan | None:
+def plan(q: Any, v: Any, sequences: Sequences, bytes_of: Callable[[int], int], faintest: int) -> Plan | None:
     """The choice for these arrays; None where one token after the other is the better form.
 
     Parameters
@@ -63,6 +65,8 @@ def plan(q: Any, v: Any, sequences: Sequences, bytes_of: Callable[[int], int]) -
         Of the call.
     bytes_of
         Shared memory that a text asks for, by the rows of P.
+    faintest
+        A log decay below it counts as this one.
     """
     (tokens, rows), columns = q.shape[-2:], v.shape[-1]
     if np.dtype(q.dtype) == np.float64 or tokens < CHUNK or not 0 < rows <= WIDEST or columns < 1:
@@ -74,7 +78,7 @@ def plan(q: Any, v: Any, sequences: Sequences, bytes_of: Callable[[int], int]) -
     blocks = sequences.memories * column_blocks  # of which a multiprocessor has one
     cut = max(min(device.multiprocessors // max(blocks, 1), tokens // LEAST), 1)
     length = -(-tokens // (cut * CHUNK)) * CHUNK
-    return Plan(keys, column_blocks, -(-tokens // length), length, shared)
+    return Plan(keys, column_blocks, -(-tokens // length), length, shared, faintest)
 
 
 def square(keys: int) -> int:
@@ -111,7 +115,7 @@ def sums_of(
     each = 128 * blocks * (blocks + 1) + chosen.keys * VALUES + 2
     grid = chosen.grid(stored)._replace(shared=tokens_of(chosen.keys) + tokens_of(VALUES))
     sums = _launch.machine.scratch(2 * each * grid.blocks * sequences.memories)
-    constants = {"K": sizes["rows"], "KEYS": chosen.keys, "CHUNK": CHUNK}
+    constants = {"K": sizes["rows"]} | chosen.constants
     numbers = {"tokens": sizes["tokens"], "columns": sizes["columns"], "length": chosen.length, "stored": stored}
     launch(SUMS, sequences, pairs, (), types, constants, grid, sums=sums, **numbers)
     return sums

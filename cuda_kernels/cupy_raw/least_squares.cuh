@@ -4,7 +4,6 @@
 
 constexpr int WARPS = 8, THREADS = 32 * WARPS, VALUES = 16 * WARPS;
 constexpr int OCTETS = KEYS / 8, BLOCKS = KEYS / 16, TILES = BLOCKS * (BLOCKS + 1);  // of a symmetric matrix
-constexpr double FAINTEST = -60;
 
 typedef Panel<float, KEYS + 8> Tokens;     // rows of keys or queries, as they are
 typedef Panel<double, KEYS + 8> Square;    // keys x keys
@@ -96,7 +95,7 @@ __device__ __forceinline__ void load_pairs(const Tokens& to, Weights& all, const
         if (lane == 0) all.root[i] = sqrt(weight[m]), all.energy[i] = weight[m] * energy, all.spoilt[i] = spoilt[m];
     }
     if (warp != WARPS - 1) return;
-    double total = at.decays && lane < n ? fmax(double(at.decay.at(low + lane, 0)), FAINTEST) : 0;
+    double total = at.decays && lane < n ? fmax(double(at.decay.at(low + lane, 0)), double(FAINTEST)) : 0;
     for (int distance = 1; distance < 32; distance *= 2) {
         const double earlier = __shfl_up_sync(0xffffffffu, total, distance);
         total += lane >= distance ? earlier : 0;

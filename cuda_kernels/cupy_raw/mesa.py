@@ -31,6 +31,7 @@ __all__ = ["mesa", "refusal"]
 
 PIECE = 64
 GRAM, RECALL = Kernel("gram", "grams.cuh"), Kernel("recall", "grams.cuh")
+NOTHING = -800  # log of a decay that leaves nothing in double precision
 STEPS, DONE = 4, 1e-11  # of an exact solution in chunks: steps per channel at most, residual
 CHUNKS = Kernel("mesa_chunks", *_chunks.HEADERS, "factors.cuh", "grams.cuh", "mesa_exact.cuh")
 RECALL_CHUNKS = Kernel("recall_chunks", *_chunks.HEADERS)
@@ -86,7 +87,7 @@ def core(
     check_leading(np.asarray(ridge, like=state.G), sequences.lead)
     ridge = np.broadcast_to(np.asarray(ridge, np.float64, like=state.G), np.shape(ridge)[:-1] + q.shape[-1:])
     limits = {"iterations": iterations, "tolerance": tolerance_for(solver, iterations, tolerance, gate)}
-    chosen = None if solver == "chebyshev" else _chunks.plan(q, v, sequences, bytes_of)
+    chosen = None if solver == "chebyshev" else _chunks.plan(q, v, sequences, bytes_of, NOTHING)
     if chosen is not None:
         return in_chunks(chosen, sequences, q, _chunks.pairs_of(k, v, log_decay, beta), ridge, state, solver, **limits)
     return in_pieces(sequences, q, k, v, log_decay, beta, ridge, state, solver, **limits)

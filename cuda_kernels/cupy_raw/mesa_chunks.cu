@@ -200,7 +200,7 @@ __device__ __forceinline__ void learn_chunk(const Room& room, const Weights& all
 extern "C" __global__ void __launch_bounds__(256, 1)
 mesa_chunks(const data* q, const data* k, const data* v, const gate* log_decay, const gate* beta, const real* ridge,
             const gate* H, gate* H_next, real* worst, gate* x, float* sums, float* rooms, const long long* table,
-            int axes, int tokens, int columns, int column_blocks, int length, int pieces, int groups, int blocks,
+            int axes, int tokens, int column_blocks, int length, int pieces, int groups, int blocks,
             int iterations, double tolerance, double eps) {
     __shared__ Weights all;
     __shared__ Progress now;

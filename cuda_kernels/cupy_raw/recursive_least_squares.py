@@ -1,6 +1,6 @@
 """Recursive least squares on the GPU: chunks on tensor cores, or the chain of covariances and then the solution.
 
-In chunks P and the solution are carried together, by ``recursive_chunks.cu``. Few tokens, keys of many
+In chunks P and the solution are carried together, by ``recursive_least_squares_chunks.cu``. Few tokens, keys of many
 channels and data in double precision go another way: P does not depend on the values, so
 ``recursive_least_squares.cu`` walks over it alone, one block per memory, and leaves the gain of every token;
 ``innovations.cu`` follows with as many blocks as the values need. See ``ttr_np.solvers.recursive_least_squares`` for
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ttr_np.notation import RecursiveLeastSquaresState
-from ttr_np.solvers.recursive_least_squares import check_ridge, check_weights, limit, start
+from ttr_np.solvers.recursive_least_squares import FAINTEST, check_ridge, check_weights, limit, start
 
 from .._calls import split
 from .._sequences import BOTH, COLUMN, ROW, Sequences
@@ -47,7 +47,7 @@ def core(
     """All tokens, in the form that is better for them."""
     lead = state.S.shape[:-2]
     sequences = Sequences(lead, np.broadcast_shapes(q.shape[:-2], lead))
-    chosen = _chunks.plan(q, v, sequences, bytes_of)
+    chosen = _chunks.plan(q, v, sequences, bytes_of, int(FAINTEST))
     pairs = _chunks.pairs_of(k, v, log_decay, beta)
     if chosen is None:
         return one_by_one(sequences, q, pairs, state)

@@ -10,8 +10,12 @@
 // subtracted from, and its caps leave ten digits for that.
 //
 // A piece begins at the solution of all pairs before it: P = H^-1 and S = P G, of which pair_sums.cu has left the sums.
+// That has no digits where some directions have faded long before others, of which P keeps track by its caps: such a
+// piece walks over all tokens before it, too, and leaves their answers to others.
 
 enum { Q, KEY, V, GATE, BETA, STATE, COVARIANCE, STATE_NEXT, COVARIANCE_NEXT, BAD, O };
+
+constexpr double SURE = 1e8;  // condition of H, at least, from which on its inverse has too few digits
 
 // What a block keeps in shared memory.
 struct Room {
@@ -30,11 +34,13 @@ struct Room {
     }
 };
 
-// Where arrays lie. In shared memory, because registers are for the solution.
+// Where arrays lie, and where a piece begins. In shared memory, because registers are for the solution.
 struct Places {
     PairArrays pairs;
     Rows<const data> query;
     Rows<data> answer;
+    int begin, first;    // token that this block begins with, and the first of its piece
+    double information;  // trace of H before all pairs
 };
 
 __device__ double trace(const Square& A) {
@@ -261,6 +267,7 @@ recursive_least_squares_chunks(const data* q, const data* k, const data* v, cons
     if (threadIdx.x == 0) {
         at.query = rows(q, table, axes, Q, which), at.answer = rows(o, table, axes, O, which);
         at.pairs = pairs_of(k, v, log_decay, beta, table, axes, KEY, which);
+        at.begin = at.first = piece * length;
     }
     const auto covariance = rows(P, table, axes, COVARIANCE, which);
     double* const own_room = reinterpret_cast<double*>(rooms) + size_t(blockIdx.x) * ROOM;
@@ -275,13 +282,16 @@ recursive_least_squares_chunks(const data* q, const data* k, const data* v, cons
         return;
     }
     double information = trace(room.P);  // of H; infinite once a cap has acted
+    if (threadIdx.x == 0) at.information = information;
     bool moved = !whole;
     for (int p = 0; p < piece; p++) moved |= sums_of(p).moved() != 0;
     const auto state = rows(S, table, axes, STATE, which);
-    memory.each_number([&](int n, int column, double& x) {
+    const auto load_solution = [&](int n, int column, double& x) {
         x = n < K && first + column < columns ? double(state.at(n, first + column)) : 0;
-    });
+    };
+    memory.each_number(load_solution);
     __syncthreads();  // everyone knows the information
+    bool known = false;  // where this piece begins, from the sums
     if (moved && whole) {
         memory.multiply(room.P, own_room);
         #pragma unroll 1
@@ -292,15 +302,22 @@ recursive_least_squares_chunks(const data* q, const data* k, const data* v, cons
         }
         __syncthreads();  // H is there
         information = trace(room.P);
-        invert(room.P, room.W.begin);
-        memory.multiply(room.P, own_room);
-    } else {
+        known = invert(room.P, room.W.begin) && trace(room.P) * information < SURE;
+        if (known) {
+            memory.multiply(room.P, own_room);
+        } else {
+            __syncthreads();  // nobody is left at H
+            memory.each_number(load_solution), information = at.information;
+            if (threadIdx.x == 0) at.begin = 0;
+        }
+    }
+    if (!known) {
         load_covariance(room.P, covariance, eps);
         each_of_square(K, [&](int i, int j) { if (!whole) room.P.at(i, j) = not_a_number(); });
     }
 
     #pragma unroll 1
-    for (int low = piece * length, end = min(tokens, low + length), n; low < end; low += n) {
+    for (int low = at.begin, end = min(tokens, (piece + 1) * length), n; low < end; low += n) {
         n = min(CHUNK, end - low);
         load_pairs(room.k, all, at.pairs, low, n, column_block * VALUES, columns);
         __syncthreads();  // keys and weights are there, and P is what the last chunk left
@@ -367,7 +384,8 @@ recursive_least_squares_chunks(const data* q, const data* k, const data* v, cons
                     answers[tile].add(errors[inner].left(), room.pairs.transposed(8 * tile, 8 * inner));
                 each(answers[tile], [&](int i, int j, double x) {
                     const int token = 8 * tile + j, column = first + i;
-                    if (token < n && column < columns) put(at.answer.of(group).at(low + token, column), float(x));
+                    const bool own = low + token >= at.first && token < n && column < columns;
+                    if (own) put(at.answer.of(group).at(low + token, column), float(x));
                 });
             }
         }

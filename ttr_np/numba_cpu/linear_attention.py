@@ -251,7 +251,7 @@ def run_tokens(places, steps, sizes, job, room, low, high, scale):
             for group in range(places.shape[2]):
                 answer_early(sizes, job, reader_of(places, steps, sizes, job.memory, group, scale), room, i, scale)
         reader = reader_of(places, steps, sizes, job.memory, 0, scale)
-        memorise_token(sizes, job, reader, room, i, scale)
+        memorise_token(sizes, job, reader, room, i)
         for group in range(0 if sizes.late else places.shape[2]):
             answer_token(sizes, reader_of(places, steps, sizes, job.memory, group, scale), job, room, group, i, scale)
 
@@ -375,7 +375,7 @@ def along(x, step, y, n, like):
 
 
 @inner
-def memorise_token(sizes, job, reader, room, i, like):
+def memorise_token(sizes, job, reader, room, i):
     """One step of the recurrence: the new state, and what it says to a first reader."""
     S, z, keeps, k = room.S, row(room.z, 0), row(room.past, 0), row(job.k, i)
     learn_rows(
