@@ -255,3 +255,26 @@ def test_one_token_of_columns_in_tiles_of_every_width(operator, options, gate):
     assert "bonus" in options or np.isfinite(o).all()
     for x, y in zip((o, *state), (wanted, *after), strict=True):
         np.testing.assert_allclose(*((0.0, 0.0) if x is y is None else (x, y)), rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("gate", ["per step", "per channel"])
+@pytest.mark.parametrize(
+    ("operator", "options"),
+    [("delta_rule", {}), ("linear_attention", {}), ("linear_attention", {"normalize": True}),
+     ("linear_attention", {"bonus": np.linspace(0, 1, 7)})],
+)  # fmt: skip
+@pytest.mark.parametrize("reset", [33, 64])
+def test_a_full_reset_forgets_what_was_bad_in_an_earlier_chunk(operator, options, gate, reset, threads):
+    arrays = inputs(operator, gate, lead=(3,), t=100, k=7, v=70)
+    arrays["log_decay"][:, reset] = -np.inf
+    start = [x for x in solver(operator, arrays, output_final_state=True, **options)[1] if x is not None]
+    clean = kernel(operator, arrays, initial_state=tuple(start), **options)
+    arrays["v"][0, 5, 2] = start[0][1, 3, 33] = np.nan
+    for field in start:
+        field[2] = np.nan
+    options = options | {"initial_state": tuple(start), "output_final_state": True}
+    (o, state), (wanted, after) = kernel(operator, arrays, **options), solver(operator, arrays, "recurrent", **options)
+    for x, y in zip((o, *state), (wanted, *after), strict=True):
+        np.testing.assert_allclose(*((0.0, 0.0) if x is y is None else (x, y)), rtol=1e-12, atol=1e-13)
+    assert np.isnan(o[:, reset - 1]).any(axis=-1).all() and np.isfinite(o[:, reset + 1 :]).all()
+    np.testing.assert_array_equal(np.delete(o[1], 33, axis=-1), np.delete(clean[1], 33, axis=-1))

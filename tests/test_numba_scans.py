@@ -142,6 +142,16 @@ def test_a_bad_number_reaches_what_it_must_and_no_more(name, optional, options, 
         close(np.where(np.isfinite(o), o, 0), np.where(np.isfinite(slow), slow, 0))
 
 
+@pytest.mark.parametrize("optional", [(), ("phase",)])
+def test_a_full_reset_of_a_diagonal_scan_forgets_even_a_nan(optional):
+    arrays = inputs("diagonal_scan", optional)
+    arrays["x"][0, 1, 11, 2] = np.nan
+    arrays["log_decay"][0, 1, 20, 2] = -np.inf
+    o, slow = compiled("diagonal_scan")(**arrays), by_recurrence("diagonal_scan", **arrays)
+    np.testing.assert_array_equal(np.isnan(o[0, 1, :, 2]), (np.arange(40) >= 11) & (np.arange(40) < 20))
+    np.testing.assert_allclose(o, slow, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("name, optional, options", CASES)
 def test_the_future_changes_no_bit_of_the_past(name, optional, options):
     arrays, other = inputs(name, optional, t=90), inputs(name, optional, 5, t=90)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -35,7 +36,16 @@ from ._panels import (
 )
 from ._vectors import Vectors, row_of
 
-__all__ = ["Channels", "carry_keys", "channel_decays", "channel_products", "channel_shapes", "channels_of", "meetings"]
+__all__ = [
+    "Channels",
+    "carry_keys",
+    "channel_decays",
+    "channel_products",
+    "channel_shapes",
+    "channels_of",
+    "forgets",
+    "meetings",
+]
 
 BLOCK = 16
 
@@ -100,6 +110,17 @@ def channel_decays(gates, low, n, k, decays, like):
     start = row(decays.start, (n + BLOCK - 1) // BLOCK)
     copy(start, total, k)
     exponentials(start, k)
+
+
+@inner
+def forgets(since, decays, n, k, per_channel):
+    """Whether nothing may be left at the end of a chunk of n tokens of something that was there at its start."""
+    apart()
+    keeps, rows = (row(decays.start, (n + BLOCK - 1) // BLOCK), k) if per_channel else (move(row(since, 0), n), 1)
+    nothing = np.int32(0)
+    for p in range(rows):
+        nothing += np.int32(keeps[p] == 0)
+    return nothing > 0
 
 
 @inner

@@ -16,7 +16,16 @@ from ..calling import run
 from ..notation import DeltaRuleState
 from ..solvers._chunks import output_like
 from ._cache import compiled
-from ._channels import BLOCK, carry_keys, channel_decays, channel_products, channel_shapes, channels_of, meetings
+from ._channels import (
+    BLOCK,
+    carry_keys,
+    channel_decays,
+    channel_products,
+    channel_shapes,
+    channels_of,
+    forgets,
+    meetings,
+)
 from ._compile import apart, inner, spliced
 from ._filters import Series, Tokens, walk
 from ._gates import exponentials, step_decays, weigh
@@ -189,7 +198,8 @@ def kernel(table, places, steps, sizes, scale_, first, last):
         else:
             load(room.S, state, 0, sizes.k, job.start, job.columns)
             for low in range(0, sizes.t, sizes.chunk):
-                run_chunk(places, steps, sizes, job, room, decays, low, min(low + sizes.chunk, sizes.t), scale_)
+                high = min(low + sizes.chunk, sizes.t)
+                run_chunk(places, steps, sizes, job, room, decays, state, low, high, scale_)
             store(state, 0, sizes.k, job.start, job.columns, room.S)
 
 
@@ -367,12 +377,16 @@ def job_of(places, steps, sizes, number, like):
 
 
 @spliced
-def run_chunk(places, steps, sizes, job, room, decays, low, high, scale_):
+def run_chunk(places, steps, sizes, job, room, decays, state, low, high, scale_):
     """One chunk: as products up to the first bad number, which they would spread, and token by token from there."""
     clean = clean_tokens(sizes, job, low, high, scale_)
     n = clean - low if high - low > 1 else 0  # one token is cheaper as one
     if n:
         prepare(sizes, job, room, decays, low, n, scale_)
+        spoilt = forgets(room.since, decays, n, sizes.k, sizes.gates == PER_CHANNEL)
+        spoilt = spoilt and clean_until(room.S, 0, sizes.k, job.columns, 0, scale_) < sizes.k
+        if spoilt:
+            store(state, 0, sizes.k, job.start, job.columns, room.S)
         learn(sizes, job, room, decays, low, n, scale_)
         for group in range(places.shape[2]):
             q = matrix(places[Q, job.memory, group], steps[Q, 0], steps[Q, 1], scale_)
@@ -383,12 +397,30 @@ def run_chunk(places, steps, sizes, job, room, decays, low, high, scale_):
                 job.columns, sizes.k, scale_,
             )  # fmt: skip
         memorise(sizes, job, room, decays, n, scale_)
+        if spoilt:
+            run_spoilt(places, steps, sizes, job, room, state, low, low + n, scale_)
     run_tokens(places, steps, sizes, job, room, low + n, high, scale_)
 
 
 @inner
+def run_spoilt(places, steps, sizes, job, room, state, low, high, scale_):
+    """Token by token, once more from a chunk's start, the columns that were bad there: a reset forgets even a NaN.
+
+    Zero times it, in a product, is NaN. A column is worked on alone: it changes no bit of those beside it.
+    """
+    apart()
+    for j in range(job.columns):
+        one = Job(job.k, job.v, job.beta, job.gates, job.erase, job.start + j, 1, job.memory)
+        alone = in_place(room, state, one.start)
+        if clean_until(alone.S, 0, sizes.k, 1, 0, scale_) < sizes.k:
+            run_tokens(places, steps, sizes, one, alone, low, high, scale_)
+            for p in range(sizes.k):
+                row(room.S, p)[j] = row(alone.S, p)[0]
+
+
+@inner
 def in_place(room, state, start):
-    """The room of a single token: one pass over the state costs as much as a copy into a panel would."""
+    """The room of few tokens or columns: for one, a pass over the state costs as much as a copy into a panel would."""
     S = Matrix(move(state.data, start), state.step, state.column)
     return Room(
         S, room.keys, room.carried, room.errors, room.past, room.rows, room.queries, room.scores, room.answers,

@@ -95,7 +95,8 @@ def decay_and_enter(h, gate, x, channels):
     """h = exp(gate) h + x."""
     apart()
     for c in range(channels):
-        h[c] = exp(gate[c]) * h[c] + x[c]
+        keep = exp(gate[c])
+        h[c] = keep * known(keep, h[c]) + x[c]
 
 
 @inner
@@ -132,10 +133,17 @@ def turn_and_enter(h, imaginary, gate, phase, x, y, cosine, sine, channels):
     apart()
     angles(phase, cosine, sine, channels)
     for c in range(channels):
-        size, was = exp(gate[c]), h[c]
+        size = exp(gate[c])
         real, turned = size * cosine[c], size * sine[c]
-        h[c] = (real * was - turned * imaginary[c]) + x[c]
-        imaginary[c] = (real * imaginary[c] + turned * was) + y[c]
+        was, side = known(size, h[c]), known(size, imaginary[c])
+        h[c] = (real * was - turned * side) + x[c]
+        imaginary[c] = (real * side + turned * was) + y[c]
+
+
+@inner
+def known(keep, past):
+    """What was known before a decay: where that is zero, nothing, because zero times NaN is NaN."""
+    return past if keep != 0 else keep
 
 
 @inner

@@ -17,7 +17,16 @@ from ..notation import LinearAttentionState
 from ..solvers._chunks import output_like
 from ..solvers.linear_attention import start
 from ._cache import compiled
-from ._channels import BLOCK, carry_keys, channel_decays, channel_products, channel_shapes, channels_of, meetings
+from ._channels import (
+    BLOCK,
+    carry_keys,
+    channel_decays,
+    channel_products,
+    channel_shapes,
+    channels_of,
+    forgets,
+    meetings,
+)
 from ._compile import apart, inner, spliced
 from ._gates import step_decays, weigh
 from ._panels import (
@@ -29,6 +38,7 @@ from ._panels import (
     copy,
     dot,
     fill,
+    finite,
     full,
     gather,
     give,
@@ -141,7 +151,7 @@ class Room(NamedTuple):
     """Panels of one thread, for chunks of c tokens."""
 
     S: Any  # k x v
-    z: Any  # 1 x k
+    z: Any  # 3 x k: now, at a chunk's start, as a column that is worked on once more goes through it
     keys: Any  # k x c, as often as they are met
     carried: Any  # c x k: keys decayed to the chunk's end
     values: Any  # c x v
@@ -156,7 +166,7 @@ class Room(NamedTuple):
 
 def shapes(k: int, v: int, c: int, gates: int) -> list[tuple[int, int]]:
     """Shapes of the panels of ``Room`` and, behind them, of ``Channels``."""
-    room = [(k, v), (1, k), (k * meetings(c), c), (c, k), (c, v), (c, k), (c, k), (c, k)]
+    room = [(k, v), (3, k), (k * meetings(c), c), (c, k), (c, v), (c, k), (c, k), (c, k)]
     room += [(c, c), (c, v), (c, c), (1, c + 1)]
     return room + channel_shapes(c, k if gates == PER_CHANNEL else 0)
 
@@ -177,11 +187,12 @@ def kernel(table, places, steps, sizes, scale, first, last):
         if sizes.normalize:
             load(room.z, matrix(places[Z, job.memory, 0], k, column, scale), 0, 1, 0, k)
         if sizes.t == 1:
-            run_tokens(places, steps, sizes, job, in_place(room, state, job.start), 0, 1, scale)
+            run_tokens(places, steps, sizes, job, in_place(room, room.z, state, job.start), 0, 1, scale)
         else:
             load(room.S, state, 0, k, job.start, job.columns)
             for low in range(0, sizes.t, sizes.chunk):
-                run_chunk(places, steps, sizes, job, room, decays, low, min(low + sizes.chunk, sizes.t), scale)
+                high = min(low + sizes.chunk, sizes.t)
+                run_chunk(places, steps, sizes, job, room, decays, state, low, high, scale)
             store(state, 0, k, job.start, job.columns, room.S)
         if sizes.normalize and job.start == 0:
             store(matrix(places[Z_NEXT, job.memory, 0], k, column, scale), 0, 1, 0, k, room.z)
@@ -212,7 +223,7 @@ def reader_of(places, steps, sizes, memory, group, like):
 
 
 @spliced
-def run_chunk(places, steps, sizes, job, room, decays, low, high, scale):
+def run_chunk(places, steps, sizes, job, room, decays, state, low, high, scale):
     """One chunk: as products up to the first bad number, which they would spread, and token by token from there."""
     clean = min(
         clean_until(job.k, low, high, sizes.k, False, scale), clean_until(job.v, low, high, sizes.v, False, scale)
@@ -220,22 +231,57 @@ def run_chunk(places, steps, sizes, job, room, decays, low, high, scale):
     if sizes.gates:
         channels = sizes.k if sizes.gates == PER_CHANNEL else 1
         clean = min(clean, clean_until(job.gates, low, high, channels, True, scale))
+        if sizes.normalize and not finite(room.z, 1, sizes.k, scale):
+            clean = low  # it is in the answers of all columns
     n = clean - low if high - low > 1 else 0  # one token is cheaper as one
     if n:
         prepare(sizes, job, room, decays, low, n, scale)
+        spoilt = forgets(room.since, decays, n, sizes.k, sizes.gates == PER_CHANNEL)
+        spoilt = spoilt and clean_until(room.S, 0, sizes.k, job.columns, False, scale) < sizes.k
+        if spoilt:
+            keep_start(sizes, job, room, state)
         for group in range(places.shape[2]):
             reader = reader_of(places, steps, sizes, job.memory, group, scale)
             answer(sizes, job, reader, room, decays, low, n, scale)
         memorise(sizes, job, room, decays, n, scale)
+        if spoilt:
+            run_spoilt(places, steps, sizes, job, room, state, low, low + n, scale)
     run_tokens(places, steps, sizes, job, room, low + n, high, scale)
 
 
 @inner
-def in_place(room, state, start):
-    """The room of a single token: one pass over the state costs as much as a copy into a panel would."""
+def keep_start(sizes, job, room, state):
+    """Keep the memory of a chunk's start: its state where it will be given back."""
+    apart()
+    store(state, 0, sizes.k, job.start, job.columns, room.S)
+    if sizes.normalize:
+        copy(row(room.z, 1), row(room.z, 0), sizes.k)
+
+
+@inner
+def run_spoilt(places, steps, sizes, job, room, state, low, high, scale):
+    """Token by token, once more from a chunk's start, the columns that were bad there: a reset forgets even a NaN.
+
+    Zero times it, in a product, is NaN. A column is worked on alone: it changes no bit of those beside it.
+    """
+    apart()
+    z = below(room.z, 2)
+    for j in range(job.columns):
+        one = Job(job.k, job.v, job.gates, job.start + j, 1, job.memory)
+        alone = in_place(room, z, state, one.start)
+        if clean_until(alone.S, 0, sizes.k, 1, False, scale) < sizes.k:
+            copy(z.data, row(room.z, 1), sizes.k if sizes.normalize else 0)
+            run_tokens(places, steps, sizes, one, alone, low, high, scale)
+            for p in range(sizes.k):
+                row(room.S, p)[j] = row(alone.S, p)[0]
+
+
+@inner
+def in_place(room, z, state, start):
+    """The room of few tokens or columns: for one, a pass over the state costs as much as a copy into a panel would."""
     S = Matrix(move(state.data, start), state.step, state.column)
     return Room(
-        S, room.z, room.keys, room.carried, room.values, room.past, room.rows, room.queries, room.scores, room.answers,
+        S, z, room.keys, room.carried, room.values, room.past, room.rows, room.queries, room.scores, room.answers,
         room.pairs, room.since,
     )  # fmt: skip
 
