@@ -103,16 +103,16 @@ __device__ __forceinline__ void load_pairs(const Tokens& to, Weights& all, const
     all.decay[lane] = total, all.left[lane] = exp(total);
 }
 // Rows of a chunk to shared memory, as they are; all are read before one is written.
-template <class T>
-__device__ __forceinline__ void load_rows(const Tokens& to, const Rows<T>& from, int low, int n) {
+template <class Number, class T>
+__device__ __forceinline__ void load_rows(const Panel<Number, KEYS + 8>& to, const Rows<T>& from, int low, int n) {
     constexpr int mine = CHUNK / WARPS, wide = (KEYS + 31) / 32;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    float x[mine][wide];
+    Number x[mine][wide];
     #pragma unroll
     for (int m = 0; m < mine; m++)
         for (int part = 0; part < wide; part++) {
             const int i = warp + m * WARPS, j = lane + 32 * part;
-            x[m][part] = i < n && j < K ? float(widened(from.at(low + i, j))) : 0;
+            x[m][part] = i < n && j < K ? Number(widened(from.at(low + i, j))) : 0;
         }
     #pragma unroll
     for (int m = 0; m < mine; m++)
@@ -176,7 +176,8 @@ struct Memory {
         }
     }
     // own x, for 8 tokens at a time.
-    __device__ __forceinline__ void recall(Sum (&sums)[CHUNK / 8], const Tokens& x) const {
+    template <class Number>
+    __device__ __forceinline__ void recall(Sum (&sums)[CHUNK / 8], const Panel<Number, KEYS + 8>& x) const {
         #pragma unroll
         for (int n = 0; n < OCTETS; n++) {
             const Left left = own[n].left();

@@ -3,11 +3,12 @@
     H_t = g_t H_{t-1} + beta_t k_t k_t^T,    x_t = (H_t + diag(ridge))^-1 q_t,    o_t = G_t^T x_t
 
 In chunks, on tensor cores in double precision: ``mesa_chunks.cu`` takes the conjugate gradients of all tokens of a
-chunk together, to 1e-11 of the right side where the solver is ``exact``; ``recall_chunks.cu`` is linear attention at
-the solutions. Few tokens, Chebyshev steps, keys of many channels and data in double precision go another way:
-``gram.cu`` walks over the keys and leaves H at the start of each piece of tokens; the kernel of the solver has a block
-per piece; ``recall.cu`` walks over keys and values. Memory beside arrays and states: two matrices of the size of H per
-piece, three for ``cg``. All sums are in double precision. See ``ttr_np.solvers.mesa`` for the solvers and the sources.
+chunk together, to 1e-11 of the right side where the solver is ``exact``; unless the caller limits the steps, a chunk
+that needs too many is solved token by token. ``recall_chunks.cu`` is linear attention at the solutions. Few tokens,
+Chebyshev steps, keys of many channels and data in double precision go another way: ``gram.cu`` walks over the keys and
+leaves H at the start of each piece of tokens; the kernel of the solver has a block per piece; ``recall.cu`` walks over
+keys and values. Memory beside arrays and states: two matrices of the size of H per piece, three for ``cg``. All sums are
+in double precision. See ``ttr_np.solvers.mesa`` for the solvers and the sources.
 """
 
 from __future__ import annotations
@@ -118,21 +119,23 @@ def in_chunks(
     constants, exact, blocks = {"K": rows} | chosen.constants, solver == "exact", chosen.pieces * sequences.memories
     numbers = {"column_blocks": chosen.column_blocks, "iterations": iterations or (STEPS if exact else 2) * rows}
     numbers |= {"tolerance": DONE if exact else tolerance, "eps": float(np.finfo(G.dtype).eps)}
-    numbers["rooms"] = _launch.machine.scratch(4 * rows * rows * blocks) if exact else None
+    fallback = exact or (iterations is None and tolerance > 0)
+    numbers["rooms"] = _launch.machine.scratch(4 * rows * rows * blocks) if fallback else None
 
-    x = empty(sequences, (tokens, rows), G.dtype, G)
+    x = empty(sequences, (tokens, rows), types["real"], G)
     G_next, H_next = _launch.alike(G), _launch.alike(H)
     worst = np.zeros_like(G, shape=(*G.shape[:-2], chosen.pieces, 2), dtype=np.float64)
     arrays = {"q": (q, BOTH)} | pairs | {"ridge": (ridge, COLUMN), "H": (H, BOTH), "H_next": (H_next, BOTH)}
     arrays |= {"worst": (worst, BOTH), "x": (x, BOTH)}
     grid, written = _calls.Grid(chosen.pieces, chosen.threads, chosen.shared), ("H_next", "worst", "x")
-    launch(CHUNKS, sequences, arrays, written, types, constants | {"EXACT": int(exact)}, grid, **sizes, **numbers)
-    if not exact:
+    what = constants | {"EXACT": int(exact), "FALLBACK": int(fallback)}
+    launch(CHUNKS, sequences, arrays, written, types, what, grid, **sizes, **numbers)
+    if not fallback:
         warn_of_limit(solver, worst, tolerance)
 
     o = empty(sequences, (tokens, columns), q.dtype, q)
     arrays = {"x": (x, BOTH)} | pairs | {"G": (G, BOTH), "G_next": (G_next, BOTH), "o": (o, BOTH)}
-    shared = _chunks.PAIRS + 2 * _chunks.tokens_of(chosen.keys) + _chunks.tokens_of(_chunks.VALUES)
+    shared = _chunks.PAIRS + 3 * _chunks.tokens_of(chosen.keys) + _chunks.tokens_of(_chunks.VALUES)
     grid = chosen.grid(chosen.pieces)._replace(shared=shared)
     launch(RECALL_CHUNKS, sequences, arrays, ("G_next", "o"), types, constants, grid, **sizes)
     return o, MesaState(G_next, H_next)

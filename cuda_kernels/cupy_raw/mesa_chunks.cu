@@ -6,8 +6,8 @@
 // with H at the start of the chunk. A block walks over one piece of one sequence with H in shared memory; of the vectors
 // of a token a warp has 16 numbers, in registers. All in double precision.
 //
-// EXACT: so many steps that nothing is left to solve; a chunk in which that fails, or in which an eigenvalue may be lost
-// in the rounding of the caller's numbers, is solved token by token.
+// EXACT: until nothing is left to solve, and never where an eigenvalue may be lost in the rounding of the caller's
+// numbers. FALLBACK: a chunk that is not done in so many steps is solved token by token.
 
 enum { Q, KEY, V, GATE, BETA, RIDGE, STATE, STATE_NEXT, WORST, X };
 
@@ -199,7 +199,7 @@ __device__ __forceinline__ void learn_chunk(const Room& room, const Weights& all
 
 extern "C" __global__ void __launch_bounds__(256, 1)
 mesa_chunks(const data* q, const data* k, const data* v, const gate* log_decay, const gate* beta, const real* ridge,
-            const gate* H, gate* H_next, real* worst, gate* x, float* sums, float* rooms, const long long* table,
+            const gate* H, gate* H_next, real* worst, real* x, float* sums, float* rooms, const long long* table,
             int axes, int tokens, int column_blocks, int length, int pieces, int groups, int blocks,
             int iterations, double tolerance, double eps) {
     __shared__ Weights all;
@@ -249,16 +249,16 @@ mesa_chunks(const data* q, const data* k, const data* v, const gate* log_decay, 
                 rest[tile].x[i] = there ? double(widened(query.of(group).at(low + token, key))) : 0;
             });
             const bool open = descend(own, rest, room, all, part, now, iterations, tolerance);
-            if (EXACT && open) solved = false;
+            if (FALLBACK && open) solved = false;
             part.each([&](int key, int token, int tile, int i) {
                 const double left = sqrt(ratio(now.error[token], now.start[token]));
                 if (part.there() && key < K && token < n)
-                    solution.of(group).at(low + token, key) = left - left == 0 ? gate(own[tile].x[i]) : gate(not_a_number());
+                    solution.of(group).at(low + token, key) = left - left == 0 ? own[tile].x[i] : not_a_number();
             });
-            for (int token = 0; token < n; token++)
+            for (int token = 0; token < n && solved; token++)
                 residual = fmax(residual, sqrt(ratio(now.error[token], now.start[token])));
         }
-        if (EXACT && !solved) {
+        if (FALLBACK && !solved) {
             double* const own_H = reinterpret_cast<double*>(rooms) + size_t(blockIdx.x) * 2 * K * K;
             each_of_square(K, [&](int i, int j) { own_H[i * K + j] = room.H.at(i, j); });
             for (int p = threadIdx.x; p < K; p += THREADS) alone.ridge[p] = room.ridge[p];
@@ -272,7 +272,7 @@ mesa_chunks(const data* q, const data* k, const data* v, const gate* log_decay, 
                 for (int group = 0; group < groups; group++) {
                     for (int p = threadIdx.x; p < K; p += THREADS) alone.right[p] = widened(query.of(group).at(t, p));
                     solve(own_H + K * K, alone, factored);
-                    for (int p = threadIdx.x; p < K; p += THREADS) solution.of(group).at(t, p) = gate(alone.x[p]);
+                    for (int p = threadIdx.x; p < K; p += THREADS) solution.of(group).at(t, p) = alone.x[p];
                 }
             }
         }

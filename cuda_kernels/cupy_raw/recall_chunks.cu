@@ -6,15 +6,16 @@ enum { X, KEY, V, GATE, BETA, STATE, STATE_NEXT, O };
 
 // What a block keeps in shared memory.
 struct Room {
-    Tokens k, x;
+    Panel<double, KEYS + 8> x;  // as it comes: what it lacks of a large G would be missed
+    Tokens k;
     Panel<float, VALUES + 8> v;
     Pairs scores;
 
     __device__ __forceinline__ explicit Room(unsigned char* at) {
         scores.begin = reinterpret_cast<double*>(at);
-        k.begin = reinterpret_cast<float*>(scores.begin + CHUNK * Pairs::stride);
-        x.begin = k.begin + CHUNK * Tokens::stride;
-        v.begin = x.begin + CHUNK * Tokens::stride;
+        x.begin = scores.begin + CHUNK * Pairs::stride;
+        k.begin = reinterpret_cast<float*>(x.begin + CHUNK * decltype(x)::stride);
+        v.begin = k.begin + CHUNK * Tokens::stride;
     }
 };
 
@@ -34,7 +35,7 @@ __device__ __forceinline__ void score(const Room& room, const Weights& all) {
 }
 
 extern "C" __global__ void __launch_bounds__(256, 1)
-recall_chunks(const gate* x, const data* k, const data* v, const gate* log_decay, const gate* beta, const gate* G,
+recall_chunks(const real* x, const data* k, const data* v, const gate* log_decay, const gate* beta, const gate* G,
               gate* G_next, data* o, float* sums, const long long* table, int axes, int tokens, int columns, int length,
               int pieces, int groups, int blocks) {
     __shared__ Weights all;
