@@ -99,7 +99,7 @@ def bytes_to_walk(sizes: Tiles, name: str, gate: str) -> int:
     tokens = chunk * keys * (terms.sums + 2 * terms.keys)
     errors = (1 + (gate == "step")) * chunk * (VALUES + 8)
     split = terms.sums * (chunk * (chunk + 8) + sizes.keys * (VALUES + 8) + errors)
-    return 2 * (tokens + split) + 16 * chunk
+    return 2 * (tokens + split) + 32 * chunk
 
 
 def numbers_of_a_record(sizes: Tiles, terms: Terms, columns: int, groups: int) -> int:
@@ -171,5 +171,5 @@ def launch_pair(
     grid = _calls.Grid(-(-scalars["tokens"] // chosen.chunk), threads, chosen.prepare)
     only_read = given | {name: (None, BOTH) for name in ("S", "o")}
     launch(PREPARE, sequences, only_read, (), types, constants, grid, **scalars)
-    grid = _calls.Grid(-(-scalars["columns"] // VALUES), 4 * chosen.chunk, chosen.walk)
+    grid = _calls.Grid(-(-scalars["columns"] // VALUES), 8 * chosen.chunk, chosen.walk)
     launch(KERNEL, sequences, given, ("S", "o"), types, constants, grid, **scalars)

@@ -414,12 +414,12 @@ delta_rule_prepare(const data* q, const data* k, const data* v, const real* beta
     __syncthreads();  // places are known
 
     const auto bring = [&](const Raw& tile, const Rows<const data>& from, int some) {
-        bring_rows<THREADS>(tile, from, t, some, K);
+        bring_rows<THREADS>(tile, from, t, some, K, threadIdx.x);
     };
     const auto bring_values = [&](int first, int some) {
         auto from = places[V].of(v);
         from.begin += first * from.column;
-        bring_rows<THREADS>(room.v, from, t, some, columns - first);
+        bring_rows<THREADS>(room.v, from, t, some, columns - first, threadIdx.x);
         close_copies();
     };
     int known = 0, limit = count + 1, some = count;  // so many tokens are finite; so many are not; these are tried
@@ -429,7 +429,7 @@ delta_rule_prepare(const data* q, const data* k, const data* v, const real* beta
         bring(room.raw_k, places[KEY].of(k), some);
         bring(room.raw_q, places[Q].of(q), some);
         if (ERASE) bring(room.raw_p, places[ERASE_OF].of(erase_key), some);
-        if (GATE == CHANNEL) bring_rows<THREADS>(room.steps, gate, t, some, K);
+        if (GATE == CHANNEL) bring_rows<THREADS>(room.steps, gate, t, some, K, threadIdx.x);
         bring_values(0, some);
         for (int i = threadIdx.x; i < CHUNK; i += THREADS) {
             room.beta[i] = i < some ? places[BETA].of(beta).at(t + i, 0) : 0;
