@@ -84,11 +84,11 @@ def terms_of(name: str, gate: str) -> Terms:
 def bytes_to_prepare(sizes: Tiles, name: str, gate: str, erase: bool) -> int:
     """Shared memory of a block of the first launch, as its text lays it out: rows of tiles are 8 numbers apart."""
     chunk, keys, terms = sizes.chunk, sizes.keys + 8, terms_of(name, gate)
-    values = 128 if name != "float32" and gate != "channel" else 64  # at once
+    values = 128 if name != "float32" and not (erase and gate == "channel") else 64  # at once
     arriving = chunk * ((2 + erase) * keys + values + 8) * (4 if name == "float32" else 2)
     split = 0 if terms.direct else 2 * terms.keys * chunk * (2 + (erase or gate == "channel")) * keys
     squares = (1 + (gate == "step")) * chunk * (chunk + 8)
-    channels = (gate == "channel") * (chunk * keys + (2 + 3 * chunk // 16) * sizes.keys)
+    channels = (gate == "channel") * (chunk * keys + (2 + 2 * chunk // 16) * sizes.keys)
     steps = (gate == "step") * (3 * chunk + 4)
     return arriving + split + 4 * (squares + channels + steps + chunk)
 
