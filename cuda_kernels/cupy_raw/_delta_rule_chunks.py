@@ -84,11 +84,11 @@ def terms_of(name: str, gate: str) -> Terms:
 def bytes_to_prepare(sizes: Tiles, name: str, gate: str, erase: bool) -> int:
     """Shared memory of a block of the first launch, as its text lays it out: rows of tiles are 8 numbers apart."""
     chunk, keys, terms = sizes.chunk, sizes.keys + 8, terms_of(name, gate)
-    values = 128 if name != "float32" and gate != "channel" else 64  # at once
+    values = 128 if name != "float32" and not (erase and gate == "channel") else 64  # at once
     arriving = chunk * ((2 + erase) * keys + values + 8) * (4 if name == "float32" else 2)
     split = 0 if terms.direct else 2 * terms.keys * chunk * (2 + (erase or gate == "channel")) * keys
     squares = (1 + (gate == "step")) * chunk * (chunk + 8)
-    channels = (gate == "channel") * (chunk * keys + (2 + 3 * chunk // 16) * sizes.keys)
+    channels = (gate == "channel") * (chunk * keys + (2 + 2 * chunk // 16) * sizes.keys)
     steps = (gate == "step") * (3 * chunk + 4)
     return arriving + split + 4 * (squares + channels + steps + chunk)
 
@@ -99,7 +99,7 @@ def bytes_to_walk(sizes: Tiles, name: str, gate: str) -> int:
     tokens = chunk * keys * (terms.sums + 2 * terms.keys)
     errors = (1 + (gate == "step")) * chunk * (VALUES + 8)
     split = terms.sums * (chunk * (chunk + 8) + sizes.keys * (VALUES + 8) + errors)
-    return 2 * (tokens + split) + 16 * chunk
+    return 2 * (tokens + split) + 32 * chunk
 
 
 def numbers_of_a_record(sizes: Tiles, terms: Terms, columns: int, groups: int) -> int:
@@ -171,5 +171,5 @@ def launch_pair(
     grid = _calls.Grid(-(-scalars["tokens"] // chosen.chunk), threads, chosen.prepare)
     only_read = given | {name: (None, BOTH) for name in ("S", "o")}
     launch(PREPARE, sequences, only_read, (), types, constants, grid, **scalars)
-    grid = _calls.Grid(-(-scalars["columns"] // VALUES), 4 * chosen.chunk, chosen.walk)
+    grid = _calls.Grid(-(-scalars["columns"] // VALUES), 8 * chosen.chunk, chosen.walk)
     launch(KERNEL, sequences, given, ("S", "o"), types, constants, grid, **scalars)

@@ -66,27 +66,28 @@ __device__ __forceinline__ void find_places(Place (&places)[8], const long long*
     places[array] = {found.begin - origin, found.group, found.row, found.column};
 }
 
-// Rows to a tile, all of them, 16 bytes at a time; the caller closes and finishes these copies. A thread has one
-// column, so that every address but its first is the last one and a constant.
+// Rows to a tile, all of them, 16 bytes at a time, by the first so many threads; the caller closes and finishes these
+// copies. A thread has one column, so that every address but its first is the last one and a constant.
 template <int THREADS, int ROWS, class T, int R, int C>
-__device__ __forceinline__ void copy_rows(const Tile<T, R, C>& tile, const T* from, long long stride) {
+__device__ __forceinline__ void copy_rows(const Tile<T, R, C>& tile, const T* from, long long stride, int thread) {
     constexpr int wide = 16 / int(sizeof(T)), pieces = C / wide, step = THREADS / pieces;
     static_assert(step > 0, "a row is not longer than all threads together");
-    const int row = threadIdx.x / pieces, column = threadIdx.x % pieces * wide;
+    const int row = thread / pieces, column = thread % pieces * wide;
     if (row >= step) return;
     from += row * stride + column;
+    T* const to = &tile.at(row, column);
     #pragma unroll
     for (int n = 0; n < (ROWS + step - 1) / step; n++)
         if (ROWS % step == 0 || row + n * step < ROWS)
-            copy_later(&tile.at(row + n * step, column), from + n * step * stride, 16);
+            copy_later(to + n * step * tile.stride, from + n * step * stride, 16);
 }
-// tile[i][j] = from[t + i][j] for i < rows and j < columns, zero elsewhere.
+// tile[i][j] = from[t + i][j] for i < rows and j < columns, zero elsewhere; all threads call it.
 template <int THREADS, class T, int R, int C>
 __device__ __forceinline__ void bring_rows(const Tile<T, R, C>& tile, Rows<const T> from, long long t, int rows,
-                                           int columns) {
+                                           int columns, int thread) {
     const bool vectors = in_vectors(from);
     if (vectors && rows == R && columns >= C)
-        copy_rows<THREADS, R>(tile, from.begin + t * from.row, from.row);
+        copy_rows<THREADS, R>(tile, from.begin + t * from.row, from.row, thread);
     else
         fetch(tile, from, t, 0, rows, columns, vectors);
 }

@@ -2,17 +2,20 @@
 //
 //     E = U - W S,    o = Q S + M E,    S = decay S + K^T E,
 //
-// where products with Q, K and W are decayed. A block has one memory and 32 of its value columns. Its warps share the
-// chunk's tokens for what is read, each with 16 tokens and half of the columns, and the keys for what is written, 16 of
-// them at a time with all columns: that part of the state stays in registers, and lies in shared memory as terms for
-// the products that read it. While one half of a chunk is worked on, what the other half needs is on its way.
+// where products with Q, K and W are decayed. A block has one memory and 32 of its value columns, and two teams of
+// warps that work at the same time: learners find errors and keep the state, readers find answers. A warp of either has
+// 16 of the chunk's tokens and half of the columns. Learners share the keys for what is written, 16 of them at a time
+// with all columns: that part of the state stays in registers, and lies in shared memory as terms for the products that
+// read it. While one half of a chunk is worked on, what the other half needs is on its way; a team brings what it
+// multiplies.
 //
 // Zero times NaN is NaN, so products would carry a bad number into the past. An error that is not finite, or what the
 // first launch could not make, sends the chunk another way: answers before its first bad token are made as ever, and
 // then its tokens are taken one after the other.
 
-constexpr int WARPS = CHUNK / 8, THREADS = 32 * WARPS;
-constexpr int KEY_TILES = KEYS / 16, OWN_TILES = (KEY_TILES + WARPS - 1) / WARPS;
+constexpr int TEAM_WARPS = CHUNK / 8, TEAM = 32 * TEAM_WARPS;  // a power of two
+constexpr int WARPS = 2 * TEAM_WARPS, THREADS = 2 * TEAM;
+constexpr int KEY_TILES = KEYS / 16, OWN_TILES = (KEY_TILES + TEAM_WARPS - 1) / TEAM_WARPS;
 
 typedef Split<SUM_TERMS, CHUNK, VALUES> Errors;
 
@@ -47,27 +50,34 @@ struct Arrays {
     Rows<data> o;
 };
 
+__device__ __forceinline__ bool reads() { return threadIdx.x >= TEAM; }  // or learns
+// Numbers of a team's threads, at least TEAM for others.
+__device__ __forceinline__ int learner() { return threadIdx.x; }
+__device__ __forceinline__ int reader() { return threadIdx.x ^ TEAM; }
+
 __device__ __forceinline__ bool bad(float x) { return x - x != 0; }
 
 // ---- what arrives -----------------------------------------------------------------------------------------------------
 
 // Scores of a record: those on and below the diagonal.
 __device__ __forceinline__ void bring_scores(const Split<SUM_TERMS, CHUNK, CHUNK>& to, const bfloat16* from) {
-    constexpr int pieces = CHUNK / 8, step = THREADS / pieces;
-    const int row = threadIdx.x / pieces, column = threadIdx.x % pieces * 8;
+    constexpr int pieces = CHUNK / 8, step = TEAM / pieces;
+    const int row = reader() / pieces, column = reader() % pieces * 8;
+    if (!reads()) return;
+    bfloat16* const first = &to.term[0].at(row, column);
     #pragma unroll
     for (int n = 0; n < SUM_TERMS * CHUNK / step; n++)
         if (column / 16 <= (row + n * step) % CHUNK / 16)
-            copy_later(&to.term[0].at(row + n * step, column), from + (row + n * step) * CHUNK + column, 16);
+            copy_later(first + n * step * to.term[0].stride, from + (row + n * step) * CHUNK + column, 16);
 }
-// Tokens as they are, or what the first launch made of them.
+// Tokens as they are, or what the first launch made of them; a thread is one of a team.
 template <class T>
 __device__ __forceinline__ void bring_tokens(const Tokens& to, Rows<const T> from, const bfloat16* made, long long t,
-                                             int count) {
+                                             int count, int thread) {
     if constexpr (DIRECT)
-        bring_rows<THREADS>(to.term[0], from, t, count, K);
+        bring_rows<TEAM>(to.term[0], from, t, count, K, thread);
     else
-        copy_rows<THREADS, KEY_TERMS * CHUNK>(to.term[0], made, KEYS);  // terms lie behind one another
+        copy_rows<TEAM, KEY_TERMS * CHUNK>(to.term[0], made, KEYS, thread);  // terms lie behind one another
 }
 
 // Lines of memory that will be asked for go to the cache.
@@ -78,45 +88,39 @@ inline void prefetch(const void*) {}
 #endif
 constexpr int LINE = 128;  // bytes
 
-// A record, of which each of the blocks that need it sends for a part.
+// A record, of which the readers of each block that needs it send for a part.
 __device__ __forceinline__ void prefetch_record(const Record& record, int part, int parts) {
     const int lines = int(record.numbers() * sizeof(float) / LINE);
     #pragma unroll 1
-    for (int line = part * THREADS + threadIdx.x; line < lines; line += parts * THREADS)
+    for (int line = part * TEAM + reader(); line < lines; line += parts * TEAM)
         prefetch(record.begin + size_t(line) * (LINE / sizeof(float)));
 }
-// Tokens, of which a thread has one.
-__device__ __forceinline__ void prefetch_tokens(const Rows<const data>& from, long long t, int count) {
+// Tokens in the same way.
+__device__ __forceinline__ void prefetch_tokens(const Rows<const data>& from, long long t, int count, int part,
+                                                int parts) {
     constexpr int lines = (K * int(sizeof(data)) + LINE - 1) / LINE;
-    const int token = threadIdx.x % CHUNK;
     #pragma unroll 1
-    for (int line = threadIdx.x / CHUNK; line < lines && token < count; line += THREADS / CHUNK)
-        prefetch(&from.at(t + token, line * (LINE / int(sizeof(data)))));
+    for (int i = part * TEAM + reader(); i < lines * count; i += parts * TEAM)
+        prefetch(&from.at(t + i / lines, i % lines * (LINE / int(sizeof(data)))));
 }
 
 // What a thread will need of the next chunk, on its way to registers.
 struct Ahead {
     Sum target[2];
-    float from_start[2], to_end[2], total[OWN_TILES][2];
-    int good;
+    float decay[2];  // of its tokens, since the start for what is read, to the end for what is learnt
+    float good;
 
     __device__ __forceinline__ void look(const Record& record, int token, int column) {
-        const int warp = threadIdx.x / 32, line = threadIdx.x % 32 / 4, pair = threadIdx.x % 4 * 2;
-        good = int(*record.good());
+        const int line = threadIdx.x % 32 / 4, pair = threadIdx.x % 4 * 2;
+        good = *record.good();
+        const float* const decays = (reads() ? record.from_start() : record.to_end()) + token + line;
+        for (int half = 0; half < 2 && GATE == STEP; half++) decay[half] = decays[8 * half];
+        if (reads()) return;
         const float* const targets = record.targets() + size_t(token + line) * record.wide + column + pair;
         for (int n = 0; n < 2; n++)
             for (int half = 0; half < 2; half++) {
                 const auto two = Vector<float, 2>::at(targets + half * 8 * record.wide + 8 * n);
                 target[n].x[2 * half] = two.x[0], target[n].x[2 * half + 1] = two.x[1];
-            }
-        for (int half = 0; half < 2 && GATE == STEP; half++) {
-            from_start[half] = record.from_start()[token + line + 8 * half];
-            to_end[half] = record.to_end()[token + line + 8 * half];
-        }
-        for (int tile = 0; tile < OWN_TILES && GATE; tile++)
-            for (int half = 0; half < 2; half++) {
-                const int key = (warp + tile * WARPS) * 16 + line + 8 * half;
-                total[tile][half] = key < KEYS ? record.total()[GATE == STEP ? 0 : key] : 0;
             }
     }
 };
@@ -135,21 +139,6 @@ __device__ __forceinline__ void recall(Gathered (&sum)[2], const Split<TERMS, CH
         load_right(right, room.state, key, column);
         #pragma unroll
         for (int n = 0; n < 2; n++) sum[n].add(left, right[n]);
-    }
-}
-
-// Errors and what queries read, in one walk over the keys.
-__device__ __forceinline__ void recall_both(Gathered (&lost)[2], Gathered (&read)[2], const Room& room, int token,
-                                            int column) {
-    #pragma unroll 4
-    for (int key = 0; key < KEYS; key += 16) {
-        Left<bfloat16, SUM_TERMS> w;
-        Left<bfloat16, KEY_TERMS> q;
-        Right<bfloat16, SUM_TERMS> right[2];
-        load_left(w, room.w, token, key);
-        load_left(q, room.q, token, key);
-        load_right(right, room.state, key, column);
-        for (int n = 0; n < 2; n++) lost[n].add(w, right[n]), read[n].add(q, right[n]);
     }
 }
 
@@ -172,7 +161,27 @@ __device__ __forceinline__ void scale_rows(Sum& sum, const float (&factor)[2]) {
     for (int i = 0; i < 4; i++) sum.x[i] *= factor[i / 2];
 }
 
-// Answers of 16 tokens and 8 columns, as far as they are there.
+// What is read of a memory that fades.
+__device__ __forceinline__ void fade(Gathered (&sum)[2], const Ahead& now) {
+    for (int n = 0; n < 2 && GATE == STEP; n++)
+        scale_rows(sum[n].large, now.decay), scale_rows(sum[n].small, now.decay);
+}
+
+// Errors of 16 tokens and 16 columns, where products take them; so many tokens, at most `good`, come before a bad one.
+__device__ __forceinline__ int learn(const Gathered (&lost)[2], const Ahead& now, const Room& room, int token,
+                                     int column, int good) {
+    #pragma unroll
+    for (int n = 0; n < 2; n++) {
+        Sum error = lost[n].total();
+        for (int i = 0; i < 4; i++) error.x[i] = now.target[n].x[i] - error.x[i];
+        each(error, [&](int i, int, float x) { good = bad(x) ? min(good, token + i) : good; });
+        store_terms(error, room.errors, token, column + 8 * n);
+        if (GATE == STEP) scale_rows(error, now.decay), store_terms(error, room.faded, token, column + 8 * n);
+    }
+    return good;
+}
+
+// Answers of 16 tokens and 8 columns, as far as they are there; two at once where that is possible.
 __device__ __forceinline__ void write(const Sum& sum, const Rows<data>& to, long long t, int column, int count,
                                       int columns, real scale) {
     const int line = threadIdx.x % 32 / 4, first = column + threadIdx.x % 4 * 2;
@@ -180,21 +189,36 @@ __device__ __forceinline__ void write(const Sum& sum, const Rows<data>& to, long
     #pragma unroll
     for (int half = 0; half < 2; half++, at += 8 * to.row) {
         if (line + 8 * half >= count) return;
-        if (first < columns) put(*at, scale * sum.x[2 * half]);
-        if (first + 1 < columns) put(at[to.column], scale * sum.x[2 * half + 1]);
+        Vector<data, 2> two;
+        for (int i = 0; i < 2; i++) put(two.x[i], scale * sum.x[2 * half + i]);
+        if (to.column == 1 && first + 1 < columns && size_t(at) % sizeof(two) == 0) {
+            *reinterpret_cast<Vector<data, 2>*>(at) = two;
+        } else {
+            if (first < columns) *at = two.x[0];
+            if (first + 1 < columns) at[to.column] = two.x[1];
+        }
     }
 }
 
-// The part of the state that a warp owns: tiles of 16 keys, all columns.
+// The part of the state that a warp of learners owns: tiles of 16 keys, all columns.
 struct Memory {
     Sum part[OWN_TILES][VALUES / 8];
+    float decay[OWN_TILES][2];  // over the chunk, of a lane's keys
+
+    __device__ __forceinline__ void look(const Record& record) {
+        for (int tile = 0; tile < OWN_TILES && GATE && !reads(); tile++)
+            for (int half = 0; half < 2; half++) {
+                const int key = (threadIdx.x / 32 + tile * TEAM_WARPS) * 16 + threadIdx.x % 32 / 4 + 8 * half;
+                decay[tile][half] = key < KEYS ? record.total()[GATE == STEP ? 0 : key] : 0;
+            }
+    }
 
     // use(key, column, x), of keys that are there
     template <class Use>
     __device__ __forceinline__ void each_number(Use use) {
         #pragma unroll
-        for (int tile = 0; tile < OWN_TILES; tile++) {
-            const int key = (threadIdx.x / 32 + tile * WARPS) * 16;
+        for (int tile = 0; tile < OWN_TILES && !reads(); tile++) {
+            const int key = (threadIdx.x / 32 + tile * TEAM_WARPS) * 16;
             #pragma unroll
             for (int n = 0; n < VALUES / 8; n++)
                 each(part[tile][n], [&](int i, int j, float& x) {
@@ -205,16 +229,16 @@ struct Memory {
     // Where products read it.
     __device__ __forceinline__ void lay_out(const Room& room) {
         #pragma unroll
-        for (int tile = 0; tile < OWN_TILES; tile++) {
-            const int key = (threadIdx.x / 32 + tile * WARPS) * 16;
+        for (int tile = 0; tile < OWN_TILES && !reads(); tile++) {
+            const int key = (threadIdx.x / 32 + tile * TEAM_WARPS) * 16;
             for (int n = 0; n < VALUES / 8 && key < KEYS; n++) store_terms(part[tile][n], room.state, key, 8 * n);
         }
     }
     // The pairs of a chunk.
-    __device__ __forceinline__ void memorise(const Room& room, const Ahead& decays) {
+    __device__ __forceinline__ void memorise(const Room& room) {
         #pragma unroll
-        for (int tile = 0; tile < OWN_TILES; tile++) {
-            const int key = (threadIdx.x / 32 + tile * WARPS) * 16;
+        for (int tile = 0; tile < OWN_TILES && !reads(); tile++) {
+            const int key = (threadIdx.x / 32 + tile * TEAM_WARPS) * 16;
             if (key >= KEYS) break;
             Gathered sum[VALUES / 8] = {};
             #pragma unroll 4
@@ -230,7 +254,7 @@ struct Memory {
             for (int n = 0; n < VALUES / 8; n++) {
                 const Sum more = sum[n].total();
                 for (int i = 0; i < 4; i++)
-                    part[tile][n].x[i] = fma(GATE ? decays.total[tile][i / 2] : 1, part[tile][n].x[i], more.x[i]);
+                    part[tile][n].x[i] = fma(GATE ? decay[tile][i / 2] : 1, part[tile][n].x[i], more.x[i]);
             }
         }
     }
@@ -298,7 +322,8 @@ delta_rule_chunks(const data* q, const data* k, const data* v, const real* beta,
     const Room room;
     Memory memory;
     const int which = blockIdx.x / blocks, first_column = blockIdx.x % blocks * VALUES;
-    const int token = threadIdx.x / 64 * 16, column = threadIdx.x / 32 % 2 * 16, chunks = (tokens + CHUNK - 1) / CHUNK;
+    const int token = threadIdx.x % TEAM / 64 * 16, column = threadIdx.x / 32 % 2 * 16;
+    const int chunks = (tokens + CHUNK - 1) / CHUNK;
 
     __shared__ Place places[8];
     __shared__ Arrays arrays;
@@ -309,9 +334,13 @@ delta_rule_chunks(const data* q, const data* k, const data* v, const real* beta,
         arrays.p = ERASE ? places[ERASE_OF].of(erase_key) : arrays.k, arrays.o = places[O].of(o);
         arrays.beta = places[BETA].of(beta), arrays.gate = places[GATE_OF].of(log_decay);
     }
-    const auto state = places[STATE].of(S);
+    // The place of a number of the state, found anew each time: across the walk it would take registers.
+    const auto state_of = [&](int key, int j) -> real* {
+        return key < K && first_column + j < columns ? &places[STATE].of(S).at(key, first_column + j) : nullptr;
+    };
     memory.each_number([&](int key, int j, float& x) {
-        x = key < K && first_column + j < columns ? state.at(key, first_column + j) : 0;
+        const real* const at = state_of(key, j);
+        x = at ? *at : 0;
     });
     memory.lay_out(room);
     __syncthreads();  // arrays are known
@@ -321,9 +350,9 @@ delta_rule_chunks(const data* q, const data* k, const data* v, const real* beta,
     };
     const auto bring_first = [&](int chunk, int group) {
         const Record record = record_of(chunk);
-        if (group == 0) copy_rows<THREADS, SUM_TERMS * CHUNK>(room.w.term[0], record.recalls(), KEYS);
+        if (group == 0) copy_rows<TEAM, SUM_TERMS * CHUNK>(room.w.term[0], record.recalls(), KEYS, learner());
         bring_tokens(room.q, arrays.q.of(group), record.queries(group), (long long)chunk * CHUNK,
-                     min(CHUNK, tokens - chunk * CHUNK));
+                     min(CHUNK, tokens - chunk * CHUNK), reader());
         close_copies();
     };
     const auto bring_second = [&](int chunk, int group) {
@@ -331,20 +360,26 @@ delta_rule_chunks(const data* q, const data* k, const data* v, const real* beta,
         bring_scores(room.m, record.scores(group));
         if (group == 0)
             bring_tokens(room.k, arrays.k, record.keys(), (long long)chunk * CHUNK,
-                         min(CHUNK, tokens - chunk * CHUNK));
+                         min(CHUNK, tokens - chunk * CHUNK), learner());
         close_copies();
     };
 
     const auto prefetch_chunk = [&](int chunk) {
         const long long t = (long long)chunk * CHUNK;
         const int count = min(CHUNK, tokens - chunk * CHUNK);
-        prefetch_record(record_of(chunk), blockIdx.x % blocks, blocks);
-        if (DIRECT) prefetch_tokens(arrays.q, t, count), prefetch_tokens(arrays.k, t, count);
+        const int part = blockIdx.x % blocks;
+        prefetch_record(record_of(chunk), part, blocks);
+        if (!DIRECT) return;
+        prefetch_tokens(arrays.q, t, count, part, blocks);
+        prefetch_tokens(arrays.k, t, count, part, blocks);
     };
 
-    Ahead now, next;
-    now.look(record_of(0), token, first_column + column);
-    bring_first(0, 0);
+    Ahead now;
+    const auto begin = [&](int chunk) {
+        now.look(record_of(chunk), token, first_column + column);
+        bring_first(chunk, 0);
+    };
+    begin(0);
     #pragma unroll 1
     for (int chunk = 0; chunk < chunks; chunk++) {
         const int count = min(CHUNK, tokens - chunk * CHUNK);
@@ -352,20 +387,16 @@ delta_rule_chunks(const data* q, const data* k, const data* v, const real* beta,
         finish_copies<0>();
         __syncthreads();  // the state and what reads it are there, and nobody is left at the last chunk
         bring_second(chunk, 0);
-        if (chunk + 2 < chunks) prefetch_chunk(chunk + 2);
-        Gathered lost[2] = {}, read[2] = {};
-        recall_both(lost, read, room, token, column);
-        int good = min(now.good, count);
-        #pragma unroll
-        for (int n = 0; n < 2; n++) {
-            Sum error = lost[n].total();
-            for (int i = 0; i < 4; i++) error.x[i] = now.target[n].x[i] - error.x[i];
-            each(error, [&](int i, int, float x) { good = bad(x) ? min(good, token + i) : good; });
-            store_terms(error, room.errors, token, column + 8 * n);
-            if (GATE == STEP) {
-                scale_rows(error, now.to_end), store_terms(error, room.faded, token, column + 8 * n);
-                scale_rows(read[n].large, now.from_start), scale_rows(read[n].small, now.from_start);
-            }
+        memory.look(record_of(chunk));
+        Gathered sum[2] = {};
+        int good = min(int(now.good), count);
+        if (reads()) {
+            if (chunk + 2 < chunks) prefetch_chunk(chunk + 2);
+            recall(sum, room.q, room, token, column);
+            fade(sum, now);
+        } else {
+            recall(sum, room.w, room, token, column);
+            good = learn(sum, now, room, token, column, good);
         }
         finish_copies<0>();
         const bool spoilt = __syncthreads_or(good < count);  // errors, scores and keys are there
@@ -376,8 +407,7 @@ delta_rule_chunks(const data* q, const data* k, const data* v, const real* beta,
             __syncthreads();  // no bad error is left
         }
         const bool more = chunk + 1 < chunks, done = groups == 1 && !spoilt;  // done: with what came first
-        if (more) next.look(record_of(chunk + 1), token, first_column + column);
-        if (more && done) bring_first(chunk + 1, 0);
+        if (more && done) begin(chunk + 1);
         #pragma unroll 1
         for (int group = 0; group < groups; group++) {
             if (group) {
@@ -386,16 +416,15 @@ delta_rule_chunks(const data* q, const data* k, const data* v, const real* beta,
                 bring_second(chunk, group);
                 finish_copies<0>();
                 __syncthreads();  // these are there
-                read[0] = read[1] = Gathered{};
-                recall(read, room.q, room, token, column);
-                for (int n = 0; n < 2 && GATE == STEP; n++)
-                    scale_rows(read[n].large, now.from_start), scale_rows(read[n].small, now.from_start);
+                sum[0] = sum[1] = Gathered{};
+                if (reads()) recall(sum, room.q, room, token, column), fade(sum, now);
             }
-            weigh(read, room, token, column);
+            if (!reads()) continue;
+            weigh(sum, room, token, column);
             #pragma unroll
             for (int n = 0; n < 2; n++)
-                write(read[n].total(), arrays.o.of(group), t + token, first_column + column + 8 * n, good - token, columns,
-                      scale);
+                write(sum[n].total(), arrays.o.of(group), t + token, first_column + column + 8 * n, good - token,
+                      columns, scale);
         }
         if (!done) __syncthreads();  // nobody is left at the state and what reads it
         if (spoilt) {
@@ -405,12 +434,11 @@ delta_rule_chunks(const data* q, const data* k, const data* v, const real* beta,
             memory.each_number([&](int key, int j, float& x) { x = room.number(key, j); });
             __syncthreads();  // nobody is left at the numbers
         }
-        if (more && !done) bring_first(chunk + 1, 0);
-        if (!spoilt) memory.memorise(room, now);
-        now = next;
+        if (more && !done) begin(chunk + 1);
+        if (!spoilt) memory.memorise(room);
         memory.lay_out(room);
     }
     memory.each_number([&](int key, int j, float& x) {
-        if (key < K && first_column + j < columns) state.at(key, first_column + j) = x;
+        if (real* const at = state_of(key, j)) *at = x;
     });
 }

@@ -18,7 +18,7 @@
 // With one gate per channel a block has a multiprocessor for itself.
 constexpr int THREADS = (GATE == CHANNEL ? 128 : 64) * (BLOCKS > 2 ? BLOCKS : 2), WARPS = THREADS / 32;
 constexpr bool OWN_P = !DIRECT && (ERASE || GATE == CHANNEL);  // erasing keys are not the keys that are read
-constexpr int VALUES_AT_ONCE = sizeof(data) == 2 && GATE != CHANNEL ? 128 : 64;
+constexpr int VALUES_AT_ONCE = sizeof(data) == 2 && !(GATE == CHANNEL && ERASE) ? 128 : 64;
 
 typedef Tile<data, CHUNK, KEYS> Raw;
 typedef Tile<data, CHUNK, VALUES_AT_ONCE> Values;
@@ -34,7 +34,7 @@ struct Room {
     Square inverse;     // first what is inverted
     Square between;     // STEP: decay from one token to another
     Channels steps;     // CHANNEL: decays of a token
-    float *total, *whole, *before, *after;  // CHANNEL: decays of the chunk, a block, those before it, those after it
+    float *total, *whole, *before;  // CHANNEL: decays of the chunk, a block, those before it
     float* middle;                          // CHANNEL: of the two in the middle
     float *gates, *from_start, *to_end;     // STEP: of each token; decays from the chunk's start to it, and on to its end
     float* beta;
@@ -56,8 +56,7 @@ struct Room {
         const auto numbers = [&](int count) { return (number += count) - count; };
         constexpr int channels = GATE == CHANNEL ? KEYS : 0, steps_of = GATE == STEP ? CHUNK : 0;
         total = numbers(GATE == STEP ? 4 : channels), whole = numbers(BLOCKS * channels);
-        before = numbers(BLOCKS * channels), after = numbers(BLOCKS * channels);
-        middle = numbers(channels);
+        before = numbers(BLOCKS * channels), middle = numbers(channels);
         gates = numbers(steps_of), from_start = numbers(steps_of), to_end = numbers(steps_of), beta = numbers(CHUNK);
     }
     static __device__ __forceinline__ bfloat16* as_terms(void* x) { return static_cast<bfloat16*>(x); }
@@ -100,31 +99,52 @@ __device__ __forceinline__ void decay_by_channels(const Room& room) {
     }
 }
 
-// Decays of all blocks before one, and after it; of the two in the middle.
+// Threads in an order in which those come first that have made fewer scores inside blocks.
+__device__ __forceinline__ int from_behind() { return THREADS - 1 - threadIdx.x; }
+
+// Decays of all blocks before one; of the two in the middle.
 __device__ __forceinline__ void decay_over_blocks(const Room& room) {
     #pragma unroll 1
-    for (int channel = threadIdx.x; channel < KEYS; channel += THREADS) {
+    for (int channel = from_behind(); channel < KEYS; channel += THREADS) {
         float product = 1;
         for (int block = 0; block < BLOCKS; block++) {
             room.before[block * KEYS + channel] = product;
             product *= room.whole[block * KEYS + channel];
         }
         room.total[channel] = product;
-        product = 1;
-        for (int block = BLOCKS - 1; block >= 0; block--) {
-            room.after[block * KEYS + channel] = product;
-            product *= room.whole[block * KEYS + channel];
-        }
         if (BLOCKS == 4) room.middle[channel] = room.whole[KEYS + channel] * room.whole[2 * KEYS + channel];
     }
 }
 
 // ---- tokens as products take them -------------------------------------------------------------------------------------
 
-// Two channels of a block as terms; with one gate per channel decayed since the block began, or to its end.
+// A pair of numbers as terms, where a term has so many numbers.
+__device__ __forceinline__ void put_pair(bfloat16* to, int numbers, float low, float high) {
+    unsigned pair[KEY_TERMS][1];
+    set_pair<bfloat16>(pair, 0, low, high);
+    #pragma unroll
+    for (int term = 0; term < KEY_TERMS; term++) *reinterpret_cast<unsigned*>(to + term * numbers) = pair[term][0];
+}
+
+// Decays of two channels over all blocks before one, or after it.
+template <bool AFTER>
+__device__ __forceinline__ Vector<float, 2> over_blocks(const Room& room, int block, int key) {
+    Vector<float, 2> decay = {1, 1};
+    for (int other = AFTER ? BLOCKS - 1 : 0; other != block; other += AFTER ? -1 : 1) {
+        const auto more = Vector<float, 2>::at(room.whole + other * KEYS + key);
+        for (int side = 0; side < 2; side++) decay.x[side] *= more.x[side];
+    }
+    return decay;
+}
+
+// Two channels of a block as terms; with one gate per channel decayed since the block began, or to its end. A record,
+// if there is one, has them in rows without gaps, decayed since the chunk began, or to its end.
 template <bool TO_END>
-__device__ __forceinline__ void spread(const Room& room, const Raw& from, const Tokens& to, int first, int key) {
+__device__ __forceinline__ void spread(const Room& room, const Raw& from, const Tokens& to, bfloat16* record,
+                                       int first, int key) {
     float decay[2] = {1, 1};
+    Vector<float, 2> border = {1, 1};
+    if (GATE == CHANNEL && record) border = over_blocks<TO_END>(room, first / 16, key);
     #pragma unroll 4
     for (int n = 0; n < 16; n++) {
         const int i = first + (TO_END ? 15 - n : n);
@@ -132,41 +152,40 @@ __device__ __forceinline__ void spread(const Room& room, const Raw& from, const 
         Vector<float, 2> step = {1, 1};
         if (GATE == CHANNEL) step = Vector<float, 2>::at(&room.steps.at(i, key));
         for (int side = 0; side < 2 && !TO_END; side++) decay[side] *= step.x[side];
-        unsigned pair[KEY_TERMS][1];
-        set_pair<bfloat16>(pair, 0, decay[0] * raw.x[0], decay[1] * raw.x[1]);
-        #pragma unroll
-        for (int term = 0; term < KEY_TERMS; term++)
-            *reinterpret_cast<unsigned*>(&to.term[term].at(i, key)) = pair[term][0];
+        const float low = decay[0] * raw.x[0], high = decay[1] * raw.x[1];
+        put_pair(&to.term[0].at(i, key), CHUNK * to.term[0].stride, low, high);
+        if (record) put_pair(record + i * KEYS + key, CHUNK * KEYS, border.x[0] * low, border.x[1] * high);
         for (int side = 0; side < 2 && TO_END; side++) decay[side] *= step.x[side];
     }
 }
 // Of three kinds, which are keys, queries, and erasing keys.
-__device__ __forceinline__ void spread(const Room& room, int first_kind, int kinds) {
+__device__ __forceinline__ void spread(const Room& room, const Record& record, int group, int first_kind, int kinds) {
     constexpr int items = BLOCKS * KEYS / 2;
     #pragma unroll 1
-    for (int item = first_kind * items + threadIdx.x; item < kinds * items; item += THREADS) {
+    for (int item = first_kind * items + from_behind(); item < kinds * items; item += THREADS) {
         const int first = item % items / (KEYS / 2) * 16, key = item % (KEYS / 2) * 2;
         if (item < items)
-            spread<true>(room, room.raw_k, room.k, first, key);
+            spread<true>(room, room.raw_k, room.k, record.keys(), first, key);
         else if (item < 2 * items)
-            spread<false>(room, room.raw_q, room.q, first, key);
+            spread<false>(room, room.raw_q, room.q, record.queries(group), first, key);
         else
-            spread<false>(room, room.raw_p, room.p, first, key);
+            spread<false>(room, room.raw_p, room.p, nullptr, first, key);
     }
 }
 
-// Tokens to rows without gaps in the record, or to where they are; decayed from the border of the block to the chunk's.
-__device__ __forceinline__ void lead(const Tokens& tokens, const float* decays, bfloat16* to, int stride) {
+// Erasing keys decayed since the chunk began, instead of the block.
+__device__ __forceinline__ void lead(const Room& room) {
     typedef Vector<unsigned, 4> Eight;
     #pragma unroll 1
     for (int i = threadIdx.x; i < CHUNK * KEYS / 8; i += THREADS) {
         const int token = i / (KEYS / 8), key = i % (KEYS / 8) * 8;
+        const auto at = [&](int n) { return reinterpret_cast<Eight*>(&room.p.term[n].at(token, key)); };
         Eight terms[KEY_TERMS];
         #pragma unroll
-        for (int n = 0; n < KEY_TERMS; n++) terms[n] = Eight::at(&tokens.term[n].at(token, key));
-        const float* const decay = decays + token / 16 * KEYS + key;
+        for (int n = 0; n < KEY_TERMS; n++) terms[n] = *at(n);
+        const float* const decay = room.before + token / 16 * KEYS + key;
         #pragma unroll
-        for (int pair = 0; pair < 4 && GATE == CHANNEL; pair++) {
+        for (int pair = 0; pair < 4; pair++) {
             float low = 0, high = 0;
             #pragma unroll
             for (int n = KEY_TERMS - 1; n >= 0; n--)
@@ -178,8 +197,7 @@ __device__ __forceinline__ void lead(const Tokens& tokens, const float* decays, 
             for (int n = 0; n < KEY_TERMS; n++) terms[n].x[pair] = both[n][0];
         }
         #pragma unroll
-        for (int n = 0; n < KEY_TERMS; n++)
-            *reinterpret_cast<Eight*>(to + (n * CHUNK + token) * stride + key) = terms[n];
+        for (int n = 0; n < KEY_TERMS; n++) *at(n) = terms[n];
     }
 }
 
@@ -361,6 +379,7 @@ struct Inverse {
     template <class Scale>
     __device__ __forceinline__ Inverse(const Room& room, Scale scale)  // scale(token)
         : row(threadIdx.x / 32 % BLOCKS), share(threadIdx.x / 32 / BLOCKS) {
+        if (share % 2) row = BLOCKS - 1 - row;  // low rows are short: a scheduler has long ones too
         #pragma unroll
         for (int from = 0; from < BLOCKS; from++)
             if (from <= row)
@@ -375,14 +394,16 @@ struct Inverse {
         #pragma unroll 1
         for (int column = 16 * share; column < columns; column += 16 * shares) {
             Gathered sum[2] = {};
+            constexpr int together = TERMS == 1 ? BLOCKS : BLOCKS > 1 ? 2 : 1;  // on their way to registers
             #pragma unroll
-            for (int from = 0; from < BLOCKS; from++) {
-                if (from <= row) {
-                    Right<bfloat16, TERMS> right[2];
-                    load(right, 16 * from, column);
-                    #pragma unroll
-                    for (int n = 0; n < 2; n++) sum[n].add(left[from], right[n]);
-                }
+            for (int first = 0; first < BLOCKS; first += together) {
+                Right<bfloat16, TERMS> right[together][2];
+                #pragma unroll
+                for (int i = 0; i < together; i++)
+                    if (first + i <= row) load(right[i], 16 * (first + i), column);
+                #pragma unroll
+                for (int i = 0; i < together; i++)
+                    for (int n = 0; n < 2 && first + i <= row; n++) sum[n].add(left[first + i], right[i][n]);
             }
             for (int n = 0; n < 2; n++) use(sum[n].total(), 16 * row, column + 8 * n);
         }
@@ -414,12 +435,12 @@ delta_rule_prepare(const data* q, const data* k, const data* v, const real* beta
     __syncthreads();  // places are known
 
     const auto bring = [&](const Raw& tile, const Rows<const data>& from, int some) {
-        bring_rows<THREADS>(tile, from, t, some, K);
+        bring_rows<THREADS>(tile, from, t, some, K, threadIdx.x);
     };
     const auto bring_values = [&](int first, int some) {
         auto from = places[V].of(v);
         from.begin += first * from.column;
-        bring_rows<THREADS>(room.v, from, t, some, columns - first);
+        bring_rows<THREADS>(room.v, from, t, some, columns - first, threadIdx.x);
         close_copies();
     };
     int known = 0, limit = count + 1, some = count;  // so many tokens are finite; so many are not; these are tried
@@ -429,7 +450,7 @@ delta_rule_prepare(const data* q, const data* k, const data* v, const real* beta
         bring(room.raw_k, places[KEY].of(k), some);
         bring(room.raw_q, places[Q].of(q), some);
         if (ERASE) bring(room.raw_p, places[ERASE_OF].of(erase_key), some);
-        if (GATE == CHANNEL) bring_rows<THREADS>(room.steps, gate, t, some, K);
+        if (GATE == CHANNEL) bring_rows<THREADS>(room.steps, gate, t, some, K, threadIdx.x);
         bring_values(0, some);
         for (int i = threadIdx.x; i < CHUNK; i += THREADS) {
             room.beta[i] = i < some ? places[BETA].of(beta).at(t + i, 0) : 0;
@@ -445,7 +466,7 @@ delta_rule_prepare(const data* q, const data* k, const data* v, const real* beta
             decay_over_blocks(room);
         }
         if constexpr (!DIRECT) {
-            spread(room, 0, 2 + OWN_P);
+            spread(room, record, 0, 0, 2 + OWN_P);
             __syncthreads();  // tokens are terms
         }
         score(room, room.p, nullptr);
@@ -460,16 +481,14 @@ delta_rule_prepare(const data* q, const data* k, const data* v, const real* beta
                 __syncthreads();  // these queries are there
                 if (GATE == CHANNEL) score_in_blocks<false>(room, record.scores(group));
                 if constexpr (!DIRECT) {
-                    spread(room, 1, 2);
+                    spread(room, record, group, 1, 2);
                     __syncthreads();  // these are terms
                 }
             }
-            if constexpr (!DIRECT) lead(room.q, room.before, record.queries(group), KEYS);
             score(room, room.q, record.scores(group));
         }
         invert_blocks(room);
-        if constexpr (!DIRECT) lead(room.k, room.after, record.keys(), KEYS);
-        if (GATE == CHANNEL) lead(room.p, room.before, room.p.term[0].begin, Tile<bfloat16, CHUNK, KEYS>::stride);
+        if (GATE == CHANNEL) lead(room);
         double_blocks<1>(room);
         __syncthreads();  // the inverse is there, and erasing keys lead to the border
 
@@ -500,7 +519,6 @@ delta_rule_prepare(const data* q, const data* k, const data* v, const real* beta
                 __syncthreads();  // these values are there
             }
             const int left = record.wide - first;
-            float* const targets = record.targets() + first + threadIdx.x % 32 / 4 * record.wide + threadIdx.x % 4 * 2;
             inverse.apply<DATA_TERMS>(
                 left < VALUES_AT_ONCE ? left : VALUES_AT_ONCE,
                 [&](Right<bfloat16, DATA_TERMS> (&right)[2], int token, int column) {
@@ -508,9 +526,10 @@ delta_rule_prepare(const data* q, const data* k, const data* v, const real* beta
                 },
                 [&](const Sum& sum, int token, int column) {
                     check(sum);
-                    for (int half = 0; half < 2; half++)
-                        *reinterpret_cast<Vector<float, 2>*>(targets + (token + 8 * half) * record.wide + column) =
-                            {sum.x[2 * half], sum.x[2 * half + 1]};
+                    float* to = record.targets() + (token + threadIdx.x % 32 / 4) * record.wide + first + column;
+                    to += threadIdx.x % 4 * 2;
+                    for (int half = 0; half < 2; half++, to += 8 * record.wide)
+                        *reinterpret_cast<Vector<float, 2>*>(to) = {sum.x[2 * half], sum.x[2 * half + 1]};
                 });
         }
         const bool spoilt = __syncthreads_or(poison != 0) && some;  // nobody is left at this chunk
