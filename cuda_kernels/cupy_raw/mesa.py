@@ -7,8 +7,8 @@ chunk together, to 1e-11 of the right side where the solver is ``exact``; unless
 that needs too many is solved token by token. ``recall_chunks.cu`` is linear attention at the solutions. Few tokens,
 Chebyshev steps, keys of many channels and data in double precision go another way: ``gram.cu`` walks over the keys and
 leaves H at the start of each piece of tokens; the kernel of the solver has a block per piece; ``recall.cu`` walks over
-keys and values. Memory beside arrays and states: two matrices of the size of H per piece, three for ``cg``. All sums are
-in double precision. See ``ttr_np.solvers.mesa`` for the solvers and the sources.
+keys and values. Memory beside arrays and states: two matrices of the size of H per piece, three for ``cg``. All sums
+are in double precision. See ``ttr_np.solvers.mesa`` for the solvers and the sources.
 """
 
 from __future__ import annotations
