@@ -123,7 +123,8 @@ def tested(seconds: float, command: Sequence[str] = ()) -> dict[str, Any]:
             said, _ = run.communicate()
     marks = "".join(re.findall(r"^([.FEsx]+)(?:\s+\[.*)?$", said, re.MULTILINE))
     counts = {name: marks.count(mark) for name, mark in (("passed", "."), ("failed", "F"), ("errors", "E"))}
-    failures = re.findall(r"^(?:FAILED|ERROR) (.*)$", said, re.MULTILINE)
+    told = dict.fromkeys(re.findall(r"^(?:FAILED|ERROR) (.*)$", said, re.MULTILINE))  # at once, and why at the end
+    failures = [name for name in told if not any(other.startswith(f"{name} - ") for other in told)]
     found = counts | {"skipped": marks.count("s"), "seconds": time.monotonic() - start, "finished": not over}
     found["code"] = run.returncode
     return found | {"failures": failures, "end": said[-4000:] if failures or run.returncode else ""}

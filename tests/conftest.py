@@ -19,6 +19,12 @@ def no_choice_of_backend(monkeypatch):
     ttr_np.set_backend(None)
 
 
+def pytest_runtest_logreport(report):
+    """On a GPU whose time is short, a test that fails is named at once: nobody may be there to see the summary."""
+    if report.failed and os.environ.get("TTR_TESTS_ON") == "gpu":
+        print(f"\nFAILED {report.nodeid}", flush=True)
+
+
 @pytest.fixture
 def cupy(monkeypatch):
     """A machine with a GPU, as far as the backend ``cupy`` can tell."""

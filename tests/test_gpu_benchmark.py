@@ -254,7 +254,8 @@ def said(text, code=0):
 
 
 def test_what_the_tests_said_is_counted():
-    found = gpu.tested(30, said("..s.F [ 50%]\n..E   [100%]\nFAILED tests/x.py::y - why\n", 1))
+    text = "..s.F\nFAILED tests/x.py::y\n  [ 50%]\n..E   [100%]\nFAILED tests/x.py::y - why\n"
+    found = gpu.tested(30, said(text, 1))
     assert [found[name] for name in ("passed", "failed", "errors", "skipped")] == [5, 1, 1, 1] and found["finished"]
     assert found["failures"] == ["tests/x.py::y - why"] and "FAILED" in found["end"]
     assert "5 passed, 1 failed, 1 errors, 1 skipped" in gpu.tests_line(found) and "why" in gpu.tests_line(found)
@@ -262,9 +263,19 @@ def test_what_the_tests_said_is_counted():
 
 
 def test_tests_that_take_too_long_are_cut_off_and_what_they_said_is_kept():
-    endless = [sys.executable, "-uc", "print('...  [ 1%]', flush=True)\nwhile True: pass"]
+    endless = [sys.executable, "-uc", "print('...F', 'FAILED a::b', sep='\\n', flush=True)\nwhile True: pass"]
     found = gpu.tested(2, endless)
     assert (found["passed"], found["finished"]) == (3, False) and "cut off" in gpu.tests_line(found)
+    assert found["failures"] == ["a::b"]
+
+
+def test_a_test_that_fails_on_a_gpu_is_named_at_once(tmp_path):
+    for name in ("conftest.py", "cudaemu"):
+        (tmp_path / name).symlink_to(Path(__file__).parent / name)
+    (tmp_path / "test_it.py").write_text("def test_bad():\n    assert False\n")
+    options = ["-q", "-p", "no:cacheprovider", "--no-summary", "--rootdir"]
+    found = gpu.tested(60, [sys.executable, "-m", "pytest", *options, *[str(tmp_path)] * 2])
+    assert found["failures"] == ["test_it.py::test_bad"]
 
 
 TESTED = {
