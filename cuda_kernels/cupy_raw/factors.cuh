@@ -63,7 +63,7 @@ __device__ bool rotate(real* x, real* y, int n) {
 
 // Rotate the rows of X until they are orthogonal, so that their lengths are its singular values: one-sided Jacobi
 // rotations, in each round of all pairs that meet when one row sits still and the others move around the table.
-__device__ __noinline__ void orthogonalise(real* X, int n) {
+__device__ void orthogonalise(real* X, int n) {
     const int seats = n + n % 2, others = seats - 1;
     for (int sweep = 0; sweep < 30; sweep++) {
         int moved = 0;
