@@ -1,8 +1,6 @@
 """Exact least squares in chunks, executed on the CPU: the form of longer calls of cupy, in double precision."""
 
-import ctypes
 import re
-from functools import partial
 from pathlib import Path
 
 import cudaemu
@@ -12,7 +10,7 @@ import test_operators as sentences
 from cudaemu import needed
 from cudaemu.machines import on_cpu
 from test_cuda_kernels import by_the_runner
-from test_cuda_squares import faults, inputs, run, switched
+from test_cuda_squares import barriers, inputs, run
 
 import ttr_np
 from cuda_kernels.cupy_raw import _least_squares_chunks
@@ -299,19 +297,7 @@ OWN = ("least_squares.cuh", "pair_sums.cu", "recursive_least_squares_chunks.cu",
 def test_each_barrier_is_needed(monkeypatch):
     """In one kernel at least."""
     monkeypatch.setattr(_least_squares_chunks, "LEAST", 32)  # tokens of a piece
-    needed_somewhere = {}
-    for operator, arrays, options in SCENES:
-        with on_cpu("cupy") as machine:
-            built = {}
-            machine.build = partial(switched, built)
-            play = partial(getattr(ttr_np, operator), **arrays, **options, backend="cupy")
-            play()
-            for kernel, reasons in list(built.values()):
-                skipped = ctypes.c_int.in_dll(ctypes.CDLL(str(kernel.library)), "skipped_barrier")
-                for skipped.value, reason in enumerate(reasons):
-                    if not needed_somewhere.get(reason):
-                        needed_somewhere[reason] = faults(play)
-                skipped.value = -1
+    needed_somewhere = barriers(SCENES)
     own = set(re.findall(r"__syncthreads\(\);  // (.*)", "".join((TEXTS / name).read_text() for name in OWN)))
     assert own <= set(needed_somewhere)
     assert [reason for reason in own if not needed_somewhere[reason]] == []

@@ -331,8 +331,15 @@ SCENES = [
 @by_the_runner
 def test_each_barrier_is_needed():
     """In one kernel at least: what blocks share is not needed by all."""
+    needed_somewhere = barriers(SCENES)
+    assert len(needed_somewhere) > 30
+    assert [reason for reason, caught in needed_somewhere.items() if not caught] == []
+
+
+def barriers(scenes):
+    """Of each reason for a barrier, whether a scene goes wrong without one."""
     needed_somewhere = {}
-    for operator, arrays, options in SCENES:
+    for operator, arrays, options in scenes:
         with on_cpu("cupy") as machine:
             built = {}
             machine.build = partial(switched, built)
@@ -344,8 +351,7 @@ def test_each_barrier_is_needed():
                     if not needed_somewhere.get(reason):
                         needed_somewhere[reason] = faults(play)
                 skipped.value = -1
-    assert len(needed_somewhere) > 30
-    assert [reason for reason, caught in needed_somewhere.items() if not caught] == []
+    return needed_somewhere
 
 
 def switched(built, *key):
