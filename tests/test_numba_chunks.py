@@ -7,6 +7,7 @@ import numba
 import numpy as np
 import pytest
 
+import ttr_np
 from ttr_np.notation import draw
 from ttr_np.numba_cpu import _compile, _gates, _panels
 
@@ -278,3 +279,23 @@ def test_a_full_reset_forgets_what_was_bad_in_an_earlier_chunk(operator, options
         np.testing.assert_allclose(*((0.0, 0.0) if x is y is None else (x, y)), rtol=1e-12, atol=1e-13)
     assert np.isnan(o[:, reset - 1]).any(axis=-1).all() and np.isfinite(o[:, reset + 1 :]).all()
     np.testing.assert_array_equal(np.delete(o[1], 33, axis=-1), np.delete(clean[1], 33, axis=-1))
+
+
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+@pytest.mark.parametrize("solver", ["exact", "cg", "chebyshev"])
+def test_a_full_reset_of_the_mesa_layer_forgets_even_a_nan(solver, backend):
+    rng, t = np.random.default_rng(0), 110
+    arrays = {name: rng.standard_normal((2, t, n)) for name, n in (("q", 6), ("k", 6), ("v", 4))}
+    arrays["log_decay"] = -0.1 * np.abs(rng.standard_normal((2, t)))
+    arrays["log_decay"][:, [40, 64, 100]] = -np.inf
+    wanted, end = ttr_np.mesa(**arrays, solver=solver, output_final_state=True, backend="numpy")
+    lost = tuple(np.full((2, 6, n), np.nan) for n in (4, 6))
+    for name, place, state in (("k", 10, None), ("v", 70, None), ("v", 0, lost)):
+        bad = arrays | {name: arrays[name].copy()}
+        bad[name][0, place, 1] = np.nan
+        options = {"solver": solver, "initial_state": state, "backend": backend}
+        found, after = ttr_np.mesa(**bad, **options, output_final_state=True)
+        low = 100 if place == 70 else 40
+        np.testing.assert_allclose(found[:, low:], wanted[:, low:], rtol=0, atol=1e-8)
+        for x, y in zip(after, end, strict=True):
+            np.testing.assert_allclose(x, y, rtol=0, atol=1e-10)

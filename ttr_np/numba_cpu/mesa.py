@@ -236,10 +236,10 @@ def kernel(table, places, steps, sizes, tolerance, worst, first, last):
             n = min(low + CHUNK, t) - low
             clean = load_pairs(places, steps, sizes, memory, low, n, room, tolerance)
             if clean:
-                run_chunk(places, steps, sizes, memory, low, clean, room, tolerance, worst)
+                run_pairs(places, steps, sizes, memory, low, clean, room, tolerance, worst)
             for i in range(low + clean, low + n):  # products would spread a bad number: such tokens come one by one
                 load_pairs(places, steps, sizes, memory, i, 1, room, tolerance)
-                run_chunk(places, steps, sizes, memory, i, 1, room, tolerance, worst)
+                run_pairs(places, steps, sizes, memory, i, 1, room, tolerance, worst)
         store(G, 0, d, 0, w, room.G)
         store(H, 0, d, 0, d, room.H)
 
@@ -275,6 +275,26 @@ def load_pairs(places, steps, sizes, memory, low, n, room, like):
 def matrix_of(line):
     """A row as a matrix of one column."""
     return Matrix(line, 1, 1)
+
+
+@inner
+def run_pairs(places, steps, sizes, memory, low, n, room, like, worst):
+    """Pairs that are loaded, in one chunk; in two where a reset forgets a bad number, because zero times it is bad."""
+    apart()
+    t, d, w, method, iterations, singular = sizes
+    reset = 0
+    while reset < n and row(room.gates, 0)[reset] > -math.inf:
+        reset += 1
+    if reset == n or (finite(room.G, d, w, like) and finite(room.H, d, d, like)):
+        run_chunk(places, steps, sizes, memory, low, n, room, like, worst)
+        return
+    if reset:
+        run_chunk(places, steps, sizes, memory, low, reset, room, like, worst)
+    for p in range(d):
+        fill(row(room.G, p), real(like, 0), w)
+        fill(row(room.H, p), real(like, 0), d)
+    load_pairs(places, steps, sizes, memory, low + reset, n - reset, room, like)
+    run_chunk(places, steps, sizes, memory, low + reset, n - reset, room, like, worst)
 
 
 @inner

@@ -32,7 +32,7 @@ import numpy as np
 from ..backends import frames_of_package
 from ..calling import as_array, run
 from ..notation import MesaState
-from ._chunks import Gates, gates_of, in_chunks, output_like, products
+from ._chunks import Gates, gates_of, in_chunks, kept, output_like, products
 from .recursive_least_squares import check_per_step, refuse, weigh, whiten
 
 __all__ = ["chunked", "mesa", "recurrent"]
@@ -148,8 +148,8 @@ def recurrent(
     ridge = np.asarray(ridge, G.dtype)
     for t in range(q.shape[-2]):
         decay = 1 if log_decay is None else np.exp(log_decay[..., t, None, None])
-        G = decay * G + k_w[..., t, :, None] * v_w[..., t, None, :]
-        H = decay * H + k_w[..., t, :, None] * k_w[..., t, None, :]
+        G = kept(decay, G) + k_w[..., t, :, None] * v_w[..., t, None, :]
+        H = kept(decay, H) + k_w[..., t, :, None] * k_w[..., t, None, :]
         q_t = q[..., t : t + 1, :]
         if solver == "exact":
             x = solve(H[..., None, :, :], ridge[..., None, :] if ridge.ndim else ridge, q_t)
@@ -300,8 +300,8 @@ def solve_each(
         here = (..., slice(low, low + size), slice(None))
         grams = np.empty(H.shape[:-2] + (len(tokens), n, n), H.dtype)
         for i, t in enumerate(tokens):
-            kept = H if log_decay is None else np.exp(log_decay[..., t, None, None]) * H
-            grams[..., i, :, :] = H = kept + k[..., t, :, None] * k[..., t, None, :]
+            left = H if log_decay is None else kept(np.exp(log_decay[..., t, None, None]), H)
+            grams[..., i, :, :] = H = left + k[..., t, :, None] * k[..., t, None, :]
         if wanted is None:
             x[here] = solve(grams, row, q[here])
         else:
