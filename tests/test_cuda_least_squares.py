@@ -258,20 +258,6 @@ def test_a_limit_on_the_steps_is_reported():
     sentences.close(o, wanted, 1e-5)
 
 
-@pytest.mark.parametrize("t", [110, 1100])
-@pytest.mark.parametrize("name", ["k", "v"])
-def test_a_full_reset_forgets_even_a_nan(name, t):
-    arrays = pairs("mesa", t, v=4)
-    arrays["log_decay"][..., [40, 64, 100]] = -np.inf
-    wanted, end = run("mesa", "numpy", arrays)
-    arrays[name][0, 70, 1] = np.nan
-    arrays["beta"][..., 70] = 0.5
-    o, state = run("mesa", "cupy", arrays)
-    sentences.close(o[:, 100:], wanted[:, 100:], 1e-5)
-    for x, y in zip(state, end, strict=True):
-        sentences.close(x, y, 1e-5)
-
-
 # ---- barriers --------------------------------------------------------------------------------------------------------
 
 

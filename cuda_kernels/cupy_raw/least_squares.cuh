@@ -222,14 +222,10 @@ __device__ __forceinline__ Left left_of_columns(const Panel<T, STRIDE>& x, int r
     return {low.x[0], high.x[0], low.x[1], high.x[1]};
 }
 
-// Whether nothing is left at a token of what came before, not even of a NaN, which zero times it would keep.
-__device__ __forceinline__ bool forgets(const Weights& all, int token) {
-    return exp(all.decay[token] - (token ? all.decay[token - 1] : 0)) == 0;
-}
-// Of a chunk that ends before all is forgotten, and before or with a pair which is not finite: how many of n tokens it has.
+// Of a chunk that ends before a pair which is not finite, or with it: how many of n tokens it has.
 __device__ __forceinline__ int tokens_together(const Weights& all, int n, bool ends_before) {
     const int lane = threadIdx.x % 32;
-    const bool after = lane > 0 && (all.spoilt[lane] || all.spoilt[lane - 1] || forgets(all, lane));
+    const bool after = lane > 0 && (all.spoilt[lane] || all.spoilt[lane - 1]);
     return least_of_warp(lane < n && (ends_before || after) ? lane : n);
 }
 // Only so many tokens; the others weigh nothing.
@@ -260,14 +256,14 @@ struct Sums {
         const double left = decay();
         each_tile([&](int, int row, int column) {
             Sum sum = H.sum(row, column);
-            for (int i = 0; i < 4; i++) sum.x[i] = fma(left, left == 0 ? 0 : sum.x[i], tile(row, column).x[i]);
+            for (int i = 0; i < 4; i++) sum.x[i] = fma(left, sum.x[i], tile(row, column).x[i]);
             store_symmetric(H, sum, row, column);
         });
     }
     __device__ __forceinline__ void add_to(Memory& G) const {
         const double left = decay();
         for (int n = 0; n < OCTETS; n++)
-            for (int i = 0; i < 4; i++) G.own[n].x[i] = fma(left, left == 0 ? 0 : G.own[n].x[i], memory(n).x[i]);
+            for (int i = 0; i < 4; i++) G.own[n].x[i] = fma(left, G.own[n].x[i], memory(n).x[i]);
     }
     __device__ __forceinline__ double& decay() const { return begin[numbers_at]; }
     __device__ __forceinline__ double& moved() const { return begin[numbers_at + 1]; }  // not zero if anything was learnt

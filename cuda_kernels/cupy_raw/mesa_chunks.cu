@@ -238,10 +238,6 @@ mesa_chunks(const data* q, const data* k, const data* v, const gate* log_decay, 
         const int count = tokens_together(all, n, false);
         if (count < n) shorten(room.k, all, count);
         n = count;
-        if (forgets(all, 0)) {
-            each_of_square(KEYS, [&](int i, int j) { room.H.at(i, j) = 0; });
-            __syncthreads();  // nothing is left
-        }
         find_decays(room, all);
         const bool safe = !EXACT || all_safe(room, all, eps);
         bool solved = safe;

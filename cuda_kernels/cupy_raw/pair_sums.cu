@@ -32,19 +32,9 @@ pair_sums(const data* k, const data* v, const gate* log_decay, const gate* beta,
         const double rest = all.left[CHUNK - 1];
         left *= rest;
         for (int i = 0; i < CHUNK; i++) moved += all.left[i] != 1 || all.energy[i] != 0;
-        const int lane = threadIdx.x % 32, start = -least_of_warp(forgets(all, lane) ? -lane - 1 : 0) - 1;
-        if (start >= 0) {  // the last token before which all is forgotten
-            G = {};
-            for (Sum& sum : H) sum = {};
-            for (int i = threadIdx.x; i < start * VALUES; i += THREADS) values.at(i / VALUES, i % VALUES) = 0;
-            for (int i = threadIdx.x; i < start * KEYS; i += THREADS) keys.at(i / KEYS, i % KEYS) = 0;
-            __syncthreads();  // nothing is left
-        } else if (rest != 1) {
-            for (int n = 0; n < OCTETS; n++)
-                for (int i = 0; i < 4; i++) G.own[n].x[i] *= rest;
-            for (Sum& sum : H)
-                for (double& x : sum.x) x *= rest;
-        }
+        for (int n = 0; n < OCTETS && rest != 1; n++)
+            for (int i = 0; i < 4; i++) G.own[n].x[i] *= rest;
+        if (rest != 1) each_tile([&](int number, int, int) { for (double& x : H[number].x) x *= rest; });
         #pragma unroll 1
         for (int token = 0; token < CHUNK; token += 8) {
             const int pair = token + threadIdx.x % 4 * 2;

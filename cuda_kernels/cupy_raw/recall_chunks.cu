@@ -67,7 +67,6 @@ recall_chunks(const real* x, const data* k, const data* v, const gate* log_decay
         const int count = tokens_together(all, n, false);
         if (count < n) shorten(room.k, all, count);
         n = count;
-        if (forgets(all, 0)) memory = {};
         load_values(room.v, all, pairs, low, n, column_block * VALUES, columns);
         #pragma unroll 1
         for (int group = 0; group < groups; group++) {  // the points that share this memory
