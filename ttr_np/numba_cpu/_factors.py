@@ -87,17 +87,40 @@ def cholesky(A, across, n, like):
             load_transposed(across, A, low, high - low, low)
             rest = right(below(A, low), low)
             multiply(rest, below(A, low), across, n - low, high - low, low, real(like, -1), real(like, 1), full)
-        for i in range(low, n):
-            mine = row(A, i)
-            for j in range(low, min(i, high)):
-                theirs = row(A, j)
-                mine[j] = (mine[j] - dot(move(mine, low), move(theirs, low), j - low, like)) / theirs[j]
-            if i < high:
-                pivot = mine[i] - dot(move(mine, low), move(mine, low), i - low, like)
-                if not pivot > 0:
-                    return False
-                mine[i] = math.sqrt(pivot)
+        if not factorise_block(A, low, high, like):
+            return False
+        if high < n:
+            solve_right(A, Matrix(across.data, n - high, 1), low, high, n, like)
     return True
+
+
+@inner
+def factorise_block(A, low, high, like):
+    """The factor's block on the diagonal, row by row; False if a pivot is not positive."""
+    apart()
+    for i in range(low, high):
+        mine = move(row(A, i), low)
+        for j in range(i - low):
+            theirs = move(row(A, low + j), low)
+            mine[j] = (mine[j] - dot(mine, theirs, j, like)) / theirs[j]
+        pivot = mine[i - low] - dot(mine, mine, i - low, like)
+        if not pivot > 0:
+            return False
+        mine[i - low] = math.sqrt(pivot)
+    return True
+
+
+@inner
+def solve_right(A, across, low, high, n, like):
+    """The factor's rows below a block of its diagonal, by forward substitution of all at once, as columns."""
+    apart()
+    size, rest = high - low, n - high
+    load_transposed(across, right(A, low), high, rest, size)
+    for j in range(size):
+        for i in range(j):
+            add_scaled(row(across, j), -row(A, low + j)[low + i], row(across, i), rest)
+        scale(row(across, j), real(like, 1) / row(A, low + j)[low + j], rest)
+    load_transposed(right(below(A, high), low), across, 0, size, rest)
 
 
 @inner
@@ -117,13 +140,16 @@ def solve_lower(L, x, m, n, like):
 def invert_lower(L, X, n, like):
     """X = L^-1 for a lower triangle, by forward substitution; above the diagonal X is zero."""
     apart()
-    for i in range(n):
-        x = row(X, i)
-        fill(x, real(like, 0), n)
-        x[i] = real(like, 1)
-        for j in range(i):
-            add_scaled(x, -row(L, i)[j], row(X, j), j + 1)
-        scale(x, real(like, 1) / row(L, i)[i], i + 1)
+    for low in range(0, n, BLOCK):
+        high = min(low + BLOCK, n)
+        multiply(below(X, low), below(L, low), X, high - low, low, low, real(like, -1), real(like, 0), full)
+        for i in range(low, high):
+            x = row(X, i)
+            fill(move(x, low), real(like, 0), n - low)
+            x[i] = real(like, 1)
+            for j in range(low, i):
+                add_scaled(x, -row(L, i)[j], row(X, j), j + 1)
+            scale(x, real(like, 1) / row(L, i)[i], i + 1)
 
 
 @inner

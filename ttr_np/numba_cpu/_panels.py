@@ -30,7 +30,7 @@ __all__ = [
     "ROWS", "Matrix", "add_scaled", "answers", "below", "clean_until", "clean_within", "copy", "count_bad_of", "dot",
     "fill", "finite", "full", "gather", "give", "lanes", "load", "load_transposed", "lower", "matrix", "most", "move",
     "multiply", "panel", "panels", "pointer", "real", "row", "scale", "scale_rows", "solve_unit_lower", "store",
-    "times", "transposed", "triangle",
+    "times", "transposed", "triangle", "upper",
 ]  # fmt: skip
 
 # One tile of a product is held in registers: ROWS x LINE bytes of sums, which hide the latency of multiply-add. Tiles
@@ -38,7 +38,7 @@ __all__ = [
 PARTS = 2  # vectors of a row
 ROWS, FEW, LINE = *((12, 8) if WIDE else (6, 4)), PARTS * BYTES
 
-full, lower, triangle = 0, 1, 2  # see multiply
+full, lower, triangle, upper = 0, 1, 2, 4  # see multiply; upper | triangle is both
 
 
 class Matrix(NamedTuple):
@@ -368,18 +368,21 @@ def multiply(c, a, b, m, n, depth, alpha, beta, shape):
         Factors in the dtype; with beta = 0 what stood in c is not read.
     shape
         ``full``; ``lower``: a is lower triangular (zero above its diagonal), so later terms are left out; ``triangle``:
-        only the lower triangle of c is wanted (above it tiles are left as they are, or filled with more).
+        only the lower triangle of c is wanted (above it tiles are left as they are, or filled with more); ``upper``:
+        a is upper triangular, so earlier terms are left out.
     """
     apart()
     size = lanes(alpha)
     for j in range(0, n, size):
-        i = j // ROWS * ROWS if shape == triangle else 0
+        i = j // ROWS * ROWS if shape & triangle else 0
         while i < m:
             left = m - i
             few = left <= FEW or ROWS < left <= 2 * FEW
             rows = FEW if few else ROWS
-            deep = min(i + rows, depth) if shape == lower else depth
-            c_ij, a_i, b_j = move(c.data, i * c.step + j), row(a, i), move(b.data, j)
+            first = i if shape & upper else 0
+            deep = min(i + rows, depth) if shape & lower else depth - first
+            c_ij, a_i = move(c.data, i * c.step + j), move(row(a, i), first * a.column)
+            b_j = move(row(b, first), j)
             if few:
                 last_tile(c_ij, c.step, a_i, a.step, a.column, b_j, b.step, min(rows, left), deep, alpha, beta)
             else:

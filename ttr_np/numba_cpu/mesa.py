@@ -2,9 +2,10 @@
 
     o_t = G_t^T x_t,    x_t = (H_t + diag(ridge))^-1 q_t
 
-- ``exact`` without decay: one Cholesky factor per chunk, completed key by key by the reflections of ``_factors``,
-  X = Q P - tril(Q W^T) W, refined once; a token whose residual is then above rounding is solved alone, and with decay
-  every token is: with a Cholesky factor of its own, or eigenvectors where its ridge is lost in rounding or zero.
+- ``exact``: one Cholesky factor per chunk, completed key by key by the reflections of ``_factors``, as
+  X = Q P - tril(Q W^T) W. Without decay that is refined once; with decay it preconditions conjugate gradients as below,
+  until their residual is rounding. A token whose true residual is then above rounding, or whose ridge is nearly lost
+  in it, is solved alone: with a Cholesky factor of its own, or eigenvectors where its ridge is lost or zero.
 - ``cg`` with a tolerance: the same P and W precondition every token of the chunk, their ridge divided by a decay from
   the middle of the chunk: one step without decay, three to six where gates are mild. The decay is foretold from
   the gates before the chunk and its first one, and a token that has lost more than half of the chunk's start goes
@@ -52,6 +53,7 @@ from ._panels import (
     fill,
     finite,
     full,
+    gather,
     load,
     load_transposed,
     lower,
@@ -64,9 +66,11 @@ from ._panels import (
     row,
     scale,
     scale_rows,
+    spread,
     store,
     times,
     triangle,
+    upper,
 )
 from ._sequences import lay_out
 from ._threads import share
@@ -75,6 +79,9 @@ __all__ = ["mesa"]
 
 CHUNK = 32
 MILD = math.log(0.98)  # mean log decay above which one factor serves a whole chunk
+FAST = math.log(0.85)  # and above which it still serves more tokens than it costs factors
+STEPS = 16  # of conjugate gradients before a token gets a factor of its own
+LEAST = 1e-250  # square of a solution below which the square of its residual is lost
 HALF = 0.5  # share of the chunk's start below which a token does without it
 METHODS = ("exact", "cg", "chebyshev")
 EXACT, CG, CHEBYSHEV = range(3)
@@ -305,12 +312,12 @@ def run_chunk(places, steps, sizes, memory, low, n, room, like, worst):
     one, gated = real(like, 1), places[GATE, memory, 0] != 0
     step_decays(matrix_of(row(room.gates, 0)), 0, n, room.pairs, row(room.since, 0), like)
     load_transposed(room.across, room.keys, 0, n, d)
-    together = prepare(sizes, n, room, low, gated, like)
+    together = prepare(sizes, n, room, low, like)
     if n == 1:  # one token reads the sum itself
         memorise(n, room, w, d, like)
     for group in range(places.shape[2]):
         q = below(matrix(places[Q, memory, group], steps[Q, 0], steps[Q, 1], like), low)
-        solve(q, sizes, n, room, together, worst, memory, like)
+        solve(q, sizes, n, room, together, gated, worst, memory, like)
         if n == 1:
             multiply(room.answers, room.x, room.G, n, w, d, one, real(like, 0), full)
         else:
@@ -319,10 +326,16 @@ def run_chunk(places, steps, sizes, memory, low, n, room, like, worst):
     if n > 1:
         memorise(n, room, w, d, like)
     scale_rows(room.keys, row(room.pairs, n - 1), n, d)
-    multiply(room.H, room.across, room.keys, d, d, n, one, row(room.since, 0)[n], full)
+    multiply(room.H, room.across, room.keys, d, d, n, one, row(room.since, 0)[n], triangle)
+    mirror(room.H, d)
+
+
+@inner
+def mirror(x, d):
+    """A symmetric matrix from its lower triangle."""
+    apart()
     for i in range(d):
-        for j in range(i):
-            row(room.H, j)[i] = row(room.H, i)[j]
+        spread(move(x.data, i), x.step, row(x, i), 1, i)
 
 
 @inner
@@ -334,7 +347,7 @@ def memorise(n, room, w, d, like):
 
 
 @inner
-def prepare(sizes, n, room, low, gated, like):
+def prepare(sizes, n, room, low, like):
     """What the queries of a chunk share; for how many of its tokens one factor serves."""
     apart()
     t, d, w, method, iterations, singular = sizes
@@ -344,21 +357,19 @@ def prepare(sizes, n, room, low, gated, like):
     total = gates[0]
     for i in range(1, n):
         total += gates[i]
-    if method == EXACT:
-        return 0 if gated or singular else factorise(n, one_of(like), d, room, like)
+    gates[CHUNK] = total / n
     together = 0
-    if method == CG and like > 0 and not singular and mean >= MILD:
+    if not singular and serves(method, mean, like):
         while together < n and row(room.since, 0)[together + 1] >= HALF:
             together += 1
         together = factorise(together, real(like, math.exp(mean * CHUNK / 2)), d, room, like)
-    gates[CHUNK] = total / n
     return together
 
 
 @inner
-def one_of(like):
-    """1 in the dtype."""
-    return real(like, 1)
+def serves(method, mean, like):
+    """Whether a common factor is worth its price: that of a few tokens' own, or of some steps of all tokens."""
+    return mean >= FAST if method == EXACT else method == CG and like > 0 and mean >= MILD
 
 
 @inner
@@ -376,7 +387,7 @@ def factorise(n, reference, d, room, like):
     left = row(room.tokens, LEFT)
     copy(left, move(row(room.since, 0), 1), n)
     reflect(room.vectors, left, n, d, room.reflections, like)
-    multiply(room.read, room.R, room.reflections.across, d, n, d, one, zero, full)
+    multiply(room.read, room.R, room.reflections.across, d, n, d, one, zero, upper)
     multiply(room.whitened, room.read, room.reflections.T, d, n, n, one, zero, full)
     load_transposed(room.W, room.whitened, 0, d, n)
     return n
@@ -414,7 +425,8 @@ def invert(H, factor, d, room, like):
         lift = max(2 * lift, eps(like) * largest)
     invert_lower(room.A, room.X, d, like)
     load_transposed(room.R, room.X, 0, d, d)
-    multiply(room.P, room.R, room.X, d, d, d, real(like, 1), real(like, 0), full)
+    multiply(room.P, room.R, room.X, d, d, d, real(like, 1), real(like, 0), upper | triangle)
+    mirror(room.P, d)
     return True
 
 
@@ -447,7 +459,7 @@ def precondition(into, r, n, together, d, room, like):
 
 
 @inner
-def solve(q, sizes, n, room, together, worst, memory, like):
+def solve(q, sizes, n, room, together, gated, worst, memory, like):
     """The solutions x of one sequence of queries."""
     apart()
     t, d, w, method, iterations, singular = sizes
@@ -456,13 +468,24 @@ def solve(q, sizes, n, room, together, worst, memory, like):
         iterate(sizes, n, room, together, worst, memory, like)
         return
     fill(row(room.tokens, ALONE), real(like, 1), n)
-    until = solve_together(n, together, d, room, like) if together else n
+    if not together:
+        solve_each(n, d, singular, room, like)
+        return
+    if gated:
+        steps = (t, d, w, CG, STEPS, singular)
+        iterate(steps, together, room, together, worst, memory, real(like, 4 * eps(like)))
+        load(room.r, q, 0, n, 0, d)
+    else:
+        solve_refined(n, together, d, room, like)
+    remain(together, d, room, like)
+    settle(together, d, gated, room, like)
+    until = n if together < n else unsettled(n, room)
     solve_each(until, d, singular, room, like)
 
 
 @inner
-def solve_together(n, together, d, room, like):
-    """Solutions from the common factor, refined once; until which token some have to be solved alone.
+def solve_refined(n, together, d, room, like):
+    """Solutions from the common factor, refined once: without decay it is every token's own.
 
     The difference in ``precondition`` cancels where the chunk says much more than what came before it.
     """
@@ -472,18 +495,31 @@ def solve_together(n, together, d, room, like):
     precondition(room.p, room.z, n, together, d, room, like)
     for i in range(n):
         add_scaled(row(room.x, i), real(like, 1), row(room.p, i), d)
-    remain(n, d, room, like)
-    diagonal, until = row(room.along, VALUES), 0
+
+
+@inner
+def settle(n, d, gated, room, like):
+    """Which of n tokens are solved to rounding; the others have to be solved alone."""
+    apart()
+    diagonal, units, ridge = row(room.along, VALUES), row(room.along, SCALE), row(room.ridge, 0)
     for p in range(d):
-        diagonal[p] = row(room.H, p)[p] + row(room.ridge, 0)[p]
+        diagonal[p] = row(room.H, p)[p]
     for i in range(n):
-        k = row(room.keys, i)
+        k, decay = row(room.keys, i), row(room.pairs, i)[i - 1] if i else row(room.since, 0)[1]
         for p in range(d):
-            diagonal[p] += k[p] * k[p]
-        solved = is_solved(row(room.x, i), row(room.z, i), row(room.r, i), diagonal, d, like)
+            diagonal[p] = decay * diagonal[p] + k[p] * k[p]
+            units[p] = math.sqrt(diagonal[p] + ridge[p])
+        safe = not gated or is_safe(diagonal, ridge, d, like)
+        solved = safe and is_solved(row(room.x, i), row(room.z, i), row(room.r, i), units, d, like)
         row(room.tokens, ALONE)[i] = real(like, not solved)
-        until = until if solved else i + 1
-    return until
+
+
+@inner
+def unsettled(n, room):
+    """Until which of n tokens some have to be solved alone."""
+    while n > 0 and row(room.tokens, ALONE)[n - 1] == 0:
+        n -= 1
+    return n
 
 
 @inner
@@ -497,26 +533,29 @@ def remain(n, d, room, like):
 
 
 @inner
-def is_solved(x, z, q, diagonal, d, like):
+def is_solved(x, z, q, units, d, like):
     """Whether a residual z is rounding, and the matrix not singular to it.
 
     In the units in which the matrix has a unit diagonal, and a norm of sqrt(d) at least. The inverse P is formed here,
     which costs digits that the solver's root of it keeps: what counts as rounding is a quarter of what counts there.
     """
     apart()
-    size = rest = asked = 0.0
+    size = rest = asked = 0.0  # squares in double precision, which numbers of single precision never leave
     for p in range(d):
-        root = math.sqrt(types.float64(diagonal[p]))
-        size, rest, asked = max(size, abs(x[p] * root)), max(rest, abs(z[p] / root)), max(asked, abs(q[p] / root))
-        if not abs(x[p]) + abs(z[p]) < math.inf:
-            return False
-    return rest <= 2 * eps(like) * math.sqrt(d) * size and d * d * eps(like) * size <= asked
+        unit = types.float64(units[p])
+        a, b, c = x[p] * unit, z[p] / unit, q[p] / unit
+        size += a * a
+        rest += b * b
+        asked += c * c
+    rounding, known = 4 * d * eps(like) * eps(like) * size, d * d * eps(like)
+    return LEAST <= size < math.inf and rest <= rounding and known * known * size <= asked
 
 
 @inner
 def solve_each(n, d, singular, room, like):
     """The solutions by themselves of those of the first n tokens that are marked for it."""
     apart()
+    diagonal, ridge = row(room.along, VALUES), row(room.ridge, 0)
     load(room.R, room.H, 0, d, 0, d)
     for i in range(n):
         k, decay = row(room.keys, i), row(room.pairs, i)[i - 1] if i else row(room.since, 0)[1]
@@ -525,26 +564,26 @@ def solve_each(n, d, singular, room, like):
             add_scaled(row(room.R, p), k[p], k, d)
         if row(room.tokens, ALONE)[i] == 0:
             continue
+        gather(diagonal, room.R.data, room.R.step + 1, d)
         if not finite(room.R, d, d, like):
             fill(row(room.x, i), real(like, math.nan), d)
         elif singular:
             fill(row(room.along, SCALE), real(like, 1), d)
             solve_least(row(room.r, i), row(room.x, i), d, room, like)
-        elif is_safe(d, room, like):
+        elif is_safe(diagonal, ridge, d, like):
             solve_one(row(room.r, i), row(room.x, i), d, room, like)
         else:
             solve_unsafe(row(room.r, i), row(room.x, i), d, room, like)
 
 
 @inner
-def is_safe(d, room, like):
+def is_safe(diagonal, ridge, d, like):
     """Whether no eigenvalue can be lost in rounding: with a unit diagonal, none is below the share of the ridge."""
     apart()
+    share, lost = real(like, d * d) * eps(like), np.int32(0)
     for p in range(d):
-        ridge = row(room.ridge, 0)[p]
-        if not ridge >= d * d * eps(like) * (row(room.R, p)[p] + ridge):
-            return False
-    return True
+        lost += np.int32(not ridge[p] >= share * (diagonal[p] + ridge[p]))
+    return lost == 0
 
 
 @inner
@@ -658,20 +697,26 @@ def iterate(sizes, n, room, together, worst, memory, like):
     for step in range(limit):
         open_tokens = 0
         for i in range(n):
-            if row(tokens, ERROR)[i] > like * like * row(tokens, START)[i] and step < row(tokens, MOST)[i]:
+            if is_open(i, step, tokens, like):
                 open_tokens = i + 1
         if open_tokens == 0:
             break
+        if method == CG and step:
+            turn(open_tokens, together, d, room, like)
         apply(room.Ap, room.p, open_tokens, d, room, like)
         for i in range(open_tokens):
-            if row(tokens, ERROR)[i] > like * like * row(tokens, START)[i] and step < row(tokens, MOST)[i]:
+            if is_open(i, step, tokens, like):
                 if method == CG:
                     advance(i, d, room, like)
                 else:
                     descend(i, d, room, like)
-        if method == CG:
-            turn(open_tokens, together, d, room, like)
     finish(n, d, room, worst, memory, like)
+
+
+@inner
+def is_open(i, step, tokens, like):
+    """Whether a token's residual is still above the tolerance, and steps are left."""
+    return row(tokens, ERROR)[i] > like * like * row(tokens, START)[i] and step < row(tokens, MOST)[i]
 
 
 @inner
@@ -705,6 +750,7 @@ def advance(i, d, room, like):
     length = ratio(row(tokens, SLOPE)[i], dot(p, Ap, d, like))
     add_scaled(row(room.x, i), length, p, d)
     add_scaled(row(room.r, i), -length, Ap, d)
+    row(tokens, ERROR)[i] = dot(row(room.r, i), row(room.r, i), d, like)
 
 
 @inner
@@ -715,7 +761,6 @@ def turn(open_tokens, together, d, room, like):
     precondition(room.z, room.r, open_tokens, together, d, room, like)
     for i in range(open_tokens):
         r, z = row(room.r, i), row(room.z, i)
-        row(tokens, ERROR)[i] = dot(r, r, d, like)
         slope = dot(r, z, d, like)
         share = ratio(slope, row(tokens, SLOPE)[i])
         scale(row(room.p, i), share, d)
