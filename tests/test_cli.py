@@ -20,6 +20,7 @@ from ttr_np.cli import main
 from ttr_np.text_recall import (
     DISTANCES,
     BadInput,
+    breaks,
     continuations,
     decode,
     default_text,
@@ -259,6 +260,13 @@ def test_the_budget_holds_for_layers_whose_time_grows_faster_than_the_text(table
     result = text_recall(" ".join("ab" * 2001), length=4001, budget=15.0, backends=["numpy"], dimension=4)
     assert bool(result["layers"]) is fits
     assert fits or now[0] < 15.0 and "15 s allowed" in result["not_run"][0]["reason"]
+
+
+@pytest.mark.parametrize(("scale", "longest"), [(1e-6, 4), (1e-4, 16), (5e-4, 64), (4e-3, 256)])
+def test_no_longer_beginning_is_run_than_is_needed_to_judge(scale, longest):
+    asked: list[int] = []
+    assert not breaks(15.0, 1024, lambda count: asked.append(count) or scale * count)
+    assert max(asked) == longest
 
 
 def test_a_backend_without_the_operator_is_a_reason(table, monkeypatch):

@@ -94,3 +94,24 @@ def test_what_cannot_be_kept_is_said_and_runs(monkeypatch, tmp_path):
 
 def abs_(x):
     return -x if x < 0 else x
+
+
+def test_what_is_compiled_ahead_leaves_nothing_to_compile():
+    """Every kernel of every operator is called by the jobs, in a process that has called none before."""
+    script = """
+from importlib import import_module
+from pkgutil import iter_modules
+import ttr_np.numba_cpu as package
+from ttr_np.backends import operators_of
+from ttr_np.numba_cpu._ahead import compile_one, jobs_of
+for job in jobs_of(operators_of("numba"), ["float32"]):
+    compile_one(*job)
+modules = [import_module(f"{package.__name__}.{module.name}") for module in iter_modules(package.__path__)]
+kernels = {id(x): x for module in modules for x in vars(module).values() if hasattr(x, "stats")}
+kept = [kernel for kernel in kernels.values() if hasattr(kernel._cache, "_cache_file")]
+assert len(kept) > 12
+print(*[kernel.py_func.__name__ for kernel in kept if not kernel.signatures])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["within"]  # of threads, not of an operator

@@ -275,7 +275,8 @@ def breaks(budget: float, whole: int, clock: Callable[[int], float]) -> bool:
     """Whether a pass of ``whole`` steps would break the budget; ``clock`` runs a beginning and returns its seconds.
 
     Two beginnings give the growth of the time with the length, and that the time of all: seconds (T / t)^growth. Less
-    than a hundredth of the budget is not judged by: the time of so few tokens is mostly that of the call.
+    than a hundredth of the budget is not judged by: the time of so few tokens is mostly that of the call. No longer
+    beginning is run where all would fit even if the time grew by one power faster from there on.
     """
     before = None
     for count in beginnings(whole):
@@ -285,6 +286,8 @@ def breaks(budget: float, whole: int, clock: Callable[[int], float]) -> bool:
             seconds = min(seconds, clock(count))  # a busy machine stalls now and then
         if seconds > budget / 100 and seconds * (whole / count) ** growth > budget:
             return True
+        if before is not None and seconds * (whole / count) ** min(growth + 1, STEEPEST) < budget:
+            return False
         before = seconds
     return False
 

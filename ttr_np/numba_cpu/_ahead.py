@@ -1,0 +1,47 @@
+"""Kernels compiled before they are needed, by as many processes as there are cores, which take them off one list.
+
+One process compiles one kernel at a time. What is on disk already is only read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from multiprocessing import get_context
+
+import numpy as np
+
+import ttr_np
+
+from ..notation import draw
+from ._lanes import NARROW
+
+__all__ = ["compile_ahead", "compile_one", "jobs_of"]
+
+# Those that take longest come first, so that no process is left with a long one at the end.
+LONGEST_FIRST = ("linear_attention", "mesa", "recursive_least_squares", "delta_rule", "test_time_training")
+FEW_OUTPUTS = ("delta_rule", "recursive_least_squares")  # which have a kernel of their own for them
+OPTIONS = {"test_time_training": {"memory": ttr_np.Linear()}}
+
+
+def jobs_of(operators: Sequence[str], dtypes: Sequence[str]) -> list[tuple[str, str, int]]:
+    """An operator, a dtype and a number of outputs for each kernel, those that take longest first."""
+    order = sorted(operators, key=lambda name: LONGEST_FIRST.index(name) if name in LONGEST_FIRST else 99)
+    jobs = [(operator, dtype, 2 * NARROW) for operator, dtype in product(order, dtypes)]
+    return jobs + [(operator, dtype, 1) for operator, dtype in product(order, dtypes) if operator in FEW_OUTPUTS]
+
+
+def compile_one(operator: str, dtype: str, outputs: int) -> None:
+    """Call a kernel on a few tokens."""
+    arrays = draw(operator, np.random.default_rng(0), dtype=dtype, v=outputs)
+    getattr(ttr_np, operator)(**arrays, **OPTIONS.get(operator, {}), backend="numba")
+
+
+def compile_ahead(operators: Sequence[str], dtypes: Sequence[str]) -> None:
+    """Every kernel of some operators, in several processes; what one of them raises is raised here."""
+    jobs = jobs_of(operators, dtypes)
+    count = min(os.cpu_count() or 1, len(jobs))
+    with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
+        list(pool.map(compile_one, *zip(*jobs, strict=True)))
