@@ -103,7 +103,7 @@ class Translation:
         found = [f for f in re.finditer(FUNCTION, self.text, re.DOTALL | re.VERBOSE) if f["name"] not in LIBRARY]
         functions = [self.function(f) for f in found if f["kind"] == "func"]
         functions += [self.kernel(f) for f in found if f["kind"] == "entry"]
-        return "\n".join(['#include "ptx.h"', *self.tables.values(), *functions, "RUNNER_EXPORT(kernel)", ""])
+        return "\n".join([*self.tables.values(), *functions, "RUNNER_EXPORT(kernel)", ""])
 
     def kernel(self, found: re.Match[str]) -> str:
         """The kernel; PTX reads its parameters as memory."""
@@ -365,7 +365,7 @@ def ptx(text: str, flush: bool = False) -> Kernel:
     """Build the one kernel of a PTX text; every launch may look at all loads and stores."""
     translation = Translation(text)
     flags = ("-O1" if len(text) < LONG else "-O0", *FLAGS)
-    return Kernel(build.library(translation.source(), flags), flush=flush, shared=translation.shared_bytes)
+    return Kernel(build.library("ptx.h", translation.source(), flags), flush=flush, shared=translation.shared_bytes)
 
 
 def flatten(arguments: Sequence[Any]) -> list[Any]:
