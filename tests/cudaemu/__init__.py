@@ -43,6 +43,7 @@ from .launch import (
 )
 from .ptx import ptx
 from .source import source
+from .switches import switched
 
 
 def needed(reason: str) -> pytest.MarkDecorator:
@@ -71,5 +72,6 @@ __all__ = [
     "numba_cuda",
     "ptx",
     "source",
+    "switched",
     "virtual",
 ]
