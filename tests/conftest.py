@@ -12,6 +12,14 @@ import ttr_np
 from ttr_np.cli.experiment import NAMES
 
 
+def pytest_collection_modifyitems(items):
+    """What each process compiles or runs anew comes first: with ``--dist worksteal`` one of them has nearly all of it.
+
+    That is Numba's kernels for GPUs, then the experiments.
+    """
+    items.sort(key=lambda item: ("numba-cuda" not in item.nodeid, "results" not in getattr(item, "fixturenames", ())))
+
+
 @pytest.fixture(autouse=True)
 def no_choice_of_backend(monkeypatch):
     monkeypatch.delenv("TTR_BACKEND", raising=False)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import test_cuda_kernels as kernels
 import test_operators as sentences
-from cudaemu import BoundsFault, RaceFault, UnsetFault, needed
+from cudaemu import BoundsFault, RaceFault, UnsetFault, needed, switched
 from cudaemu.machines import on_cpu
 from test_operators import Case
 
@@ -286,6 +286,7 @@ def test_pieces_are_whole_chunks_and_no_more_than_pay():
 
 # ---- barriers and waits ----------------------------------------------------------------------------------------------
 
+PLACES = r"__syncthreads\(\);|finish_copies<0>\(\);"
 WAYS = [  # each with barriers of its own: terms with everything there is, and data as they come; both in pieces
     ("float32", "channel", True),
     ("bfloat16", "step", False),
@@ -309,17 +310,17 @@ def test_each_barrier_and_each_wait_is_needed(monkeypatch):
     from cuda_kernels.cupy_raw import _linear_attention_chunks as chunks
 
     whole = chunks.KERNEL.text()
-    places = [place.span() for place in re.finditer(r"__syncthreads\(\);|finish_copies<0>\(\);", whole)]
+    places = [place.span() for place in re.finditer(PLACES, whole)]
     assert len(places) > 10
-    survivors = set(places)
+    monkeypatch.setattr(chunks.KERNEL, "text", lambda: switched(whole, PLACES))
+    survivors = set(range(len(places)))
     for way in WAYS:
         call = spoilt_call(*way, monkeypatch)
-        for low, high in sorted(survivors):
-            monkeypatch.setattr(chunks.KERNEL, "text", lambda low=low, high=high: whole[:low] + ";" + whole[high:])
-            with on_cpu("cupy") as machine:
+        for number in sorted(survivors):
+            with on_cpu("cupy", left_out=number) as machine:
                 machine.multiprocessors = 3
                 try:
                     call()
                 except (RaceFault, UnsetFault):
-                    survivors.remove((low, high))
-    assert [whole[low - 200 : high + 60] for low, high in survivors] == []
+                    survivors.remove(number)
+    assert [whole[low - 200 : high + 60] for low, high in map(places.__getitem__, survivors)] == []

@@ -1,6 +1,5 @@
 """Exact least squares and test-time training on both GPU backends, executed on the CPU: what is special about them."""
 
-import ctypes
 import re
 import warnings
 from functools import partial
@@ -289,21 +288,20 @@ def test_keys_that_repeat_need_a_ridge(backend):
 
 # ---- barriers --------------------------------------------------------------------------------------------------------
 
-SWITCH = """
-extern "C" {
-__attribute__((visibility("default"))) int skipped_barrier = -1;
-__attribute__((noinline, no_sanitize("thread"))) static bool waits(int barrier) { return barrier != skipped_barrier; }
-}
-"""
+BARRIER = r"__syncthreads\(\);"
 
 
-def with_switch(text, name, check=True):
+class Switched:
     """A kernel that may leave out one barrier, and why each of its barriers is there."""
-    *before, rest = re.split(r"__syncthreads\(\);", text)
-    switched = "".join(f"{code}if (waits({i})) __syncthreads();" for i, code in enumerate(before)) + rest
-    reasons = re.findall(r"__syncthreads\(\);  // (.*)", text)
-    assert len(reasons) == len(before)
-    return cudaemu.source(SWITCH + switched, name), reasons
+
+    def __init__(self, text, name, check=True):
+        self.kernel = cudaemu.source(cudaemu.switched(text, BARRIER), name, check)
+        self.reasons = re.findall(rf"{BARRIER}  // (.*)", text)
+        assert len(self.reasons) == len(re.findall(BARRIER, text))
+        self.left_out = -1
+
+    def __call__(self, *launch, **options):
+        self.kernel(*launch, **options, left_out=self.left_out)
 
 
 def uneven():
@@ -345,20 +343,20 @@ def barriers(scenes):
             machine.build = partial(switched, built)
             play = partial(getattr(ttr_np, operator), **arrays, **options, backend="cupy")
             play()
-            for kernel, reasons in list(built.values()):
-                skipped = ctypes.c_int.in_dll(ctypes.CDLL(str(kernel.library)), "skipped_barrier")
-                for skipped.value, reason in enumerate(reasons):
+            for kernel in list(built.values()):
+                for number, reason in enumerate(kernel.reasons):
+                    kernel.left_out = number
                     if not needed_somewhere.get(reason):
                         needed_somewhere[reason] = faults(play)
-                skipped.value = -1
+                kernel.left_out = -1
     return needed_somewhere
 
 
 def switched(built, *key):
     """A kernel, built once."""
     if key not in built:
-        built[key] = with_switch(*key)
-    return built[key][0]
+        built[key] = Switched(*key)
+    return built[key]
 
 
 def faults(play):

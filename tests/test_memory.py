@@ -8,8 +8,8 @@ import pytest
 
 from ttr_np.notation import OPERATORS
 
-LONG = 65536
-GIGABYTES = 1.5
+LONG = 32768
+GIGABYTES = 0.75
 
 # Quadratic operators run with one head so that the test ends; their memory does not depend on it.
 SHAPES = {

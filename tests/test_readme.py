@@ -43,7 +43,7 @@ def test_the_excerpt_quotes_the_table():
 
 
 @pytest.mark.parametrize(
-    ("name", "last"), [("recall", "ttr recall --plot recall.png"), ("test", "python -m pytest -n 2")]
+    ("name", "last"), [("recall", "ttr recall --plot recall.png"), ("test", "python -m pytest -n 2 --dist worksteal")]
 )
 def test_a_command_creates_its_environment_installs_and_runs(name, last):
     create, install, run = command(name).split(" && ")

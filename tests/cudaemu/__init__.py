@@ -9,6 +9,7 @@ that Numba made of a Python function. A thread of a block is a fiber; blocks run
 Without ``check`` it sees deadlock, barriers and shuffles in divergent code, wild addresses and endless loops, and
 shared memory begins as NaN. With it every load and store is looked at: bounds, memory that was never written, races
 between threads and between blocks, misalignment, and (C++ only) overflow of integers and indices outside arrays.
+``switched`` lets a launch leave out one barrier or wait of a text that is built once.
 
 It knows what our kernels use: barriers of a block and of a warp, shuffles, static and dynamic shared memory, and what
 ``tensor.cuh`` writes as PTX: products and loads of a warp with the exact layout in registers, and asynchronous copies,
@@ -43,6 +44,7 @@ from .launch import (
 )
 from .ptx import ptx
 from .source import source
+from .switches import switched
 
 
 def needed(reason: str) -> pytest.MarkDecorator:
@@ -71,5 +73,6 @@ __all__ = [
     "numba_cuda",
     "ptx",
     "source",
+    "switched",
     "virtual",
 ]

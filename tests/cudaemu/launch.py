@@ -65,7 +65,7 @@ class Options(ctypes.Structure):
     """As in runtime.h."""
 
     _fields_ = [(name, ctypes.c_uint64) for name in ("first_block", "last_block", "seed")] + [
-        (name, ctypes.c_int32) for name in ("dynamic_shared", "order", "check", "flush", "seconds")
+        (name, ctypes.c_int32) for name in ("dynamic_shared", "order", "check", "flush", "seconds", "left_out")
     ]
 
 
@@ -141,11 +141,16 @@ class Kernel:
         unset: Collection[int] = (),
         dynamic_shared: int = 0,
         seconds: int = 60,
+        left_out: int = -1,
     ) -> None:
-        """Run it. ``blocks`` is the range that runs, ``unset`` lists the arguments that hold nothing yet."""
+        """Run it. ``blocks`` is the range that runs, ``unset`` lists the arguments that hold nothing yet.
+
+        ``left_out`` is the number of a call behind a switch, see ``switches``.
+        """
         arena = Arena()
         regions, values = self.pack(arguments, arena if check else None, unset)
-        options = Options(*blocks, seed, dynamic_shared + self.shared, ORDERS[order], check, self.flush, seconds)
+        shared = dynamic_shared + self.shared
+        options = Options(*blocks, seed, shared, ORDERS[order], check, self.flush, seconds, left_out)
         message = ctypes.create_string_buffer(1000)
         code = self.launch(
             (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values)),

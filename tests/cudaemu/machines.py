@@ -16,6 +16,7 @@ from .build import ON_GPU
 from .launch import Kernel, root_of
 from .ptx import flatten, ptx
 from .source import source
+from .switches import switched
 
 PACKAGES = {"cupy": "cuda_kernels.cupy_raw", "numba-cuda": "cuda_kernels.numba_cuda"}
 
@@ -114,6 +115,12 @@ class Cupy(OnCpu):
 
     build = staticmethod(cache(source))
 
+    def switch(self, pattern: str) -> list[str]:
+        """Calls that match may be left out from now on, by ``options["left_out"]``; lists what is built."""
+        texts: list[str] = []
+        self.build = cache(lambda text, *rest: texts.append(text) or source(switched(text, pattern), *rest))
+        return texts
+
 
 class NumbaCuda(OnCpu):
     """For the functions of ``numba_cuda``."""
@@ -124,6 +131,12 @@ class NumbaCuda(OnCpu):
         self.start(kernel, function.__name__, blocks, threads, flatten(arguments))
 
     build = staticmethod(cache(ptx))
+
+    def switch(self, pattern: str) -> list[str]:
+        """Lists what is built; all barriers, and nothing else, may be left out."""
+        texts: list[str] = []
+        self.build = cache(lambda text: texts.append(text) or ptx(text))
+        return texts
 
 
 class OnGpu:

@@ -80,12 +80,14 @@ class Translation:
     """One kernel and the functions it calls: their text in C++, and the bytes of static shared memory they need."""
 
     def __init__(self, ptx: str) -> None:
-        self.text = re.sub(r"//[^\n]*|/\*.*?\*/", "", ptx, flags=re.DOTALL)
+        self.text = with_short_names(re.sub(r"//[^\n]*|/\*.*?\*/", "", ptx, flags=re.DOTALL))
         self.shared: dict[str, int] = {}
         self.shared_bytes = 0
         self.tables: dict[str, str] = {}
         self.locals: set[str] = set()
+        self.kinds: dict[str, str] = {}  # of registers, as they are declared
         self.line = 0
+        self.barriers = 0
         for found in re.findall(VARIABLE, self.text):
             self.declare(*found)
 
@@ -103,7 +105,7 @@ class Translation:
         found = [f for f in re.finditer(FUNCTION, self.text, re.DOTALL | re.VERBOSE) if f["name"] not in LIBRARY]
         functions = [self.function(f) for f in found if f["kind"] == "func"]
         functions += [self.kernel(f) for f in found if f["kind"] == "entry"]
-        return "\n".join(['#include "ptx.h"', *self.tables.values(), *functions, "RUNNER_EXPORT(kernel)", ""])
+        return "\n".join([*self.tables.values(), *functions, "RUNNER_EXPORT(kernel)", ""])
 
     def kernel(self, found: re.Match[str]) -> str:
         """The kernel; PTX reads its parameters as memory."""
@@ -148,8 +150,9 @@ class Translation:
     def registers(self, text: str) -> str:
         """Registers as variables; they begin as zero so that goto may pass them."""
         kind, name, count = re.match(r"\.reg\s+\.(\w+)\s+(%?\w+?)(?:<(\d+)>)?$", text).groups()
-        names = [f"{plain(name)}{i}" for i in range(int(count))] if count else [plain(name)]
-        return f"{TYPES[kind]} " + ", ".join(f"{each} = 0" for each in names) + ";" if names else ""
+        names = [f"{name}{i}" for i in range(int(count))] if count else [name]
+        self.kinds |= dict.fromkeys(names, kind)
+        return f"{TYPES[kind]} " + ", ".join(f"{plain(each)} = 0" for each in names) + ";" if names else ""
 
     def instruction(self, text: str) -> str:
         """One instruction, perhaps under a predicate."""
@@ -167,7 +170,7 @@ class Translation:
         if name[:3] == ["mad", "lo", "cc"]:
             a, b, c = (self.read(x, "u32") for x in operands[1:])
             sum_ = f"uint64_t(uint32_t({a} * {b})) + {c}"
-            return f"uint64_t sum = {sum_}; set({plain(operands[0])}, uint32_t(sum)); carry = sum >> 32;"
+            return f"uint64_t sum = {sum_}; {self.put(operands[0], 'u32', 'sum')} carry = sum >> 32;"
         if "sat" in name and name[0] != "cvt":
             raise NotImplementedError(f"the runner has no limits of PTX instruction {'.'.join(name)}")
         if "cc" in name:
@@ -184,13 +187,39 @@ class Translation:
             values["b32"] = self.read(operands[2], "u32")
         if len(operands) > 3:
             values["c_pred"] = self.read(operands[3], "pred")
-            values["c_wide"] = self.read(operands[3], kind[0] + str(2 * int(kind[1:])) if kind[1:] in "1632" else kind)
+            values["c_wide"] = self.read(operands[3], wider(kind) if kind[1:] in "1632" else kind)
         form = form.replace("~{a}", "!{a}") if kind == "pred" else form
         if kind == "f32":
             form = re.sub(r"\b(fma|sqrt|exp2|log2|copysign)\(", r"\1f(", form)
-        return f"set({plain(operands[0])}, ({TYPES[kind]})({form.format(**values)}));".replace(
-            f"({TYPES[kind]})(wide", "(wide"
-        )
+        if form.startswith("wide("):
+            kind = wider(kind)
+        return self.put(operands[0], kind, f"({TYPES[kind]})({form.format(**values)})")
+
+    def seen_as(self, register: str, kind: str) -> str:
+        """A register as a variable of another type with as many bits, without a word for g++ to look up."""
+        return plain(register) if TYPES[self.kinds[register]] == TYPES[kind] else f"({TYPES[kind]}&){plain(register)}"
+
+    def converts(self, register: str, kind: str) -> bool:
+        """Whether C++ itself makes a number of this type of the register's, and the other way round."""
+        return whole_number(self.kinds[register]) and whole_number(kind)
+
+    def put(self, register: str, kind: str, value: str) -> str:
+        """A value of one type into a register."""
+        if self.converts(register, kind):
+            return f"{plain(register)} = ({TYPES[kind]})({value});"
+        if bits(self.kinds[register]) == bits(kind):
+            return f"{self.seen_as(register, kind)} = {value};"
+        return f"set({plain(register)}, {value});"
+
+    def get(self, register: str, kind: str) -> str:
+        """A register as a value of one type."""
+        if TYPES[self.kinds[register]] == TYPES[kind]:
+            return plain(register)
+        if self.converts(register, kind):
+            return f"({TYPES[kind]}){plain(register)}"
+        if bits(self.kinds[register]) == bits(kind):
+            return self.seen_as(register, kind)
+        return f"as<{TYPES[kind]}>({plain(register)})"
 
     def read(self, operand: str, kind: str) -> str:
         """An operand as a value of one type."""
@@ -200,7 +229,7 @@ class Translation:
         if operand.startswith("!"):
             return f"!{plain(operand[1:])}"
         if operand.startswith("%"):
-            return f"as<{type_}>({plain(operand)})"
+            return self.get(operand, kind)
         if re.match(r"0[fFdD][0-9a-fA-F]+$", operand):
             return f"as<{type_}>(0x{operand[2:]}ull)"
         if operand in self.shared:
@@ -226,11 +255,11 @@ class Translation:
         """Load of one number or of a short vector."""
         kind, space = name[-1], next((x for x in name if x in ("param", "shared", "global", "local", "const")), "")
         if space == "param":
-            return f"set({plain(operands[0])}, *({TYPES[kind]}*)({self.parameter(operands[1])}));"
+            return self.put(operands[0], kind, f"*({TYPES[kind]}*)({self.parameter(operands[1])})")
         size, at = int(kind[1:]) // 8, self.address(operands[1], space)
         into = [part.strip() for part in operands[0].strip("{}").split(",")]
         return " ".join(
-            f"set({plain(x)}, load<{TYPES[kind]}>({at} + {i * size}, {self.line}));" for i, x in enumerate(into)
+            self.put(x, kind, f"load<{TYPES[kind]}>({at} + {i * size}, {self.line})") for i, x in enumerate(into)
         )
 
     do_ldu = do_ld
@@ -253,18 +282,19 @@ class Translation:
             return self.result("{a}", kind, operands)
         half = f"u{int(kind[1:]) // 2}"
         if operands[0].startswith("{"):
-            low, high = (plain(part.strip()) for part in operands[0].strip("{}").split(","))
+            low, high = (part.strip() for part in operands[0].strip("{}").split(","))
             both, type_ = self.read(operands[1], f"u{kind[1:]}"), TYPES[half]
-            return f"auto x = {both}; set({low}, ({type_})x); set({high}, ({type_})(x >> {half[1:]}));"
+            parts = self.put(low, half, f"({type_})x"), self.put(high, half, f"({type_})(x >> {half[1:]})")
+            return f"auto x = {both}; {' '.join(parts)}"
         low, high = (self.read(part.strip(), half) for part in operands[1].strip("{}").split(","))
         wide = TYPES[f"u{kind[1:]}"]
-        return f"set({plain(operands[0])}, ({wide})(({wide}){high} << {half[1:]} | {low}));"
+        return self.put(operands[0], f"u{kind[1:]}", f"({wide})(({wide}){high} << {half[1:]} | {low})")
 
     def do_cvta(self, name: list[str], operands: list[str]) -> str:
         """Between addresses in one space and addresses in all memory."""
         shift = " + shared_memory()" if "shared" in name else ""
         sign = shift.replace("+", "-") if "to" in name else shift
-        return f"set({plain(operands[0])}, {self.read(operands[1], 'u64')}{sign});"
+        return self.put(operands[0], "u64", f"{self.read(operands[1], 'u64')}{sign}")
 
     def do_cvt(self, name: list[str], operands: list[str]) -> str:
         """Between types of numbers."""
@@ -277,7 +307,7 @@ class Translation:
             x = f"whole<{TYPES[to]}>({x})"
         if "sat" in name:
             x = f"saturated({x})"
-        return f"set({plain(operands[0])}, ({TYPES[to]})({x}));"
+        return self.put(operands[0], to, f"({TYPES[to]})({x})")
 
     def do_setp(self, name: list[str], operands: list[str]) -> str:
         """A comparison, perhaps joined with another predicate; those that end in u are true of NaN."""
@@ -294,14 +324,14 @@ class Translation:
             test = f"({x} {COMPARISONS[compare]} {y})"
         if name[2] in JOINS:
             test = f"({test} {JOINS[name[2]]} {self.read(operands[3], 'pred')})"
-        return f"set({plain(operands[0])}, {test});"
+        return self.put(operands[0], "pred", test)
 
     def do_bfi(self, name: list[str], operands: list[str]) -> str:
         """Some bits of a put into b."""
         kind = name[-1]
         a, b = (self.read(x, kind) for x in operands[1:3])
-        at, bits = (self.read(x, "u32") for x in operands[3:5])
-        return f"set({plain(operands[0])}, with_bits({a}, {b}, {at}, {bits}));"
+        at, count = (self.read(x, "u32") for x in operands[3:5])
+        return self.put(operands[0], kind, f"with_bits({a}, {b}, {at}, {count})")
 
     def do_div(self, name: list[str], operands: list[str]) -> str:
         """Quotient; of integers only by what is not zero."""
@@ -315,7 +345,7 @@ class Translation:
         """a / b or a % b."""
         b = self.read(operands[2], kind)
         b = b if kind[0] == "f" else f"divisor({b}, {self.line})"
-        return f"set({plain(operands[0])}, ({TYPES[kind]})({self.read(operands[1], kind)} {sign} {b}));"
+        return self.put(operands[0], kind, f"({TYPES[kind]})({self.read(operands[1], kind)} {sign} {b})")
 
     def do_bra(self, name: list[str], operands: list[str]) -> str:
         """Jump."""
@@ -335,7 +365,8 @@ class Translation:
         """Barrier of the block."""
         if name != ["bar", "sync"] or operands != ["0"]:
             raise NotImplementedError(f"the runner has no barrier {'.'.join(name)} {operands}")
-        return f"runner::block_barrier({self.line});"
+        self.barriers += 1
+        return f"if (runner::keeps({self.barriers - 1})) runner::block_barrier({self.line});"
 
     do_barrier = do_bar
 
@@ -343,9 +374,30 @@ class Translation:
         """Shuffle by XOR of lanes."""
         if name[2] != "bfly":
             raise NotImplementedError(f"the runner has no shuffle {'.'.join(name)}")
-        into = plain(operands[0].split("|")[0].strip())
+        into = operands[0].split("|")[0].strip()
         value, distance, _, mask = (self.read(operand, "u32") for operand in operands[1:5])
-        return f"set({into}, shuffle({value}, {distance}, {mask}, {self.line}));"
+        return self.put(into, "u32", f"shuffle({value}, {distance}, {mask}, {self.line})")
+
+
+def with_short_names(text: str) -> str:
+    """A text whose mangled names are numbers: Numba puts what it counts in a process into them."""
+    names: dict[str, str] = {}
+    return re.sub(r"\b_Z[\w$]+", lambda found: names.setdefault(found[0], f"name{len(names)}"), text)
+
+
+def bits(kind: str) -> int:
+    """Of a type."""
+    return 8 if kind == "pred" else int(kind[1:])
+
+
+def wider(kind: str) -> str:
+    """The type of twice as many bits."""
+    return f"{kind[0]}{2 * bits(kind)}"
+
+
+def whole_number(kind: str) -> bool:
+    """Whether C++ has the type among its integers."""
+    return kind[0] != "f"
 
 
 def plain(name: str) -> str:
@@ -365,7 +417,7 @@ def ptx(text: str, flush: bool = False) -> Kernel:
     """Build the one kernel of a PTX text; every launch may look at all loads and stores."""
     translation = Translation(text)
     flags = ("-O1" if len(text) < LONG else "-O0", *FLAGS)
-    return Kernel(build.library(translation.source(), flags), flush=flush, shared=translation.shared_bytes)
+    return Kernel(build.library("ptx.h", translation.source(), flags), flush=flush, shared=translation.shared_bytes)
 
 
 def flatten(arguments: Sequence[Any]) -> list[Any]:

@@ -288,6 +288,8 @@ static void resume(Thread& thread) {
     machine.current = nullptr;
 }
 
+bool runner::keeps(int number) { return number != machine.options.left_out; }
+
 void runner::block_barrier(int line) { leave(AT_BARRIER, line); }
 
 // A barrier that tells every thread whether any of them said so.

@@ -25,6 +25,7 @@ struct Options {
     int32_t check;                     // look at every load and store
     int32_t flush;                     // denormal numbers become zero
     int32_t seconds;                   // limit
+    int32_t left_out;                  // number of the call that no thread makes, see switches.py
 };
 
 struct Region {  // memory that a kernel may touch
@@ -54,6 +55,7 @@ struct Product {
 
 extern "C" {
 extern Builtins builtins;
+bool keeps(int number);
 void block_barrier(int line);
 int block_vote(int any, int line);
 void together(Together work, const void* given, void* taken, unsigned mask, int line);

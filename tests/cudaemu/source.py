@@ -6,7 +6,8 @@ from . import build
 from .launch import Kernel
 
 FAST = ("-O1", "-fwrapv", "-ffp-contract=fast")  # most texts run for less time than a better compilation takes
-CHECK = ("-O1", "-gdwarf-4", "-ffp-contract=fast", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0")
+CHECK = ("-O1", "-gdwarf-4", "-g1", "-ffp-contract=fast")
+CHECK += ("-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0")
 CHECK += ("-fsanitize=signed-integer-overflow,bounds,shift,integer-divide-by-zero,alignment",)
 
 
@@ -24,5 +25,5 @@ def source(text: str, name: str, check: bool = True, flush: bool = True) -> Kern
     flush
         Whether denormal numbers are zeros, as CuPy asks of NVRTC.
     """
-    unit = f'#include "kernel.h"\n#line 1 "kernel.cu"\n{text}\nRUNNER_EXPORT({name})\n'
-    return Kernel(build.library(unit, CHECK if check else FAST), flush=flush)
+    unit = f'#line 1 "kernel.cu"\n{text}\nRUNNER_EXPORT({name})\n'
+    return Kernel(build.library("kernel.h", unit, CHECK if check else FAST), flush=flush)
