@@ -231,11 +231,12 @@ mesa_chunks(const data* q, const data* k, const data* v, const gate* log_decay, 
     #pragma unroll 1
     for (int low = piece * length, end = min(tokens, low + length), n; low < end; low += n) {
         n = min(CHUNK, end - low);
+        if (pairs.resets(low)) each_of_square(KEYS, [&](int i, int j) { room.H.at(i, j) = 0; });
         load_pairs(room.k, all, pairs, low, n, 0, 0);
         prefetch_tokens(pairs.key, low + CHUNK, end, 0, K);
         prefetch_tokens(query, low + CHUNK, end, 0, K);
         __syncthreads();  // keys and weights are there, and H is what the last chunk left
-        const int count = tokens_together(all, n, false);
+        const int count = tokens_together(all, pairs, low, n, false);
         if (count < n) shorten(room.k, all, count);
         n = count;
         find_decays(room, all);

@@ -64,9 +64,10 @@ recall_chunks(const real* x, const data* k, const data* v, const gate* log_decay
         prefetch_tokens(pairs.value, low + CHUNK, end, column_block * VALUES, min(columns, (column_block + 1) * VALUES));
         prefetch_tokens(point, low + CHUNK, end, 0, K);
         __syncthreads();  // keys and weights are there
-        const int count = tokens_together(all, n, false);
+        const int count = tokens_together(all, pairs, low, n, false);
         if (count < n) shorten(room.k, all, count);
         n = count;
+        if (pairs.resets(low)) memory = {};
         load_values(room.v, all, pairs, low, n, column_block * VALUES, columns);
         #pragma unroll 1
         for (int group = 0; group < groups; group++) {  // the points that share this memory

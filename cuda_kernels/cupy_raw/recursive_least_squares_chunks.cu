@@ -329,7 +329,7 @@ recursive_least_squares_chunks(const data* q, const data* k, const data* v, cons
             size = trace(room.P) / K, information = infinity();
         }
         const bool crossed = lane > 0 && size > SLACK * largest_before(all.energy[lane], limit) * all.left[lane];
-        const int count = tokens_together(all, n, crossed);
+        const int count = tokens_together(all, at.pairs, low, n, crossed);
         const double left = all.left[count - 1];
         const bool counts = lane < count;
         information = left * (information + over_warp(counts ? all.energy[lane] / all.left[lane] : 0));
