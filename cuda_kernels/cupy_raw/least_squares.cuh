@@ -167,6 +167,17 @@ struct Memory {
             __syncwarp();
         }
     }
+    // Columns from `first` on of an array that has so many, zeros beyond; and back.
+    __device__ __forceinline__ void load(const Rows<const gate>& from, int first, int columns) {
+        each_number([&](int key, int column, double& x) {
+            x = key < K && first + column < columns ? double(from.at(key, first + column)) : 0;
+        });
+    }
+    __device__ __forceinline__ void store(const Rows<gate>& to, int first, int columns) {
+        each_number([&](int key, int column, double& x) {
+            if (key < K && first + column < columns) to.at(key, first + column) = gate(x);
+        });
+    }
     // own M, for a symmetric M, of numbers that have been left in `room`.
     __device__ __forceinline__ void multiply(const Square& M, double* room) {
         Sum* const rows = reinterpret_cast<Sum*>(room) + threadIdx.x;
@@ -193,6 +204,16 @@ struct Memory {
         }
     }
 };
+
+// Answers of tokens `from` to `n` of a chunk that begins at token `low`; a warp has columns from `first` on.
+__device__ __forceinline__ void store_answers(Sum (&answers)[CHUNK / 8], const Rows<data>& to, int low, int from, int n,
+                                              int first, int columns) {
+    for (int tile = 0; tile < CHUNK / 8; tile++)
+        each(answers[tile], [&](int i, int j, double x) {
+            const int token = 8 * tile + j, column = first + i;
+            if (token >= from && token < n && column < columns) put(to.at(low + token, column), float(x));
+        });
+}
 
 // use(i, j) for all numbers of a square, by all threads.
 template <class Use>
