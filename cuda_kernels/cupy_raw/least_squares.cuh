@@ -205,16 +205,6 @@ struct Memory {
     }
 };
 
-// Answers of tokens `from` to `n` of a chunk that begins at token `low`; a warp has columns from `first` on.
-__device__ __forceinline__ void store_answers(Sum (&answers)[CHUNK / 8], const Rows<data>& to, int low, int from, int n,
-                                              int first, int columns) {
-    for (int tile = 0; tile < CHUNK / 8; tile++)
-        each(answers[tile], [&](int i, int j, double x) {
-            const int token = 8 * tile + j, column = first + i;
-            if (token >= from && token < n && column < columns) put(to.at(low + token, column), float(x));
-        });
-}
-
 // use(i, j) for all numbers of a square, by all threads.
 template <class Use>
 __device__ __forceinline__ void each_of_square(int size, Use use) {

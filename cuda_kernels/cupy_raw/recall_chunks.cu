@@ -51,6 +51,16 @@ __device__ __forceinline__ void recall_chunk(Sum (&answers)[CHUNK / 8], const Ro
     }
 }
 
+// Answers of n tokens from `low` on to the array, where a warp has columns from `first` on.
+__device__ __forceinline__ void store(Sum (&answers)[CHUNK / 8], const Rows<data>& to, int low, int n, int first,
+                                      int columns) {
+    for (int tile = 0; tile < CHUNK / 8; tile++)
+        each(answers[tile], [&](int i, int j, double x) {
+            const int token = 8 * tile + j, column = first + i;
+            if (token < n && column < columns) put(to.at(low + token, column), float(x));
+        });
+}
+
 // Memory, of values from column `column` on, as the pairs of the chunk leave it.
 __device__ __forceinline__ void learn(Memory& memory, const Room& room, const Weights& all, int column) {
     const double left = all.left[CHUNK - 1];
@@ -115,7 +125,7 @@ recall_chunks(const real* x, const data* k, const data* v, const gate* log_decay
             recall_earlier(answers, memory, room, all);
             __syncthreads();  // scores are there
             recall_chunk(answers, room, own);
-            store_answers(answers, answer.of(group), low, 0, n, first, columns);
+            store(answers, answer.of(group), low, n, first, columns);
         }
         learn(memory, room, all, own);
         __syncthreads();  // nobody is left at these pairs
