@@ -104,7 +104,7 @@ def test_data_of_16_bits_give_the_answers_of_the_solver(operator, options):
 
 @each
 def test_a_small_ridge_costs_no_digits(operator, options):
-    for ridge in (1e-3, 1e-4):
+    for ridge in (1e-3, 1e-4, 1e-6):
         arrays = pairs(operator, 200)
         arrays.pop("log_decay")
         is_as_good(operator, arrays, check=False, **options | {"ridge": ridge})

@@ -188,14 +188,15 @@ __device__ __forceinline__ void score(const Room& room) {
     });
 }
 
-// L^-1 in the place of L L^T, by one warp. A lane has a column of what is left and of the inverse in registers, from
-// row p on; columns that rows are taken off by go through shared memory, two in turn.
+// L^-1 in the place of L L^T, by one warp. A lane has a column in registers, from row p on: of what is left of L L^T, and
+// once its own pivot has come of L^-1, in units of its own until all rows are there. Columns that rows are taken off by go
+// through shared memory, two in turn.
 __device__ __forceinline__ void invert_factor(const Pairs& A, double* factors) {
     const int own = threadIdx.x % 32;
-    double x[CHUNK], pivot = 1;  // that of this lane's row
+    double x[CHUNK], unit = 0;  // 1 / pivot of this lane's row
     #pragma unroll
     for (int i = 0; i < CHUNK; i++) x[i] = A.at(i, own);
-    __syncwarp();  // all lanes have their columns
+    double share = 1 / __shfl_sync(0xffffffffu, x[0], 0);  // 1 / the next pivot
     #pragma unroll 1
     for (int p = 0; p < CHUNK; p++) {
         double* const factor = factors + p % 2 * CHUNK;
@@ -203,17 +204,18 @@ __device__ __forceinline__ void invert_factor(const Pairs& A, double* factors) {
         for (int i = 0; i < CHUNK; i++)
             if (own == p) factor[i] = x[i];
         __syncwarp();  // column p is there
-        const double here = factor[0], share = 1 / here, along = own == p ? share : share * x[0];
-        pivot = own == p ? here : pivot;
-        A.at(p, own) = own < p ? x[0] : own == p ? 1 : 0;
+        const double along = own == p ? 0 : share * x[0];
+        unit = own == p ? share : unit;
+        A.at(p, own) = own < p ? x[0] : own == p ? -x[0] : 0;
+        x[0] = fma(-factor[1], along, x[1]);
+        const double next = __shfl_sync(0xffffffffu, x[0], (p + 1) % CHUNK);  // on its way while the others follow
         #pragma unroll
-        for (int i = 1; i < CHUNK; i++) x[i - 1] = fma(-factor[i], along, own == p ? 0 : x[i]);
-        x[CHUNK - 1] = 0;
+        for (int i = 2; i < CHUNK; i++) x[i - 1] = fma(-factor[i], along, x[i]);
+        x[CHUNK - 1] = 0, share = 1 / next;
     }
-    const double share = 1 / sqrt(pivot);
-    __syncwarp();  // all rows are there
-    #pragma unroll 4
-    for (int i = 0; i < CHUNK; i++) A.at(i, own) *= __shfl_sync(0xffffffffu, share, i);
+    const double root = sqrt(unit);
+    #pragma unroll 8
+    for (int i = 0; i < CHUNK; i++) A.at(i, own) *= -unit * __shfl_sync(0xffffffffu, root, i);
 }
 
 // W = L^-1 W, transposed. What a tile needs is not beyond its own columns, so the last one goes first.
