@@ -104,7 +104,7 @@ def test_data_of_16_bits_give_the_answers_of_the_solver(operator, options):
 
 @each
 def test_a_small_ridge_costs_no_digits(operator, options):
-    for ridge in (1e-3, 1e-4):
+    for ridge in (1e-3, 1e-4, 1e-6):
         arrays = pairs(operator, 200)
         arrays.pop("log_decay")
         is_as_good(operator, arrays, check=False, **options | {"ridge": ridge})
@@ -181,11 +181,14 @@ def test_the_order_of_threads_changes_no_bit(operator, options):
 
 
 @each
-@pytest.mark.parametrize("t, place", [(70, 0), (70, 31), (70, 50), (1100, 700)])
+@pytest.mark.parametrize(
+    "t, place, reset", [(70, 0, 70), (70, 31, 40), (70, 50, 51), (1100, 700, 1100), (1100, 70, 400), (1100, 700, 800)]
+)
 @pytest.mark.parametrize("name", ["k", "v", "q"])
-def test_a_bad_number_spoils_what_the_solver_spoils(operator, options, name, t, place):
+def test_a_bad_number_spoils_what_the_solver_spoils(operator, options, name, t, place, reset):
     arrays = pairs(operator, t, v=4)
     arrays["beta"][..., place] = 0.5
+    arrays["log_decay"][..., reset:][..., :1] = -np.inf if operator == "mesa" else -1e4
     arrays[name][0, place, 1] = np.nan if place % 2 else np.inf
     with np.errstate(invalid="ignore", over="ignore"):
         wanted, end = run(operator, "numpy", arrays, **options)
@@ -256,6 +259,15 @@ def test_a_limit_on_the_steps_is_reported():
         o, _ = run("mesa", "cupy", arrays, solver="cg", ridge=1e-3, iterations=2, tolerance=1e-6)
     wanted, _ = run("mesa", "numpy", arrays, solver="cg", ridge=1e-3, iterations=2, tolerance=1e-6)
     sentences.close(o, wanted, 1e-5)
+
+
+def test_a_strong_decay_does_not_forget_a_nan(monkeypatch):
+    monkeypatch.setattr(_least_squares_chunks, "LEAST", 32)  # tokens of a piece
+    arrays = pairs("mesa", 128, v=4)
+    arrays["log_decay"][...] = -50  # nothing is left of 32 tokens
+    arrays["k"][0, 10, 1] = np.nan
+    o, state = run("mesa", "cupy", arrays, check=False)
+    assert np.isnan(o[:, 10:]).all() and np.isnan(state.H[0, 1]).all()
 
 
 # ---- barriers --------------------------------------------------------------------------------------------------------

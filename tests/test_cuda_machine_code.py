@@ -121,8 +121,8 @@ def test_texts_of_least_squares_compile_within_their_budget(operator, options, a
 # them is addresses.
 CHUNKED = [("recursive_least_squares", {}), ("mesa", {"solver": "exact"}), ("mesa", {"solver": "cg"})]
 CHUNK_STACK = {
-    "pair_sums": (48, 48, 56),
-    "recursive_least_squares_chunks": (376, 336, 232),
+    "pair_sums": (40, 24, 40),
+    "recursive_least_squares_chunks": (368, 328, 56),
     "mesa_chunks": (0, 0, 0),
     "recall_chunks": (24, 144, 0),
 }

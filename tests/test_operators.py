@@ -265,6 +265,18 @@ def test_a_bad_number_reaches_neither_the_past_nor_other_sequences(case, bad):
 
 
 @every_case
+def test_a_bad_number_does_not_reach_the_past_where_another_one_came_before(case):
+    arrays = case.draw(t=90)
+    if "v" not in arrays:
+        return
+    first, second = arrays["v"].copy(), arrays["v"].copy()
+    first[0, 11, 1] = second[0, 11, 1] = second[0, 76, 2] = np.nan
+    o, found = case(arrays | {"v": first}), case(arrays | {"v": second})
+    same_bits(found[:, :76], o[:, :76])
+    same_bits(found[1], o[1])
+
+
+@every_case
 def test_a_masked_token_is_as_if_removed(case):
     t = 23
     arrays = case.draw(t=t)

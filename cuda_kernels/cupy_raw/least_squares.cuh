@@ -33,6 +33,12 @@ struct PairArrays {
     Rows<const data> key, value;
     Rows<const gate> decay, weight;
     bool decays, weighted;
+
+    // Whether nothing is left at a token of what came before, not even of a NaN, which zero times it would keep.
+    __device__ __forceinline__ bool resets(int token) const {
+        constexpr bool ever = FAINTEST < -745;  // its exponential is zero
+        return ever && decays && decay.at(token, 0) <= FAINTEST;
+    }
 };
 // The arrays follow each other in the table, from number `first`.
 __device__ __forceinline__ PairArrays pairs_of(const data* k, const data* v, const gate* log_decay, const gate* beta,
@@ -161,6 +167,17 @@ struct Memory {
             __syncwarp();
         }
     }
+    // Columns from `first` on of an array that has so many, zeros beyond; and back.
+    __device__ __forceinline__ void load(const Rows<const gate>& from, int first, int columns) {
+        each_number([&](int key, int column, double& x) {
+            x = key < K && first + column < columns ? double(from.at(key, first + column)) : 0;
+        });
+    }
+    __device__ __forceinline__ void store(const Rows<gate>& to, int first, int columns) {
+        each_number([&](int key, int column, double& x) {
+            if (key < K && first + column < columns) to.at(key, first + column) = gate(x);
+        });
+    }
     // own M, for a symmetric M, of numbers that have been left in `room`.
     __device__ __forceinline__ void multiply(const Square& M, double* room) {
         Sum* const rows = reinterpret_cast<Sum*>(room) + threadIdx.x;
@@ -222,10 +239,11 @@ __device__ __forceinline__ Left left_of_columns(const Panel<T, STRIDE>& x, int r
     return {low.x[0], high.x[0], low.x[1], high.x[1]};
 }
 
-// Of a chunk that ends before a pair which is not finite, or with it: how many of n tokens it has.
-__device__ __forceinline__ int tokens_together(const Weights& all, int n, bool ends_before) {
+// Of a chunk that ends before a reset, and before or with a pair which is not finite: how many of n tokens it has.
+__device__ __forceinline__ int tokens_together(const Weights& all, const PairArrays& at, int low, int n,
+                                               bool ends_before) {
     const int lane = threadIdx.x % 32;
-    const bool after = lane > 0 && (all.spoilt[lane] || all.spoilt[lane - 1]);
+    const bool after = lane > 0 && lane < n && (all.spoilt[lane] || all.spoilt[lane - 1] || at.resets(low + lane));
     return least_of_warp(lane < n && (ends_before || after) ? lane : n);
 }
 // Only so many tokens; the others weigh nothing.
@@ -256,14 +274,14 @@ struct Sums {
         const double left = decay();
         each_tile([&](int, int row, int column) {
             Sum sum = H.sum(row, column);
-            for (int i = 0; i < 4; i++) sum.x[i] = fma(left, sum.x[i], tile(row, column).x[i]);
+            for (int i = 0; i < 4; i++) sum.x[i] = fma(left, left == 0 ? 0 : sum.x[i], tile(row, column).x[i]);
             store_symmetric(H, sum, row, column);
         });
     }
     __device__ __forceinline__ void add_to(Memory& G) const {
         const double left = decay();
         for (int n = 0; n < OCTETS; n++)
-            for (int i = 0; i < 4; i++) G.own[n].x[i] = fma(left, G.own[n].x[i], memory(n).x[i]);
+            for (int i = 0; i < 4; i++) G.own[n].x[i] = fma(left, left == 0 ? 0 : G.own[n].x[i], memory(n).x[i]);
     }
     __device__ __forceinline__ double& decay() const { return begin[numbers_at]; }
     __device__ __forceinline__ double& moved() const { return begin[numbers_at + 1]; }  // not zero if anything was learnt

@@ -197,6 +197,76 @@ __device__ __forceinline__ void learn_chunk(const Room& room, const Weights& all
     });
 }
 
+// H before a piece, from that before all pairs and what the earlier pieces add.
+__device__ __forceinline__ void load_gram(const Room& room, const Rows<const gate>& from, double* sums, size_t first,
+                                          int piece) {
+    each_of_square(KEYS, [&](int i, int j) { room.H.at(i, j) = i < K && j < K ? double(from.at(i, j)) : 0; });
+    #pragma unroll 1
+    for (int p = 0; p < piece; p++) {
+        __syncthreads();  // H is there
+        Sums(sums, first + p).add_to(room.H);
+    }
+}
+
+// Keys and weights of a chunk that begins at token `low`, and H as its first token finds it; how many tokens it has.
+__device__ __forceinline__ int load_chunk(const Room& room, Weights& all, const PairArrays& pairs, int low, int end) {
+    const int n = min(CHUNK, end - low);
+    if (pairs.resets(low)) each_of_square(KEYS, [&](int i, int j) { room.H.at(i, j) = 0; });
+    load_pairs(room.k, all, pairs, low, n, 0, 0);
+    prefetch_tokens(pairs.key, low + CHUNK, end, 0, K);
+    __syncthreads();  // keys and weights are there, and H is what the last chunk left
+    const int count = tokens_together(all, pairs, low, n, false);
+    if (count < n) shorten(room.k, all, count);
+    return count;
+}
+
+// The solutions of the first n tokens of a chunk at once; whether one of them is not done.
+__device__ __forceinline__ bool solve_together(const Rows<const data>& query, const Rows<real>& solution,
+                                               const Room& room, const Weights& all, const Part& part, Progress& now,
+                                               int low, int n, int most, double tolerance) {
+    Sum own[OWN], rest[OWN];
+    part.each([&](int key, int token, int tile, int i) {
+        const bool there = part.there() && key < K && token < n;
+        rest[tile].x[i] = there ? double(widened(query.at(low + token, key))) : 0;
+    });
+    const bool open = descend(own, rest, room, all, part, now, most, tolerance);
+    part.each([&](int key, int token, int tile, int i) {
+        const double left = sqrt(ratio(now.error[token], now.start[token]));
+        if (part.there() && key < K && token < n)
+            solution.at(low + token, key) = left - left == 0 ? own[tile].x[i] : not_a_number();
+    });
+    return open;
+}
+// The largest residual among them.
+__device__ __forceinline__ double worst_of(const Progress& now, int n) {
+    double residual = 0;
+    for (int token = 0; token < n; token++)
+        residual = fmax(residual, sqrt(ratio(now.error[token], now.start[token])));
+    return residual;
+}
+
+// The same, token by token, as mesa_exact.cu does it. `own` has room for H and for what solves with it.
+__device__ __forceinline__ void solve_one_by_one(const Rows<const data>& query, const Rows<real>& solution,
+                                                 const PairArrays& pairs, const Room& room, double* own, Vectors& alone,
+                                                 int low, int n, int groups, bool unbound, double eps) {
+    double *const H = own, *const solver = own + K * K;
+    each_of_square(K, [&](int i, int j) { H[i * K + j] = room.H.at(i, j); });
+    for (int p = threadIdx.x; p < K; p += THREADS) alone.ridge[p] = room.ridge[p];
+    #pragma unroll 1
+    for (int t = low; t < low + n; t++) {
+        stage_key(alone.key, pairs.key, pairs.weight, pairs.weighted, t);
+        __syncthreads();  // the key is there
+        learn(H, alone.key, decay_of(pairs.decay, pairs.decays, t));
+        const bool factored = factorise(solver, H, alone, unbound, eps);
+        #pragma unroll 1
+        for (int group = 0; group < groups; group++) {
+            for (int p = threadIdx.x; p < K; p += THREADS) alone.right[p] = widened(query.of(group).at(t, p));
+            solve(solver, alone, factored);
+            for (int p = threadIdx.x; p < K; p += THREADS) solution.of(group).at(t, p) = alone.x[p];
+        }
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(256, 1)
 mesa_chunks(const data* q, const data* k, const data* v, const gate* log_decay, const gate* beta, const real* ridge,
             const gate* H, gate* H_next, real* worst, real* x, float* sums, float* rooms, const long long* table,
@@ -211,71 +281,33 @@ mesa_chunks(const data* q, const data* k, const data* v, const gate* log_decay, 
     const int which = blockIdx.x / blocks, piece = blockIdx.x % blocks;
     const auto query = rows(q, table, axes, Q, which);
     const auto solution = rows(x, table, axes, X, which);
-    const auto state = rows(H, table, axes, STATE, which);
     const auto fixed = rows(ridge, table, axes, RIDGE, which);
+    double* const own_room = reinterpret_cast<double*>(rooms) + size_t(blockIdx.x) * 2 * K * K;
     double residual = 0;
 
     if (threadIdx.x == 0) pairs = pairs_of(k, v, log_decay, beta, table, axes, KEY, which);
     for (int i = threadIdx.x; i < KEYS; i += THREADS) room.ridge[i] = i < K ? double(fixed.at(0, i)) : 1;
-    each_of_square(KEYS, [&](int i, int j) { room.H.at(i, j) = i < K && j < K ? double(state.at(i, j)) : 0; });
-    #pragma unroll 1
-    for (int p = 0; p < piece; p++) {
-        __syncthreads();  // H is there
-        const size_t number = size_t(which) * column_blocks * (pieces - 1) + p;
-        Sums(reinterpret_cast<double*>(sums), number).add_to(room.H);
-    }
+    load_gram(room, rows(H, table, axes, STATE, which), reinterpret_cast<double*>(sums),
+              size_t(which) * column_blocks * (pieces - 1), piece);
     __syncthreads();  // places are known
     bool unbound = false;
     for (int i = 0; i < K; i++) unbound |= room.ridge[i] == 0;
 
     #pragma unroll 1
     for (int low = piece * length, end = min(tokens, low + length), n; low < end; low += n) {
-        n = min(CHUNK, end - low);
-        load_pairs(room.k, all, pairs, low, n, 0, 0);
-        prefetch_tokens(pairs.key, low + CHUNK, end, 0, K);
+        n = load_chunk(room, all, pairs, low, end);
         prefetch_tokens(query, low + CHUNK, end, 0, K);
-        __syncthreads();  // keys and weights are there, and H is what the last chunk left
-        const int count = tokens_together(all, n, false);
-        if (count < n) shorten(room.k, all, count);
-        n = count;
         find_decays(room, all);
-        const bool safe = !EXACT || all_safe(room, all, eps);
-        bool solved = safe;
+        bool solved = !EXACT || all_safe(room, all, eps);
         #pragma unroll 1
         for (int group = 0; group < groups && solved; group++) {  // the queries that share this memory
-            Sum own[OWN], rest[OWN];
-            part.each([&](int key, int token, int tile, int i) {
-                const bool there = part.there() && key < K && token < n;
-                rest[tile].x[i] = there ? double(widened(query.of(group).at(low + token, key))) : 0;
-            });
-            const bool open = descend(own, rest, room, all, part, now, iterations, tolerance);
-            if (FALLBACK && open) solved = false;
-            part.each([&](int key, int token, int tile, int i) {
-                const double left = sqrt(ratio(now.error[token], now.start[token]));
-                if (part.there() && key < K && token < n)
-                    solution.of(group).at(low + token, key) = left - left == 0 ? own[tile].x[i] : not_a_number();
-            });
-            for (int token = 0; token < n && solved; token++)
-                residual = fmax(residual, sqrt(ratio(now.error[token], now.start[token])));
+            const bool open = solve_together(query.of(group), solution.of(group), room, all, part, now, low, n,
+                                             iterations, tolerance);
+            solved = !(FALLBACK && open);
+            if (solved) residual = fmax(residual, worst_of(now, n));
         }
-        if (FALLBACK && !solved) {
-            double* const own_H = reinterpret_cast<double*>(rooms) + size_t(blockIdx.x) * 2 * K * K;
-            each_of_square(K, [&](int i, int j) { own_H[i * K + j] = room.H.at(i, j); });
-            for (int p = threadIdx.x; p < K; p += THREADS) alone.ridge[p] = room.ridge[p];
-            #pragma unroll 1
-            for (int t = low; t < low + n; t++) {
-                stage_key(alone.key, pairs.key, pairs.weight, pairs.weighted, t);
-                __syncthreads();  // the key is there
-                learn(own_H, alone.key, decay_of(pairs.decay, pairs.decays, t));
-                const bool factored = factorise(own_H + K * K, own_H, alone, unbound, eps);
-                #pragma unroll 1
-                for (int group = 0; group < groups; group++) {
-                    for (int p = threadIdx.x; p < K; p += THREADS) alone.right[p] = widened(query.of(group).at(t, p));
-                    solve(own_H + K * K, alone, factored);
-                    for (int p = threadIdx.x; p < K; p += THREADS) solution.of(group).at(t, p) = alone.x[p];
-                }
-            }
-        }
+        if (FALLBACK && !solved)
+            solve_one_by_one(query, solution, pairs, room, own_room, alone, low, n, groups, unbound, eps);
         learn_chunk(room, all);
         __syncthreads();  // nobody is left at these pairs
     }

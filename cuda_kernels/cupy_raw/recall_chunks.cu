@@ -34,6 +34,56 @@ __device__ __forceinline__ void score(const Room& room, const Weights& all) {
     });
 }
 
+// What the memory recalls at each token of a chunk of what came before it.
+__device__ __forceinline__ void recall_earlier(Sum (&answers)[CHUNK / 8], const Memory& memory, const Room& room,
+                                               const Weights& all) {
+    memory.recall(answers, room.x);
+    for (int tile = 0; tile < CHUNK / 8; tile++)
+        each(answers[tile], [&](int, int j, double& x) { x *= all.left[8 * tile + j]; });
+}
+// What the pairs of the chunk itself add, by their scores; a warp has values from column `column` on.
+__device__ __forceinline__ void recall_chunk(Sum (&answers)[CHUNK / 8], const Room& room, int column) {
+    #pragma unroll
+    for (int inner = 0; inner < CHUNK / 8; inner++) {
+        const Left left = left_of_columns(room.v, column, 8 * inner);
+        for (int tile = inner; tile < CHUNK / 8; tile++)
+            answers[tile].add(left, room.scores.transposed(8 * tile, 8 * inner));
+    }
+}
+
+// Answers of n tokens from `low` on to the array, where a warp has columns from `first` on.
+__device__ __forceinline__ void store(Sum (&answers)[CHUNK / 8], const Rows<data>& to, int low, int n, int first,
+                                      int columns) {
+    for (int tile = 0; tile < CHUNK / 8; tile++)
+        each(answers[tile], [&](int i, int j, double x) {
+            const int token = 8 * tile + j, column = first + i;
+            if (token < n && column < columns) put(to.at(low + token, column), float(x));
+        });
+}
+
+// Memory, of values from column `column` on, as the pairs of the chunk leave it.
+__device__ __forceinline__ void learn(Memory& memory, const Room& room, const Weights& all, int column) {
+    const double left = all.left[CHUNK - 1];
+    for (int m = 0; m < OCTETS && left != 1; m++)
+        for (int i = 0; i < 4; i++) memory.own[m].x[i] *= left;
+    #pragma unroll 1
+    for (int token = 0; token < CHUNK; token += 8) {
+        const Left own = left_of_columns(room.v, column, token);
+        double share[2];
+        for (int i = 0; i < 2; i++) {
+            const int pair = token + threadIdx.x % 4 * 2 + i;
+            share[i] = all.root[pair] * all.root[pair] * exp(all.decay[CHUNK - 1] - all.decay[pair]);
+        }
+        #pragma unroll
+        for (int m = 0; m < OCTETS; m++) {
+            Right right = room.k.right(token, 8 * m);
+            for (int i = 0; i < 2; i++) right.x[i] *= share[i];
+            memory.own[m].add(own, right);
+            if (m % 2) __syncwarp();  // what the next ones need is not loaded before
+        }
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(256, 1)
 recall_chunks(const real* x, const data* k, const data* v, const gate* log_decay, const gate* beta, const gate* G,
               gate* G_next, data* o, float* sums, const long long* table, int axes, int tokens, int columns, int length,
@@ -43,15 +93,12 @@ recall_chunks(const real* x, const data* k, const data* v, const gate* log_decay
     const Room room(dynamic_shared());
     Memory memory;
     const int which = blockIdx.x / blocks, column_block = blockIdx.x % blocks / pieces, piece = blockIdx.x % pieces;
-    const int warp = threadIdx.x / 32, first = column_block * VALUES + 16 * warp;
+    const int own = threadIdx.x / 32 * 16, first = column_block * VALUES + own;  // column of this warp, of the array
     const auto point = rows(x, table, axes, X, which);
     const auto answer = rows(o, table, axes, O, which);
-    const auto state = rows(G, table, axes, STATE, which);
 
     if (threadIdx.x == 0) pairs = pairs_of(k, v, log_decay, beta, table, axes, KEY, which);
-    memory.each_number([&](int n, int column, double& x) {
-        x = n < K && first + column < columns ? double(state.at(n, first + column)) : 0;
-    });
+    memory.load(rows(G, table, axes, STATE, which), first, columns);
     for (int p = 0; p < piece; p++)
         Sums(reinterpret_cast<double*>(sums), size_t(blockIdx.x / pieces) * (pieces - 1) + p).add_to(memory);
     __syncthreads();  // places are known
@@ -64,9 +111,10 @@ recall_chunks(const real* x, const data* k, const data* v, const gate* log_decay
         prefetch_tokens(pairs.value, low + CHUNK, end, column_block * VALUES, min(columns, (column_block + 1) * VALUES));
         prefetch_tokens(point, low + CHUNK, end, 0, K);
         __syncthreads();  // keys and weights are there
-        const int count = tokens_together(all, n, false);
+        const int count = tokens_together(all, pairs, low, n, false);
         if (count < n) shorten(room.k, all, count);
         n = count;
+        if (pairs.resets(low)) memory = {};
         load_values(room.v, all, pairs, low, n, column_block * VALUES, columns);
         #pragma unroll 1
         for (int group = 0; group < groups; group++) {  // the points that share this memory
@@ -74,46 +122,13 @@ recall_chunks(const real* x, const data* k, const data* v, const gate* log_decay
             __syncthreads();  // points and values are there
             score(room, all);
             Sum answers[CHUNK / 8] = {};
-            memory.recall(answers, room.x);
-            for (int tile = 0; tile < CHUNK / 8; tile++)
-                each(answers[tile], [&](int, int j, double& x) { x *= all.left[8 * tile + j]; });
+            recall_earlier(answers, memory, room, all);
             __syncthreads();  // scores are there
-            #pragma unroll
-            for (int inner = 0; inner < CHUNK / 8; inner++) {
-                const Left left = left_of_columns(room.v, 16 * warp, 8 * inner);
-                for (int tile = inner; tile < CHUNK / 8; tile++)
-                    answers[tile].add(left, room.scores.transposed(8 * tile, 8 * inner));
-            }
-            for (int tile = 0; tile < CHUNK / 8; tile++)
-                each(answers[tile], [&](int i, int j, double x) {
-                    const int token = 8 * tile + j, column = first + i;
-                    if (token < n && column < columns) put(answer.of(group).at(low + token, column), float(x));
-                });
+            recall_chunk(answers, room, own);
+            store(answers, answer.of(group), low, n, first, columns);
         }
-        const double left = all.left[CHUNK - 1];
-        for (int m = 0; m < OCTETS && left != 1; m++)
-            for (int i = 0; i < 4; i++) memory.own[m].x[i] *= left;
-        #pragma unroll 1
-        for (int token = 0; token < CHUNK; token += 8) {
-            const Left own = left_of_columns(room.v, 16 * warp, token);
-            double share[2];
-            for (int i = 0; i < 2; i++) {
-                const int pair = token + threadIdx.x % 4 * 2 + i;
-                share[i] = all.root[pair] * all.root[pair] * exp(all.decay[CHUNK - 1] - all.decay[pair]);
-            }
-            #pragma unroll
-            for (int m = 0; m < OCTETS; m++) {
-                Right right = room.k.right(token, 8 * m);
-                for (int i = 0; i < 2; i++) right.x[i] *= share[i];
-                memory.own[m].add(own, right);
-                if (m % 2) __syncwarp();  // what the next ones need is not loaded before
-            }
-        }
+        learn(memory, room, all, own);
         __syncthreads();  // nobody is left at these pairs
     }
-    if (piece < pieces - 1) return;
-    const auto state_next = rows(G_next, table, axes, STATE_NEXT, which);
-    memory.each_number([&](int n, int column, double& x) {
-        if (n < K && first + column < columns) state_next.at(n, first + column) = gate(x);
-    });
+    if (piece == pieces - 1) memory.store(rows(G_next, table, axes, STATE_NEXT, which), first, columns);
 }

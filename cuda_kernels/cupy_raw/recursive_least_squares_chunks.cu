@@ -39,6 +39,7 @@ struct Places {
     PairArrays pairs;
     Rows<const data> query;
     Rows<data> answer;
+    Rows<const gate> state, covariance;
     int begin, first;    // token that this block begins with, and the first of its piece
     double information;  // trace of H before all pairs
 };
@@ -187,14 +188,15 @@ __device__ __forceinline__ void score(const Room& room) {
     });
 }
 
-// L^-1 in the place of L L^T, by one warp. A lane has a column of what is left and of the inverse in registers, from
-// row p on; columns that rows are taken off by go through shared memory, two in turn.
+// L^-1 in the place of L L^T, by one warp. A lane has a column in registers, from row p on: of what is left of L L^T, and
+// once its own pivot has come of L^-1, in units of its own until all rows are there. Columns that rows are taken off by go
+// through shared memory, two in turn.
 __device__ __forceinline__ void invert_factor(const Pairs& A, double* factors) {
     const int own = threadIdx.x % 32;
-    double x[CHUNK], pivot = 1;  // that of this lane's row
+    double x[CHUNK], unit = 0;  // 1 / pivot of this lane's row
     #pragma unroll
     for (int i = 0; i < CHUNK; i++) x[i] = A.at(i, own);
-    __syncwarp();  // all lanes have their columns
+    double share = 1 / __shfl_sync(0xffffffffu, x[0], 0);  // 1 / the next pivot
     #pragma unroll 1
     for (int p = 0; p < CHUNK; p++) {
         double* const factor = factors + p % 2 * CHUNK;
@@ -202,17 +204,18 @@ __device__ __forceinline__ void invert_factor(const Pairs& A, double* factors) {
         for (int i = 0; i < CHUNK; i++)
             if (own == p) factor[i] = x[i];
         __syncwarp();  // column p is there
-        const double here = factor[0], share = 1 / here, along = own == p ? share : share * x[0];
-        pivot = own == p ? here : pivot;
-        A.at(p, own) = own < p ? x[0] : own == p ? 1 : 0;
+        const double along = own == p ? 0 : share * x[0];
+        unit = own == p ? share : unit;
+        A.at(p, own) = own < p ? x[0] : own == p ? -x[0] : 0;
+        x[0] = fma(-factor[1], along, x[1]);
+        const double next = __shfl_sync(0xffffffffu, x[0], (p + 1) % CHUNK);  // on its way while the others follow
         #pragma unroll
-        for (int i = 1; i < CHUNK; i++) x[i - 1] = fma(-factor[i], along, own == p ? 0 : x[i]);
-        x[CHUNK - 1] = 0;
+        for (int i = 2; i < CHUNK; i++) x[i - 1] = fma(-factor[i], along, x[i]);
+        x[CHUNK - 1] = 0, share = 1 / next;
     }
-    const double share = 1 / sqrt(pivot);
-    __syncwarp();  // all rows are there
-    #pragma unroll 4
-    for (int i = 0; i < CHUNK; i++) A.at(i, own) *= __shfl_sync(0xffffffffu, share, i);
+    const double root = sqrt(unit);
+    #pragma unroll 8
+    for (int i = 0; i < CHUNK; i++) A.at(i, own) *= -unit * __shfl_sync(0xffffffffu, root, i);
 }
 
 // W = L^-1 W, transposed. What a tile needs is not beyond its own columns, so the last one goes first.
@@ -251,7 +254,171 @@ __device__ __forceinline__ void learn(const Room& room, double rest) {
     }
 }
 
+// What the memory misses at the tokens of a chunk, weighted, in `errors`; a warp has columns from `first` on.
+__device__ __forceinline__ void find_errors(Sum (&errors)[CHUNK / 8], const Memory& memory, const Room& room,
+                                            const Rows<const data>& value, int low, int first, int columns) {
+    memory.recall(errors, room.k);
+    for (int tile = 0; tile < CHUNK / 8; tile++)
+        each(errors[tile], [&](int i, int j, double& x) {
+            const int token = 8 * tile + j, column = first + i;
+            const double root = room.all.root[token];
+            x = root != 0 && column < columns ? root * (double(widened(value.at(low + token, column))) - x) : 0;
+        });
+}
+// E = L^-1 E, transposed, with the last tile first, as above.
+__device__ __forceinline__ void whiten(Sum (&errors)[CHUNK / 8], const Pairs& inverse) {
+    #pragma unroll
+    for (int tile = CHUNK / 8 - 1; tile >= 0; tile--) {
+        Sum sum = {};
+        for (int inner = 0; inner <= tile; inner++)
+            sum.add(errors[inner].left(), inverse.transposed(8 * tile, 8 * inner));
+        errors[tile] = sum;
+    }
+}
+// O = Q S + tril(Q W^T) E, of which the first is in `answers`, to the array; but not of tokens before `from`, which
+// another block answers.
+__device__ __forceinline__ void answer(Sum (&answers)[CHUNK / 8], const Sum (&errors)[CHUNK / 8], const Pairs& scores,
+                                       const Rows<data>& to, int low, int from, int n, int first, int columns) {
+    #pragma unroll
+    for (int tile = 0; tile < CHUNK / 8; tile++) {
+        for (int inner = 0; inner <= tile; inner++)
+            answers[tile].add(errors[inner].left(), scores.transposed(8 * tile, 8 * inner));
+        each(answers[tile], [&](int i, int j, double x) {
+            const int token = 8 * tile + j, column = first + i;
+            if (token >= from && token < n && column < columns) put(to.at(low + token, column), float(x));
+        });
+    }
+}
+// S = S + W^T E.
+__device__ __forceinline__ void learn(Memory& memory, const Sum (&errors)[CHUNK / 8], const Columns& W) {
+    #pragma unroll
+    for (int m = 0; m < OCTETS; m++) {
+        for (int inner = 0; inner < CHUNK / 8; inner++)
+            memory.own[m].add(errors[inner].left(), W.transposed(8 * m, 8 * inner));
+        if (m % 2) __syncwarp();  // what the next ones need is not loaded before
+    }
+}
+
 // ---- the walk ---------------------------------------------------------------------------------------------------------
+
+// What is known of all pairs so far.
+struct Known {
+    double information;  // trace of H; infinite once a cap has acted
+    bool moved;          // whether anything was learnt or forgotten
+};
+
+// The memory and P before a piece, from the sums of the pairs before it, where H has digits enough; whether it has. P is
+// H = P^-1 before all pairs at first.
+__device__ __forceinline__ bool begin_from_sums(Memory& memory, const Room& room, Known& known, const Sums& earlier,
+                                                int piece, double* own_room) {
+    memory.multiply(room.P, own_room);
+    #pragma unroll 1
+    for (int p = 0; p < piece; p++) {
+        const Sums sum(earlier.begin, p);
+        sum.add_to(memory);
+        __syncthreads();  // nobody is left at H
+        sum.add_to(room.P);
+    }
+    __syncthreads();  // H is there
+    known.information = trace(room.P);
+    if (!(invert(room.P, room.W.begin) && trace(room.P) * known.information < SURE)) return false;
+    memory.multiply(room.P, own_room);
+    return true;
+}
+
+// The memory and P before a piece. Where the sums of earlier pairs do not tell, it begins with the first of all tokens,
+// and with P as the caller gave it.
+__device__ __forceinline__ void begin_piece(Memory& memory, const Room& room, Known& known, Places& at,
+                                            const Sums& earlier, int piece, bool whole, double* own_room, int first,
+                                            int columns, double eps) {
+    if (known.moved && whole) {
+        if (begin_from_sums(memory, room, known, earlier, piece, own_room)) return;
+        __syncthreads();  // nobody is left at H
+        memory.load(at.state, first, columns), known.information = at.information;
+        if (threadIdx.x == 0) at.begin = 0;
+    }
+    load_covariance(room.P, at.covariance, eps);
+    each_of_square(K, [&](int i, int j) { if (!whole) room.P.at(i, j) = not_a_number(); });
+}
+
+// How many of n tokens make a chunk: it ends where a cap has to act on P, which acts here before the first one, and
+// around a pair that is not finite. `known` becomes what is known after them.
+__device__ __forceinline__ int cut_chunk(const Room& room, Known& known, const PairArrays& pairs, double* own_room,
+                                         int low, int n, double limit) {
+    const Weights& all = room.all;
+    const int lane = threadIdx.x % 32;
+    double size = trace(room.P) / K;
+    const double most = largest_before(all.energy[0], limit) * all.left[0];
+    if (size > SLACK * most && size < infinity()) {
+        cap(room.P, own_room, most, infinity());
+        size = trace(room.P) / K, known.information = infinity();
+    }
+    const bool crossed = lane > 0 && size > SLACK * largest_before(all.energy[lane], limit) * all.left[lane];
+    const int count = tokens_together(all, pairs, low, n, crossed);
+    const bool counts = lane < count;
+    const double learnt = over_warp(counts ? all.energy[lane] / all.left[lane] : 0);
+    known.information = all.left[count - 1] * (known.information + learnt);
+    known.moved |= __any_sync(0xffffffffu, counts && (all.left[lane] != 1 || all.energy[lane] != 0));
+    return count;
+}
+
+// Keys and weights of a chunk that begins at token `low`, and P as its first token finds it; how many tokens it has.
+__device__ __forceinline__ int load_chunk(const Room& room, Known& known, const Places& at, int low, int end,
+                                          int first_column, int columns, double* own_room, double limit) {
+    const int n = min(CHUNK, end - low), last_column = min(columns, first_column + VALUES);
+    load_pairs(room.k, room.all, at.pairs, low, n, first_column, columns);
+    __syncthreads();  // keys and weights are there, and P is what the last chunk left
+    const int count = cut_chunk(room, known, at.pairs, own_room, low, n, limit);
+    if (count < n) shorten(room.k, room.all, count);
+    prefetch_tokens(at.pairs.key, low + CHUNK, end, 0, K);
+    prefetch_tokens(at.query, low + CHUNK, end, 0, K);
+    prefetch_tokens(at.pairs.value, low + CHUNK, end, first_column, last_column);
+    return count;
+}
+
+// E, and what S recalls to the first queries; whitened keys are in the place of W. With W, E and S come all answers.
+__device__ __forceinline__ void innovate(Sum (&errors)[CHUNK / 8], Sum (&answers)[CHUNK / 8], const Memory& memory,
+                                         const Room& room, const Places& at, int low, int n, int first, int columns) {
+    load_rows(room.q, at.query.of(0), low, n);
+    meet_keys(room);
+    __syncthreads();  // K P is there
+    meet_pairs(room);
+    __syncthreads();  // what is to be inverted is there
+    if (threadIdx.x < 32) invert_factor(room.pairs, room.all.factor);
+    find_errors(errors, memory, room, at.pairs.value, low, first, columns);
+    memory.recall(answers, room.q);
+    __syncthreads();  // the inverse is there
+    whiten(room);
+    whiten(errors, room.pairs);
+    __syncthreads();  // whitened keys are there, and nobody is left at the inverse
+}
+// The answers of all queries that share this memory; those of the first begin with what `answers` holds.
+__device__ __forceinline__ void answer_all(Sum (&answers)[CHUNK / 8], const Sum (&errors)[CHUNK / 8],
+                                           const Memory& memory, const Room& room, const Places& at, int low, int n,
+                                           int groups, int first, int columns) {
+    #pragma unroll 1
+    for (int group = 0; group < groups; group++) {  // the queries that share this memory
+        if (group) {
+            load_rows(room.q, at.query.of(group), low, n);
+            __syncthreads();  // these queries are there
+            for (Sum& sum : answers) sum = {};
+            memory.recall(answers, room.q);
+        }
+        score(room);
+        __syncthreads();  // scores are there
+        answer(answers, errors, room.pairs, at.answer.of(group), low, at.first - low, n, first, columns);
+    }
+}
+
+// P as the caller gets it: capped; or as the caller gave it, where nothing has moved.
+__device__ __forceinline__ void store_covariance(const Square& P, const Known& known, const Rows<const gate>& given,
+                                                 const Rows<gate>& to, double* own_room, double limit) {
+    double norm = 0;
+    each_of_square(K, [&](int i, int j) { norm = fma(P.at(i, j), P.at(i, j), norm); });
+    norm = sqrt(over_block(norm));
+    if (known.moved && norm < infinity() && !(2 * norm * known.information < limit)) cap(P, own_room, infinity(), limit);
+    each_of_square(K, [&](int i, int j) { to.at(i, j) = known.moved ? gate(P.at(i, j)) : given.at(i, j); });
+}
 
 extern "C" __global__ void __launch_bounds__(256, 1)
 recursive_least_squares_chunks(const data* q, const data* k, const data* v, const gate* log_decay, const gate* beta,
@@ -263,154 +430,43 @@ recursive_least_squares_chunks(const data* q, const data* k, const data* v, cons
     const Room room(dynamic_shared(), all);
     Memory memory;
     const int which = blockIdx.x / blocks, column_block = blockIdx.x % blocks / pieces, piece = blockIdx.x % pieces;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = column_block * VALUES + 16 * warp;
+    const int warp = threadIdx.x / 32, first = column_block * VALUES + 16 * warp;
     if (threadIdx.x == 0) {
         at.query = rows(q, table, axes, Q, which), at.answer = rows(o, table, axes, O, which);
         at.pairs = pairs_of(k, v, log_decay, beta, table, axes, KEY, which);
+        at.state = rows(S, table, axes, STATE, which), at.covariance = rows(P, table, axes, COVARIANCE, which);
         at.begin = at.first = piece * length;
     }
-    const auto covariance = rows(P, table, axes, COVARIANCE, which);
     double* const own_room = reinterpret_cast<double*>(rooms) + size_t(blockIdx.x) * ROOM;
+    const Sums earlier(reinterpret_cast<double*>(sums), size_t(blockIdx.x / pieces) * (pieces - 1));
+    __syncthreads();  // places are known
 
-    const auto sums_of = [&](int p) {
-        const int stored = pieces - 1;
-        return Sums(reinterpret_cast<double*>(sums), size_t(blockIdx.x / pieces) * stored + p);
-    };
-    const bool even = load_covariance(room.P, covariance, eps), whole = finite(room.P);
+    const bool even = load_covariance(room.P, at.covariance, eps), whole = finite(room.P);
     if (whole && !(even && invert(room.P, room.W.begin))) {
         if (threadIdx.x == 0 && piece == 0) rows(bad_next, table, axes, BAD, which).at(0, 0) = true;
         return;
     }
-    double information = trace(room.P);  // of H; infinite once a cap has acted
-    if (threadIdx.x == 0) at.information = information;
-    bool moved = !whole;
-    for (int p = 0; p < piece; p++) moved |= sums_of(p).moved() != 0;
-    const auto state = rows(S, table, axes, STATE, which);
-    const auto load_solution = [&](int n, int column, double& x) {
-        x = n < K && first + column < columns ? double(state.at(n, first + column)) : 0;
-    };
-    memory.each_number(load_solution);
+    Known known = {trace(room.P), !whole};
+    if (threadIdx.x == 0) at.information = known.information;
+    for (int p = 0; p < piece; p++) known.moved |= Sums(earlier.begin, p).moved() != 0;
+    memory.load(at.state, first, columns);
     __syncthreads();  // everyone knows the information
-    bool known = false;  // where this piece begins, from the sums
-    if (moved && whole) {
-        memory.multiply(room.P, own_room);
-        #pragma unroll 1
-        for (int p = 0; p < piece; p++) {
-            sums_of(p).add_to(memory);
-            __syncthreads();  // nobody is left at H
-            sums_of(p).add_to(room.P);
-        }
-        __syncthreads();  // H is there
-        information = trace(room.P);
-        known = invert(room.P, room.W.begin) && trace(room.P) * information < SURE;
-        if (known) {
-            memory.multiply(room.P, own_room);
-        } else {
-            __syncthreads();  // nobody is left at H
-            memory.each_number(load_solution), information = at.information;
-            if (threadIdx.x == 0) at.begin = 0;
-        }
-    }
-    if (!known) {
-        load_covariance(room.P, covariance, eps);
-        each_of_square(K, [&](int i, int j) { if (!whole) room.P.at(i, j) = not_a_number(); });
-    }
+    begin_piece(memory, room, known, at, earlier, piece, whole, own_room, first, columns, eps);
 
     #pragma unroll 1
     for (int low = at.begin, end = min(tokens, (piece + 1) * length), n; low < end; low += n) {
-        n = min(CHUNK, end - low);
-        load_pairs(room.k, all, at.pairs, low, n, column_block * VALUES, columns);
-        __syncthreads();  // keys and weights are there, and P is what the last chunk left
-
-        double size = trace(room.P) / K;
-        const double most = largest_before(all.energy[0], limit) * all.left[0];
-        if (size > SLACK * most && size < infinity()) {
-            cap(room.P, own_room, most, infinity());
-            size = trace(room.P) / K, information = infinity();
-        }
-        const bool crossed = lane > 0 && size > SLACK * largest_before(all.energy[lane], limit) * all.left[lane];
-        const int count = tokens_together(all, n, crossed);
-        const double left = all.left[count - 1];
-        const bool counts = lane < count;
-        information = left * (information + over_warp(counts ? all.energy[lane] / all.left[lane] : 0));
-        moved |= __any_sync(0xffffffffu, counts && (all.left[lane] != 1 || all.energy[lane] != 0));
-        if (count < n) {
-            shorten(room.k, all, count);
-            n = count;
-        }
-        prefetch_tokens(at.pairs.key, low + CHUNK, end, 0, K);
-        prefetch_tokens(at.query, low + CHUNK, end, 0, K);
-        prefetch_tokens(at.pairs.value, low + CHUNK, end, column_block * VALUES, min(columns, (column_block + 1) * VALUES));
-        load_rows(room.q, at.query.of(0), low, n);
-        meet_keys(room);
-        __syncthreads();  // K P is there
-        meet_pairs(room);
-        __syncthreads();  // what is to be inverted is there
-        if (warp == 0) invert_factor(room.pairs, all.factor);
-
+        n = load_chunk(room, known, at, low, end, column_block * VALUES, columns, own_room, limit);
+        const double left = all.left[n - 1];
         Sum errors[CHUNK / 8] = {}, answers[CHUNK / 8] = {};
-        memory.recall(errors, room.k);
-        for (int tile = 0; tile < CHUNK / 8; tile++)
-            each(errors[tile], [&](int i, int j, double& x) {
-                const int token = 8 * tile + j, column = first + i;
-                const double root = all.root[token];
-                x = root != 0 && column < columns ? root * (double(widened(at.pairs.value.at(low + token, column))) - x) : 0;
-            });
-        memory.recall(answers, room.q);
-        __syncthreads();  // the inverse is there
-        whiten(room);
-        #pragma unroll
-        for (int tile = CHUNK / 8 - 1; tile >= 0; tile--) {
-            Sum sum = {};
-            for (int inner = 0; inner <= tile; inner++)
-                sum.add(errors[inner].left(), room.pairs.transposed(8 * tile, 8 * inner));
-            errors[tile] = sum;
-        }
-        __syncthreads();  // whitened keys are there, and nobody is left at the inverse
-
-        #pragma unroll 1
-        for (int group = 0; group < groups; group++) {  // the queries that share this memory
-            if (group) {
-                load_rows(room.q, at.query.of(group), low, n);
-                __syncthreads();  // these queries are there
-                for (Sum& sum : answers) sum = {};
-                memory.recall(answers, room.q);
-            }
-            score(room);
-            __syncthreads();  // scores are there
-            #pragma unroll
-            for (int tile = 0; tile < CHUNK / 8; tile++) {
-                for (int inner = 0; inner <= tile; inner++)
-                    answers[tile].add(errors[inner].left(), room.pairs.transposed(8 * tile, 8 * inner));
-                each(answers[tile], [&](int i, int j, double x) {
-                    const int token = 8 * tile + j, column = first + i;
-                    const bool own = low + token >= at.first && token < n && column < columns;
-                    if (own) put(at.answer.of(group).at(low + token, column), float(x));
-                });
-            }
-        }
-        #pragma unroll
-        for (int m = 0; m < OCTETS; m++) {
-            for (int inner = 0; inner < CHUNK / 8; inner++)
-                memory.own[m].add(errors[inner].left(), room.W.transposed(8 * m, 8 * inner));
-            if (m % 2) __syncwarp();  // what the next ones need is not loaded before
-        }
+        innovate(errors, answers, memory, room, at, low, n, first, columns);
+        answer_all(answers, errors, memory, room, at, low, n, groups, first, columns);
+        learn(memory, errors, room.W);
         learn(room, 1 / left);
     }
 
     if (piece < pieces - 1) return;
-    const auto state_next = rows(S_next, table, axes, STATE_NEXT, which);
-    memory.each_number([&](int n, int column, double& x) {
-        if (n < K && first + column < columns) state_next.at(n, first + column) = gate(x);
-    });
+    memory.store(rows(S_next, table, axes, STATE_NEXT, which), first, columns);
     if (column_block > 0) return;
-    const auto covariance_next = rows(P_next, table, axes, COVARIANCE_NEXT, which);
     __syncthreads();  // P is there
-    double norm = 0;
-    each_of_square(K, [&](int i, int j) { norm = fma(room.P.at(i, j), room.P.at(i, j), norm); });
-    norm = sqrt(over_block(norm));
-    if (moved && norm < infinity() && !(2 * norm * information < limit)) cap(room.P, own_room, infinity(), limit);
-    each_of_square(K, [&](int i, int j) {
-        covariance_next.at(i, j) = moved ? gate(room.P.at(i, j)) : covariance.at(i, j);
-    });
+    store_covariance(room.P, known, at.covariance, rows(P_next, table, axes, COVARIANCE_NEXT, which), own_room, limit);
 }

@@ -85,14 +85,15 @@ def kept(decay: np.ndarray, S: np.ndarray) -> np.ndarray:
     return np.where(decay == 0, S.dtype.type(0), decay * S)
 
 
-def lost_memories(state: Any, lead: tuple[int, ...]) -> np.ndarray:
-    """True for the sequences whose memory holds no numbers any more, in the leading shape of the outputs."""
-    lost = np.zeros(lead, bool)
-    for name, x in zip(state._fields, state, strict=True):
-        own = OWN_AXES[type(state)][name]
-        if x is not None and x.dtype.kind in "fc":
-            lost = lost | ~np.isfinite(x).all(axis=tuple(range(x.ndim - own, x.ndim)))
-    return lost
+def lost_columns(step: Any, chunk: Mapping[str, Any], axes: Mapping[str, int], state: Any) -> np.ndarray:
+    """True for the columns of which the memory holds no numbers any more, ``(..., 1, v)``.
+
+    Ones are asked at a token that changes nothing.
+    """
+    token = time_slice(chunk, axes, 0, 1)
+    quiet = {name: x if x is None or name not in axes else np.zeros_like(x) for name, x in token.items()}
+    answer, _ = step(**quiet | {"q": np.ones_like(token["q"])}, state=state)
+    return ~np.isfinite(answer)
 
 
 def repaired(
@@ -100,23 +101,33 @@ def repaired(
 ) -> tuple[np.ndarray, Any]:
     """One chunk with answers that are not finite: whatever the recurrence can answer is answered.
 
-    The recurrence says from which token on a sequence is lost. Before that token the chunk is asked again, with zeros
-    from there on, which gives the bits of a run without it; from there on the recurrence answers.
+    The recurrence says from which token on a column of a sequence is lost that the chunk did not begin without; a full
+    reset may bring one back. Before that token the chunk is asked again, with zeros from there on, which gives the bits
+    of a run without it; from there on the recurrence answers.
     """
-    touched = ~np.isfinite(answer).all(axis=(-2, -1))
-    reset = chunk.get("log_decay") is not None and bool(np.any(np.exp(chunk["log_decay"]) == 0))
-    if not reset and not np.any(touched & ~lost_memories(state, touched.shape)):
+    missing = lost_columns(step, chunk, axes, state)
+    resets = full_resets(chunk, axes) & missing.any(axis=-1)
+    touched = ~(np.isfinite(answer) | missing).all(axis=(-2, -1)) | resets.any(axis=-1)
+    if not np.any(touched):
         return answer, after
     slow, slow_after = recurrent(**chunk, state=type(state)(*(None if x is None else x.copy() for x in state)))
-    lost = ~np.isfinite(slow).all(axis=-1)
+    lost = ~(np.isfinite(slow) | missing).all(axis=-1) | resets
     for name, axis in axes.items():  # a gate may spoil the state one step before an answer shows it
         lost = lost if chunk.get(name) is None else lost | bad_steps(name, chunk[name], axis)
     lost = np.logical_or.accumulate(lost, axis=-1)
     cleared = {name: clear(x, axes[name], lost) if name in axes and x is not None else x for name, x in chunk.items()}
     before, _ = step(**cleared, state=state)
-    lost |= ~np.isfinite(before).all(axis=-1)
+    lost |= ~(np.isfinite(before) | missing).all(axis=-1)
     again = np.where(lost[..., None], slow, before)
     return np.where(touched[..., None, None], again, answer), choose(touched, slow_after, after)
+
+
+def full_resets(chunk: Mapping[str, Any], axes: Mapping[str, int]) -> np.ndarray:
+    """True at the steps whose gate leaves nothing of the past, in one channel at least, ``(..., t | 1)``."""
+    if chunk.get("log_decay") is None:
+        return np.zeros(1, bool)
+    none = np.exp(chunk["log_decay"]) == 0
+    return none if axes["log_decay"] == -1 else none.any(axis=-1)
 
 
 def bad_steps(name: str, x: np.ndarray, axis: int) -> np.ndarray:
