@@ -32,7 +32,7 @@ __all__ = ["softmax_attention"]
 PAIRS = 96  # in a block: keys and values stay in the second cache while all queries of a block pass
 STRIP = math.lcm(ROWS, LINE // 4)  # queries whose logits stay in the first cache, whole tiles either way
 QUERIES = 192  # in a block, a multiple of STRIP
-Q, K, V, GATE, O, ORDER, LEFT, SINKS, FIRST, END = range(10)
+Q, K, V, PAST_K, PAST_V, GATE, O, ORDER, LEFT, SINKS, FIRST, END = range(12)
 
 
 def softmax_attention(
@@ -69,12 +69,12 @@ def core(
     keep: bool,
     state: CacheState,
 ) -> tuple[np.ndarray, CacheState]:
-    """Lay out the sequences and share their blocks of queries among threads; copy the cache only to return it."""
+    """Lay out the sequences and share their blocks of queries among threads; the cache grows only to be returned."""
     o = output_like(q, v, state.k)
-    pairs = pairs_of(state, k, v, mask, causal, window, sinks)
+    pairs = pairs_of(state, q.shape[-2], mask, causal, window, sinks)
     layout = lay_out(
-        state.k.shape[:-2], o.shape[:-2], (q, 2), (pairs.k, 2), (pairs.v, 2), (log_decay, 1), (o, 2), (pairs.order, 1),
-        (pairs.left, 1), (pairs.sinks, 1), (pairs.first, 1), (pairs.end, 1),
+        state.k.shape[:-2], o.shape[:-2], (q, 2), (k, 2), (v, 2), (state.k, 2), (state.v, 2), (log_decay, 1), (o, 2),
+        (pairs.order, 1), (pairs.left, 1), (pairs.sinks, 1), (pairs.first, 1), (pairs.end, 1),
     )  # fmt: skip
     (t, d), w = q.shape[-2:], v.shape[-1]
     memories, groups = layout.places.shape[1:]
@@ -143,14 +143,16 @@ def kernel(table, places, steps, sizes, factor, like, begin, stop):
         take_queries(room, block, places, steps, sizes, memory, part, factor, like)
         k = matrix(places[K, memory, 0], steps[K, 0], steps[K, 1], like)
         v = matrix(places[V, memory, 0], steps[V, 0], steps[V, 1], like)
+        past_k = matrix(places[PAST_K, memory, 0], steps[PAST_K, 0], steps[PAST_K, 1], like)
+        past_v = matrix(places[PAST_V, memory, 0], steps[PAST_V, 0], steps[PAST_V, 1], like)
         slots, oldest, left = block.end[block.high - 1], block.first[low], 0.0
         for start in range((slots - 1) // PAIRS * PAIRS, -1, -PAIRS):
             rows = min(PAIRS, slots - start)
             if gated:
                 left = age(room, block, start, rows, cached, left)
             if start + rows > oldest or start < block.sinks:
-                take_pairs(room.keys, k, block, start, rows, d)
-                take_pairs(room.values, v, block, start, rows, w)
+                take_pairs(room.keys, past_k, k, cached, block, start, rows, d)
+                take_pairs(room.values, past_v, v, cached, block, start, rows, w)
                 bad = mark(room, rows, w, like)
                 for c in range(0, block.queries, STRIP):
                     meet(room, block, start, rows, c, min(STRIP, block.queries - c), sizes, bad, like)
@@ -216,15 +218,25 @@ def age(room, block, start, rows, cached, left):
 
 
 @inner
-def take_pairs(into, x, block, start, rows, columns):
-    """Rows of some slots into a panel."""
+def take_pairs(into, past, x, cached, block, start, rows, columns):
+    """Rows of some slots into a panel, from the cache or from the pairs behind it."""
     apart()
     order = block.order
-    if order[start + rows - 1] - order[start] == rows - 1:
-        load(into, x, order[start], rows, 0, columns)
+    first, last = order[start], order[start + rows - 1]
+    if last - first == rows - 1 and (last < cached or first >= cached):
+        take(into, past, x, cached, first, rows, columns)
     else:
         for r in range(rows):
-            load(below(into, r), x, order[start + r], 1, 0, columns)
+            take(below(into, r), past, x, cached, order[start + r], 1, columns)
+
+
+@inner
+def take(into, past, x, cached, row, rows, columns):
+    """Consecutive rows, all of them on one side."""
+    if row < cached:
+        load(into, past, row, rows, 0, columns)
+    else:
+        load(into, x, row - cached, rows, 0, columns)
 
 
 @inner

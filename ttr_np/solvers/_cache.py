@@ -18,6 +18,7 @@ import numpy as np
 
 from ..notation import CacheState
 from ._chunks import NO_PAST
+from ._room import grown
 
 __all__ = ["Past", "View", "append", "attend", "block_of", "check_options", "empty_cache", "masked", "mix", "past_of"]
 
@@ -105,16 +106,12 @@ def append(
         total = np.maximum(log_decay, NO_PAST).sum(axis=-1, keepdims=True, dtype=np.float64)
         aged, fresh = forget(aged + total), forget(left_at_end(log_decay))
     fresh = np.where(position < 0, -np.inf, fresh)
-    return trim(
-        CacheState(
-            join(state.k, k, 2),
-            join(state.v, v, 2),
-            join(aged.astype(state.log_weight.dtype), fresh, 1),
-            join(state.position, position, 1),
-        ),
-        window,
-        sinks,
-    )
+    log_weight, position = join(aged.astype(state.log_weight.dtype), fresh, 1), join(state.position, position, 1)
+    pairs = grown(state, k, v, window) if mask is None and not sinks else None
+    if pairs is None:
+        return trim(CacheState(join(state.k, k, 2), join(state.v, v, 2), log_weight, position), window, sinks)
+    first = position.shape[-1] - pairs[0].shape[-2]
+    return CacheState(*pairs, log_weight[..., first:], position[..., first:])
 
 
 def join(old: np.ndarray, new: np.ndarray, own: int) -> np.ndarray:
