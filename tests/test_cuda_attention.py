@@ -14,7 +14,7 @@ from test_operators import HALVES, half, same_bits
 
 import ttr_np
 from ttr_np.backends import first_able
-from ttr_np.notation import draw
+from ttr_np.notation import CacheState, draw
 from ttr_np.solvers.local_polynomial import KERNELS
 
 pytestmark = [needed(cudaemu.missing()), pytest.mark.filterwarnings("ignore:overflow encountered")]
@@ -137,11 +137,29 @@ def test_few_queries_of_a_long_past_take_two_launches():
     arrays, state = last_of_many(np.float64, t=1500)
     with on_cpu("cupy") as machine:
         o, after = ttr_np.softmax_attention(**arrays, initial_state=state, output_final_state=True, backend="cupy")
-        assert machine.launches == ["softmax_attention", "softmax_merge"]
+        assert machine.launches == ["softmax_decode", "softmax_merge"]
     wanted, end = ttr_np.softmax_attention(**arrays, initial_state=state, output_final_state=True, backend="numpy")
     np.testing.assert_allclose(o, wanted, rtol=1e-13)
     for x, y in zip(after, end, strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 40}, {"window": 300, "sinks": 9}], ids=str)
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_few_queries_read_a_cache_where_it_lies(dtype, options):
+    """Every number of queries, caches of any length, rows of 16 bytes and others, pieces that see nothing."""
+    rng, real = np.random.default_rng(0), np.result_type(np.float32, dtype)
+    for rows, cached, tokens, k, v in ((2, 1, 1, 8, 64), (3, 600, 3, 12, 130), (5, 70, 1, 68, 20), (8, 33, 2, 5, 4)):
+        gated = tokens > 1 and options.get("causal", True)
+        arrays = arguments("softmax_attention", rng, tokens, k=k, v=v, lead=(2, 1), dtype=np.dtype(dtype), gated=gated)
+        arrays["q"] = rng.standard_normal((2, rows // tokens, tokens, k)).astype(dtype)
+        wide = draw("softmax_attention", rng, lead=(2, 1), t=2 * cached, k=k, v=v, dtype=real)
+        left, place = -rng.exponential(1.0, (2, 1, cached)), np.arange(cached) - np.array([[[0]], [[cached // 2]]])
+        place = np.maximum(place, -1)
+        state = CacheState(wide["k"][..., ::2, :], wide["v"][..., :cached, :], left.astype(real), place)
+        common = options | {"initial_state": state, "mask": rng.random((2, 1, tokens)) < 0.7}
+        found = run("softmax_attention", "cupy", arrays, check=True, **common)
+        as_good(found, *solved("softmax_attention", arrays, **common))
 
 
 @every_backend
@@ -168,7 +186,7 @@ def test_halves_on_tensor_cores_are_as_good_as_the_solver(name, seed):
         with on_cpu("cupy", check=False) as machine:
             found = ttr_np.softmax_attention(**arrays, **common, backend="cupy")
         rows = arrays["q"].shape[1] * arrays["q"].shape[2]
-        assert machine.launches == ["softmax_tensor" if rows > 8 else "softmax_attention"]
+        assert machine.launches == ["softmax_tensor" if rows > 8 else "softmax_decode"]
         as_good(found, *solved("softmax_attention", arrays, **common), floor=2)
 
 
@@ -384,10 +402,12 @@ def test_a_bad_number_in_a_fit_reaches_what_it_must(backend):
 # ---- barriers --------------------------------------------------------------------------------------------------------
 
 HALF = {"dtype": np.float16, "lead": (), "gated": True}
+CACHE = CacheState(np.ones((600, 3)), np.ones((600, 3)), np.zeros(600), np.arange(600))
 CALLS = {
     "tiles": ("softmax_attention", {"t": 70, "k": 40, "v": 70, "dtype": np.float32, "gated": True}, {}),
     "tensor cores": ("softmax_attention", HALF | {"t": 200, "k": 24, "v": 16}, {}),
     "tensor cores, whole tiles": ("softmax_attention", HALF | {"t": 200, "k": 32, "v": 16}, {}),
+    "few queries": ("softmax_attention", {"t": 3, "lead": ()}, {"initial_state": CACHE}),
     "fit": ("local_polynomial", {"t": 40, "lead": ()}, {"degree": 2}),
     "line": ("local_polynomial", {"t": 40, "k": 60, "lead": ()}, {}),
 }
@@ -403,6 +423,12 @@ def barriers():
                 yield pytest.param(backend, name, marks=pytest.mark.slow if slow else [], id=f"{name}-{backend}")
 
 
+def places_in(text, backend):
+    """Barriers and waits of a text, but for those of headers of other kernels."""
+    begin = text.find("struct Pairs") if backend == "cupy" else 0
+    return [x for x in re.finditer(PLACES[backend], text) if x.start() > begin]
+
+
 @by_the_runner
 @pytest.mark.parametrize("backend, name", list(barriers()))
 def test_each_barrier_and_each_wait_is_needed(backend, name, monkeypatch):
@@ -413,13 +439,12 @@ def test_each_barrier_and_each_wait_is_needed(backend, name, monkeypatch):
         built, texts = machine.build, []
         monkeypatch.setattr(machine, "build", lambda text, *rest: (texts.append(text), built(text, *rest))[1])
         call()
-        begin = texts[0].find("struct Pairs") if backend == "cupy" else 0  # where headers of other kernels end
-        places = [x for x in re.finditer(PLACES[backend], texts[0]) if x.start() > begin]
+        places = [(text, x) for text in dict.fromkeys(texts) for x in places_in(text, backend)]
         assert len(places) >= 3
-        for place in places:
-            without = texts[0][: place.start()] + ";" + texts[0][place.end() :]
-            monkeypatch.setattr(machine, "build", lambda text, *rest, without=without: built(without, *rest))
+        for text, place in places:
+            spoilt = {text: text[: place.start()] + ";" + text[place.end() :]}
+            monkeypatch.setattr(machine, "build", lambda x, *rest, spoilt=spoilt: built(spoilt.get(x, x), *rest))
             with warnings.catch_warnings(), pytest.raises(FAULTS):
                 warnings.simplefilter("ignore")
                 call()
-                pytest.fail(f"nobody misses {place[0]}{texts[0][place.end() : place.end() + 60]}")
+                pytest.fail(f"nobody misses {place[0]}{text[place.end() : place.end() + 60]}")

@@ -33,7 +33,8 @@ BUDGET = {
     "selective_scan": {"float": (128, 128, 160), "double": (192, 192, 224)},
     "diagonal_scan": {"float": (104, 96, 112), "double": (144, 144, 152)},
     "short_convolution": {"float": (88, 88, 96), "double": (104, 104, 112)},
-    "softmax_attention": {"float": (168, 128, 96), "double": (168, 128, 128)},  # few queries, with gates
+    # Two queries with gates: pairs of a cache are fetched ahead into registers, as above, for three blocks or two.
+    "softmax_attention": {"float": (168, 168, 168), "double": (176, 176, 192)},
     "local_polynomial": {"float": (96, 96, 96), "double": (96, 96, 96)},  # lines of 128 channels
 }
 # sin and cos keep the digits of a large angle on the stack, and a division of double precision is a call on sm_100.
@@ -44,6 +45,9 @@ STACK = {("diagonal_scan", "float"): 32, ("diagonal_scan", "double"): 40, ("soft
 # cores a warp holds the answers of as many queries as it can, so that each key and value it loads serves more products.
 TILES = {"t": 100, "k": 128, "v": 128}
 KEPT = {
+    "one query": ("softmax_attention", "bfloat16", TILES | {"t": 1}, {}, (128, 128, 128)),
+    "eight queries": ("softmax_attention", "bfloat16", TILES | {"t": 8}, {}, (248, 248, 255)),
+    "one query, any kernel": ("local_polynomial", "bfloat16", TILES | {"t": 1}, {"degree": 0}, (152, 160, 160)),
     "tiles": ("softmax_attention", "float", TILES, {}, (248, 255, 184)),
     "tiles in double precision": ("softmax_attention", "double", TILES, {}, (255, 255, 208)),
     "tiles with gates": ("softmax_attention", "float", TILES, {"log_decay": -0.1}, (224, 248, 255)),

@@ -513,7 +513,8 @@ def adopt_field(operator: str, name: str, x: Any, empty: np.ndarray) -> np.ndarr
             f"initial_state field {name} has shape {x.shape}, which does not broadcast to {empty.shape}"
         ) from None
     if axes[:1] == ["n"]:
-        return (x if x.shape == lead + inner else np.broadcast_to(x, lead + inner)).astype(empty.dtype, copy=False)
+        x = x if x.shape == lead + inner else np.broadcast_to(x, lead + inner)
+        return x if x.dtype == empty.dtype else x.astype(empty.dtype)
     return np.broadcast_to(x, lead + inner).astype(empty.dtype, order="C", copy=True)
 
 

@@ -80,12 +80,14 @@ def core(
     state: CacheState,
 ) -> tuple[Any, CacheState]:
     """One launch, or two; the cache grows only to be returned."""
-    pairs, options = pairs_of(state, k, v, mask), {"causal": causal, "window": window or 0}
+    options = {"causal": causal, "window": window or 0}
     weights = {"kind": NAMES.index(kernel), "width": width_of(scale, bandwidth, q.shape[-1])}
     if degree == 0:
         code, width = weights.values()
-        o = average(q, pairs, log_decay, state, code, np.dtype(np.float64), width, options | {"sinks": 0})
+        real, options = np.dtype(np.float64), options | {"sinks": 0}
+        o = average(q, k, v, log_decay, mask, state, code, real, width, options)
     else:
+        pairs = pairs_of(state, k, v, mask)
         o = fitted(q, pairs, log_decay, state, degree, options | weights | {"ridge": ridge})
     return o, append(state, k, v, log_decay, mask, window) if keep else state
 

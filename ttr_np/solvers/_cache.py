@@ -105,13 +105,12 @@ def append(
     if log_decay is not None:
         total = np.maximum(log_decay, NO_PAST).sum(axis=-1, keepdims=True, dtype=np.float64)
         aged, fresh = forget(aged + total), forget(left_at_end(log_decay))
-    fresh = np.where(position < 0, -np.inf, fresh)
-    log_weight, position = join(aged.astype(state.log_weight.dtype), fresh, 1), join(state.position, position, 1)
-    pairs = grown(state, k, v, window) if mask is None and not sinks else None
-    if pairs is None:
-        return trim(CacheState(join(state.k, k, 2), join(state.v, v, 2), log_weight, position), window, sinks)
-    first = position.shape[-1] - pairs[0].shape[-2]
-    return CacheState(*pairs, log_weight[..., first:], position[..., first:])
+    state = state._replace(log_weight=aged.astype(state.log_weight.dtype))
+    new = CacheState(k, v, np.where(position < 0, -np.inf, fresh), position)
+    found = grown(state, new, window) if mask is None and not sinks else None
+    if found is not None:
+        return found
+    return trim(CacheState(*(join(x, y, own) for x, y, own in zip(state, new, (2, 2, 1, 1), strict=True))), window, sinks)
 
 
 def join(old: np.ndarray, new: np.ndarray, own: int) -> np.ndarray:

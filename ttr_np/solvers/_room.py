@@ -1,8 +1,9 @@
 """Room for pairs to come: to append a pair to a long cache costs that pair, not the cache.
 
-The keys and values of a cache are slots of longer arrays, which the caches that it grows into share. No slot is written
-twice: only a cache that ends where the arrays are filled to may grow in place, and every other one begins new arrays
-with a copy. So all caches stay what they are, however many are grown from one.
+The pairs of a cache are slots of longer arrays, which the caches that it grows into share. No slot is written twice:
+only a cache that ends where the arrays are filled to may grow in place, and every other one begins new arrays with a
+copy. So all caches stay what they are, however many are grown from one. What is left of each pair changes with every
+gate, and is not shared: one number beside a key and a value.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ __all__ = ["grown"]
 
 
 class Room:
-    """Arrays of keys and values, filled up to some slot.
+    """Arrays of keys, values and positions, filled up to some slot.
 
     Parameters
     ----------
@@ -31,7 +32,8 @@ class Room:
     """
 
     def __init__(self, state: CacheState, slots: int) -> None:
-        self.k, self.v = spacious(state.k, slots), spacious(state.v, slots)
+        self.k, self.v = spacious(state.k, slots, 2), spacious(state.v, slots, 2)
+        self.position = spacious(state.position, slots, 1)
         self.slots, self.filled, self.lock = slots, state.k.shape[-2], Lock()
         self.in_order = bool(np.all(state.position[..., 1:] - state.position[..., :-1] == 1))  # without a gap
 
@@ -43,9 +45,14 @@ class Room:
             self.filled = end + pairs
         return True
 
-    def view(self, begin: int, end: int) -> tuple[Any, Any]:
-        """Keys and values of some slots; NumPy lets nobody write what other caches hold too."""
-        views = self.k[..., begin:end, :], self.v[..., begin:end, :]
+    def write(self, at: int, new: CacheState) -> None:
+        """Put pairs in slots that were claimed."""
+        here = slice(at, at + new.k.shape[-2])
+        self.k[..., here, :], self.v[..., here, :], self.position[..., here] = new.k, new.v, new.position
+
+    def view(self, begin: int, end: int) -> tuple[Any, Any, Any]:
+        """Keys, values and positions in some slots; NumPy lets nobody write what other caches hold too."""
+        views = self.k[..., begin:end, :], self.v[..., begin:end, :], self.position[..., begin:end]
         for x in views:
             if isinstance(x, np.ndarray):
                 x.flags.writeable = False
@@ -70,10 +77,11 @@ def left(key: int) -> Any:
     return lambda _: places.pop(key, None)
 
 
-def spacious(x: Any, slots: int) -> Any:
-    """The rows of an array, and room behind them."""
-    wide = np.empty_like(x, shape=x.shape[:-2] + (slots, x.shape[-1]), order="C")
-    wide[..., : x.shape[-2], :] = x
+def spacious(x: Any, slots: int, own: int) -> Any:
+    """An array whose own axes begin with that of the pairs, and room behind them."""
+    lead, (n, *rest) = x.shape[: x.ndim - own], x.shape[x.ndim - own :]
+    wide = np.empty_like(x, shape=(*lead, slots, *rest), order="C")
+    wide[(..., slice(n), *[slice(None)] * (own - 1))] = x
     return wide
 
 
@@ -89,16 +97,20 @@ def claimed(state: CacheState, new: int) -> tuple[Room, int] | None:
     return room, pairs
 
 
-def grown(state: CacheState, k: Any, v: Any, window: int | None) -> tuple[Any, Any] | None:
-    """Keys and values of a cache with those of new pairs behind them, only the last ones if there is a window.
+def grown(state: CacheState, new: CacheState, window: int | None) -> CacheState | None:
+    """A cache with new pairs behind its own, only the last ones if there is a window.
 
-    None where they must be copied: behind an empty cache, with which nobody may ever go on; where slots are empty, or a
-    window looks at positions with gaps; and while a CUDA graph is recorded, as every launch would write the same slots.
+    None where it must be copied: an empty cache, with which nobody may ever go on; where slots are empty, or a window
+    looks at positions with gaps; and while a CUDA graph is recorded, as every launch would write the same slots.
     """
-    pairs, new = state.k.shape[-2], k.shape[-2]
-    found = None if not pairs or recording({"": state.k}) else claimed(state, new)
+    pairs, more = state.k.shape[-2], new.k.shape[-2]
+    found = None if not pairs or recording({"": state.k}) else claimed(state, more)
     if found is None or window is not None and not found[0].in_order:
         return None
     room, end = found
-    room.k[..., end : end + new, :], room.v[..., end : end + new, :] = k, v
-    return room.view(end - pairs if window is None else max(end - pairs, end + new - window), end + new)
+    room.write(end, new)
+    begin = end - pairs if window is None else max(end - pairs, end + more - window)
+    k, v, position = room.view(begin, end + more)
+    log_weight = spacious(state.log_weight, room.slots, 1)  # strides as those of the others
+    log_weight[..., pairs : pairs + more] = new.log_weight
+    return CacheState(k, v, log_weight[..., pairs + more - k.shape[-2] : pairs + more], position)
