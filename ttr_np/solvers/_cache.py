@@ -110,7 +110,8 @@ def append(
     found = grown(state, new, window) if mask is None and not sinks else None
     if found is not None:
         return found
-    return trim(CacheState(*(join(x, y, own) for x, y, own in zip(state, new, (2, 2, 1, 1), strict=True))), window, sinks)
+    joined = [join(old, more, own) for old, more, own in zip(state, new, (2, 2, 1, 1), strict=True)]
+    return trim(CacheState(*joined), window, sinks)
 
 
 def join(old: np.ndarray, new: np.ndarray, own: int) -> np.ndarray:
