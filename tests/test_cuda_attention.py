@@ -418,7 +418,7 @@ PLACES = {"cupy": rf"{BARRIERS['cupy']}|finish_copies<\d>\(\);|close_copies\(\);
 def barriers():
     for backend in GPU:
         for name in CALLS:
-            if backend == "cupy" or not name.startswith("tensor cores"):
+            if backend == "cupy" or not name.startswith(("tensor cores", "few queries")):
                 slow = backend == "numba-cuda" and name != "tiles"  # seconds for each of many texts
                 yield pytest.param(backend, name, marks=pytest.mark.slow if slow else [], id=f"{name}-{backend}")
 

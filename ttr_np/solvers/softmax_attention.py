@@ -40,7 +40,6 @@ def softmax_attention(
     """Softmax attention; see ``ttr_np.softmax_attention``."""
     check_options(q, log_decay, causal, window, sinks)
     options = {"scale": scale, "causal": causal, "window": window, "sinks": sinks}
-    options["keep"] = bool(common.get("output_final_state"))
     arrays = {"q": q, "k": k, "v": v, "log_decay": log_decay}
     return run(chunked, "softmax_attention", arrays, options, start=empty_cache, **common)
 
@@ -100,7 +99,6 @@ def chunked(
     causal: bool = True,
     window: int | None = None,
     sinks: int = 0,
-    keep: bool = True,
     state: CacheState,
 ) -> tuple[np.ndarray, CacheState]:
     """Blocks of queries times blocks of keys, in one pass. Cost: O(t min(t, window) (k + v)); memory O(t (k + v))."""
@@ -112,4 +110,4 @@ def chunked(
         query, part = scale_of(scale, q) * q[..., low:high, :], o[..., low:high, :]
         scored = ((masked(query @ np.swapaxes(x.k, -1, -2), x), x.v) for x in past.views(low, high))
         part[...] = attend(scored, part.shape, o.dtype).value
-    return o, append(state, k, v, log_decay, mask, window, sinks) if keep else state
+    return o, append(state, k, v, log_decay, mask, window, sinks)
