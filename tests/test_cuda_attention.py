@@ -347,6 +347,44 @@ def test_lines_of_many_channels_by_conjugate_gradients(backend):
         as_good(found, *solved("local_polynomial", arrays, mask=mask, **options), floor=2)
 
 
+LINES = [
+    ({"k": 60, "v": 5, "dtype": np.float64}, {}, 40),
+    ({"k": 64, "v": 70, "dtype": np.float16}, {"causal": False, "ridge": 1e-3}, 70),
+    ({"k": 60, "v": 3, "gated": True}, {"kernel": "gaussian", "bandwidth": 3.0, "ridge": 0.1}, 90),
+    ({"k": 66, "v": 1, "dtype": np.float32, "gated": True}, {"window": 20, "ridge": 1e-3}, 50),
+    ({"k": 128, "v": 130, "dtype": np.float32}, {"ridge": 0.01}, 35),
+]
+
+
+@pytest.mark.parametrize("sizes, options, t", LINES, ids=lambda x: str(x)[:30])
+def test_lines_around_many_queries_share_tiles_of_keys(sizes, options, t):
+    """Groups, masks, a carried state, several slabs of values, rows of a block that see little and that see much."""
+    rng = np.random.default_rng(0)
+    arrays = arguments("local_polynomial", rng, t, lead=(2, 1), **sizes)
+    arrays["q"] = (rng.standard_normal((2, 2, t, sizes["k"])) / 3).astype(arrays["k"].dtype)
+    mask, at = rng.random((2, 1, t)) < 0.8, t // 3 if options.get("causal", True) else 0
+    with on_cpu("cupy") as machine:
+        found = in_two("local_polynomial", "cupy", arrays, options, mask, at)
+    assert set(machine.launches) == {"local_lines"}
+    wide = {name: x.astype(np.float64) for name, x in arrays.items()}
+    exact, plain = (in_two("local_polynomial", "numpy", x, options, mask, at) for x in (wide, arrays))
+    as_good(found, exact, plain, floor=1e6 if found.dtype == np.float64 else 1)  # ridge over moments: 1e-6
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_bad_number_in_lines_reaches_what_it_must(name, bad):
+    arrays = arguments("local_polynomial", np.random.default_rng(0), 50, k=60, v=5)
+    spoilt = arrays | {name: arrays[name].copy()}
+    spoilt[name][0, 20, 1] = bad
+    clean, found = (run("local_polynomial", "cupy", x, ridge=0.1) for x in (arrays, spoilt))
+    same_bits(found[:, :20], clean[:, :20])
+    same_bits(found[1], clean[1])
+    wanted = ttr_np.local_polynomial(**spoilt, ridge=0.1, backend="numpy")
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(wanted))
+
+
 def test_fits_of_arrays_on_the_device_stay_there(cupy):
     for k, degree in ((60, 1), (3, 2), (3, 0)):
         arrays = arguments("local_polynomial", np.random.default_rng(0), 40, k=k, v=5)
@@ -409,16 +447,21 @@ CALLS = {
     "tensor cores, whole tiles": ("softmax_attention", HALF | {"t": 200, "k": 32, "v": 16}, {}),
     "few queries": ("softmax_attention", {"t": 3, "lead": ()}, {"initial_state": CACHE}),
     "fit": ("local_polynomial", {"t": 40, "lead": ()}, {"degree": 2}),
-    "line": ("local_polynomial", {"t": 40, "k": 60, "lead": ()}, {}),
+    "line": ("local_polynomial", {"t": 40, "k": 60, "lead": ()}, {"kernel": "triweight", "bandwidth": 20.0}),
+    "lines": ("local_polynomial", {"t": 60, "k": 60, "lead": (), "gated": True}, {}),
 }
-FAULTS = (cudaemu.RaceFault, cudaemu.UnsetFault, cudaemu.BoundsFault)  # a lane that goes astray may leave an array
-PLACES = {"cupy": rf"{BARRIERS['cupy']}|finish_copies<\d>\(\);|close_copies\(\);", "numba-cuda": BARRIERS["numba-cuda"]}
+# A lane that goes astray may leave an array, and one that does not hear what others vote for, the way of the others.
+FAULTS = (cudaemu.RaceFault, cudaemu.UnsetFault, cudaemu.BoundsFault, cudaemu.BarrierFault)
+PLACES = {
+    "cupy": rf"{BARRIERS['cupy']}|__syncthreads_or(?=\()|finish_copies<\d>\(\);|close_copies\(\);",
+    "numba-cuda": BARRIERS["numba-cuda"],
+}
 
 
 def barriers():
     for backend in GPU:
         for name in CALLS:
-            if backend == "cupy" or not name.startswith(("tensor cores", "few queries")):
+            if backend == "cupy" or not name.startswith(("tensor cores", "few queries", "lines")):
                 slow = backend == "numba-cuda" and name != "tiles"  # seconds for each of many texts
                 yield pytest.param(backend, name, marks=pytest.mark.slow if slow else [], id=f"{name}-{backend}")
 
@@ -434,6 +477,8 @@ def places_in(text, backend):
 def test_each_barrier_and_each_wait_is_needed(backend, name, monkeypatch):
     operator, sizes, options = CALLS[name]
     arrays = arguments(operator, np.random.default_rng(0), **sizes)
+    if name.startswith("tensor cores"):
+        arrays["v"][100, 1] = np.nan  # or there would be nothing to clean behind one of the barriers
     with on_cpu(backend) as machine:
         call = partial(getattr(ttr_np, operator), **arrays, **options, backend=backend)
         built, texts = machine.build, []
@@ -442,7 +487,8 @@ def test_each_barrier_and_each_wait_is_needed(backend, name, monkeypatch):
         places = [(text, x) for text in dict.fromkeys(texts) for x in places_in(text, backend)]
         assert len(places) >= 3
         for text, place in places:
-            spoilt = {text: text[: place.start()] + ";" + text[place.end() :]}
+            instead = ";" if place[0].endswith(";") else "int"  # a vote of one
+            spoilt = {text: text[: place.start()] + instead + text[place.end() :]}
             monkeypatch.setattr(machine, "build", lambda x, *rest, spoilt=spoilt: built(spoilt.get(x, x), *rest))
             with warnings.catch_warnings(), pytest.raises(FAULTS):
                 warnings.simplefilter("ignore")

@@ -1,10 +1,10 @@
 // Softmax attention of few queries over a long past, which is read once and where it lies:
 //   top' = max(top, x),  p = exp(x - top'),  weight' = weight exp(top - top') + sum p,  o' = o exp(top - top') + p v
 //
-// A block has ROWS queries of a memory, some value columns, and a piece of the cached pairs; the last piece also has the
-// new ones. LANES neighbouring lanes share a pair, four channels or columns of it each at a time, and TOGETHER pairs are
-// under way together; each such crew has a mean of its own, and these are joined at the end. If not PLAIN, x is the log of
-// any kernel of q and k.
+// A block has ROWS queries of a memory, some value columns, and a piece of the cached pairs; the last piece also has
+// the new ones. LANES neighbouring lanes share a pair, four channels or columns of it each at a time, and TOGETHER
+// pairs are under way together; each such crew has a mean of its own, and these are joined at the end. If not PLAIN, x
+// is the log of any kernel of q and k.
 
 enum { Q, KEY, V, PAST_K, PAST_V, PLACED, LEFT, POSITION, COUNT, GATE, O, PIECES };
 enum { CREWS = 128 / LANES, SPAN = 4 * LANES, C = 4 * SLABS };
@@ -38,8 +38,14 @@ __device__ __forceinline__ void load(Four<T>& four, const Rows<const T>& from, i
 // Whether that can be.
 template <class T>
 __device__ __forceinline__ bool in_fours(const Rows<const T>& from, int columns) {
-    return columns % 4 == 0 && from.column == 1 && (size_t)from.begin % 16 == 0 &&
+    return columns > 0 && columns % 4 == 0 && from.column == 1 && (size_t)from.begin % 16 == 0 &&
            from.row * (long long)sizeof(T) % 16 == 0;
+}
+
+// Sums over the crews of a warp.
+__device__ __forceinline__ real over_crews(real x) {
+    for (int distance = LANES; distance < 32; distance *= 2) x += __shfl_xor_sync(0xffffffffu, x, distance);
+    return x;
 }
 
 struct Mean {
@@ -90,8 +96,8 @@ struct Side {
     int channels, columns, first_column, code;
     real width;
 
-    // N pairs from this crew's first one on, every CREWS of them, meet all queries; `end`: behind the last one there is,
-    // if they are not all there. bias(pair, row) joins the logit, minus infinity where the pair is hidden.
+    // N pairs from this crew's first one on, every CREWS of them, meet all queries; FOURS also says that all are there,
+    // else those before `end` are. bias(pair, row) joins the logit, minus infinity where the pair is hidden.
     template <bool FOURS, int N, class Bias>
     __device__ __forceinline__ void meet(Mean& mean, const Asked& asked, int pair, int end, Bias bias) const {
         const int lane = threadIdx.x % LANES;
@@ -111,9 +117,10 @@ struct Side {
                 if (FOURS || pair + i * CREWS < end) load<FOURS>(keys[i], key, pair + i * CREWS, c, channels);
             #pragma unroll
             for (int e = 0; e < 4; e++)
-                for (int r = 0; r < ROWS; r++)
-                    for (int i = 0; i < N; i++)
-                        x[i][r] = joined(code, asked.queries[r][c + e], widened(keys[i].x[e]) - asked.from[c + e], x[i][r]);
+                for (int i = 0; i < N; i++) {
+                    const real one = widened(keys[i].x[e]) - asked.from[c + e];
+                    for (int r = 0; r < ROWS; r++) x[i][r] = joined(code, asked.queries[r][c + e], one, x[i][r]);
+                }
         }
         #pragma unroll
         for (int i = 0; i < N; i++)
@@ -140,10 +147,11 @@ softmax_decode(const data* q, const data* k, const data* v, const stored* past_k
     const int crew = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     const int first_column = part * SLABS * SPAN;
     const auto query = rows(q, table, axes, Q, memory);
-    const auto place_of = rows(placed, table, axes, PLACED, memory), place_of_new = rows(position, table, axes, POSITION, memory);
+    const auto place_of = rows(placed, table, axes, PLACED, memory);
+    const auto place_of_new = rows(position, table, axes, POSITION, memory);
     const auto past = rows(left, table, axes, LEFT, memory);
-    const Side<stored> old{rows(past_k, table, axes, PAST_K, memory), rows(past_v, table, axes, PAST_V, memory), channels,
-                           columns, first_column, code, width};
+    const Side<stored> old{rows(past_k, table, axes, PAST_K, memory), rows(past_v, table, axes, PAST_V, memory),
+                           channels, columns, first_column, code, width};
     const Side<data> fresh{rows(k, table, axes, KEY, memory), rows(v, table, axes, V, memory), channels, columns,
                            first_column, code, width};
 
@@ -154,7 +162,8 @@ softmax_decode(const data* q, const data* k, const data* v, const stored* past_k
     }
     for (int c = threadIdx.x; c < CHANNELS; c += 128) {
         const bool any = code == EXPONENTIAL && c < channels;
-        asked.from[c] = !any ? real(0) : origin(cached ? real(widened(old.key.at(0, c))) : real(widened(fresh.key.at(0, c))));
+        const real first_key = !any ? 0 : cached ? real(widened(old.key.at(0, c))) : real(widened(fresh.key.at(0, c)));
+        asked.from[c] = origin(first_key);
     }
     if (threadIdx.x < ROWS) {
         const int r = threadIdx.x, row = first + r, step = row / groups, last = causal ? step : tokens - 1;
@@ -191,10 +200,13 @@ softmax_decode(const data* q, const data* k, const data* v, const stored* past_k
     #pragma unroll 1
     for (; start < end; start += CREWS) old.template meet<false, 1>(mean, asked, start + crew, end, of_cached);
     #pragma unroll 1
-    for (int j = 0; cut == cuts - 1 && j < tokens; j += CREWS)
-        fresh.template meet<false, 1>(mean, asked, j + crew, tokens, [&](int pair, int r) { return asked.biases[r][pair]; });
+    for (int j = 0; cut == cuts - 1 && j < tokens; j += CREWS) {
+        const auto of_new = [&](int pair, int r) { return asked.biases[r][pair]; };
+        fresh.template meet<false, 1>(mean, asked, j + crew, tokens, of_new);
+    }
 
     // The means of the crews of a warp, then of the warps.
+    const auto out = rows(o, table, axes, O, memory);
     const int warp = threadIdx.x / 32;
     #pragma unroll
     for (int r = 0; r < ROWS; r++) {
@@ -204,13 +216,11 @@ softmax_decode(const data* q, const data* k, const data* v, const stored* past_k
             top = other > top ? other : top;
         }
         const real kept = exp(mean.top[r] - (top == -infinite() ? real(0) : top));
-        real weight = kept * mean.weight[r];
-        for (int distance = LANES; distance < 32; distance *= 2) weight += __shfl_xor_sync(0xffffffffu, weight, distance);
+        const real weight = over_crews(kept * mean.weight[r]);
         if (threadIdx.x % 32 == 0) tops[warp][r] = top, weights[warp][r] = weight;
         #pragma unroll
         for (int c = 0; c < C; c++) {
-            real total = kept * mean.value[r][c];
-            for (int distance = LANES; distance < 32; distance *= 2) total += __shfl_xor_sync(0xffffffffu, total, distance);
+            const real total = over_crews(kept * mean.value[r][c]);
             if (threadIdx.x % 32 < LANES) values[warp][r][c / 4 * SPAN + 4 * lane + c % 4] = total;
         }
     }
@@ -234,6 +244,6 @@ softmax_decode(const data* q, const data* k, const data* v, const stored* past_k
         if (pieces)
             piece.at(cut * tokens + step, column) = total;
         else
-            put(rows(o, table, axes, O, memory).of(row % groups).at(step, column), weight != 0 ? total / weight : total);
+            put(out.of(row % groups).at(step, column), weight != 0 ? total / weight : total);
     }
 }

@@ -1,7 +1,7 @@
 // Softmax attention over pieces of the past as one:  o = sum_c e_c o_c / sum_c e_c weight_c,  e_c = exp(top_c - top).
 //
-// A block has a query and 32 value columns, each of its four warps every fourth piece. A piece is a row: values, then its
-// top and its weight.
+// A block has a query and 32 value columns, each of its four warps every fourth piece. A piece is a row: values, then
+// its top and its weight.
 
 enum { PIECES, O };
 
