@@ -22,7 +22,10 @@ from ..solvers.softmax_attention import scale_of
 from ._attention import pairs_of, weigh, width
 from ._cache import compiled
 from ._compile import apart, inner
-from ._panels import LINE, ROWS, Matrix, below, full, load, matrix, move, multiply, panel, pointer, real, row
+from ._gates import exp
+from ._panels import (
+    LINE, ROWS, Matrix, add_scaled, below, dot, full, load, matrix, move, multiply, panel, pointer, real, row, scale,
+)  # fmt: skip
 from ._powers import LOG2E
 from ._sequences import lay_out
 from ._threads import share
@@ -84,7 +87,7 @@ def core(
     sizes = (t, d, w, pairs.cached, tokens, together, gated)
     jobs = memories * -(-groups // together) * -(-t // tokens)
     room = [(d, QUERIES), (PAIRS, d), (PAIRS, w), (PAIRS, w), (PAIRS, STRIP), (QUERIES, w)]
-    room += [(6, QUERIES), (1, PAIRS), (2, QUERIES)]
+    room += [(6, QUERIES), (1, PAIRS), (2, QUERIES), (1, d)]
     factor = float(scale_of(scale, q.astype(np.float64))) * LOG2E
     cost = pairs.seen * memories * groups * (d + w)
     share(kernel, jobs, cost, (o.dtype, room), layout, sizes, factor, o.dtype.type(0))
@@ -103,6 +106,7 @@ class Room(NamedTuple):
     lines: Matrix  # 6 x r, see below
     left: Matrix  # 1 x n: what is left of older pairs at the first query
     decay: Any  # r numbers in double precision: sum of the gates after the pair at hand
+    query: Matrix  # 1 x k: of one token
 
 
 # Rows of Room.lines. Highest logit so far, in powers of two; weight so far; what is left of earlier weights and
@@ -133,7 +137,7 @@ def kernel(table, places, steps, sizes, factor, like, begin, stop):
     room = Room(
         panel(table, 0, like), panel(table, 1, like), panel(table, 2, like), panel(table, 3, like),
         panel(table, 4, like), panel(table, 5, like), panel(table, 6, like), panel(table, 7, like),
-        pointer(table[8, 0], 0.0),
+        pointer(table[8, 0], 0.0), panel(table, 9, like),
     )  # fmt: skip
     blocks, parts = (t + tokens - 1) // tokens, (places.shape[2] + together - 1) // together
     for job in range(begin, stop):
@@ -146,10 +150,13 @@ def kernel(table, places, steps, sizes, factor, like, begin, stop):
         past_k = matrix(places[PAST_K, memory, 0], steps[PAST_K, 0], steps[PAST_K, 1], like)
         past_v = matrix(places[PAST_V, memory, 0], steps[PAST_V, 0], steps[PAST_V, 1], like)
         slots, oldest, left = block.end[block.high - 1], block.first[low], 0.0
+        alone = t == 1 and not ages(block, cached)
         for start in range((slots - 1) // PAIRS * PAIRS, -1, -PAIRS):
             rows = min(PAIRS, slots - start)
             if gated:
                 left = age(room, block, start, rows, cached, left)
+            if alone and start >= oldest and meet_one_by_one(room, block, past_k, past_v, start, rows, sizes, like):
+                continue
             if start + rows > oldest or start < block.sinks:
                 take_pairs(room.keys, past_k, k, cached, block, start, rows, d)
                 take_pairs(room.values, past_v, v, cached, block, start, rows, w)
@@ -256,6 +263,71 @@ def mark(room, rows, w, like):
             bad[j] = not math.isfinite(values[j])
             values[j] = like if bad[j] != 0 else values[j]
     return True
+
+
+@inner
+def ages(block, cached):
+    """Whether anything has decayed, or will, in the memory of a block."""
+    apart()
+    faint = 0
+    for j in range(cached):
+        faint += block.past[j] != 0
+    return block.decays or faint > 0
+
+
+@inner
+def meet_one_by_one(room, block, k, v, start, rows, sizes, like):
+    """The queries of one token look at cached pairs that all of them see, where these lie: False if they cannot.
+
+    A product of a few rows with many is bound by memory, and tiles would copy what they then multiply by zeros.
+    """
+    d, w, cached = sizes[1], sizes[2], sizes[3]
+    first, last = block.order[start], block.order[start + rows - 1]
+    if last - first != rows - 1 or last >= cached or k.column != 1 or v.column != 1:
+        return False
+    keys, values = below(k, first), below(v, first)
+    if not all_finite(values, rows, w, like):
+        return False
+    for c in range(block.queries):
+        look(room, keys, values, rows, c, d, w, like)
+    return True
+
+
+@inner
+def all_finite(x, rows, columns, like):
+    """Whether all numbers of some rows are finite."""
+    apart()
+    total = like
+    for r in range(rows):
+        numbers = row(x, r)
+        for j in range(columns):
+            total += numbers[j] * like
+    return total == 0
+
+
+@inner
+def look(room, keys, values, rows, c, d, w, like):
+    """One query, pair by pair. A logit that is no number, or infinite, spoils it; minus infinity is no pair."""
+    apart()
+    query, line, answer = row(room.query, 0), room.logits.data, row(room.answers, c)
+    tops, weights = row(room.lines, TOP), row(room.lines, WEIGHT)
+    for j in range(d):
+        query[j] = row(room.queries, j)[c]
+    for r in range(rows):
+        line[r] = dot(row(keys, r), query, d, like)
+    top, bad = tops[c], 0
+    for r in range(rows):
+        top = line[r] if line[r] > top else top  # noqa: FURB136 - never a NaN
+        bad += not line[r] < np.inf
+    shift, total = top if top > -np.inf else like, like
+    kept = exp((tops[c] - shift) * real(like, 1 / LOG2E))
+    for r in range(rows):
+        line[r] = exp((line[r] - shift) * real(like, 1 / LOG2E))
+        total += line[r]
+    tops[c], weights[c] = top, np.nan if bad else weights[c] * kept + total
+    scale(answer, kept, w)
+    for r in range(rows):
+        add_scaled(answer, line[r], row(values, r), w)
 
 
 @inner
