@@ -24,7 +24,22 @@ from ._cache import compiled
 from ._compile import apart, inner
 from ._gates import exp
 from ._panels import (
-    LINE, ROWS, Matrix, add_scaled, below, dot, full, load, matrix, move, multiply, panel, pointer, real, row, scale,
+    LINE,
+    ROWS,
+    Matrix,
+    add_scaled,
+    below,
+    dot,
+    full,
+    load,
+    matrix,
+    move,
+    multiply,
+    panel,
+    pointer,
+    real,
+    row,
+    scale,
 )  # fmt: skip
 from ._powers import LOG2E
 from ._sequences import lay_out
@@ -307,7 +322,7 @@ def all_finite(x, rows, columns, like):
 
 @inner
 def look(room, keys, values, rows, c, d, w, like):
-    """One query, pair by pair. A logit that is no number, or infinite, spoils it; minus infinity is no pair."""
+    """One query, pair by pair."""
     apart()
     query, line, answer = row(room.query, 0), room.logits.data, row(room.answers, c)
     tops, weights = row(room.lines, TOP), row(room.lines, WEIGHT)
@@ -315,16 +330,15 @@ def look(room, keys, values, rows, c, d, w, like):
         query[j] = row(room.queries, j)[c]
     for r in range(rows):
         line[r] = dot(row(keys, r), query, d, like)
-    top, bad = tops[c], 0
+    top = tops[c]
     for r in range(rows):
         top = line[r] if line[r] > top else top  # noqa: FURB136 - never a NaN
-        bad += not line[r] < np.inf
     shift, total = top if top > -np.inf else like, like
     kept = exp((tops[c] - shift) * real(like, 1 / LOG2E))
     for r in range(rows):
         line[r] = exp((line[r] - shift) * real(like, 1 / LOG2E))
         total += line[r]
-    tops[c], weights[c] = top, np.nan if bad else weights[c] * kept + total
+    tops[c], weights[c] = top, weights[c] * kept + total
     scale(answer, kept, w)
     for r in range(rows):
         add_scaled(answer, line[r], row(values, r), w)
