@@ -40,7 +40,7 @@ from ._panels import (
     real,
     row,
     scale,
-)  # fmt: skip
+)
 from ._powers import LOG2E
 from ._sequences import lay_out
 from ._threads import share
