@@ -88,7 +88,8 @@ def spacious(x: Any, slots: int, own: int) -> Any:
 def claimed(state: CacheState, new: int) -> tuple[Room, int] | None:
     """A room where a cache ends and so many slots behind it are its own; None if it has empty slots."""
     pairs, place = state.k.shape[-2], places.get(id(state.k))
-    if place and place.v() is state.v and place.room.claims(place.end, new):
+    known = place and place.k() is state.k and place.v() is state.v
+    if known and place.room.claims(place.end, new):
         return place.room, place.end
     if not np.all(state.position >= 0):
         return None
