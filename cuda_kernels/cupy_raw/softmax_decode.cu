@@ -118,7 +118,7 @@ struct Side {
             #pragma unroll
             for (int e = 0; e < 4; e++)
                 for (int i = 0; i < N; i++) {
-                    const real one = widened(keys[i].x[e]) - asked.from[c + e];
+                    const real one = widened(keys[i].x[e]) - (PLAIN ? real(0) : asked.from[c + e]);
                     for (int r = 0; r < ROWS; r++) x[i][r] = joined(code, asked.queries[r][c + e], one, x[i][r]);
                 }
         }
