@@ -149,7 +149,7 @@ def test_few_queries_of_a_long_past_take_two_launches():
 def test_few_queries_read_a_cache_where_it_lies(dtype, options):
     """Every number of queries, caches of any length, rows of 16 bytes and others, pieces that see nothing."""
     rng, real = np.random.default_rng(0), np.result_type(np.float32, dtype)
-    for rows, cached, tokens, k, v in ((2, 1, 1, 8, 64), (3, 600, 3, 12, 130), (5, 70, 1, 68, 20), (8, 33, 2, 5, 4)):
+    for rows, cached, tokens, k, v in ((2, 1, 1, 8, 64), (3, 600, 3, 12, 130), (8, 33, 2, 5, 4)):
         gated = tokens > 1 and options.get("causal", True)
         arrays = arguments("softmax_attention", rng, tokens, k=k, v=v, lead=(2, 1), dtype=np.dtype(dtype), gated=gated)
         arrays["q"] = rng.standard_normal((2, rows // tokens, tokens, k)).astype(dtype)
@@ -352,7 +352,6 @@ LINES = [
     ({"k": 64, "v": 70, "dtype": np.float16}, {"causal": False, "ridge": 1e-3}, 70),
     ({"k": 60, "v": 3, "gated": True}, {"kernel": "gaussian", "bandwidth": 3.0, "ridge": 0.1}, 90),
     ({"k": 66, "v": 1, "dtype": np.float32, "gated": True}, {"window": 20, "ridge": 1e-3}, 50),
-    ({"k": 128, "v": 130, "dtype": np.float32}, {"ridge": 0.01}, 35),
 ]
 
 

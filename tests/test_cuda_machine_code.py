@@ -35,11 +35,10 @@ BUDGET = {
     "short_convolution": {"float": (88, 88, 96), "double": (104, 104, 112)},
     # Two queries with gates: pairs of a cache are fetched ahead into registers, as above, for three blocks or two.
     "softmax_attention": {"float": (168, 160, 168), "double": (168, 168, 184)},
-    "local_polynomial": {"float": (255, 255, 255), "double": (255, 255, 255)},  # lines of 128 channels, see KEPT
+    "local_polynomial": {"float": (96, 96, 96), "double": (96, 96, 96)},  # a line by itself
 }
 # sin and cos keep the digits of a large angle on the stack, and a division of double precision is a call on sm_100.
 STACK = {("diagonal_scan", "float"): 32, ("diagonal_scan", "double"): 40}
-STACK |= {("local_polynomial", "float"): 288, ("local_polynomial", "double"): 224}  # see KEPT_STACK
 
 # Memories that keep their pairs have several kernels: a call of each, and its registers. Two or three blocks of tiles
 # share a multiprocessor, whose shared memory has no room for more, so loads under way may have registers. On tensor
@@ -58,10 +57,8 @@ KEPT = {
     "tensor cores, few queries": ("softmax_attention", "bfloat16", TILES | {"t": 64}, {}, (232, 232, 240)),
     "tensor cores, small heads": ("softmax_attention", "float16", TILES | {"k": 64, "v": 64}, {}, (248, 248, 255)),
     "any kernel": ("local_polynomial", "bfloat16", TILES, {"degree": 0, "log_decay": -0.1}, (248, 240, 240)),
-    "a line": ("local_polynomial", "float", TILES, {"kernel": "triweight", "bandwidth": 1.0}, (96, 96, 96)),
     "lines": ("local_polynomial", "bfloat16", TILES | {"k": 64, "v": 64}, {}, (255, 255, 255)),
     "lines of many channels": ("local_polynomial", "float", TILES, {"log_decay": -0.1}, (255, 255, 255)),
-    "lines in double precision": ("local_polynomial", "double", TILES, {}, (255, 255, 255)),
     "fits": ("local_polynomial", "float", TILES | {"k": 8}, {"degree": 2, "log_decay": -0.1}, (128, 112, 112)),
 }
 
@@ -71,13 +68,14 @@ KEPT_STACK = {
     "tiles in double precision": (16, 16, 16),
     "lines": (24, 48, 24),
     "lines of many channels": (160, 216, 112),
-    "lines in double precision": (160, 208, 104),
 }
 
 
 def text_of(operator, dtype, **options):
     """What a call would compile: the CPU takes the launch and does nothing."""
     texts = []
+    if operator == "local_polynomial":
+        options |= {"kernel": "triweight", "bandwidth": 1.0}  # the others are lines that share their keys, see KEPT
     every = {"optional": OPERATORS[operator].optional, "per_channel": STATES[operator] is not CacheState}
     arrays = draw(operator, np.random.default_rng(0), **every, t=2, dtype=dtype, **SIZES)
     with on_cpu("cupy") as machine:
