@@ -104,9 +104,9 @@ def width_of(scale: float | None, bandwidth: float | None, keys: int) -> np.floa
     return np.float64(max(keys, 1) ** -0.5 if scale is None else scale)
 
 
-def report(residual: Any, steps: int) -> None:
+def report(residual: Any, steps: int, tolerance: float = TOLERANCE) -> None:
     """Warn where conjugate gradients have stopped too early; this waits for the device."""
     worst = float(residual.max()) if residual.size else 0.0
-    if worst > TOLERANCE:
+    if worst > tolerance:
         words = f"conjugate gradients stopped after {steps} steps at a relative residual of {worst:.1e}"
         warnings.warn(f"local_polynomial: {words}", RuntimeWarning, stacklevel=frames_of_package())

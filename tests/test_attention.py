@@ -359,6 +359,50 @@ def test_without_causality_every_query_sees_state_and_call(name, form):
     close(rest, np.array(last)[20:], 1e-11)
 
 
+# Caches that grow --------------------------------------------------------------------------------------------------
+
+
+def step(name, x, t, state, options):
+    """The core's answer to token t after a state, and the next state."""
+    return call(MODULES[name].chunked, name, piece(x, t, t + 1), options, initial_state=state, output_final_state=True)
+
+
+@pytest.mark.parametrize("name, options", [case for case in CASES if case[0] != "log_linear_attention"], ids=label)
+def test_states_that_grow_from_one_stay_what_they_are(name, options):
+    """Two continuations of every state: each is that of a copy of it, and no state ever moves."""
+    rng = np.random.default_rng(3)
+    x, other = problem(name, rng), problem(name, rng)
+    _, state = call(MODULES[name].chunked, name, piece(x, 0, 9), options, output_final_state=True)
+    kept = []
+    for t in range(9, 20):
+        copied = type(state)(*(field.copy() for field in state))
+        for given in (other, x):
+            o, after = step(name, given, t, state, options)
+            wanted, end = step(name, given, t, copied, options)
+            assert_array_equal(o, wanted)
+            kept.append((after, end))
+        state = after
+    for pair in kept:
+        for one, two in zip(*pair, strict=True):
+            assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 8}], ids=str)
+def test_a_pair_that_joins_a_long_cache_costs_that_pair(options):
+    x, name = problem("softmax_attention", np.random.default_rng(3)), "softmax_attention"
+    _, first = call(softmax_attention.chunked, name, piece(x, 0, 12), options, output_final_state=True)
+    _, begun = step(name, x, 12, first, options)
+    assert not np.shares_memory(first.k, begun.k)  # arrays that were the caller's remain his own
+    _, grown = step(name, x, 13, begun, options)
+    assert np.shares_memory(begun.k, grown.k) and np.shares_memory(begun.v, grown.v)
+    _, aside = step(name, x, 14, begun, options)
+    assert not np.shares_memory(begun.k, aside.k)  # its slot is taken
+    with pytest.raises(ValueError, match="read-only"):
+        grown.k[...] = 0
+    _, copied = step(name, x, 14, type(grown)(grown.k.copy(), *grown[1:]), options)
+    assert not np.shares_memory(grown.v, copied.v)
+
+
 # Softmax attention ------------------------------------------------------------------------------------------------
 
 

@@ -202,3 +202,26 @@ def test_what_a_recorded_graph_works_with_is_never_freed(cupy, monkeypatch, oper
     assert len(made) > 1 and all(id(x) in held for x in made)
     (given, state, answer, _) = next(x for x in calling.RECORDED if isinstance(x, tuple))
     assert answer is o and given.keys() == there.keys() and isinstance(state[0], cupy.ndarray)
+
+
+def test_a_cache_on_the_device_is_read_and_grows_where_it_lies(cupy, monkeypatch):
+    """No wait and no copy of its pairs for a query; a recorded graph never writes slots that others may have."""
+    arrays = draw("softmax_attention", np.random.default_rng(0), lead=(2,), t=600, k=16, v=5, dtype=np.float32)
+    attend = partial(ttr_np.softmax_attention, output_final_state=True)
+    before, token, last = ({name: cupy.array(x[:, s]) for name, x in arrays.items()} for s in CUTS)
+    _, first = attend(**before)
+    _, state = attend(**token, initial_state=first)
+    ttr_np.softmax_attention(**last, initial_state=state)  # sends a table
+    cupy.counted.update(waits=0, arrays=0, sent=0)
+    ttr_np.softmax_attention(**last, initial_state=state)
+    assert cupy.counted == {"waits": 0, "arrays": 2, "sent": 0}  # answers, and those of pieces
+    o, grown = attend(**last, initial_state=state)
+    assert cupy.counted["waits"] == 0 and np.shares_memory(state.k.held, grown.k.held)
+    monkeypatch.setattr(cupy.current, "recording", True)
+    _, apart = attend(**last, initial_state=grown)
+    assert not np.shares_memory(grown.k.held, apart.k.held)
+    wanted = ttr_np.softmax_attention(**arrays, backend="numpy")
+    np.testing.assert_allclose(o.held, wanted[:, -1:], rtol=1e-5)
+
+
+CUTS = slice(0, 598), slice(598, 599), slice(599, 600)

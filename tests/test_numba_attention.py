@@ -106,6 +106,23 @@ def test_every_border_of_a_block(case, t, masked):
     close(compiled("softmax_attention")(**arrays, **options), solver("softmax_attention")(**arrays, **options), 1e-12)
 
 
+@pytest.mark.parametrize("bad", [None, np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize("case", [{}, {"causal": False}, {"window": 90}, {"scale": -20.0}])
+def test_one_token_meets_cached_pairs_where_they_lie(case, name, bad):
+    """As the solver, to the digits and the last NaN; and what a query sees depends on no other in its group."""
+    arrays, options = inputs(case, lead=(2, 1), group=(3,), t=201, k=5, v=3)
+    before, token = ({n: x[..., s, :] for n, x in arrays.items()} for s in (slice(0, 200), slice(200, 201)))
+    _, state = solver("softmax_attention")(**before, **options, output_final_state=True)
+    if bad is not None:
+        {"q": token["q"], "k": state.k, "v": state.v}[name][0, 0, 0 if name == "q" else 150 - 200, 1] = bad
+    token["q"], options = np.ascontiguousarray(token["q"]), options | {"initial_state": state}
+    found, wanted = (door("softmax_attention")(**token, **options) for door in (compiled, solver))
+    np.testing.assert_allclose(found, wanted, rtol=1e-11, atol=1e-12)
+    alone = compiled("softmax_attention")(**token | {"q": token["q"][:, 1:2]}, **options)
+    np.testing.assert_array_equal(alone, found[:, 1:2])
+
+
 @pytest.mark.parametrize("k, v", [(1, 1), (1, 7), (17, 1), (64, 64), (130, 33)])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_heads_of_any_size(k, v, dtype):

@@ -13,6 +13,7 @@ from functools import cache, lru_cache, partial
 from importlib import import_module
 from inspect import Parameter, signature
 from math import inf, isfinite
+from operator import is_
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -393,7 +394,8 @@ def beside(arrays: Mapping[str, Any], state: Any) -> Any:
         if any(map(on_device, state)):
             raise TypeError("initial_state is on the GPU, the arrays are on the CPU")
         return state
-    return type(state)(*(None if field is None else moved(arrays, field) for field in state))
+    fields = [None if field is None else moved(arrays, field) for field in state]
+    return state if all(map(is_, fields, state)) else type(state)(*fields)
 
 
 class Field(NamedTuple):
@@ -454,7 +456,7 @@ def repeated(arrays: Mapping[str, Any], device: Any, field: Field) -> Any:
 
 
 def adopt(operator: str, given: Any, start: Any) -> Any:
-    """A copy of the caller's state in the shape and dtype of an empty one.
+    """The caller's state in the shape and dtype of an empty one: a copy, but of a cache of pairs.
 
     Raises
     ------
@@ -483,7 +485,9 @@ def check_slots(operator: str, state: Any) -> None:
 
 
 def adopt_field(operator: str, name: str, x: Any, empty: np.ndarray) -> np.ndarray:
-    """One field of a state, copied: leading axes broadcast, its own must fit; a cache has any number n of slots.
+    """One field of a state: leading axes broadcast, its own must fit; a cache has any number n of slots.
+
+    It is copied, for cores work in place; but not the pairs of a cache, which only grow, and are read where they are.
 
     Raises
     ------
@@ -508,6 +512,9 @@ def adopt_field(operator: str, name: str, x: Any, empty: np.ndarray) -> np.ndarr
         raise ValueError(
             f"initial_state field {name} has shape {x.shape}, which does not broadcast to {empty.shape}"
         ) from None
+    if axes[:1] == ["n"]:
+        x = x if x.shape == lead + inner else np.broadcast_to(x, lead + inner)
+        return x if x.dtype == empty.dtype else x.astype(empty.dtype)
     return np.broadcast_to(x, lead + inner).astype(empty.dtype, order="C", copy=True)
 
 
@@ -540,7 +547,7 @@ def run(
     ----------
     core
         ``core(**arrays, **options, state=state) -> (o, state)`` on clean arrays of one floating dtype; arrays that the
-        caller left out arrive as None. The core may overwrite ``state``, never the arrays.
+        caller left out arrive as None. The core may overwrite ``state``, but no cache of pairs, and never the arrays.
     operator
         Its name in ``notation.OPERATORS``.
     arrays, options

@@ -124,7 +124,8 @@ class CacheState(NamedTuple):
 
     ``k (..., n, k)``, ``v (..., n, v)``, ``log_weight (..., n)``: the log of each pair's share of weight left by the
     decays since (-inf where a slot is empty), ``position (..., n)``: how many pairs were memorised before it (-1 where
-    a slot is empty).
+    a slot is empty). A cache that grew from another shares memory with it: take its arrays as values, and copy what you
+    would change (NumPy's are read-only then).
     """
 
     k: Any

@@ -88,8 +88,8 @@ class Stream:
     -----
     Memory is that of one token and the state; nothing grows. Exceptions are the operators that keep their pairs
     (``softmax_attention``, ``local_polynomial``, ``kernel_ridge`` and their kin): their memory is their past, unless
-    ``window`` bounds it. They and the backend ``numpy`` take the operator's own way at each step, which costs some
-    hundred microseconds more. A stream belongs to one thread at a time.
+    ``window`` bounds it, in arrays with room for half as much again. They and the backend ``numpy`` take the operator's
+    own way at each step, which costs some hundred microseconds more. A stream belongs to one thread at a time.
 
     With a GPU backend, token, state and answer stay on the GPU (in CuPy's arrays, which ``numba-cuda`` needs too), and
     a step is one launch. CuPy's arrays of the stream's dtype in C order are read where they are, and ``out`` is written

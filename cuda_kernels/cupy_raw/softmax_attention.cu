@@ -6,7 +6,7 @@
 // memory by slabs of SLAB channels, values by slabs of WIDTH columns, so that heads may have any size. If not PLAIN, x is
 // the log of any kernel of q and k.
 
-enum { Q, KEY, V, POSITION, COUNT, LEFT, GATE, O, PIECES };
+enum { Q, KEY, V, POSITION, COUNT, LEFT, GATE, O };
 enum { R = ROWS * LANES / 128, W = PAIRS / LANES, WIDTH = C * LANES };
 
 // Values of a tile by their weights, which are below zero where a pair is HIDDEN: of that not even a NaN comes through.
@@ -26,9 +26,9 @@ __device__ __forceinline__ void add_values(real (&sums)[R][C], const real (&weig
 
 extern "C" __global__ void __launch_bounds__(128)
 softmax_attention(const data* q, const stored* k, const stored* v, const long long* position, const long long* count,
-                  const logs* left, const logs* log_decay, data* o, real* pieces, const long long* table, int axes,
-                  int tokens, int columns, int channels, int pairs, int cached, int groups, int blocks, int parts,
-                  int cuts, int causal, int window, int sinks, int kind, real width) {
+                  const logs* left, const logs* log_decay, data* o, const long long* table, int axes, int tokens,
+                  int columns, int channels, int pairs, int cached, int groups, int blocks, int parts, int causal,
+                  int window, int sinks, int kind, real width) {
     const int code = PLAIN ? DOT : kind;
     __shared__ real queries[SLAB][ROWS + 4], keys[SLAB][PAIRS + 4];
     __shared__ real values[PAIRS][WIDTH];
@@ -39,7 +39,7 @@ softmax_attention(const data* q, const stored* k, const stored* v, const long lo
     __shared__ double since[ROWS];             // sum of each row's gates that are newer than this tile
 
     const int memory = blockIdx.x / blocks, block = blocks - 1 - blockIdx.x % blocks;  // the longest pasts come first
-    const int cut = block % cuts, part = block / cuts % parts, first = block / cuts / parts * ROWS;
+    const int part = block % parts, first = block / parts * ROWS;
     const int mine = threadIdx.x / LANES * R, lane = threadIdx.x % LANES, end_of_rows = groups * tokens;
     const auto query = rows(q, table, axes, Q, memory);
     const auto key = rows(k, table, axes, KEY, memory);
@@ -81,12 +81,11 @@ softmax_attention(const data* q, const stored* k, const stored* v, const long lo
     };
 
     const int begin = seen.begin(low), front = seen.front(), end = causal ? cached + high + 1 : pairs;
-    const int tiles = (pairs + PAIRS - 1) / PAIRS, span = (tiles + cuts - 1) / cuts;
-    const int lowest = max(front ? 0 : begin / PAIRS, cut * span);
+    const int lowest = front ? 0 : begin / PAIRS;
     #pragma unroll 1
     for (int tile = (end - 1) / PAIRS; tile >= lowest; tile--) {
         const int start = tile * PAIRS;
-        if (tile >= (cut + 1) * span || (start + PAIRS <= begin && start >= front)) {  // of another block, or not seen
+        if (start + PAIRS <= begin && start >= front) {  // not seen
             if (GATED && threadIdx.x < ROWS) age(start, false);
             continue;
         }
@@ -168,19 +167,10 @@ softmax_attention(const data* q, const stored* k, const stored* v, const long lo
         const int row = first + mine + r, step = row / groups;
         if (row >= end_of_rows) continue;
         const auto out = rows(o, table, axes, O, memory).of(row % groups);
-        const auto piece = rows(pieces, table, axes, PIECES, memory).of(row % groups);
         #pragma unroll
         for (int c = 0; c < SLABS * C; c++) {
             const int column = part * SLABS * WIDTH + c * LANES + lane;
-            if (column >= columns) continue;
-            if (pieces)
-                piece.at(cut * tokens + step, column) = answer[r][c];
-            else
-                put(out.at(step, column), weight[r] != 0 ? answer[r][c] / weight[r] : answer[r][c]);
-        }
-        if (pieces && part == 0 && lane == 0) {
-            piece.at(cut * tokens + step, columns) = top[r];
-            piece.at(cut * tokens + step, columns + 1) = weight[r];
+            if (column < columns) put(out.at(step, column), weight[r] != 0 ? answer[r][c] / weight[r] : answer[r][c]);
         }
     }
 }

@@ -1,9 +1,9 @@
-"""Softmax attention on the GPU: one launch, of one of three texts; few queries of a long past are two launches.
+"""Softmax attention on the GPU: one launch, of one of four texts; few queries of a long past are two launches.
 
-``softmax_wgmma.cu`` is for data of 16 bits on GPUs of compute capability 9.0 (Hopper): heads of more than 32 and up to
-128 channels, causal or full, without a window, a mask, gates, packed sequences or a scale that is not above zero; see
-``on_hopper``. ``softmax_tensor.cu`` is for all other data of 16 bits, ``softmax_attention.cu`` for what is wider, for
-few queries, and for carried states.
+``softmax_decode.cu`` is for few queries: it reads a carried state where it lies. ``softmax_wgmma.cu`` is for data of 16
+bits on GPUs of compute capability 9.0 (Hopper): heads of more than 32 and up to 128 channels, causal or full, without a
+window, a mask, gates, packed sequences or a scale that is not above zero; see ``on_hopper``. ``softmax_tensor.cu`` is
+for all other data of 16 bits, ``softmax_attention.cu`` for what is wider, and for carried states.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ttr_np.notation import CacheState
-from ttr_np.solvers._cache import append, check_options, empty_cache
+from ttr_np.solvers._cache import append, check_options, empty_cache, positions
 
 from .._attention import DOT, Pairs, pairs_of, width_of
 from .._calls import THREADS, Grid
@@ -25,15 +25,18 @@ from ._launch import Kernel, empty, launch, replayed, run
 __all__ = ["softmax_attention"]
 
 KERNEL = Kernel("softmax_attention", "pairs.cuh")
+DECODE = Kernel("softmax_decode", "pairs.cuh")
 MERGE = Kernel("softmax_merge", "pairs.cuh")
 TENSOR = Kernel("softmax_tensor", "pairs.cuh", "tensor.cuh")
 HOPPER = Kernel("softmax_wgmma", "pairs.cuh", "tensor.cuh", "wgmma.cuh", architecture="sm_90a")
 LANES = 16  # of a row
 SLAB = 16  # channels of keys and queries staged at a time
 COLUMNS = 4  # of the values that a thread answers for at a time
-FEW = 8  # queries of a block where there are no more
-PIECE = 512  # pairs of a piece of the past, about
-WIDEST = 128  # value columns of a block there
+FEW = 8  # queries that are told from many
+PIECE = 256  # pairs of a piece of the past, or more where these would be more
+MOST = 128  # pieces
+ROOM = 40 * 1024  # bytes of shared memory for what few queries declare
+WIDEST = 128  # value columns of a block on tensor cores
 STATIC = 5120  # bytes of shared memory for what the texts for tensor cores declare themselves
 LONG = 128  # queries: a block has as many
 BEGIN = 1024  # bytes: matrices of the tensor cores of Hopper begin at multiples of these
@@ -56,7 +59,7 @@ def softmax_attention(
     options = {"scale": scale, "causal": bool(causal), "window": window, "sinks": sinks}
     options["keep"] = bool(common.get("output_final_state"))
     arrays = {"q": q, "k": k, "v": v, "log_decay": log_decay}
-    return run(replayed(core), "softmax_attention", arrays, options, start=empty_cache, **common)
+    return run(core, "softmax_attention", arrays, options, start=empty_cache, **common)
 
 
 class Tiles(NamedTuple):
@@ -68,16 +71,35 @@ class Tiles(NamedTuple):
     grid: Grid
 
 
-def tiles(rows: int, pairs: int, width: int, real: np.dtype) -> Tiles:
+def tiles(rows: int, width: int, real: np.dtype) -> Tiles:
     """The cut depends on the sizes of one memory only, so that no answer depends on what else is in its batch."""
     square = 64 if real == np.float32 else 32  # what shared memory holds
-    tall = FEW if rows <= FEW else square
     columns = min(max(-(-width // LANES), 1), COLUMNS)
     slabs = 1 if width <= columns * LANES else 2
     parts = max(-(-width // (columns * LANES * slabs)), 1)
-    cuts = -(-pairs // PIECE) if tall == FEW else 1
-    constants = {"ROWS": tall, "PAIRS": square, "LANES": LANES, "SLAB": SLAB, "C": columns, "SLABS": slabs}
+    constants = {"ROWS": square, "PAIRS": square, "LANES": LANES, "SLAB": SLAB, "C": columns, "SLABS": slabs}
+    return Tiles(constants, parts, 1, Grid(-(-rows // square) * parts, THREADS))
+
+
+def few_tiles(rows: int, pairs: int, channels: int, width: int, real: np.dtype) -> Tiles | None:
+    """The same for few queries; None where shared memory has no room for one."""
+    single = real == np.float32
+    slabs, tall = 2 if single and width > 4 * LANES else 1, 1
+    wide, columns = -(-max(channels, 1) // 4) * 4, 4 * LANES * slabs
+    if few_bytes(1, wide, columns, real) > ROOM:
+        return None
+    most = min(rows, FEW if single else FEW // 2)  # as registers allow
+    while tall < most and few_bytes(2 * tall, wide, columns, real) <= ROOM:
+        tall *= 2
+    parts, cuts = max(-(-width // columns), 1), min(max(-(-pairs // PIECE), 1), MOST)
+    constants = {"ROWS": tall, "CHANNELS": wide, "LANES": LANES, "SLABS": slabs}
+    constants |= {"TOGETHER": 4, "BLOCKS": 5 - tall} if single and tall <= 2 else {"TOGETHER": 2, "BLOCKS": 2}
     return Tiles(constants, parts, cuts, Grid(-(-rows // tall) * parts * cuts, THREADS))
+
+
+def few_bytes(rows: int, channels: int, columns: int, real: np.dtype) -> int:
+    """Shared memory of a block of few queries: these, where keys are measured from, and the means of four warps."""
+    return ((rows + 1) * channels + 4 * rows * columns) * real.itemsize
 
 
 def core(
@@ -95,40 +117,116 @@ def core(
     state: CacheState,
 ) -> tuple[Any, CacheState]:
     """One launch over all pairs, or two over pieces of them; the cache grows only to be returned."""
-    pairs, width = pairs_of(state, k, v, mask), width_of(scale, None, q.shape[-1])
-    options = {"causal": causal, "window": window or 0, "sinks": sinks}
-    sequences = Sequences(state.k.shape[:-2], np.broadcast_shapes(q.shape[:-2], state.k.shape[:-2]))
-    if sequences.groups * q.shape[-2] > FEW and on_tensor_cores(q.dtype, pairs):
-        plain = log_decay is None and pairs.position is None and not window
-        if plain and on_hopper(q, pairs, sequences, width):
-            o = hopper(q, pairs, sequences, width, causal)
-        else:
-            o = tensor(q, pairs, log_decay, sequences, width, options)
-    else:
-        o = average(q, pairs, log_decay, state, DOT, state.k.dtype, width, options)
+    # A cache that grows has another length at every call: nothing of one is done again in the next.
+    ask = answers if keep and state.k.shape[-2] else replayed(answers)
+    options = {"scale": scale, "causal": causal, "window": window, "sinks": sinks}
+    o, _ = ask(q=q, k=k, v=v, log_decay=log_decay, mask=mask, **options, state=state)
     return o, append(state, k, v, log_decay, mask, window, sinks) if keep else state
 
 
+def answers(
+    q: Any,
+    k: Any,
+    v: Any,
+    log_decay: Any,
+    mask: Any,
+    *,
+    scale: float | None,
+    causal: bool,
+    window: int | None,
+    sinks: int,
+    state: CacheState,
+) -> tuple[Any, CacheState]:
+    """The answers, and the state as it was."""
+    options = {"causal": causal, "window": window or 0, "sinks": sinks}
+    width = width_of(scale, None, q.shape[-1])
+    sequences = Sequences(state.k.shape[:-2], np.broadcast_shapes(q.shape[:-2], state.k.shape[:-2]))
+    if sequences.groups * q.shape[-2] <= FEW:
+        return average(q, k, v, log_decay, mask, state, DOT, state.k.dtype, width, options), state
+    pairs = pairs_of(state, k, v, mask)
+    if not on_tensor_cores(q.dtype, pairs):
+        return tiled(q, pairs, log_decay, state, DOT, state.k.dtype, width, options), state
+    plain = log_decay is None and pairs.position is None and not window
+    if plain and on_hopper(q, pairs, sequences, width):
+        return hopper(q, pairs, sequences, width, causal), state
+    return tensor(q, pairs, log_decay, sequences, width, options), state
+
+
 def average(
-    q: Any, pairs: Pairs, log_decay: Any, state: CacheState, code: int, real: Any, width: float, options: dict[str, int]
+    q: Any,
+    k: Any,
+    v: Any,
+    log_decay: Any,
+    mask: Any,
+    state: CacheState,
+    code: int,
+    real: Any,
+    width: float,
+    options: dict[str, int],
 ) -> Any:
     """Means of the values under a kernel of queries and keys, with sums of dtype ``real``."""
+    sequences = Sequences(state.k.shape[:-2], np.broadcast_shapes(q.shape[:-2], state.k.shape[:-2]))
+    rows, cached = sequences.groups * q.shape[-2], state.k.shape[-2]
+    cut = few_tiles(rows, cached, q.shape[-1], v.shape[-1], np.dtype(real)) if rows <= FEW else None
+    if cut is None:
+        return tiled(q, pairs_of(state, k, v, mask), log_decay, state, code, real, width, options)
+    return decoded(q, k, v, log_decay, mask, state, code, real, width, options, cut)
+
+
+def tiled(
+    q: Any, pairs: Pairs, log_decay: Any, state: CacheState, code: int, real: Any, width: float, options: dict[str, int]
+) -> Any:
+    """The same for many queries, in tiles that meet tiles of pairs."""
     (tokens, channels), values = q.shape[-2:], pairs.v.shape[-1]
     sequences = Sequences(state.k.shape[:-2], np.broadcast_shapes(q.shape[:-2], state.k.shape[:-2]))
-    cut = tiles(sequences.groups * tokens, pairs.k.shape[-2], values, real)
+    cut = tiles(sequences.groups * tokens, values, real)
     o = empty(sequences, (tokens, values), q.dtype, q)
-    pieces = empty(sequences, (cut.cuts * tokens, values + 2), real, q) if cut.cuts > 1 else None
-    arrays = {"q": (q, BOTH), **pairs.arrays, "log_decay": (log_decay, ROW), "o": (o, BOTH), "pieces": (pieces, BOTH)}
+    arrays = {"q": (q, BOTH), **pairs.arrays, "log_decay": (log_decay, ROW), "o": (o, BOTH)}
     constants = cut.constants | {"GATED": int(log_decay is not None or pairs.cached > 0), "PLAIN": int(code == DOT)}
     sizes = {"tokens": tokens, "columns": values, "channels": channels, "pairs": pairs.k.shape[-2]}
-    sizes |= {"cached": pairs.cached, "parts": cut.parts, "cuts": cut.cuts, "kind": code, "width": width}
+    sizes |= {"cached": pairs.cached, "parts": cut.parts, "kind": code, "width": width}
     types = {"data": q.dtype, "stored": pairs.k.dtype, "logs": state.k.dtype, "real": real}
-    written = "o" if pieces is None else "pieces"
-    launch(KERNEL, sequences, arrays, (written,), types, constants, cut.grid, **sizes, **options)
-    if pieces is not None:
-        merged = {"pieces": (pieces, BOTH), "o": (o, BOTH)}
-        launch(MERGE, sequences, merged, ("o",), types, {"LANES": LANES}, **sizes)
+    launch(KERNEL, sequences, arrays, ("o",), types, constants, cut.grid, **sizes, **options)
     return o
+
+
+def decoded(
+    q: Any,
+    k: Any,
+    v: Any,
+    log_decay: Any,
+    mask: Any,
+    state: CacheState,
+    code: int,
+    real: Any,
+    width: float,
+    options: dict[str, int],
+    cut: Tiles,
+) -> Any:
+    """The same for few queries: cached pairs are read where they are, in pieces that a second launch joins."""
+    (tokens, channels), values, cached = q.shape[-2:], v.shape[-1], state.k.shape[-2]
+    sequences = Sequences(state.k.shape[:-2], np.broadcast_shapes(q.shape[:-2], state.k.shape[:-2]))
+    position, count = positions(state, tokens, mask) if options["window"] else (among(mask), None)
+    o = empty(sequences, (tokens, values), q.dtype, q)
+    pieces = empty(sequences, (cut.cuts * tokens, values + 2), real, q) if cut.cuts > 1 else None
+    past = {"past_k": (state.k, BOTH), "past_v": (state.v, BOTH), "placed": (state.position, ROW)}
+    past = {name: x if cached else (None, x[1]) for name, x in (past | {"left": (state.log_weight, ROW)}).items()}
+    arrays = {"q": (q, BOTH), "k": (k, BOTH), "v": (v, BOTH), **past, "position": (position, ROW)}
+    arrays |= {"count": (count, ROW), "log_decay": (log_decay, ROW), "o": (o, BOTH), "pieces": (pieces, BOTH)}
+    sizes = {"tokens": tokens, "columns": values, "channels": channels, "cached": cached}
+    sizes |= {"parts": cut.parts, "cuts": cut.cuts, "kind": code, "width": width}
+    types = {"data": q.dtype, "stored": state.k.dtype, "logs": state.k.dtype, "real": real}
+    written, constants = "o" if pieces is None else "pieces", cut.constants | {"PLAIN": int(code == DOT)}
+    launch(DECODE, sequences, arrays, (written,), types, constants, cut.grid, **sizes, **options)
+    if pieces is not None:
+        merged, blocks = {"pieces": (pieces, BOTH), "o": (o, BOTH)}, sequences.groups * tokens * -(-values // 32)
+        launch(MERGE, sequences, merged, ("o",), types, {"LANES": 32}, Grid(blocks, THREADS), **sizes)
+    return o
+
+
+def among(mask: Any) -> Any:
+    """A place for each new pair where only those below zero matter: they are not memorised."""
+    return None if mask is None else np.where(mask, 0, -1)
 
 
 class Block(NamedTuple):

@@ -22,6 +22,14 @@ using std::min;
 static inline void __syncthreads(int line = __builtin_LINE()) { runner::block_barrier(line); }
 
 static inline int __syncthreads_or(int any, int line = __builtin_LINE()) { return runner::block_vote(any, line); }
+
+namespace runner {
+// A vote that a launch may leave out: each thread then hears itself alone.
+struct Vote {
+    int number;
+    int operator()(int any, int line = __builtin_LINE()) const { return keeps(number) ? block_vote(any, line) : any; }
+};
+}  // namespace runner
 static inline void __syncwarp(unsigned mask = 0xffffffffu, int line = __builtin_LINE()) {
     runner::warp_barrier(mask, line);
 }

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
+from itertools import count
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -116,9 +117,13 @@ class Cupy(OnCpu):
     build = staticmethod(cache(source))
 
     def switch(self, pattern: str) -> list[str]:
-        """Calls that match may be left out from now on, by ``options["left_out"]``; lists what is built."""
+        """Calls that match may be left out from now on, by ``options["left_out"]``; lists what is built.
+
+        They are numbered on from text to text.
+        """
         texts: list[str] = []
-        self.build = cache(lambda text, *rest: texts.append(text) or source(switched(text, pattern), *rest))
+        numbers = count()
+        self.build = cache(lambda text, *rest: texts.append(text) or source(switched(text, pattern, numbers), *rest))
         return texts
 
 

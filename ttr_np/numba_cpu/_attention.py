@@ -86,13 +86,11 @@ def width(like):
 class Pairs(NamedTuple):
     """Everything the queries of one call can see, for ``lay_out``: leading axes broadcast to those of the memory.
 
-    ``k, v``: cached and new pairs; ``cached``: how many are cached; ``order (..., n)``: their rows, slot by slot;
-    ``left (..., cached)``: log of what was left of those; ``sinks (..., 1)``: how many slots are sinks;
+    ``cached``: how many are cached; ``order (..., n)``: rows of those and of the new ones behind them, slot by slot;
+    ``left (..., cached)``: log of what was left of the cached ones; ``sinks (..., 1)``: how many slots are sinks;
     ``first, end (..., t)``: the slots that each query sees besides those.
     """
 
-    k: np.ndarray
-    v: np.ndarray
     cached: int
     order: np.ndarray
     left: np.ndarray
@@ -108,22 +106,14 @@ class Pairs(NamedTuple):
 
 
 def pairs_of(
-    state: CacheState,
-    k: np.ndarray,
-    v: np.ndarray,
-    mask: np.ndarray | None,
-    causal: bool,
-    window: int | None,
-    sinks: int = 0,
+    state: CacheState, t: int, mask: np.ndarray | None, causal: bool, window: int | None, sinks: int = 0
 ) -> Pairs:
-    """The pairs of one call. Keys and values are copied only where they must be joined to cached ones."""
-    t, cached = k.shape[-2], state.k.shape[-2]
+    """The pairs of one call of t steps; keys and values stay where they are."""
+    cached = state.k.shape[-2]
     position, _ = positions(state, t, mask)
-    if cached:
-        k, v, position = join(state.k, k, 2), join(state.v, v, 2), join(state.position, position, 1)
-    position = np.ascontiguousarray(position)
+    position = join(state.position, position, 1) if cached else np.ascontiguousarray(position)
     few, first, end = (np.zeros(position.shape[:-1] + (n,), np.int64) for n in (1, t, t))
-    pairs = Pairs(k, v, cached, np.zeros_like(position), state.log_weight.astype(np.float64), few, first, end)
+    pairs = Pairs(cached, np.zeros_like(position), state.log_weight.astype(np.float64), few, first, end)
     memories = math.prod(position.shape[:-1])
     flat = [x.reshape(memories, x.shape[-1]) for x in (position, pairs.order, few, first, end)]
     count_slots(*flat, cached, causal, -1 if window is None else window, sinks)

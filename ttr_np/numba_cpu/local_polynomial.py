@@ -18,7 +18,7 @@ import numpy as np
 from ..backends import function_refusal
 from ..calling import run
 from ..notation import CacheState
-from ..solvers._cache import append, check_options, empty_cache
+from ..solvers._cache import append, check_options, empty_cache, join
 from ..solvers._chunks import NO_PAST, output_like
 from ..solvers.local_polynomial import KERNELS, UNDETERMINED, Fit, check_fit, polynomial
 from ._attention import pairs_of
@@ -88,9 +88,10 @@ def core(
 ) -> tuple[np.ndarray, CacheState]:
     """Lay out the sequences and share their queries among threads; copy the cache only to return it."""
     o = output_like(q, v, state.k)
-    pairs = pairs_of(state, k, v, mask, causal, window)
+    pairs = pairs_of(state, q.shape[-2], mask, causal, window)
+    keys, values = (join(old, new, 2) if pairs.cached else new for old, new in ((state.k, k), (state.v, v)))
     layout = lay_out(
-        state.k.shape[:-2], o.shape[:-2], (q, 2), (pairs.k, 2), (pairs.v, 2), (log_decay, 1), (o, 2), (pairs.order, 1),
+        state.k.shape[:-2], o.shape[:-2], (q, 2), (keys, 2), (values, 2), (log_decay, 1), (o, 2), (pairs.order, 1),
         (pairs.left, 1), (pairs.sinks, 1), (pairs.first, 1), (pairs.end, 1),
     )  # fmt: skip
     (t, d), w = q.shape[-2:], v.shape[-1]
@@ -217,9 +218,9 @@ def average(room, k, v, n, sizes):
     for r in range(n):
         p = logits[r] * logits[r]
         weight += p
-        join(mean, p, v, int(rows[r]), w)
+        add(mean, p, v, int(rows[r]), w)
         if degree == 1:
-            join(centre, p, k, int(rows[r]), d)
+            add(centre, p, k, int(rows[r]), d)
     for j in range(w):
         mean[j] = mean[j] / weight if weight != 0 else mean[j]
     for j in range(d):
@@ -229,7 +230,7 @@ def average(room, k, v, n, sizes):
 
 
 @inner
-def join(mean, p, x, source, n):
+def add(mean, p, x, source, n):
     """mean = mean + p x, where what is not finite is no number."""
     numbers = row(x, source)
     for j in range(n):

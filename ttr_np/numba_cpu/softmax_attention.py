@@ -22,7 +22,25 @@ from ..solvers.softmax_attention import scale_of
 from ._attention import pairs_of, weigh, width
 from ._cache import compiled
 from ._compile import apart, inner
-from ._panels import LINE, ROWS, Matrix, below, full, load, matrix, move, multiply, panel, pointer, real, row
+from ._gates import exp
+from ._panels import (
+    LINE,
+    ROWS,
+    Matrix,
+    add_scaled,
+    below,
+    dot,
+    full,
+    load,
+    matrix,
+    move,
+    multiply,
+    panel,
+    pointer,
+    real,
+    row,
+    scale,
+)
 from ._powers import LOG2E
 from ._sequences import lay_out
 from ._threads import share
@@ -32,7 +50,7 @@ __all__ = ["softmax_attention"]
 PAIRS = 96  # in a block: keys and values stay in the second cache while all queries of a block pass
 STRIP = math.lcm(ROWS, LINE // 4)  # queries whose logits stay in the first cache, whole tiles either way
 QUERIES = 192  # in a block, a multiple of STRIP
-Q, K, V, GATE, O, ORDER, LEFT, SINKS, FIRST, END = range(10)
+Q, K, V, PAST_K, PAST_V, GATE, O, ORDER, LEFT, SINKS, FIRST, END = range(12)
 
 
 def softmax_attention(
@@ -69,12 +87,12 @@ def core(
     keep: bool,
     state: CacheState,
 ) -> tuple[np.ndarray, CacheState]:
-    """Lay out the sequences and share their blocks of queries among threads; copy the cache only to return it."""
+    """Lay out the sequences and share their blocks of queries among threads; the cache grows only to be returned."""
     o = output_like(q, v, state.k)
-    pairs = pairs_of(state, k, v, mask, causal, window, sinks)
+    pairs = pairs_of(state, q.shape[-2], mask, causal, window, sinks)
     layout = lay_out(
-        state.k.shape[:-2], o.shape[:-2], (q, 2), (pairs.k, 2), (pairs.v, 2), (log_decay, 1), (o, 2), (pairs.order, 1),
-        (pairs.left, 1), (pairs.sinks, 1), (pairs.first, 1), (pairs.end, 1),
+        state.k.shape[:-2], o.shape[:-2], (q, 2), (k, 2), (v, 2), (state.k, 2), (state.v, 2), (log_decay, 1), (o, 2),
+        (pairs.order, 1), (pairs.left, 1), (pairs.sinks, 1), (pairs.first, 1), (pairs.end, 1),
     )  # fmt: skip
     (t, d), w = q.shape[-2:], v.shape[-1]
     memories, groups = layout.places.shape[1:]
@@ -84,7 +102,7 @@ def core(
     sizes = (t, d, w, pairs.cached, tokens, together, gated)
     jobs = memories * -(-groups // together) * -(-t // tokens)
     room = [(d, QUERIES), (PAIRS, d), (PAIRS, w), (PAIRS, w), (PAIRS, STRIP), (QUERIES, w)]
-    room += [(6, QUERIES), (1, PAIRS), (2, QUERIES)]
+    room += [(6, QUERIES), (1, PAIRS), (2, QUERIES), (1, d)]
     factor = float(scale_of(scale, q.astype(np.float64))) * LOG2E
     cost = pairs.seen * memories * groups * (d + w)
     share(kernel, jobs, cost, (o.dtype, room), layout, sizes, factor, o.dtype.type(0))
@@ -103,6 +121,7 @@ class Room(NamedTuple):
     lines: Matrix  # 6 x r, see below
     left: Matrix  # 1 x n: what is left of older pairs at the first query
     decay: Any  # r numbers in double precision: sum of the gates after the pair at hand
+    query: Matrix  # 1 x k: of one token
 
 
 # Rows of Room.lines. Highest logit so far, in powers of two; weight so far; what is left of earlier weights and
@@ -133,7 +152,7 @@ def kernel(table, places, steps, sizes, factor, like, begin, stop):
     room = Room(
         panel(table, 0, like), panel(table, 1, like), panel(table, 2, like), panel(table, 3, like),
         panel(table, 4, like), panel(table, 5, like), panel(table, 6, like), panel(table, 7, like),
-        pointer(table[8, 0], 0.0),
+        pointer(table[8, 0], 0.0), panel(table, 9, like),
     )  # fmt: skip
     blocks, parts = (t + tokens - 1) // tokens, (places.shape[2] + together - 1) // together
     for job in range(begin, stop):
@@ -143,14 +162,19 @@ def kernel(table, places, steps, sizes, factor, like, begin, stop):
         take_queries(room, block, places, steps, sizes, memory, part, factor, like)
         k = matrix(places[K, memory, 0], steps[K, 0], steps[K, 1], like)
         v = matrix(places[V, memory, 0], steps[V, 0], steps[V, 1], like)
+        past_k = matrix(places[PAST_K, memory, 0], steps[PAST_K, 0], steps[PAST_K, 1], like)
+        past_v = matrix(places[PAST_V, memory, 0], steps[PAST_V, 0], steps[PAST_V, 1], like)
         slots, oldest, left = block.end[block.high - 1], block.first[low], 0.0
+        alone = t == 1 and not ages(block, cached)
         for start in range((slots - 1) // PAIRS * PAIRS, -1, -PAIRS):
             rows = min(PAIRS, slots - start)
             if gated:
                 left = age(room, block, start, rows, cached, left)
+            if alone and start >= oldest and meet_one_by_one(room, block, past_k, past_v, start, rows, sizes, like):
+                continue
             if start + rows > oldest or start < block.sinks:
-                take_pairs(room.keys, k, block, start, rows, d)
-                take_pairs(room.values, v, block, start, rows, w)
+                take_pairs(room.keys, past_k, k, cached, block, start, rows, d)
+                take_pairs(room.values, past_v, v, cached, block, start, rows, w)
                 bad = mark(room, rows, w, like)
                 for c in range(0, block.queries, STRIP):
                     meet(room, block, start, rows, c, min(STRIP, block.queries - c), sizes, bad, like)
@@ -216,15 +240,25 @@ def age(room, block, start, rows, cached, left):
 
 
 @inner
-def take_pairs(into, x, block, start, rows, columns):
-    """Rows of some slots into a panel."""
+def take_pairs(into, past, x, cached, block, start, rows, columns):
+    """Rows of some slots into a panel, from the cache or from the pairs behind it."""
     apart()
     order = block.order
-    if order[start + rows - 1] - order[start] == rows - 1:
-        load(into, x, order[start], rows, 0, columns)
+    first, last = order[start], order[start + rows - 1]
+    if last - first == rows - 1 and (last < cached or first >= cached):
+        take(into, past, x, cached, first, rows, columns)
     else:
         for r in range(rows):
-            load(below(into, r), x, order[start + r], 1, 0, columns)
+            take(below(into, r), past, x, cached, order[start + r], 1, columns)
+
+
+@inner
+def take(into, past, x, cached, row, rows, columns):
+    """Consecutive rows, all of them on one side."""
+    if row < cached:
+        load(into, past, row, rows, 0, columns)
+    else:
+        load(into, x, row - cached, rows, 0, columns)
 
 
 @inner
@@ -244,6 +278,70 @@ def mark(room, rows, w, like):
             bad[j] = not math.isfinite(values[j])
             values[j] = like if bad[j] != 0 else values[j]
     return True
+
+
+@inner
+def ages(block, cached):
+    """Whether anything has decayed, or will, in the memory of a block."""
+    apart()
+    faint = 0
+    for j in range(cached):
+        faint += block.past[j] != 0
+    return block.decays or faint > 0
+
+
+@inner
+def meet_one_by_one(room, block, k, v, start, rows, sizes, like):
+    """The queries of one token look at cached pairs that all of them see, where these lie: False if they cannot.
+
+    A product of a few rows with many is bound by memory, and tiles would copy what they then multiply by zeros.
+    """
+    d, w, cached = sizes[1], sizes[2], sizes[3]
+    first, last = block.order[start], block.order[start + rows - 1]
+    if last - first != rows - 1 or last >= cached or k.column != 1 or v.column != 1:
+        return False
+    keys, values = below(k, first), below(v, first)
+    if not all_finite(values, rows, w, like):
+        return False
+    for c in range(block.queries):
+        look(room, keys, values, rows, c, d, w, like)
+    return True
+
+
+@inner
+def all_finite(x, rows, columns, like):
+    """Whether all numbers of some rows are finite."""
+    apart()
+    total = like
+    for r in range(rows):
+        numbers = row(x, r)
+        for j in range(columns):
+            total += numbers[j] * like
+    return total == 0
+
+
+@inner
+def look(room, keys, values, rows, c, d, w, like):
+    """One query, pair by pair."""
+    apart()
+    query, line, answer = row(room.query, 0), room.logits.data, row(room.answers, c)
+    tops, weights = row(room.lines, TOP), row(room.lines, WEIGHT)
+    for j in range(d):
+        query[j] = row(room.queries, j)[c]
+    for r in range(rows):
+        line[r] = dot(row(keys, r), query, d, like)
+    top = tops[c]
+    for r in range(rows):
+        top = line[r] if line[r] > top else top  # noqa: FURB136 - never a NaN
+    shift, total = top if top > -np.inf else like, like
+    kept = exp((tops[c] - shift) * real(like, 1 / LOG2E))
+    for r in range(rows):
+        line[r] = exp((line[r] - shift) * real(like, 1 / LOG2E))
+        total += line[r]
+    tops[c], weights[c] = top, weights[c] * kept + total
+    scale(answer, kept, w)
+    for r in range(rows):
+        add_scaled(answer, line[r], row(values, r), w)
 
 
 @inner

@@ -18,6 +18,7 @@ import numpy as np
 
 from ..notation import CacheState
 from ._chunks import NO_PAST
+from ._room import grown
 
 __all__ = ["Past", "View", "append", "attend", "block_of", "check_options", "empty_cache", "masked", "mix", "past_of"]
 
@@ -104,17 +105,13 @@ def append(
     if log_decay is not None:
         total = np.maximum(log_decay, NO_PAST).sum(axis=-1, keepdims=True, dtype=np.float64)
         aged, fresh = forget(aged + total), forget(left_at_end(log_decay))
-    fresh = np.where(position < 0, -np.inf, fresh)
-    return trim(
-        CacheState(
-            join(state.k, k, 2),
-            join(state.v, v, 2),
-            join(aged.astype(state.log_weight.dtype), fresh, 1),
-            join(state.position, position, 1),
-        ),
-        window,
-        sinks,
-    )
+    state = state._replace(log_weight=aged.astype(state.log_weight.dtype))
+    new = CacheState(k, v, np.where(position < 0, -np.inf, fresh), position)
+    found = grown(state, new, window) if mask is None and not sinks else None
+    if found is not None:
+        return found
+    joined = [join(old, more, own) for old, more, own in zip(state, new, (2, 2, 1, 1), strict=True)]
+    return trim(CacheState(*joined), window, sinks)
 
 
 def join(old: np.ndarray, new: np.ndarray, own: int) -> np.ndarray:
