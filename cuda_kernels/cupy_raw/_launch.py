@@ -159,7 +159,9 @@ def device(number: int) -> Device:
 
 @cache
 def compiled(number: int, source: str, name: str, shared: int = 0, architecture: str = "") -> Any:
-    """A kernel of CuPy on its current GPU, which has that number; beyond 48 KB shared memory must be asked for there.
+    """A kernel of CuPy on its current GPU, which has that number; its shared memory is asked for there.
+
+    It need not be up to 48 KB in all, but a text may declare some itself, and then less than that is refused.
 
     CuPy keeps its machine code on disk. It names the GPU's own architecture, and does not know those whose instructions
     no later one has: such a name comes as an option more, which NVRTC prefers.
@@ -168,7 +170,7 @@ def compiled(number: int, source: str, name: str, shared: int = 0, architecture:
 
     options = ("-std=c++17", f"-arch={architecture}") if architecture else ("-std=c++17",)
     kernel = cupy.RawModule(code=source, options=options).get_function(name)
-    if shared > 48 * 1024:
+    if shared:
         kernel.max_dynamic_shared_size_bytes = shared
     return kernel
 
