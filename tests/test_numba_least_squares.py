@@ -3,6 +3,7 @@
 import warnings
 from functools import partial
 from importlib import import_module
+from time import perf_counter
 
 import numpy as np
 import pytest
@@ -297,6 +298,20 @@ def test_tokens_solved_alone_know_neither_future_nor_company_nor_cuts(dtype, rat
         piece, state = kernel("mesa", cut(x, t, t + 1), ridge=1e-2, initial_state=state, output_final_state=True)
         pieces.append(piece)
     assert error(np.concatenate(pieces, axis=-2), whole) < (1e-3 if dtype == np.float32 else 1e-11)
+
+
+def test_queries_of_zeros_cost_no_factor_of_their_own():
+    x = {name: a.astype(np.float32) for name, a in growing(64, 1, count=2, t=256).items()}
+    padded = x | {"q": np.zeros_like(x["q"])}
+    assert not kernel("mesa", padded).any()
+    seconds = [[clock() for _ in range(5)] for clock in (partial(timed, padded), partial(timed, x))]
+    assert min(seconds[0]) < 3 * min(seconds[1])
+
+
+def timed(arrays):
+    begin = perf_counter()
+    kernel("mesa", arrays)
+    return perf_counter() - begin
 
 
 def test_a_ridge_lost_in_rounding_still_says_which_solution():
