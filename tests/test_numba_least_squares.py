@@ -300,6 +300,15 @@ def test_tokens_solved_alone_know_neither_future_nor_company_nor_cuts(dtype, rat
     assert error(np.concatenate(pieces, axis=-2), whole) < (1e-3 if dtype == np.float32 else 1e-11)
 
 
+@pytest.mark.parametrize("case", ["mesa", "mesa mild", "mesa decaying", "mesa cg"])
+def test_the_only_token_before_a_bad_one_keeps_its_bits(case):
+    for bad in (1, 33):
+        arrays = inputs(case, lead=(8,), dtype=np.float32, t=40, k=34, v=32)
+        whole = kernel(case, arrays)
+        arrays["v"][:, bad] = np.nan
+        assert np.array_equal(kernel(case, arrays)[:, :bad], whole[:, :bad])
+
+
 def test_queries_of_zeros_cost_no_factor_of_their_own():
     x = {name: a.astype(np.float32) for name, a in growing(64, 1, count=2, t=256).items()}
     padded = x | {"q": np.zeros_like(x["q"])}

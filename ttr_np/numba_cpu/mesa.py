@@ -313,18 +313,12 @@ def run_chunk(places, steps, sizes, memory, low, n, room, like, worst):
     step_decays(matrix_of(row(room.gates, 0)), 0, n, room.pairs, row(room.since, 0), like)
     load_transposed(room.across, room.keys, 0, n, d)
     together = prepare(sizes, n, room, low, like)
-    if n == 1:  # one token reads the sum itself
-        memorise(n, room, w, d, like)
     for group in range(places.shape[2]):
         q = below(matrix(places[Q, memory, group], steps[Q, 0], steps[Q, 1], like), low)
         solve(q, sizes, n, room, together, gated, worst, memory, like)
-        if n == 1:
-            multiply(room.answers, room.x, room.G, n, w, d, one, real(like, 0), full)
-        else:
-            attend(room.answers, room.x, room.G, room.values, n, w, d, room, like)
+        attend(room.answers, room.x, room.G, room.values, n, w, d, room, like)
         store(below(matrix(places[O, memory, group], w, 1, like), low), 0, n, 0, w, room.answers)
-    if n > 1:
-        memorise(n, room, w, d, like)
+    memorise(n, room, w, d, like)
     scale_rows(room.keys, row(room.pairs, n - 1), n, d)
     multiply(room.H, room.across, room.keys, d, d, n, one, row(room.since, 0)[n], triangle)
     mirror(room.H, d)
