@@ -10,6 +10,7 @@ import pytest
 
 import ttr_np
 from ttr_np.notation import draw
+from ttr_np.numba_cpu.mesa import EXACT, serves
 from ttr_np.solvers import recursive_least_squares as rls
 
 CASES = {
@@ -307,6 +308,12 @@ def test_the_only_token_before_a_bad_one_keeps_its_bits(case):
         whole = kernel(case, arrays)
         arrays["v"][:, bad] = np.nan
         assert np.array_equal(kernel(case, arrays)[:, :bad], whole[:, :bad])
+
+
+def test_a_single_token_gets_the_factor_that_costs_less():
+    common = partial(serves.py_func, method=EXACT, like=1e-7)
+    assert not common(1, mean=-0.01)
+    assert common(1, mean=0.0) and common(2, mean=-0.01)
 
 
 def test_queries_of_zeros_cost_no_factor_of_their_own():

@@ -353,7 +353,7 @@ def prepare(sizes, n, room, low, like):
         total += gates[i]
     gates[CHUNK] = total / n
     together = 0
-    if not singular and serves(method, mean, like):
+    if not singular and serves(t, method, mean, like):
         while together < n and row(room.since, 0)[together + 1] >= HALF:
             together += 1
         together = factorise(together, real(like, math.exp(mean * CHUNK / 2)), d, room, like)
@@ -361,9 +361,11 @@ def prepare(sizes, n, room, low, like):
 
 
 @inner
-def serves(method, mean, like):
+def serves(t, method, mean, like):
     """Whether a common factor is worth its price: that of a few tokens' own, or of some steps of all tokens."""
-    return mean >= FAST if method == EXACT else method == CG and like > 0 and mean >= MILD
+    if method == EXACT:
+        return mean >= FAST and (t > 1 or mean == 0)  # with decay, the own one of a single token costs less
+    return method == CG and like > 0 and mean >= MILD
 
 
 @inner
