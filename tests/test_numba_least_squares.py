@@ -254,6 +254,17 @@ def test_mesa_with_decay_survives_one_key_repeated():
     survives(x, 1e-4)
 
 
+def test_the_steps_of_conjugate_gradients_leave_no_more_rounding_than_a_factor():
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        q, k, v = (rng.standard_normal((2, 96, 128)).astype(np.float32) for _ in range(3))
+        k /= np.linalg.norm(k, axis=-1, keepdims=True)
+        x = {"q": q, "k": k, "v": v, "log_decay": -0.1 * rng.random((2, 96)).astype(np.float32)}
+        exact = kernel("mesa", {name: a.astype(float) for name, a in x.items()})
+        ours, theirs = (np.abs(f("mesa", x) - exact).max() for f in (kernel, CHUNKED))
+        assert ours < 2 * theirs
+
+
 def survives(arrays, ridge):
     """In single precision the kernel is as good as the solver."""
     single = {name: x.astype(np.float32) for name, x in arrays.items()}

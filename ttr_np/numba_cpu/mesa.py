@@ -3,8 +3,8 @@
     o_t = G_t^T x_t,    x_t = (H_t + diag(ridge))^-1 q_t
 
 - ``exact``: one Cholesky factor per chunk, completed key by key by the reflections of ``_factors``, as
-  X = Q P - tril(Q W^T) W. Without decay that is refined once; with decay it preconditions conjugate gradients as below,
-  until their residual is rounding. A token whose true residual is then above rounding, or whose ridge is nearly lost
+  X = Q P - tril(Q W^T) W. With decay that preconditions conjugate gradients as below, until their residual is rounding.
+  Either is refined once. A token whose true residual is then above rounding, or whose ridge is nearly lost
   in it, is solved alone: with a Cholesky factor of its own, or eigenvectors where its ridge is lost or zero.
 - ``cg`` with a tolerance: the same P and W precondition every token of the chunk, their ridge divided by a decay from
   the middle of the chunk: one step without decay, three to six where gates are mild. The decay is foretold from
@@ -472,23 +472,23 @@ def solve(q, sizes, n, room, together, gated, worst, memory, like):
         iterate(steps, together, room, together, worst, memory, real(like, 4 * eps(like)))
         load(room.r, q, 0, n, 0, d)
     else:
-        solve_refined(n, together, d, room, like)
+        precondition(room.x, room.r, together, together, d, room, like)
+    refine(together, d, room, like)
     remain(together, d, room, like)
     settle(together, d, gated, room, like)
-    until = n if together < n else unsettled(n, room)
-    solve_each(until, d, singular, room, like)
+    solve_each(unsettled(n, room), d, singular, room, like)
 
 
 @inner
-def solve_refined(n, together, d, room, like):
-    """Solutions from the common factor, refined once: without decay it is every token's own.
+def refine(n, d, room, like):
+    """One step of refinement by the common factor, which without decay is every token's own.
 
-    The difference in ``precondition`` cancels where the chunk says much more than what came before it.
+    The difference in ``precondition`` cancels where the chunk says much more than what came before it, and conjugate
+    gradients end with the rounding of all their steps.
     """
     apart()
-    precondition(room.x, room.r, n, together, d, room, like)
     remain(n, d, room, like)
-    precondition(room.p, room.z, n, together, d, room, like)
+    precondition(room.p, room.z, n, n, d, room, like)
     for i in range(n):
         add_scaled(row(room.x, i), real(like, 1), row(room.p, i), d)
 
