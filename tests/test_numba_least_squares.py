@@ -10,6 +10,7 @@ import pytest
 
 import ttr_np
 from ttr_np.notation import draw
+from ttr_np.numba_cpu.mesa import EXACT, serves
 from ttr_np.solvers import recursive_least_squares as rls
 
 CASES = {
@@ -253,6 +254,17 @@ def test_mesa_with_decay_survives_one_key_repeated():
     survives(x, 1e-4)
 
 
+def test_the_steps_of_conjugate_gradients_leave_no_more_rounding_than_a_factor():
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        q, k, v = (rng.standard_normal((2, 96, 128)).astype(np.float32) for _ in range(3))
+        k /= np.linalg.norm(k, axis=-1, keepdims=True)
+        x = {"q": q, "k": k, "v": v, "log_decay": -0.1 * rng.random((2, 96)).astype(np.float32)}
+        exact = kernel("mesa", {name: a.astype(float) for name, a in x.items()})
+        ours, theirs = (np.abs(f("mesa", x) - exact).max() for f in (kernel, CHUNKED))
+        assert ours < 2 * theirs
+
+
 def survives(arrays, ridge):
     """In single precision the kernel is as good as the solver."""
     single = {name: x.astype(np.float32) for name, x in arrays.items()}
@@ -298,6 +310,21 @@ def test_tokens_solved_alone_know_neither_future_nor_company_nor_cuts(dtype, rat
         piece, state = kernel("mesa", cut(x, t, t + 1), ridge=1e-2, initial_state=state, output_final_state=True)
         pieces.append(piece)
     assert error(np.concatenate(pieces, axis=-2), whole) < (1e-3 if dtype == np.float32 else 1e-11)
+
+
+@pytest.mark.parametrize("case", ["mesa", "mesa mild", "mesa decaying", "mesa cg"])
+def test_the_only_token_before_a_bad_one_keeps_its_bits(case):
+    for bad in (1, 33):
+        arrays = inputs(case, lead=(8,), dtype=np.float32, t=40, k=34, v=32)
+        whole = kernel(case, arrays)
+        arrays["v"][:, bad] = np.nan
+        assert np.array_equal(kernel(case, arrays)[:, :bad], whole[:, :bad])
+
+
+def test_a_single_token_gets_the_factor_that_costs_less():
+    common = partial(serves.py_func, method=EXACT, like=1e-7)
+    assert not common(1, mean=-0.01)
+    assert common(1, mean=0.0) and common(2, mean=-0.01)
 
 
 def test_queries_of_zeros_cost_no_factor_of_their_own():

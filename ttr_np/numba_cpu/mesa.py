@@ -3,8 +3,8 @@
     o_t = G_t^T x_t,    x_t = (H_t + diag(ridge))^-1 q_t
 
 - ``exact``: one Cholesky factor per chunk, completed key by key by the reflections of ``_factors``, as
-  X = Q P - tril(Q W^T) W. Without decay that is refined once; with decay it preconditions conjugate gradients as below,
-  until their residual is rounding. A token whose true residual is then above rounding, or whose ridge is nearly lost
+  X = Q P - tril(Q W^T) W. With decay that preconditions conjugate gradients as below, until their residual is rounding.
+  Either is refined once. A token whose true residual is then above rounding, or whose ridge is nearly lost
   in it, is solved alone: with a Cholesky factor of its own, or eigenvectors where its ridge is lost or zero.
 - ``cg`` with a tolerance: the same P and W precondition every token of the chunk, their ridge divided by a decay from
   the middle of the chunk: one step without decay, three to six where gates are mild. The decay is foretold from
@@ -313,18 +313,12 @@ def run_chunk(places, steps, sizes, memory, low, n, room, like, worst):
     step_decays(matrix_of(row(room.gates, 0)), 0, n, room.pairs, row(room.since, 0), like)
     load_transposed(room.across, room.keys, 0, n, d)
     together = prepare(sizes, n, room, low, like)
-    if n == 1:  # one token reads the sum itself
-        memorise(n, room, w, d, like)
     for group in range(places.shape[2]):
         q = below(matrix(places[Q, memory, group], steps[Q, 0], steps[Q, 1], like), low)
         solve(q, sizes, n, room, together, gated, worst, memory, like)
-        if n == 1:
-            multiply(room.answers, room.x, room.G, n, w, d, one, real(like, 0), full)
-        else:
-            attend(room.answers, room.x, room.G, room.values, n, w, d, room, like)
+        attend(room.answers, room.x, room.G, room.values, n, w, d, room, like)
         store(below(matrix(places[O, memory, group], w, 1, like), low), 0, n, 0, w, room.answers)
-    if n > 1:
-        memorise(n, room, w, d, like)
+    memorise(n, room, w, d, like)
     scale_rows(room.keys, row(room.pairs, n - 1), n, d)
     multiply(room.H, room.across, room.keys, d, d, n, one, row(room.since, 0)[n], triangle)
     mirror(room.H, d)
@@ -359,7 +353,7 @@ def prepare(sizes, n, room, low, like):
         total += gates[i]
     gates[CHUNK] = total / n
     together = 0
-    if not singular and serves(method, mean, like):
+    if not singular and serves(t, method, mean, like):
         while together < n and row(room.since, 0)[together + 1] >= HALF:
             together += 1
         together = factorise(together, real(like, math.exp(mean * CHUNK / 2)), d, room, like)
@@ -367,9 +361,11 @@ def prepare(sizes, n, room, low, like):
 
 
 @inner
-def serves(method, mean, like):
+def serves(t, method, mean, like):
     """Whether a common factor is worth its price: that of a few tokens' own, or of some steps of all tokens."""
-    return mean >= FAST if method == EXACT else method == CG and like > 0 and mean >= MILD
+    if method == EXACT:
+        return mean >= FAST and (t > 1 or mean == 0)  # with decay, the own one of a single token costs less
+    return method == CG and like > 0 and mean >= MILD
 
 
 @inner
@@ -476,23 +472,23 @@ def solve(q, sizes, n, room, together, gated, worst, memory, like):
         iterate(steps, together, room, together, worst, memory, real(like, 4 * eps(like)))
         load(room.r, q, 0, n, 0, d)
     else:
-        solve_refined(n, together, d, room, like)
+        precondition(room.x, room.r, together, together, d, room, like)
+    refine(together, d, room, like)
     remain(together, d, room, like)
     settle(together, d, gated, room, like)
-    until = n if together < n else unsettled(n, room)
-    solve_each(until, d, singular, room, like)
+    solve_each(unsettled(n, room), d, singular, room, like)
 
 
 @inner
-def solve_refined(n, together, d, room, like):
-    """Solutions from the common factor, refined once: without decay it is every token's own.
+def refine(n, d, room, like):
+    """One step of refinement by the common factor, which without decay is every token's own.
 
-    The difference in ``precondition`` cancels where the chunk says much more than what came before it.
+    The difference in ``precondition`` cancels where the chunk says much more than what came before it, and conjugate
+    gradients end with the rounding of all their steps.
     """
     apart()
-    precondition(room.x, room.r, n, together, d, room, like)
     remain(n, d, room, like)
-    precondition(room.p, room.z, n, together, d, room, like)
+    precondition(room.p, room.z, n, n, d, room, like)
     for i in range(n):
         add_scaled(row(room.x, i), real(like, 1), row(room.p, i), d)
 
