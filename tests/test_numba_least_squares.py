@@ -404,3 +404,22 @@ def test_a_covariance_may_be_large_and_is_no_bad_number(width):
     assert np.abs(o - v)[5:].max() < 1e-4
     again, _ = recursive_least_squares(q=k, k=k, v=v, initial_state=state, output_final_state=True)
     assert np.abs(again - v).max() < 1e-4
+
+
+def test_a_ridge_of_zero_in_one_memory_leaves_others_their_bits():
+    x = inputs("mesa", lead=(3,), t=40, dtype=np.float32)
+    ridge = np.repeat([[0.0], [0.5], [0.01]], x["k"].shape[-1], axis=1)
+    together = kernel("mesa", x, ridge=ridge)
+    for i in range(3):
+        assert np.array_equal(together[i], kernel("mesa", {name: a[i] for name, a in x.items()}, ridge=ridge[i]))
+
+
+@pytest.mark.parametrize("gate", [-np.inf, -1e30, -1e4])
+def test_mesa_forgets_even_a_nan_where_nothing_is_left_of_it(gate):
+    x = inputs("mesa decaying", lead=(), t=70)
+    x["log_decay"][40] = gate
+    clean = kernel("mesa decaying", x)
+    x["v"][5, 1] = np.nan
+    o = kernel("mesa decaying", x)
+    assert np.isnan(o[5:40, 1]).all()
+    np.testing.assert_allclose(o[40:], clean[40:], rtol=1e-12, atol=1e-14)

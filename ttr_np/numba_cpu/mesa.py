@@ -151,7 +151,7 @@ def core(
     memories, groups = layout.places.shape[1:]
     worst = np.zeros((memories, 2))
     cost = memories * t * d * (2 * d + w + groups * (8 * d + w))
-    sizes = (t, d, w, METHODS.index(solver), iterations or 0, bool(np.any(ridge == 0)))
+    sizes = (t, d, w, METHODS.index(solver), iterations or 0)
     scratch = (G.dtype, shapes(min(CHUNK, t), d, w))
     finish = None if solver == "exact" else partial(warn_of_limit, solver, worst, tolerance)
     numbers = (G.dtype.type(tolerance), worst)
@@ -207,7 +207,7 @@ def shapes(c: int, d: int, w: int) -> list[tuple[int, int]]:
     square, tokens = (d, d), (c, d)
     memory = [(d, w), square, square, (d, max(d, BLOCK)), square, square]
     chunk = [tokens, (d, c), (c, w), (c, c), (c, c), (c, w), tokens, (d, c), (d, c)]
-    rows = [(1, d), (4, d), (1, c + 1), (8, c), (1, c + 1)]
+    rows = [(1, d), (4, d), (1, c + 1), (8, c), (1, CHUNK + 1)]
     return memory + chunk + [tokens] * 6 + rows + [(c, c), (c, c), (d, c), (c, c), (max(c, BLOCK), c)]
 
 
@@ -232,23 +232,33 @@ def panels_of(table, like):
 @compiled
 def kernel(table, places, steps, sizes, tolerance, worst, first, last):
     """Jobs first to last: one memory each."""
-    t, d, w, method, iterations, singular = sizes
+    t, d, w, method, iterations = sizes
     room = panels_of(table, tolerance)
     for memory in range(first, last):
         G, H = matrix(places[STATE, memory, 0], w, 1, tolerance), matrix(places[GRAM, memory, 0], d, 1, tolerance)
         load(room.G, G, 0, d, 0, w)
         load(room.H, H, 0, d, 0, d)
         load(room.ridge, matrix(places[RIDGE, memory, 0], 0, steps[RIDGE, 0], tolerance), 0, 1, 0, d)
+        own = (t, d, w, method, iterations, holds_zero(row(room.ridge, 0), d))
         for low in range(0, t, CHUNK):
             n = min(low + CHUNK, t) - low
-            clean = load_pairs(places, steps, sizes, memory, low, n, room, tolerance)
+            clean = load_pairs(places, steps, own, memory, low, n, room, tolerance)
             if clean:
-                run_pairs(places, steps, sizes, memory, low, clean, room, tolerance, worst)
+                run_pairs(places, steps, own, memory, low, clean, room, tolerance, worst)
             for i in range(low + clean, low + n):  # products would spread a bad number: such tokens come one by one
-                load_pairs(places, steps, sizes, memory, i, 1, room, tolerance)
-                run_pairs(places, steps, sizes, memory, i, 1, room, tolerance, worst)
+                load_pairs(places, steps, own, memory, i, 1, room, tolerance)
+                run_pairs(places, steps, own, memory, i, 1, room, tolerance, worst)
         store(G, 0, d, 0, w, room.G)
         store(H, 0, d, 0, d, room.H)
+
+
+@inner
+def holds_zero(x, n):
+    """Whether one of n numbers is zero."""
+    for i in range(n):
+        if x[i] == 0:
+            return True
+    return False
 
 
 @inner
@@ -286,11 +296,14 @@ def matrix_of(line):
 
 @inner
 def run_pairs(places, steps, sizes, memory, low, n, room, like, worst):
-    """Pairs that are loaded, in one chunk; in two where a reset forgets a bad number, because zero times it is bad."""
+    """Pairs that are loaded, in one chunk; in two where a reset forgets a bad number, because zero times it is bad.
+
+    A reset is a gate whose decay is zero in the dtype.
+    """
     apart()
     t, d, w, method, iterations, singular = sizes
     reset = 0
-    while reset < n and row(room.gates, 0)[reset] > -math.inf:
+    while reset < n and math.exp(row(room.gates, 0)[reset]) > 0:
         reset += 1
     if reset == n or (finite(room.G, d, w, like) and finite(room.H, d, d, like)):
         run_chunk(places, steps, sizes, memory, low, n, room, like, worst)
