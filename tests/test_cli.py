@@ -21,6 +21,7 @@ from ttr_np.text_recall import (
     DISTANCES,
     BadInput,
     breaks,
+    compile_ahead,
     continuations,
     decode,
     default_text,
@@ -267,6 +268,18 @@ def test_no_longer_beginning_is_run_than_is_needed_to_judge(scale, longest):
     asked: list[int] = []
     assert not breaks(15.0, 1024, lambda count: asked.append(count) or scale * count)
     assert max(asked) == longest
+
+
+def test_what_is_compiled_ahead_is_this_package_and_no_copy_in_the_working_directory(monkeypatch, tmp_path):
+    (tmp_path / "ttr_np").mkdir()
+    (tmp_path / "ttr_np" / "__init__.py").write_text("raise SystemExit('the copy')")
+    monkeypatch.chdir(tmp_path)
+    asked, start = [], subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: asked.append((command, options)))
+    compile_ahead(["linear_attention", "softmax", "delta_rule", "ttt_linear", "rwkv7"])
+    ((command, options),) = asked
+    done = start([*command[:3], "--help"], **options | {"text": True})
+    assert done.returncode == 0 and "the copy" not in done.stderr
 
 
 def test_a_backend_without_the_operator_is_a_reason(table, monkeypatch):

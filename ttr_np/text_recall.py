@@ -21,6 +21,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from time import perf_counter
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -331,11 +332,14 @@ def one_pass(layer: Any, text: Stream, backend: str | None, budget: float | None
 
 
 def compile_ahead(names: Sequence[str]) -> None:
-    """Compile the kernels of many layers in processes side by side; should that fail, the first call compiles."""
+    """Compile the kernels of many layers in processes side by side; should that fail, the first call compiles.
+
+    They start where this package is: in a folder with another copy of it, a clone say, they would compile that one's.
+    """
     operators = {ttr_np.layers[name].operator for name in names} & {*operators_of("numba")}
     if len(operators) > FEW:
         command = [sys.executable, "-m", "ttr_np.numba_cpu", "--dtypes", "float32", *sorted(operators)]
-        subprocess.run(command, check=False, capture_output=True)
+        subprocess.run(command, check=False, capture_output=True, cwd=Path(ttr_np.__file__).parent.parent)
 
 
 def measured(name: str, text: Stream, backends: Sequence[str], named: bool, budget: float | None) -> dict[str, Any]:
