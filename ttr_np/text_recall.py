@@ -20,8 +20,8 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from time import perf_counter
 from pathlib import Path
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
