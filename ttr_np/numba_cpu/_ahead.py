@@ -21,16 +21,16 @@ from ._lanes import NARROW
 __all__ = ["compile_ahead", "compile_one", "jobs_of"]
 
 # Those that take longest come first, so that no process is left with a long one at the end.
-LONGEST_FIRST = ("linear_attention", "mesa", "recursive_least_squares", "delta_rule", "test_time_training")
-FEW_OUTPUTS = ("delta_rule", "recursive_least_squares")  # which have a kernel of their own for them
+LONGEST_FIRST = ("recursive_least_squares", "mesa", "linear_attention", "delta_rule", "test_time_training")
+OUTPUTS = dict.fromkeys(("delta_rule", "recursive_least_squares"), (2 * NARROW, 1))  # a kernel more for few of them
 OPTIONS = {"test_time_training": {"memory": ttr_np.Linear()}}
 
 
 def jobs_of(operators: Sequence[str], dtypes: Sequence[str]) -> list[tuple[str, str, int]]:
     """An operator, a dtype and a number of outputs for each kernel, those that take longest first."""
     order = sorted(operators, key=lambda name: LONGEST_FIRST.index(name) if name in LONGEST_FIRST else 99)
-    jobs = [(operator, dtype, 2 * NARROW) for operator, dtype in product(order, dtypes)]
-    return jobs + [(operator, dtype, 1) for operator, dtype in product(order, dtypes) if operator in FEW_OUTPUTS]
+    cases = product(order, dtypes)
+    return [(operator, dtype, n) for operator, dtype in cases for n in OUTPUTS.get(operator, (2 * NARROW,))]
 
 
 def compile_one(operator: str, dtype: str, outputs: int) -> None:
