@@ -57,7 +57,8 @@ TOLERANCE = {"float16": 3e-2, "float32": 1e-3, "float64": 1e-6}  # of the larges
 LEAST = 2e-2  # seconds: a sample of shorter calls holds several
 SOFT = 16  # log gates of the tests over this at least
 QUIET = 0.12  # seconds after which threads that spin for more work have gone to sleep: OpenBLAS gives up after 0.1
-BRIEF = 1.0  # seconds: shorter calls run once untimed before their sample
+BRIEF = 1.0  # seconds: shorter calls run untimed before their sample
+SETTLED = 6e-2  # seconds of calls after which threads that slept run at their pace: on two cores 30 ms were measured
 GEMM = 1024  # size of the matrices whose product is the machine's rate
 PACKAGES = ("numpy", "scipy", "numba", "torch", "scikit-learn", "statsmodels", "padasip", "flash-linear-attention")
 
@@ -161,7 +162,7 @@ def sample(
     """Seconds of every contender in every round, all of them in each round, in an order shuffled each time.
 
     One that has used up its budget of seconds sits the later rounds out; each has one sample at least. A sample follows
-    an untimed call, so that nobody is charged for arrays that others drove out of the caches or for waking threads.
+    untimed calls, so that nobody is charged for arrays that others drove out of the caches or for waking threads.
     """
     warm = {c.name: seconds(c) for c in contenders}
     calls = {name: max(1, int(LEAST / max(each, 1e-9))) for name, each in warm.items()}
@@ -173,7 +174,7 @@ def sample(
                 continue
             sleep(QUIET)
             if warm[contender.name] < BRIEF:
-                contender.call()
+                seconds(contender, max(1, int(SETTLED / max(warm[contender.name], 1e-9))))
             times[contender.name].append(seconds(contender, calls[contender.name]))
     return times
 
