@@ -87,12 +87,21 @@ def test_spread_is_median_and_fifths():
 def test_all_take_turns_in_an_order_that_changes(monkeypatch):
     order = []
     monkeypatch.setattr(measure, "LEAST", 0)
+    monkeypatch.setattr(measure, "SETTLED", 0)
     contenders = [Contender(name, lambda name=name: order.append(name)) for name in "abc"]
     times = sample(contenders, 8, np.random.default_rng(0))
     assert order[3::2] == order[4::2]  # each warms up before it is timed
     rounds = [tuple(order[3 + 6 * i : 9 + 6 * i : 2]) for i in range(8)]
     assert all(sorted(turn) == ["a", "b", "c"] for turn in rounds) and len(set(rounds)) > 1
     assert {name: len(each) for name, each in times.items()} == dict.fromkeys("abc", 8)
+
+
+def test_threads_settle_before_a_sample(monkeypatch):
+    calls = []
+    monkeypatch.setattr(measure, "LEAST", 0)
+    monkeypatch.setattr(measure, "SETTLED", 0.05)
+    sample([Contender("a", lambda: (calls.append(1), sleep(0.01)))], 1, np.random.default_rng(0))
+    assert 5 <= len(calls) <= 7  # one that tells how long it takes, three to five untimed, the sample
 
 
 def test_who_has_used_up_the_budget_sits_out_but_is_timed_once():
