@@ -24,8 +24,9 @@ HEADERS = [(Path(_text.FOLDER) / name).read_text() for name in (*_text.HEADERS, 
 # ---- descriptors -----------------------------------------------------------------------------------------------------
 
 # A product of 64 x 16 times 16 x 64 of matrices that lie as the words of x: their descriptors are in d, from the first
-# word on. With d[2], rows of the right matrix are columns of the product, and the left one comes from registers.
+# word on. d[2] is the number of one of WAYS.
 PRODUCT = """
+enum { COLUMNS, REGISTERS, ROWS, TOKENS };
 extern "C" __global__ void kernel(const bfloat16* x, const bfloat16* a, const unsigned long long* d, float* y) {
     bfloat16* shared = reinterpret_cast<bfloat16*>(dynamic_shared());
     for (int i = threadIdx.x; i < WORDS; i += 128) shared[i] = x[i];
@@ -41,16 +42,23 @@ extern "C" __global__ void kernel(const bfloat16* x, const bfloat16* a, const un
     }
     for (int i = 0; i < 32; i++) sum[i] = 0;
     begin_products();
-    if (d[2])
+    if (d[2] == REGISTERS)
         wgmma_bf16<64>(sum, left, d[1] + first);
-    else
+    else if (d[2] == COLUMNS)
         wgmma_bf16<64>(sum, d[0] + first, d[1] + first, 0);
+    else if (d[2] == ROWS)
+        wgmma_bf16_rows<64>(sum, d[0] + first, d[1] + first, 0);
+    else
+        wgmma_bf16_tokens<64>(sum, d[0] + first, d[1] + first, 0);
     close_products();
     finish_products<0>();
     done(sum);
     for (int i = 0; i < 32; i++) y[(row + i / 2 % 2 * 8) * 64 + i / 4 * 8 + pair + i % 2] = sum[i];
 }
 """
+# What lies there: columns of the right matrix, or its rows, with the left one in registers, by rows, or by columns. And
+# whether neighbours are numbers that a product adds up, of the left matrix and of the right one.
+WAYS = {"columns": (True, True), "registers": (True, False), "rows": (True, False), "tokens": (False, False)}
 MODES = {0: 1, 1: 8, 2: 4, 3: 2}  # code of a descriptor: pieces of 16 bytes that change places
 T = 8  # numbers in 16 bytes
 
@@ -73,7 +81,7 @@ def descriptor(start, leading, stride, mode):
     return 2 * start >> 4 | (2 * leading >> 4) << 16 | (2 * stride >> 4) << 32 | mode << 62
 
 
-def multiplied(mode, left, right, rows_inside, offset=0, **options):
+def multiplied(mode, left, right, way, offset=0, **options):
     """The product of matrices that are laid out here, from an offset inside their rows on."""
     bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
     pieces, words = MODES[mode], 16384
@@ -81,16 +89,16 @@ def multiplied(mode, left, right, rows_inside, offset=0, **options):
     group = 8 * T * pieces  # words of eight rows
     strides = {True: (64 * T, group) if pieces == 1 else (0, group)}  # by whether columns are inside
     strides[False] = (512, group) if pieces == 1 else (2 * group, group)
-    for at, matrix, columns_inside in ((begin[0], left, True), (begin[1], right, not rows_inside)):
+    for at, matrix, columns_inside in zip(begin, (left, right), WAYS[way], strict=True):
         for i, k in np.ndindex(*matrix.shape):
             x[at + place(i, k + offset * columns_inside, pieces, columns_inside, *strides[columns_inside])] = matrix[
                 i, k
             ]
     codes = [
         descriptor(at + offset * inside, *strides[inside], mode)
-        for at, inside in zip(begin, (True, not rows_inside), strict=True)
+        for at, inside in zip(begin, WAYS[way], strict=True)
     ]
-    d, y = np.array([*codes, rows_inside], np.uint64), np.zeros((64, 64), np.float32)
+    d, y = np.array([*codes, list(WAYS).index(way)], np.uint64), np.zeros((64, 64), np.float32)
     text = "\n".join(["typedef float real;", *HEADERS, PRODUCT.replace("WORDS", str(words))])
     kernel = cudaemu.source(text, "kernel")
     kernel(1, 128, (x, np.ascontiguousarray(left), d, y), dynamic_shared=2 * words, **options)
@@ -103,11 +111,11 @@ def matrices():
 
 
 @by_the_runner
-@pytest.mark.parametrize("rows_inside", [False, True])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("mode", MODES)
-def test_a_descriptor_finds_every_number_of_every_layout(mode, rows_inside):
+def test_a_descriptor_finds_every_number_of_every_layout(mode, way):
     left, right = matrices()
-    found = multiplied(mode, left, right, rows_inside)
+    found = multiplied(mode, left, right, way)
     np.testing.assert_allclose(found, left.astype(float) @ right.astype(float).T, atol=1e-4)
 
 
@@ -115,7 +123,7 @@ def test_a_descriptor_finds_every_number_of_every_layout(mode, rows_inside):
 @pytest.mark.parametrize("offset", [16, 32, 48])
 def test_a_part_of_a_swizzled_row_begins_where_it_would_without(offset):
     left, right = matrices()
-    found = multiplied(1, left, right, False, offset)
+    found = multiplied(1, left, right, "columns", offset)
     np.testing.assert_allclose(found, left.astype(float) @ right.astype(float).T, atol=1e-4)
 
 
@@ -141,7 +149,7 @@ def test_a_product_without_its_fences_and_waits_is_seen(name, monkeypatch):
     assert old in PRODUCT
     monkeypatch.setitem(globals(), "PRODUCT", PRODUCT.replace(old, new))
     with pytest.raises(fault):
-        multiplied(1, *matrices(), True)
+        multiplied(1, *matrices(), "registers")
 
 
 # ---- softmax attention -----------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Delta rule on the GPU, chunk by chunk on tensor cores: two launches, or pairs of them.
 
 ``delta_rule_prepare.cu`` makes of all chunks at once what does not depend on the memory, and leaves it in records;
-``delta_rule_chunks.cu`` walks over them with the memory. Long sequences are taken in parts, so that the records of a
+``delta_rule_chunks.cu`` walks over them with the memory, or ``delta_rule_wgmma.cu`` where a GPU has products of whole
+warpgroups. Long sequences are taken in parts, so that the records of a
 part stay few; the memory goes from one part to the next in its state.
 """
 
@@ -22,9 +23,13 @@ from ._tiles import LONGEST, STATIC, SUM_TERMS, TERMS
 __all__ = ["Tiles", "correct", "tiles"]
 
 HEADERS = ("tensor.cuh", "delta_chunks.cuh")
-PREPARE, KERNEL = Kernel("delta_rule_prepare", *HEADERS), Kernel("delta_rule_chunks", *HEADERS)
+PREPARE, KERNEL = Kernel("delta_rule_prepare", *HEADERS), Kernel("delta_rule_chunks", *HEADERS, "delta_tokens.cuh")
 GATES = {"none": 0, "step": 1, "channel": 2}
+WGMMA = Kernel("delta_rule_wgmma", *HEADERS, "delta_tokens.cuh", "wgmma.cuh", "carrier.cuh", architecture="sm_90a")
 VALUES = 32  # value columns of a block that walks
+WGMMA_CHUNK, WGMMA_KEYS = 64, 128  # the only sizes that it has
+WGMMA_THREADS, STAGES = 128 + 256, 2  # those that bring, and those that compute; chunks under way
+BEGIN, STATIC_OF_WGMMA = 1024, 2048  # bytes: its matrices begin at multiples of these; what it declares itself
 RECORDS = 1 << 26  # numbers of single precision that the records of one part may have
 LEAST = 8  # but so many chunks at least, which pay for two launches
 
@@ -93,6 +98,29 @@ def bytes_to_prepare(sizes: Tiles, name: str, gate: str, erase: bool) -> int:
     return arriving + split + 4 * (squares + channels + steps + chunk)
 
 
+class Walk(NamedTuple):
+    """The second launch: its text, threads of a block, and bytes that it asks for."""
+
+    kernel: Kernel
+    threads: int
+    shared: int
+
+
+def walk_of(chosen: Tiles, q: Any, gate: str, groups: int) -> Walk:
+    """The choice for these tiles on this device."""
+    sizes = (chosen.chunk, chosen.keys) == (WGMMA_CHUNK, WGMMA_KEYS) and groups == 1 and gate != "channel"
+    if sizes and np.dtype(q.dtype).name == "bfloat16" and _launch.machine.device().capability == "90":
+        return Walk(WGMMA, WGMMA_THREADS, bytes_for_warpgroups(gate))
+    return Walk(KERNEL, 8 * chosen.chunk, chosen.walk)
+
+
+def bytes_for_warpgroups(gate: str) -> int:
+    """Shared memory of a block that multiplies by warpgroups, as its text lays it out."""
+    chunk, keys = WGMMA_CHUNK, WGMMA_KEYS
+    stage = 2 * (4 * chunk * keys + 2 * chunk * chunk) + 4 * chunk * VALUES
+    return BEGIN + STAGES * stage + 2 * 2 * VALUES * (keys + chunk * (1 + (gate == "step")))
+
+
 def bytes_to_walk(sizes: Tiles, name: str, gate: str) -> int:
     """The same of the second launch."""
     chunk, keys, terms = sizes.chunk, sizes.keys + 8, terms_of(name, gate)
@@ -138,11 +166,12 @@ def correct(
     each = numbers_of_a_record(chosen, terms, v.shape[-1], sequences.groups) * sequences.memories
     part = part_of(tokens, chosen.chunk, each) if each else tokens
     records = _launch.machine.scratch(each * -(-part // chosen.chunk))
+    walk = walk_of(chosen, q, gate, sequences.groups)
     for first in range(0, tokens, part):
         here = {key: (x if key == "S" else rows_of(x, own, first, part), own) for key, (x, own) in given.items()}
         types = {"data": q.dtype, "real": S.dtype}
         scalars = {"tokens": min(part, tokens - first), "columns": v.shape[-1], "records": records, "scale": scale}
-        launch_pair(chosen, sequences, here, types, constants, scalars)
+        launch_pair(chosen, walk, sequences, here, types, constants, scalars)
     return o, DeltaRuleState(S)
 
 
@@ -160,6 +189,7 @@ def rows_of(x: Any, own: tuple[int, ...], first: int, count: int) -> Any:
 
 def launch_pair(
     chosen: Tiles,
+    walk: Walk,
     sequences: Sequences,
     given: dict[str, Any],
     types: dict[str, Any],
@@ -171,5 +201,5 @@ def launch_pair(
     grid = _calls.Grid(-(-scalars["tokens"] // chosen.chunk), threads, chosen.prepare)
     only_read = given | {name: (None, BOTH) for name in ("S", "o")}
     launch(PREPARE, sequences, only_read, (), types, constants, grid, **scalars)
-    grid = _calls.Grid(-(-scalars["columns"] // VALUES), 8 * chosen.chunk, chosen.walk)
-    launch(KERNEL, sequences, given, ("S", "o"), types, constants, grid, **scalars)
+    grid = _calls.Grid(-(-scalars["columns"] // VALUES), walk.threads, walk.shared)
+    launch(walk.kernel, sequences, given, ("S", "o"), types, constants, grid, **scalars)

@@ -18,7 +18,7 @@ from ._tiles import pieces
 
 __all__ = ["Plan", "attend", "plan"]
 
-KERNEL = Kernel("linear_attention_wgmma", "tensor.cuh", "wgmma.cuh", architecture="sm_90a")
+KERNEL = Kernel("linear_attention_wgmma", "tensor.cuh", "wgmma.cuh", "carrier.cuh", architecture="sm_90a")
 CHUNK = 64  # tokens
 SIZE = 128  # channels of keys, and value columns of a block
 STAGES, FIRST_STAGES = 3, 5  # chunks under way, where queries are brought too and where they are not

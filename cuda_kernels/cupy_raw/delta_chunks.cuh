@@ -5,7 +5,6 @@ enum { Q, KEY, V, BETA, GATE_OF, ERASE_OF, STATE, O };
 
 enum { NO_GATE, STEP, CHANNEL };
 
-constexpr int BLOCKS = CHUNK / 16;
 constexpr int VALUES = 32;  // columns of the state that a block walks with
 constexpr bool DIRECT = DATA_TERMS == 1 && GATE != CHANNEL;  // products take queries and keys as they are
 constexpr int KEY_TERMS = GATE == CHANNEL ? SUM_TERMS : DATA_TERMS;

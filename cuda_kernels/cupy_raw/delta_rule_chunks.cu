@@ -37,25 +37,19 @@ struct Room {
         faded = errors = split_of<SUM_TERMS, CHUNK, VALUES>(at);
         if (GATE == STEP) faded = split_of<SUM_TERMS, CHUNK, VALUES>(at);
     }
-    // The state in float, for tokens taken one by one: in the place of what products read.
+    // For tokens taken one by one: the state in float, in the place of what products read.
+    static constexpr int warps = WARPS;
+    __device__ __forceinline__ int warp() const { return threadIdx.x / 32; }
+    __device__ __forceinline__ void meet() const { __syncthreads(); }
     __device__ __forceinline__ float& number(int key, int column) const {
         return reinterpret_cast<float*>(w.term[0].begin)[key * VALUES + column];
     }
-};
-
-// The arrays of a memory.
-struct Arrays {
-    Rows<const data> q, k, p, v;
-    Rows<const real> beta, gate;
-    Rows<data> o;
 };
 
 __device__ __forceinline__ bool reads() { return threadIdx.x >= TEAM; }  // or learns
 // Numbers of a team's threads, at least TEAM for others.
 __device__ __forceinline__ int learner() { return threadIdx.x; }
 __device__ __forceinline__ int reader() { return threadIdx.x ^ TEAM; }
-
-__device__ __forceinline__ bool bad(float x) { return x - x != 0; }
 
 // ---- what arrives -----------------------------------------------------------------------------------------------------
 
@@ -78,30 +72,6 @@ __device__ __forceinline__ void bring_tokens(const Tokens& to, Rows<const T> fro
         bring_rows<TEAM>(to.term[0], from, t, count, K, thread);
     else
         copy_rows<TEAM, KEY_TERMS * CHUNK>(to.term[0], made, KEYS, thread);  // terms lie behind one another
-}
-
-// Lines of memory that will be asked for go to the cache.
-#ifdef __CUDACC_RTC__
-__device__ __forceinline__ void prefetch(const void* line) { asm volatile("prefetch.global.L2 [%0];" :: "l"(line)); }
-#else
-inline void prefetch(const void*) {}
-#endif
-constexpr int LINE = 128;  // bytes
-
-// A record, of which the readers of each block that needs it send for a part.
-__device__ __forceinline__ void prefetch_record(const Record& record, int part, int parts) {
-    const int lines = int(record.numbers() * sizeof(float) / LINE);
-    #pragma unroll 1
-    for (int line = part * TEAM + reader(); line < lines; line += parts * TEAM)
-        prefetch(record.begin + size_t(line) * (LINE / sizeof(float)));
-}
-// Tokens in the same way.
-__device__ __forceinline__ void prefetch_tokens(const Rows<const data>& from, long long t, int count, int part,
-                                                int parts) {
-    constexpr int lines = (K * int(sizeof(data)) + LINE - 1) / LINE;
-    #pragma unroll 1
-    for (int i = part * TEAM + reader(); i < lines * count; i += parts * TEAM)
-        prefetch(&from.at(t + i / lines, i % lines * (LINE / int(sizeof(data)))));
 }
 
 // What a thread will need of the next chunk, on its way to registers.
@@ -181,25 +151,6 @@ __device__ __forceinline__ int learn(const Gathered (&lost)[2], const Ahead& now
     return good;
 }
 
-// Answers of 16 tokens and 8 columns, as far as they are there; two at once where that is possible.
-__device__ __forceinline__ void write(const Sum& sum, const Rows<data>& to, long long t, int column, int count,
-                                      int columns, real scale) {
-    const int line = threadIdx.x % 32 / 4, first = column + threadIdx.x % 4 * 2;
-    data* at = to.begin + (t + line) * to.row + first * to.column;
-    #pragma unroll
-    for (int half = 0; half < 2; half++, at += 8 * to.row) {
-        if (line + 8 * half >= count) return;
-        Vector<data, 2> two;
-        for (int i = 0; i < 2; i++) put(two.x[i], scale * sum.x[2 * half + i]);
-        if (to.column == 1 && first + 1 < columns && size_t(at) % sizeof(two) == 0) {
-            *reinterpret_cast<Vector<data, 2>*>(at) = two;
-        } else {
-            if (first < columns) *at = two.x[0];
-            if (first + 1 < columns) at[to.column] = two.x[1];
-        }
-    }
-}
-
 // The part of the state that a warp of learners owns: tiles of 16 keys, all columns.
 struct Memory {
     Sum part[OWN_TILES][VALUES / 8];
@@ -261,48 +212,6 @@ struct Memory {
 };
 
 // ---- tokens one by one ------------------------------------------------------------------------------------------------
-
-// A sum over all keys of a column, of which a thread has some.
-__device__ __forceinline__ float over_keys(const Room& room, float mine) {
-    room.parts[threadIdx.x] = mine;
-    __syncthreads();  // all parts are there
-    float sum = 0;
-    for (int warp = 0; warp < WARPS; warp++) sum += room.parts[32 * warp + threadIdx.x % 32];
-    __syncthreads();  // nobody looks at these any more
-    return sum;
-}
-
-// A chunk whose answers before token `good` are written. A thread has every WARPS-th key of one column.
-__device__ void walk(const Room& room, const Arrays& arrays, long long t, int good, int count, int first_column,
-                     int columns, int groups, real scale) {
-    const int first = threadIdx.x / 32, own = threadIdx.x % 32, column = first_column + own;
-    const bool mine = column < columns;
-    #pragma unroll 1
-    for (int i = 0; i < count; i++, t++) {
-        float mine_of_all = 0;
-        #pragma unroll 1
-        for (int key = first; key < K; key += WARPS) {
-            float& x = room.number(key, own);
-            if (GATE) x = kept(exp2f(LOG2E * arrays.gate.at(t, GATE == STEP ? 0 : key)), x);
-            mine_of_all = fma(widened(arrays.p.at(t, key)), x, mine_of_all);
-        }
-        const float recalled = over_keys(room, mine_of_all);
-        const float error = arrays.beta.at(t, 0) * ((mine ? widened(arrays.v.at(t, column)) : 0) - recalled);
-        #pragma unroll 1
-        for (int key = first; key < K; key += WARPS)
-            room.number(key, own) = fma(widened(arrays.k.at(t, key)), error, room.number(key, own));
-        #pragma unroll 1
-        for (int group = 0; group < groups; group++) {
-            const auto q = arrays.q.of(group);
-            mine_of_all = 0;
-            #pragma unroll 1
-            for (int key = first; key < K; key += WARPS)
-                mine_of_all = fma(widened(q.at(t, key)), room.number(key, own), mine_of_all);
-            const float answer = over_keys(room, mine_of_all);
-            if (first == 0 && mine && i >= good) put(arrays.o.of(group).at(t, column), scale * answer);
-        }
-    }
-}
 
 // The least of what the threads of a block say.
 __device__ __forceinline__ int least_of_block(const Room& room, int mine) {
@@ -367,11 +276,11 @@ delta_rule_chunks(const data* q, const data* k, const data* v, const real* beta,
     const auto prefetch_chunk = [&](int chunk) {
         const long long t = (long long)chunk * CHUNK;
         const int count = min(CHUNK, tokens - chunk * CHUNK);
-        const int part = blockIdx.x % blocks;
-        prefetch_record(record_of(chunk), part, blocks);
+        const Senders senders = {int(blockIdx.x % blocks) * TEAM + reader(), blocks * TEAM};
+        prefetch_record(record_of(chunk), senders);
         if (!DIRECT) return;
-        prefetch_tokens(arrays.q, t, count, part, blocks);
-        prefetch_tokens(arrays.k, t, count, part, blocks);
+        prefetch_tokens(arrays.q, t, count, senders);
+        prefetch_tokens(arrays.k, t, count, senders);
     };
 
     Ahead now;

@@ -16,6 +16,7 @@
 // made again of the most tokens of which it is, with zeros behind them; the walk takes the others one by one.
 
 // With one gate per channel a block has a multiprocessor for itself.
+constexpr int BLOCKS = CHUNK / 16;
 constexpr int THREADS = (GATE == CHANNEL ? 128 : 64) * (BLOCKS > 2 ? BLOCKS : 2), WARPS = THREADS / 32;
 constexpr bool OWN_P = !DIRECT && (ERASE || GATE == CHANNEL);  // erasing keys are not the keys that are read
 constexpr int VALUES_AT_ONCE = sizeof(data) == 2 && !(GATE == CHANNEL && ERASE) ? 128 : 64;

@@ -49,6 +49,8 @@ __device__ __forceinline__ unsigned this_thread() {
 __device__ __forceinline__ void warpgroup_barrier(int group) {
     asm volatile("bar.sync %0, 128;" :: "r"(group + 1) : "memory");
 }
+// All threads of two warpgroups.
+__device__ __forceinline__ void both_warpgroups() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
 
 // A barrier in shared memory. It counts arrivals, and when all are there its phase ends and the next one begins.
 typedef unsigned long long Barrier;
@@ -84,18 +86,23 @@ __device__ __forceinline__ void wait(Barrier& barrier, int phase) {
 #define SUMS_32(x, i) SUMS_8(x, i), SUMS_8(x, i + 8), SUMS_8(x, i + 16), SUMS_8(x, i + 24)
 #define SUMS_64(x, i) SUMS_32(x, i), SUMS_32(x, i + 32)
 
-// sum = a b, or sum += a b, where rows of a and columns of b lie in shared memory; the same where a is in registers and
-// rows of b lie in shared memory, or columns of b. Matrices there are given by their descriptors.
+// sum = a b, or sum += a b, where rows of a and columns of b lie in shared memory; the same where rows of both lie there,
+// or columns of a and rows of b; and where a is in registers and rows of b lie in shared memory, or columns of b. Matrices
+// there are given by their descriptors.
 #define PRODUCTS(format, type, columns, half, a, b, c, d, e, f)                                                       \
-    template <>                                                                                                        \
-    __device__ __forceinline__ void wgmma_##format<columns>(float (&sum)[half], Matrix left, Matrix right, int onto) { \
-        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #c ", 0;\n"                                                  \
-                     "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type                             \
-                     " {" REGISTERS_##half "}, %" #a ", %" #b ", p, 1, 1, 0, 0;\n}"                                    \
-                     : SUMS_##half(sum, 0) : "l"(left), "l"(right), "r"(onto));                                        \
-    }                                                                                                                  \
+    FROM_MEMORY(wgmma_##format, type, columns, half, a, b, c, "0, 0")                                                  \
+    FROM_MEMORY(wgmma_##format##_rows, type, columns, half, a, b, c, "0, 1")                                           \
+    FROM_MEMORY(wgmma_##format##_tokens, type, columns, half, a, b, c, "1, 1")                                         \
     FROM_REGISTERS(wgmma_##format, type, columns, half, a, b, c, d, e, f, "1")                                         \
     FROM_REGISTERS(wgmma_##format##_columns, type, columns, half, a, b, c, d, e, f, "0")
+#define FROM_MEMORY(name, type, columns, half, a, b, c, lies)                                                         \
+    template <>                                                                                                        \
+    __device__ __forceinline__ void name<columns>(float (&sum)[half], Matrix left, Matrix right, int onto) {           \
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #c ", 0;\n"                                                  \
+                     "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type                             \
+                     " {" REGISTERS_##half "}, %" #a ", %" #b ", p, 1, 1, " lies ";\n}"                                \
+                     : SUMS_##half(sum, 0) : "l"(left), "l"(right), "r"(onto));                                        \
+    }
 #define FROM_REGISTERS(name, type, columns, half, a, b, c, d, e, f, rows)                                              \
     template <>                                                                                                        \
     __device__ __forceinline__ void name<columns>(float (&sum)[half], const unsigned (&left)[4], Matrix right,         \
@@ -108,10 +115,14 @@ __device__ __forceinline__ void wait(Barrier& barrier, int phase) {
     }
 typedef unsigned long long Matrix;
 template <int N> __device__ void wgmma_bf16(float (&sum)[N / 2], Matrix left, Matrix right, int onto);
+template <int N> __device__ void wgmma_bf16_rows(float (&sum)[N / 2], Matrix left, Matrix right, int onto);
+template <int N> __device__ void wgmma_bf16_tokens(float (&sum)[N / 2], Matrix left, Matrix right, int onto);
 template <int N> __device__ void wgmma_bf16(float (&sum)[N / 2], const unsigned (&left)[4], Matrix right, int onto = 1);
 template <int N> __device__ void wgmma_bf16_columns(float (&sum)[N / 2], const unsigned (&left)[4], Matrix right,
                                                     int onto);
 template <int N> __device__ void wgmma_f16(float (&sum)[N / 2], Matrix left, Matrix right, int onto);
+template <int N> __device__ void wgmma_f16_rows(float (&sum)[N / 2], Matrix left, Matrix right, int onto);
+template <int N> __device__ void wgmma_f16_tokens(float (&sum)[N / 2], Matrix left, Matrix right, int onto);
 template <int N> __device__ void wgmma_f16(float (&sum)[N / 2], const unsigned (&left)[4], Matrix right, int onto = 1);
 template <int N> __device__ void wgmma_f16_columns(float (&sum)[N / 2], const unsigned (&left)[4], Matrix right,
                                                    int onto);

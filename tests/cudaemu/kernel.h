@@ -120,6 +120,7 @@ static inline unsigned this_thread() { return threadIdx.x; }
 static inline void warpgroup_barrier(int group, int line = __builtin_LINE()) {
     runner::named_barrier(group + 1, 128, line);
 }
+static inline void both_warpgroups(int line = __builtin_LINE()) { runner::named_barrier(1, 256, line); }
 static inline void set_up(Barrier& barrier, int arrivals, int line = __builtin_LINE()) {
     runner::set_up(&barrier, arrivals, line);
 }
@@ -131,22 +132,26 @@ static inline void wait(Barrier& barrier, int phase, int line = __builtin_LINE()
     runner::wait_for_phase(&barrier, phase, line);
 }
 #define RUNNER_PRODUCTS(format, half)                                                                              \
-    template <int N>                                                                                               \
-    static inline void wgmma_##format(float (&sum)[N / 2], Matrix left, Matrix right, int onto,                    \
-                                      int line = __builtin_LINE()) {                                               \
-        const runner::Product product = {sum, nullptr, left, right, N, onto, half, 0};                             \
-        runner::multiply_shared(&product, line);                                                                   \
-    }                                                                                                              \
+    RUNNER_FROM_MEMORY(wgmma_##format, half, 0, 0)                                                                 \
+    RUNNER_FROM_MEMORY(wgmma_##format##_rows, half, 1, 0)                                                          \
+    RUNNER_FROM_MEMORY(wgmma_##format##_tokens, half, 1, 1)                                                        \
     template <int N>                                                                                               \
     static inline void wgmma_##format(float (&sum)[N / 2], const unsigned (&left)[4], Matrix right, int onto = 1,  \
                                       int line = __builtin_LINE()) {                                               \
-        const runner::Product product = {sum, left, 0, right, N, onto, half, 1};                                   \
+        const runner::Product product = {sum, left, 0, right, N, onto, half, 1, 0};                                \
         runner::multiply_shared(&product, line);                                                                   \
     }                                                                                                              \
     template <int N>                                                                                               \
     static inline void wgmma_##format##_columns(float (&sum)[N / 2], const unsigned (&left)[4], Matrix right,      \
                                                 int onto, int line = __builtin_LINE()) {                           \
-        const runner::Product product = {sum, left, 0, right, N, onto, half, 0};                                   \
+        const runner::Product product = {sum, left, 0, right, N, onto, half, 0, 0};                                \
+        runner::multiply_shared(&product, line);                                                                   \
+    }
+#define RUNNER_FROM_MEMORY(name, half, rows, left_columns)                                                         \
+    template <int N>                                                                                               \
+    static inline void name(float (&sum)[N / 2], Matrix left, Matrix right, int onto,                              \
+                            int line = __builtin_LINE()) {                                                         \
+        const runner::Product product = {sum, nullptr, left, right, N, onto, half, rows, left_columns};            \
         runner::multiply_shared(&product, line);                                                                   \
     }
 RUNNER_PRODUCTS(bf16, false)

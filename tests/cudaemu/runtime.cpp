@@ -1016,7 +1016,7 @@ static void multiply_of_warp(const void* const* given, void* const*, int line) {
     const Product& first = *static_cast<const Product*>(given[0]);
     Warp& warp = machine.warps[size_t(machine.current->warp)];
     Thread* lanes = &machine.threads[size_t(machine.current->warp) * 32];
-    const Described left(first.left, false), right(first.right, first.rows != 0);
+    const Described left(first.left, first.left_columns != 0), right(first.right, first.rows != 0);
     const unsigned top = unsigned(machine.current->warp % 4) * 16;
     float a[64][16], b[256][16];  // of the left matrix this warp multiplies 16 rows, but may read those of the others
     for (int i = 0; i < 16 * first.columns; i++) {  // neighbours one after the other
@@ -1024,8 +1024,10 @@ static void multiply_of_warp(const void* const* given, void* const*, int line) {
         b[j][k] = operand(right, unsigned(j), unsigned(k), first.half, line);
     }
     if (!first.left_registers)
-        for (unsigned i = 0; i < 64; i++)
-            for (unsigned k = 0; k < 16; k++) a[i][k] = operand(left, i, k, first.half, line);
+        for (unsigned n = 0; n < 64 * 16; n++) {
+            const unsigned i = left.major ? n % 64 : n / 16, k = left.major ? n / 64 : n % 16;
+            a[i][k] = operand(left, i, k, first.half, line);
+        }
     for (int lane = 0; lane < 32; lane++) {
         const Product& mine = *static_cast<const Product*>(given[lane]);
         if (mine.left != first.left || mine.right != first.right || mine.onto != first.onto)

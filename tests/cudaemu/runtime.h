@@ -45,12 +45,12 @@ using Call = void (*)(void** arguments);
 using Together = void (*)(const void* const* given, void* const* taken, int line);
 
 // One product of a warpgroup: `columns` / 2 sums of this thread, and matrices in shared memory by their descriptors.
-// The left one may be in registers. Of the right one, rows lie there or columns.
+// The left one may be in registers. Rows lie there or columns, of the left one rows unless `left_columns`.
 struct Product {
     float* sum;
     const unsigned* left_registers;
     uint64_t left, right;
-    int columns, onto, half, rows;
+    int columns, onto, half, rows, left_columns;
 };
 
 extern "C" {
