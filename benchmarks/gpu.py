@@ -37,8 +37,8 @@ __all__ = ["FIRST", "SHAPES", "Clock", "answered", "main", "questions_of", "tabl
 
 # Files in this order: what only a GPU shows, then the most telling of what was executed on the CPU.
 TESTED = (
-    "device", "streams", "wgmma", "linear_wgmma", "least_squares", "chunks", "delta_chunks", "squares", "attention",
-    "fuzz", "kernels",
+    "device", "streams", "wgmma", "linear_wgmma", "delta_wgmma", "least_squares", "chunks", "delta_chunks", "squares",
+    "attention", "fuzz", "kernels",
 )  # fmt: skip
 TESTS = tuple(f"tests/test_cuda_{name}.py" for name in TESTED)
 TESTS_SHARE = 0.35  # of the time

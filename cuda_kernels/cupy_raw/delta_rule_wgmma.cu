@@ -4,8 +4,8 @@
 //     E = U - W S,    o = Q S + M E,    S = decay S + K^T E,
 //
 // see wgmma.cuh for the products. A block has one memory and 32 of its value columns. A warpgroup learns: it finds the
-// errors E. Another reads: it finds the answers. Each of them adds to the state of one half of the keys, which stays in
-// its registers, and lies in shared memory for the products that read it. One more warpgroup brings the next chunk.
+// errors E. Another reads: it finds the answers. The first keeps the state of 64 keys in its registers, the other that
+// of 64 more, and it lies in shared memory for the products that read it. One more warpgroup brings the next chunk.
 //
 // Whatever is computed is kept in two bfloat16, never in one. Both terms of a matrix with 32 columns are side by side,
 // so one product of 64 columns takes them both, and their sums are added where they are wanted. What a chunk adds to the
@@ -15,10 +15,11 @@
 // first launch could not make, sends the chunk another way: answers before its first bad token are made as ever, and
 // then its tokens are taken one after the other.
 
-constexpr int GROUPS = 2, WARPS = 4 * GROUPS, PRODUCERS = 128;  // warpgroups and warps that compute; threads that bring
-constexpr int STAGES = 2;                                       // chunks under way
-constexpr int BOTH = 2 * VALUES;                                // columns of two terms
-static_assert(KEYS == 64 * GROUPS && CHUNK == 64 && BOTH == 64, "products have 64 rows and columns");
+constexpr int WARPS = 8, PRODUCERS = 128;  // warps that compute; threads that bring
+constexpr int KEEPERS = KEYS / 16;         // warps that keep the state
+constexpr int STAGES = 2;                  // chunks under way
+constexpr int BOTH = 2 * VALUES;           // columns of two terms
+static_assert((KEYS == 64 || KEYS == 128) && CHUNK == 64 && BOTH == 64, "products have 64 rows and columns");
 
 typedef Swizzled<bfloat16, CHUNK, KEYS> Vectors;  // of a chunk's tokens, or one term of them
 typedef Swizzled<bfloat16, CHUNK, CHUNK> Scores;  // one term of them
@@ -63,7 +64,7 @@ struct Barriers {
 
     __device__ __forceinline__ void set_up_all() {
         for (int i = 0; i < STAGES; i++) set_up(there[i], PRODUCERS), set_up(free[i], WARPS);
-        set_up(state, WARPS), set_up(recalled, 4), set_up(lost, 4), set_up(errors, 4), set_up(answered, 4);
+        set_up(state, KEEPERS), set_up(recalled, 4), set_up(lost, 4), set_up(errors, 4), set_up(answered, 4);
     }
 };
 
@@ -246,6 +247,7 @@ struct Consumer {
     real scale;
     Self self;
 
+    static constexpr bool keeps = 64 * READS < KEYS;
     static constexpr int warps = WARPS;
     __device__ __forceinline__ int warp() const { return 4 * READS + self.warp; }
     __device__ __forceinline__ void meet() const { both_warpgroups(); }
@@ -256,6 +258,7 @@ struct Consumer {
 
     // The state where products take it.
     __device__ __forceinline__ void lay_out(const Totals& state) const {
+        if (!keeps) return;
         put_terms(room.state(), 64 * READS, state, self);
         show_to_products();
         arrive_as_warp(barriers.state, self);
@@ -315,9 +318,10 @@ struct Consumer {
     __device__ __forceinline__ void memorise(Totals& state, Sums& sum, int n, float kept_of_it) const {
         Sums added;
         begin_products();
-        begin_memorising(added, room, n, READS);
+        if (keeps) begin_memorising(added, room, n, READS);
         if (READS) begin_weighing(sum, room, n);
         finish_products<READS>();
+        if (!keeps) return;
         done(added);
         #pragma unroll
         for (int i = 0; i < VALUES / 2; i++) state[i] = fma(kept_of_it, state[i], total(added, i));
@@ -338,11 +342,11 @@ struct Consumer {
             answer(sum, n, good);
         }
         const auto number_of = [&](int row, int column) -> float& { return number(64 * READS + row, column); };
-        each_total(state, self, [&](int row, int column, float& x) { number_of(row, column) = x; });
+        if (keeps) each_total(state, self, [&](int row, int column, float& x) { number_of(row, column) = x; });
         both_warpgroups();  // all numbers are there
         walk(*this, walks.arrays, walks.first_of(n), good, walks.tokens_of(n), walks.first_column, walks.columns, 1,
              scale);
-        each_total(state, self, [&](int row, int column, float& x) { x = number_of(row, column); });
+        if (keeps) each_total(state, self, [&](int row, int column, float& x) { x = number_of(row, column); });
         both_warpgroups();  // nobody is left at the numbers
     }
     __device__ __forceinline__ void take(Totals& state, int n) const {
@@ -394,7 +398,7 @@ __device__ __forceinline__ void consume(const Consumer<READS>& consumer, real* S
     });
 }
 
-extern "C" __global__ void __launch_bounds__(PRODUCERS + 128 * GROUPS, 1)
+extern "C" __global__ void __launch_bounds__(PRODUCERS + 32 * WARPS, 1)
 delta_rule_wgmma(const data* q, const data* k, const data* v, const real* beta, const real* log_decay,
                  const data* erase_key, real* S, data* o, const float* records, const long long* table, int axes,
                  int tokens, int columns, int groups, int blocks, real scale) {
