@@ -17,7 +17,7 @@ import ttr_np
 from cuda_kernels.cupy_raw import _delta_rule_chunks as hopper
 
 pytestmark = [needed(cudaemu.missing()), pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow")]
-GATES = ["none", "step"]
+GATES = ["none", "step", "channel"]
 corrected = partial(recalled, "delta_rule")
 
 
@@ -39,7 +39,8 @@ def answered(arrays, options, **machine):
 # Borders of chunks; more chunks than places; values of two blocks, the second one in part; keys that fill no block.
 @pytest.mark.parametrize(
     "gate, k, v, t", [("none", 128, 32, 64), ("none", 128, 40, 200), ("step", 128, 33, 191), ("step", 120, 8, 257),
-                      ("step, erase", 128, 32, 130), ("none", 64, 64, 130), ("step", 50, 31, 193)],
+                      ("step, erase", 128, 32, 130), ("none", 64, 64, 130), ("step", 50, 31, 193),
+                      ("channel", 128, 33, 200), ("channel, erase", 63, 20, 131)],
 )  # fmt: skip
 def test_it_is_as_good_as_the_solver(gate, k, v, t):
     compare(*inputs(gate, k=k, v=v, t=t, seed=t))
@@ -65,7 +66,7 @@ def test_one_key_again_and_again_is_solved_for(step):
 @pytest.mark.parametrize(
     "gate, k, name, bad, reset",
     [("none", 128, "v", 100, None), ("step", 128, "v", 70, 120), ("step", 128, "k", 70, 200), ("step", 64, "q", 5, 4),
-     ("none", 60, "k", 129, None)],
+     ("none", 60, "k", 129, None), ("channel", 128, "v", 70, 130)],
 )  # fmt: skip
 def test_a_bad_number_reaches_what_it_must_and_no_bit_of_the_past(gate, k, name, bad, reset):
     arrays, _ = inputs(gate, k=k, t=210)
@@ -113,7 +114,7 @@ def test_rows_that_no_vector_can_read_and_rows_far_apart_give_the_same_bits():
 
 
 @kernels.by_the_runner
-@pytest.mark.parametrize("gate, k", [("none", 128), ("step", 64)])
+@pytest.mark.parametrize("gate, k", [("none", 128), ("step", 64), ("channel", 128)])
 def test_the_bytes_asked_for_are_those_the_text_uses(gate, k, monkeypatch):
     arrays, options = inputs(gate, k=k, t=130)
     known, less = hopper.bytes_for_warpgroups, hopper.BEGIN + 16  # the runner's shared memory begins where matrices may
@@ -125,10 +126,9 @@ def test_the_bytes_asked_for_are_those_the_text_uses(gate, k, monkeypatch):
 def test_other_calls_are_for_the_older_text():
     arrays, _ = inputs("step", t=130)
     grouped = {n: x[:, None] for n, x in arrays.items()} | {"q": np.stack([arrays["q"]] * 2, axis=1)}
-    channel, _ = inputs("channel", t=130)
     small, _ = inputs("step", t=130, k=100)
     halves = {n: x.astype(np.float16) if x.dtype.itemsize == 2 else x for n, x in arrays.items()}
-    for given, capability in ((grouped, "90"), (channel, "90"), (small, "90"), (halves, "90"), (arrays, "100")):
+    for given, capability in ((grouped, "90"), (small, "90"), (halves, "90"), (arrays, "100")):
         with on_hopper(check=False) as machine:
             machine.capability = capability
             ttr_np.delta_rule(**given, backend="cupy")
@@ -170,7 +170,7 @@ def test_each_barrier_and_each_wait_is_needed(monkeypatch):
 
 
 @needed(nvrtc.missing())
-@pytest.mark.parametrize("gate, k", [("none", 128), ("step", 128), ("step", 64)])
+@pytest.mark.parametrize("gate, k", [("none", 128), ("step", 64), ("channel", 128)])
 def test_it_compiles_within_its_registers_and_its_products_run_beside_other_work(gate, k):
     texts, (arrays, _) = [], inputs(gate, k=k, t=130)
     with on_hopper() as machine:

@@ -28,7 +28,7 @@ GATES = {"none": 0, "step": 1, "channel": 2}
 WGMMA = Kernel("delta_rule_wgmma", *HEADERS, "delta_tokens.cuh", "wgmma.cuh", "carrier.cuh", architecture="sm_90a")
 VALUES = 32  # value columns of a block that walks
 WGMMA_CHUNK, WGMMA_KEYS = 64, (64, 128)  # tokens, and rows of the state
-WGMMA_THREADS, STAGES = 128 + 256, 2  # those that bring, and those that compute; chunks under way
+WGMMA_THREADS, EARLY = 128 + 256, 2  # those that bring, and those that compute; chunks under way
 BEGIN, STATIC_OF_WGMMA = 1024, 2048  # bytes: its matrices begin at multiples of these; what it declares itself
 RECORDS = 1 << 26  # numbers of single precision that the records of one part may have
 LEAST = 8  # but so many chunks at least, which pay for two launches
@@ -108,7 +108,7 @@ class Walk(NamedTuple):
 
 def walk_of(chosen: Tiles, q: Any, gate: str, groups: int) -> Walk:
     """The choice for these tiles on this device."""
-    sizes = chosen.chunk == WGMMA_CHUNK and chosen.keys in WGMMA_KEYS and groups == 1 and gate != "channel"
+    sizes = chosen.chunk == WGMMA_CHUNK and chosen.keys in WGMMA_KEYS and groups == 1
     if sizes and np.dtype(q.dtype).name == "bfloat16" and _launch.machine.device().capability == "90":
         return Walk(WGMMA, WGMMA_THREADS, bytes_for_warpgroups(chosen.keys, gate))
     return Walk(KERNEL, 8 * chosen.chunk, chosen.walk)
@@ -116,9 +116,10 @@ def walk_of(chosen: Tiles, q: Any, gate: str, groups: int) -> Walk:
 
 def bytes_for_warpgroups(keys: int, gate: str) -> int:
     """Shared memory of a block that multiplies by warpgroups, as its text lays it out."""
-    chunk = WGMMA_CHUNK
-    stage = 2 * (4 * chunk * keys + 2 * chunk * chunk) + 4 * chunk * VALUES
-    return BEGIN + STAGES * stage + 2 * 2 * VALUES * (keys + chunk * (1 + (gate == "step")))
+    chunk, terms = WGMMA_CHUNK, terms_of("bfloat16", gate).keys
+    early, late = 2 * (2 + terms) * chunk * keys + 4 * chunk * VALUES, 2 * (terms * chunk * keys + 2 * chunk * chunk)
+    stages = EARLY * early + (1 if terms * keys > 128 else EARLY) * late
+    return BEGIN + stages + 2 * 2 * VALUES * (keys + chunk * (1 + (gate == "step")))
 
 
 def bytes_to_walk(sizes: Tiles, name: str, gate: str) -> int:

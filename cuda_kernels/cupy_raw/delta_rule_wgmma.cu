@@ -1,5 +1,5 @@
-// Delta rule on the tensor cores of Hopper, second launch: the walk of delta_rule_chunks.cu for bfloat16, at most one
-// gate per step, and queries of one group. With what delta_rule_prepare.cu has made of a chunk,
+// Delta rule on the tensor cores of Hopper, second launch: the walk of delta_rule_chunks.cu for bfloat16 and queries of
+// one group. With what delta_rule_prepare.cu has made of a chunk,
 //
 //     E = U - W S,    o = Q S + M E,    S = decay S + K^T E,
 //
@@ -17,7 +17,8 @@
 
 constexpr int WARPS = 8, PRODUCERS = 128;  // warps that compute; threads that bring
 constexpr int KEEPERS = KEYS / 16;         // warps that keep the state
-constexpr int STAGES = 2;                  // chunks under way
+constexpr int EARLY = 2;                   // chunks under way: of what errors and answers begin with
+constexpr int LATE = KEY_TERMS * KEYS > 128 ? 1 : 2;  // and of what they end with, where there is room
 constexpr int BOTH = 2 * VALUES;           // columns of two terms
 static_assert((KEYS == 64 || KEYS == 128) && CHUNK == 64 && BOTH == 64, "products have 64 rows and columns");
 
@@ -35,35 +36,53 @@ struct Room {
     unsigned char* at;
 
     static constexpr int targets = CHUNK * VALUES * sizeof(float);
-    static constexpr int stage = 4 * Vectors::bytes + 2 * Scores::bytes + targets;
+    static constexpr int early = (2 + KEY_TERMS) * Vectors::bytes + targets;
+    static constexpr int late = KEY_TERMS * Vectors::bytes + 2 * Scores::bytes;
 
-    __device__ __forceinline__ unsigned char* place(int n) const { return at + n % STAGES * stage; }
-    __device__ __forceinline__ Vectors recalls(int n, int term) const { return {place(n) + term * Vectors::bytes}; }
-    __device__ __forceinline__ Vectors queries(int n) const { return {place(n) + 2 * Vectors::bytes}; }
-    __device__ __forceinline__ Vectors keys(int n) const { return {place(n) + 3 * Vectors::bytes}; }
-    __device__ __forceinline__ Scores scores(int n, int term) const {
-        return {place(n) + 4 * Vectors::bytes + term * Scores::bytes};
+    __device__ __forceinline__ unsigned char* early_of(int n) const { return at + n % EARLY * early; }
+    __device__ __forceinline__ unsigned char* late_of(int n) const { return at + EARLY * early + n % LATE * late; }
+    __device__ __forceinline__ unsigned char* rest() const { return at + EARLY * early + LATE * late; }
+    __device__ __forceinline__ Vectors recalls(int n, int term) const { return {early_of(n) + term * Vectors::bytes}; }
+    __device__ __forceinline__ Vectors queries(int n, int term) const {
+        return {early_of(n) + (2 + term) * Vectors::bytes};
     }
     // A row of targets is as long as one of errors in two terms, and its pieces of four change places in the same way.
     __device__ __forceinline__ Errors targets_of(int n) const {
-        return {place(n) + 4 * Vectors::bytes + 2 * Scores::bytes};
+        return {early_of(n) + (2 + KEY_TERMS) * Vectors::bytes};
     }
-    __device__ __forceinline__ States state() const { return {at + STAGES * stage}; }
-    __device__ __forceinline__ Errors errors() const { return {at + STAGES * stage + States::bytes}; }
+    __device__ __forceinline__ Vectors keys(int n, int term) const { return {late_of(n) + term * Vectors::bytes}; }
+    __device__ __forceinline__ Scores scores(int n, int term) const {
+        return {late_of(n) + KEY_TERMS * Vectors::bytes + term * Scores::bytes};
+    }
+    __device__ __forceinline__ States state() const { return {rest()}; }
+    __device__ __forceinline__ Errors errors() const { return {rest() + States::bytes}; }
     // As they are at the end of the chunk.
     __device__ __forceinline__ Errors faded() const {
-        return {at + STAGES * stage + States::bytes + (GATE ? int(Errors::bytes) : 0)};
+        return {rest() + States::bytes + (GATE == STEP ? int(Errors::bytes) : 0)};
     }
 };
 
+// Places for chunks under way.
+template <int STAGES>
+struct Ring {
+    Barrier there[STAGES], free[STAGES];  // a chunk, and a place that nobody needs any more
+
+    __device__ __forceinline__ void set_up_all(int bringers) {
+        for (int i = 0; i < STAGES; i++) set_up(there[i], bringers), set_up(free[i], WARPS);
+    }
+    __device__ __forceinline__ Barrier& there_of(int n) { return there[n % STAGES]; }
+    __device__ __forceinline__ Barrier& free_of(int n) { return free[n % STAGES]; }
+    static __device__ __forceinline__ int phase(int n) { return n / STAGES & 1; }
+};
 struct Barriers {
-    Barrier there[STAGES], free[STAGES];  // chunks, and places that nobody needs any more
-    Barrier state, recalled;              // the state is there; nobody is left at it
-    Barrier lost;                         // products for errors are done, which all others wait for
-    Barrier errors, answered;             // the errors are there; nobody is left at them
+    Ring<EARLY> early;
+    Ring<LATE> late;
+    Barrier state, recalled;  // the state is there; nobody is left at it
+    Barrier lost;             // products for errors are done, which all others wait for
+    Barrier errors, answered; // the errors are there; nobody is left at them
 
     __device__ __forceinline__ void set_up_all() {
-        for (int i = 0; i < STAGES; i++) set_up(there[i], PRODUCERS), set_up(free[i], WARPS);
+        early.set_up_all(3 * 32), late.set_up_all(3 * 32);
         set_up(state, KEEPERS), set_up(recalled, 4), set_up(lost, 4), set_up(errors, 4), set_up(answered, 4);
     }
 };
@@ -99,41 +118,59 @@ __device__ __forceinline__ void bring_rows_of(const Tile& tile, const void* rows
     }
 }
 
-// Two warps bring what the first launch has made, a term each.
-__device__ __forceinline__ void bring_record(const Room& room, const Record& record, int n, int term) {
-    bring_rows_of(room.recalls(n, term), record.recalls() + term * CHUNK * KEYS, 2 * KEYS, false);
-    bring_rows_of(room.scores(n, term), record.scores(0) + term * CHUNK * CHUNK, 2 * CHUNK, true);
-}
+// Tokens as they are, or what the first launch made of them: what a warp brings of each chunk.
+struct Bringer {
+    Carrier<Vectors> tokens;
+
+    template <class TileOf>  // tile_of(term)
+    __device__ __forceinline__ void bring(const bfloat16* made, int rows, Barrier& there, TileOf tile_of) {
+        if constexpr (DIRECT) {
+            tokens.bring(tile_of(0), rows);
+            if (tokens.vectors) return arrive_with_copies(there);
+            close_copies();
+            finish_copies<0>();  // an arrival of its own does not wait for copies
+            tokens.hand_over(there);
+        } else {
+            for (int term = 0; term < KEY_TERMS; term++)
+                bring_rows_of(tile_of(term), made + term * CHUNK * KEYS, 2 * KEYS, false);
+            arrive_with_copies(there);
+        }
+    }
+};
 __device__ __forceinline__ void prefetch_chunk(const Walk& walk, int n) {
     const int mine = int(blockIdx.x) % walk.sharers * PRODUCERS + threadIdx.x;
     const Senders senders = {mine, walk.sharers * PRODUCERS};
     prefetch_record(walk.record(n), senders);
+    if (!DIRECT) return;
     prefetch_tokens(walk.arrays.q, walk.first_of(n), walk.tokens_of(n), senders);
     prefetch_tokens(walk.arrays.k, walk.first_of(n), walk.tokens_of(n), senders);
 }
+// Two warps bring a term each of what the first launch has made, one has queries and targets, one has keys.
 __device__ __forceinline__ void produce(const Room& room, Barriers& barriers, const Walk& walk) {
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
-    Carrier<Vectors> tokens(warp == 2 ? walk.arrays.q : walk.arrays.k, 0, 0, K);
+    Bringer bringer = {{warp == 2 ? walk.arrays.q : walk.arrays.k, 0, 0, K}};
     #pragma unroll 1
     for (int n = 0; n < walk.chunks; n++) {
         const Record record = walk.record(n);
-        if (n >= STAGES)
-            wait(barriers.free[n % STAGES], n / STAGES - 1 & 1);
-        Barrier& there = barriers.there[n % STAGES];
+        Barrier &early = barriers.early.there_of(n), &late = barriers.late.there_of(n);
+        if (n >= EARLY)
+            wait(barriers.early.free_of(n), barriers.early.phase(n - EARLY));
         if (warp < 2) {
-            bring_record(room, record, n, warp);
-            arrive_with_copies(there);
-        } else {
-            tokens.bring(warp == 2 ? room.queries(n) : room.keys(n), walk.tokens_of(n));
-            if (warp == 2)
-                bring_rows_of(room.targets_of(n), record.targets() + walk.first_column, 4ll * record.wide, false);
-            if (!tokens.vectors) {  // then it does not leave its arrival to the copies
-                close_copies();
-                finish_copies<0>();
-            }
-            tokens.hand_over(there);
+            bring_rows_of(room.recalls(n, warp), record.recalls() + warp * CHUNK * KEYS, 2 * KEYS, false);
+            arrive_with_copies(early);
+        } else if (warp == 2) {
+            bring_rows_of(room.targets_of(n), record.targets() + walk.first_column, 4ll * record.wide, false);
+            bringer.bring(record.queries(0), walk.tokens_of(n), early, [&](int term) { return room.queries(n, term); });
         }
-        if (n + STAGES < walk.chunks) prefetch_chunk(walk, n + STAGES);
+        if (n >= LATE)
+            wait(barriers.late.free_of(n), barriers.late.phase(n - LATE));
+        if (warp < 2) {
+            bring_rows_of(room.scores(n, warp), record.scores(0) + warp * CHUNK * CHUNK, 2 * CHUNK, true);
+            arrive_with_copies(late);
+        } else if (warp == 3) {
+            bringer.bring(record.keys(), walk.tokens_of(n), late, [&](int term) { return room.keys(n, term); });
+        }
+        if (n + EARLY < walk.chunks) prefetch_chunk(walk, n + EARLY);
     }
     close_copies();
     finish_copies<0>();  // no thread ends before its copies are there
@@ -193,10 +230,15 @@ __device__ __forceinline__ void begin_losses(Sums& sum, const Room& room, int n)
 }
 // Q S.
 __device__ __forceinline__ void begin_recall(Sums& sum, const Room& room, int n) {
-    const Matrix state = room.state().matrix(), queries = room.queries(n).matrix();
+    const Matrix state = room.state().matrix();
     #pragma unroll
-    for (int c = 0; c < KEYS; c += 16)
-        wgmma_bf16_rows<BOTH>(sum, Vectors::part(queries, 0, c), States::part(state, c, 0), c > 0);
+    for (int term = KEY_TERMS - 1; term >= 0; term--) {
+        const Matrix queries = room.queries(n, term).matrix();
+        #pragma unroll
+        for (int c = 0; c < KEYS; c += 16)
+            wgmma_bf16_rows<BOTH>(sum, Vectors::part(queries, 0, c), States::part(state, c, 0),
+                                  c > 0 || term < KEY_TERMS - 1);
+    }
     close_products();
 }
 // M E, added.
@@ -213,26 +255,32 @@ __device__ __forceinline__ void begin_weighing(Sums& sum, const Room& room, int 
 }
 // K^T E, of 64 keys.
 __device__ __forceinline__ void begin_memorising(Sums& sum, const Room& room, int n, int group) {
-    const Matrix keys = room.keys(n).matrix(), errors = room.faded().matrix();
+    const Matrix errors = room.faded().matrix();
     #pragma unroll
-    for (int i = 0; i < CHUNK; i += 16)
-        wgmma_bf16_tokens<BOTH>(sum, Vectors::part(keys, i, 64 * group), Errors::part(errors, i, 0), i > 0);
+    for (int term = KEY_TERMS - 1; term >= 0; term--) {
+        const Matrix keys = room.keys(n, term).matrix();
+        #pragma unroll
+        for (int i = 0; i < CHUNK; i += 16)
+            wgmma_bf16_tokens<BOTH>(sum, Vectors::part(keys, i, 64 * group), Errors::part(errors, i, 0),
+                                    i > 0 || term < KEY_TERMS - 1);
+    }
     close_products();
 }
 
 // ---- the walk over chunks ------------------------------------------------------------------------------------------
 
-// Decays of a lane's two rows of a chunk, on their way while others work.
+// One gate per step: decays of a lane's two tokens, on their way while others work.
 struct Fading {
     float of[2];
 
     __device__ __forceinline__ Fading(const float* decays, const Self& self) {
         for (int half = 0; half < 2; half++)
-            of[half] = GATE ? decays[16 * self.warp + self.line + 8 * half] : 1;
+            of[half] = GATE == STEP ? decays[16 * self.warp + self.line + 8 * half] : 1;
     }
-    __device__ __forceinline__ void scale(float (&x)[VALUES / 2]) const {
+    template <int R>
+    __device__ __forceinline__ void scale(float (&x)[R]) const {
         #pragma unroll
-        for (int i = 0; i < VALUES / 2; i++) x[i] *= of[i / 2 % 2];
+        for (int i = 0; i < R; i++) x[i] *= of[i / 2 % 2];
     }
 };
 
@@ -286,12 +334,13 @@ struct Consumer {
             good = bad(x) ? min(good, token) : good;
         });
         put_terms(room.errors(), 0, errors, self);
-        if (GATE) fading.scale(errors), put_terms(room.faded(), 0, errors, self);
+        if (GATE == STEP) fading.scale(errors), put_terms(room.faded(), 0, errors, self);
         for (int distance = 1; distance < 32; distance *= 2)
             good = min(good, __shfl_xor_sync(0xffffffffu, good, distance));
         if (self.lane == 0) votes[self.warp] = good;
         show_to_products();
         arrive_as_warp(barriers.errors, self);
+        arrive_as_warp(barriers.early.free_of(n), self);
     }
     // What the state answers to the queries of chunk n, so far.
     __device__ __forceinline__ void recall(Sums& sum, int n) const {
@@ -302,8 +351,8 @@ struct Consumer {
         finish_products<0>();
         done(sum);
         arrive_as_warp(barriers.recalled, self);
-        #pragma unroll
-        for (int i = 0; i < BOTH / 2 && GATE; i++) sum[i] *= fading.of[i / 2 % 2];
+        arrive_as_warp(barriers.early.free_of(n), self);
+        if (GATE == STEP) fading.scale(sum);
     }
     __device__ __forceinline__ void answer(const Sums& sum, int n, int good) const {
         #pragma unroll
@@ -315,7 +364,7 @@ struct Consumer {
         }
     }
     // The pairs of chunk n; of one who reads, answers are on their way meanwhile.
-    __device__ __forceinline__ void memorise(Totals& state, Sums& sum, int n, float kept_of_it) const {
+    __device__ __forceinline__ void memorise(Totals& state, Sums& sum, int n, const float (&left)[2]) const {
         Sums added;
         begin_products();
         if (keeps) begin_memorising(added, room, n, READS);
@@ -324,7 +373,7 @@ struct Consumer {
         if (!keeps) return;
         done(added);
         #pragma unroll
-        for (int i = 0; i < VALUES / 2; i++) state[i] = fma(kept_of_it, state[i], total(added, i));
+        for (int i = 0; i < VALUES / 2; i++) state[i] = fma(left[i / 2 % 2], state[i], total(added, i));
         wait(barriers.recalled, n & 1);
     }
     // Errors from a bad one on are zero for the answers before it; then one token after the other.
@@ -350,30 +399,35 @@ struct Consumer {
         both_warpgroups();  // nobody is left at the numbers
     }
     __device__ __forceinline__ void take(Totals& state, int n) const {
-        const float kept_of_it = GATE ? *walks.record(n).total() : 1;
+        float left[2] = {1, 1};  // of the state, at a lane's rows
+        const int row = 64 * READS + 16 * self.warp + self.line;
+        for (int half = 0; half < 2 && GATE && keeps; half++)
+            left[half] = walks.record(n).total()[GATE == STEP ? 0 : row + 8 * half];
         Sums sum;
-        wait(barriers.there[n % STAGES], n / STAGES & 1);
+        wait(barriers.early.there_of(n), barriers.early.phase(n));
         wait(barriers.state, n & 1);
         show_to_products();
         if (READS)
             recall(sum, n);
         else
             learn(n);
+        wait(barriers.late.there_of(n), barriers.late.phase(n));
         wait(barriers.errors, n & 1);
+        show_to_products();
         const int good = min(min(votes[0], votes[1]), min(votes[2], votes[3])), count = walks.tokens_of(n);
         const bool spoilt = good < count;
         if (spoilt)
             one_by_one(state, sum, n, good);
         else
-            memorise(state, sum, n, kept_of_it);
+            memorise(state, sum, n, left);
         lay_out(state);
         if (READS) {
             finish_products<0>();
             done(sum);
             arrive_as_warp(barriers.answered, self);
-            if (!spoilt) answer(sum, n, count);
         }
-        arrive_as_warp(barriers.free[n % STAGES], self);
+        arrive_as_warp(barriers.late.free_of(n), self);
+        if (READS && !spoilt) answer(sum, n, count);
     }
 };
 
@@ -409,7 +463,7 @@ delta_rule_wgmma(const data* q, const data* k, const data* v, const real* beta, 
     __shared__ float parts[32 * WARPS];
     const Room room = {dynamic_shared() + (-shared_address(dynamic_shared()) & 1023)};
     find_places(places, table, axes, blockIdx.x / blocks);
-    for (int n = 0; n < STAGES; n++)  // nothing comes from keys of later blocks: so it is for all chunks
+    for (int n = 0; n < LATE; n++)  // nothing comes from keys of later blocks: so it is for all chunks
         for (int i = threadIdx.x; i < int(2 * Scores::bytes / sizeof(float)); i += blockDim.x)
             reinterpret_cast<float*>(room.scores(n, 0).begin)[i] = 0;
     show_to_products();
