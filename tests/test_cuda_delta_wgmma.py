@@ -65,11 +65,11 @@ def test_one_key_again_and_again_is_solved_for(step):
 
 @pytest.mark.parametrize(
     "gate, k, name, bad, reset",
-    [("none", 128, "v", 100, None), ("step", 128, "v", 70, 120), ("step", 128, "k", 70, 200), ("step", 64, "q", 5, 4),
+    [("none", 128, "v", 100, None), ("step", 128, "v", 70, 120), ("step", 128, "k", 70, 132), ("step", 64, "q", 5, 4),
      ("none", 60, "k", 129, None), ("channel", 128, "v", 70, 130)],
 )  # fmt: skip
 def test_a_bad_number_reaches_what_it_must_and_no_bit_of_the_past(gate, k, name, bad, reset):
-    arrays, _ = inputs(gate, k=k, t=210)
+    arrays, _ = inputs(gate, k=k, t=135)
     options = {"output_final_state": True}
     if reset is not None:
         arrays["log_decay"][0, reset] = -np.inf
