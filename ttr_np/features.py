@@ -14,7 +14,7 @@ inputs saturate without warnings.
 [6] Arora et al. (2024), Simple linear attention language models (Based), arXiv:2402.18668
 [7] Aksenov et al. (2024), Linear transformers with learnable kernel functions (ReBased), arXiv:2402.10644
 [8] Zhang et al. (2024), The hedgehog and the porcupine, arXiv:2402.04347
-[9] Buckman et al. (2025), Scaling context requires rethinking attention, arXiv:2507.04239
+[9] Gelada et al. (2025), Scaling context requires rethinking attention, arXiv:2507.04239
 [10] Su et al. (2021), RoFormer, arXiv:2104.09864
 [11] Press et al. (2021), Train short, test long (ALiBi), arXiv:2108.12409
 [12] Sun et al. (2023), Retentive network, arXiv:2307.08621
