@@ -58,7 +58,20 @@ PRECISE = GATES | {"input_gate", "log_input", "nu", "theta", "readout"}  # never
 class Gate(NamedTuple):
     """One more input of a layer: where it comes from in a trained model, and what it is if the caller says nothing.
 
-    ``default`` is a number, or a function of the inputs; ``text`` the parameterisation; ``axes`` in the notation.
+    Parameters
+    ----------
+    default : float or callable
+        A number, or a function of the layer's problem (inputs and gates under their names).
+    text : str
+        How a trained model makes it of the token x.
+    axes : str, default "t"
+        Its axes in the notation; empty for a plain option.
+
+    Examples
+    --------
+    >>> import ttr_np
+    >>> ttr_np.layers["gated_deltanet"].gates["beta"]
+    Gate(default=0.9, text='beta = sigmoid(W x)', axes='t')
     """
 
     default: Any
@@ -72,30 +85,30 @@ class Layer:
 
     Parameters
     ----------
-    name
+    name : str
         Its name in the table.
-    weights, regressor, optimizer
+    weights, regressor, optimizer : Weights, regressor and optimizer
         The three choices; see the modules of those names.
-    operator
+    operator : str or None
         Name of the operator that runs it, or None: it then runs through the definition.
-    paper
+    paper : str
         Where it is from.
-    gates
+    gates : dict of str to Gate, optional
         Further inputs by name, each with a default, so that ``layer(q, k, v)`` always runs.
-    data
+    data : tuple of str, default ("q", "k", "v")
         Names of the inputs: ``q, k, v`` for most, ``x`` for pure scans.
-    options
+    options : dict, optional
         Fixed options of the operator.
-    route
+    route : callable, default ttr_np.routes.direct
         How inputs and gates become the operator's arguments.
-    pose, answer
+    pose, answer : callable, optional
         What comes before and after the regression, in the definition too: ``pose(problem) -> problem``, and
         ``answer(o, problem) -> o``.
-    reason
+    reason : str, default ""
         Why no operator serves it; empty if one does.
-    carries
+    carries : bool, default False
         Whether its state holds more than operators' states.
-    blank
+    blank : float, default 0.0
         The number of which a key is made that adds nothing to the answer of its own token.
 
     Examples
@@ -128,6 +141,16 @@ class Layer:
     def problem(self, *data: Any, **gates: Any) -> dict[str, Any]:
         """Inputs and gates under their names, defaults filled in: what all three choices look at.
 
+        Parameters
+        ----------
+        *data, **gates
+            As in a call.
+
+        Returns
+        -------
+        dict
+            Arrays, and plain options, by name.
+
         Raises
         ------
         TypeError
@@ -155,7 +178,32 @@ class Layer:
         backend: Any = None,
         **gates: Any,
     ) -> Any:
-        """Run the layer; the keywords common to all operators are explained in ``ttr_np.operators``."""
+        """Run the layer.
+
+        Parameters
+        ----------
+        *data : (..., t, size)
+            The inputs that ``data`` names: q, k and v for most.
+        initial_state, output_final_state, cu_seqlens, mask, backend
+            Common to all operators: see ``ttr_np.operators``. The state is that of the operator, or a tuple that
+            holds it where the layer remembers more.
+        **gates
+            Gates of the layer; those left out take the table's defaults.
+
+        Returns
+        -------
+        o : (..., t, v)
+            Answers, in the dtype of the data; or ``(o, state)``.
+
+        Raises
+        ------
+        TypeError
+            If an input is missing or a gate unknown.
+        ValueError
+            If an array, or a gate, does not fit.
+        NotImplementedError
+            If the layer cannot run: not yet, or not with a state or mask; the message says why.
+        """
         if self.operator is None:
             return self.by_definition(data, gates, initial_state, output_final_state, cu_seqlens, mask)
         if self.carries and cu_seqlens is not None:
