@@ -21,7 +21,6 @@ autodoc_typehints = "none"  # the docstrings say shapes, which the hints cannot
 numpydoc_show_class_members = False
 
 
-
 def escape_mathematics(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
     """Let |x| and S* stand for themselves: docstrings are written to be read as they are."""
     parts = re.split(r"(``.*?``|\n\.\. .*?\n|\n +>>>.*?\n)", "\n".join(lines))

@@ -141,9 +141,7 @@ def check(case):
     exact, plain = solved(case, np.longdouble), solved(case)
     with on_cpu(case.backend, check=False, order=case.order):
         door = getattr(ttr_np, case.operator)
-        o, state = door(
-            **case.arrays, **case.options, **case.common, output_final_state=True, backend=case.backend
-        )
+        o, state = door(**case.arrays, **case.options, **case.common, output_final_state=True, backend=case.backend)
     sums = np.finfo(np.result_type(case.dtype, np.float32)).eps
     # Answers rounded the other way of two; states of chunks of 16-bit data have 16 bits, see _tiles.SUM_TERMS.
     more = {"bfloat16": (2.0**-7, 2.0**-15), "float16": (2.0**-10, 2.0**-15)}.get(case.dtype.name, (0.0, 0.0))

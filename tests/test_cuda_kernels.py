@@ -138,9 +138,7 @@ def test_the_operators_keep_their_word(case, sentence):
 @every_case
 def test_the_future_changes_no_bit_of_the_past(case, machine):
     arrays, other = case.draw(t=30), case.draw(seed=1, t=30)
-    changed = sentences.join(
-        case, sentences.cut(case, arrays, slice(0, 11)), sentences.cut(case, other, slice(11, 30))
-    )
+    changed = sentences.join(case, sentences.cut(case, arrays, slice(0, 11)), sentences.cut(case, other, slice(11, 30)))
     sentences.same_bits(case(changed)[..., :11, :], case(arrays)[..., :11, :])
 
 

@@ -28,9 +28,7 @@ def close(x, y, rtol=1e-12):
 def rls_token_by_token(ridge=1.0, **arrays):
     common = {name: arrays.pop(name) for name in ("initial_state", "mask") if name in arrays}
     start = partial(rls_solver.start, ridge)
-    return run(
-        rls_solver.recurrent, "recursive_least_squares", arrays, start=start, output_final_state=True, **common
-    )
+    return run(rls_solver.recurrent, "recursive_least_squares", arrays, start=start, output_final_state=True, **common)
 
 
 def weights(t, log_decay, beta):
@@ -678,9 +676,7 @@ def test_what_steps_one_by_one_may_be_cut_anywhere(operator):
     o, final = door(**x, mask=mask)
     state, pieces = None, []
     for t in range(40):
-        answer, state = door(
-            **{name: y[t : t + 1] for name, y in x.items()}, mask=mask[t : t + 1], initial_state=state
-        )
+        answer, state = door(**{name: y[t : t + 1] for name, y in x.items()}, mask=mask[t : t + 1], initial_state=state)
         pieces.append(answer)
     np.testing.assert_array_equal(np.concatenate(pieces), o)
     np.testing.assert_array_equal(state.S, final.S)

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 import ttr_np
-from ttr_np.backends import BACKENDS
+from ttr_np.backends import BACKENDS, operators_of
 from ttr_np.cli.experiment import NAMES
 from ttr_np.cli.layers import markdown
 from ttr_np.cli.recall import WIDTH
+from ttr_np.notation import OPERATORS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -63,6 +64,13 @@ def extras() -> set[str]:
 def test_every_extra_and_every_backend_is_explained():
     assert {name for group in re.findall(r"'\.\[(.*?)\]'", README) for name in group.split(",")} == extras()
     assert all(f"| `{name}` |" in README for name in BACKENDS)
+
+
+def test_the_operators_of_numpy_alone_are_named():
+    text = " ".join(README.split("Five run on `numpy` alone:")[1].split("All kernels")[0].split())
+    lacking = [{*OPERATORS} - {*operators_of(backend)} for backend in BACKENDS if backend != "numpy"]
+    assert all(names == {*re.findall(r"`(\w+)`", text)} for names in lacking)
+    assert [len(names) for names in lacking] == [5] * 3 and len(OPERATORS) == 17
 
 
 def test_the_quoted_result_names_layers_that_exist_and_fits():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -128,6 +130,18 @@ def test_memories_that_do_not_merge_say_why(name):
         memory.merge(memory)
     with pytest.raises(NotImplementedError, match="do not merge"):
         Memory(name, mergeable=True)
+
+
+def test_pieces_of_a_sequence_run_on_workers_of_dask():
+    dask = pytest.importorskip("dask", reason="dask is not installed: pip install 'dask[array]'")
+    page = (Path(__file__).parents[1] / "docs" / "workers.md").read_text(encoding="utf-8")
+    names = {"dask": dask}
+    for example in doctest.DocTestParser().get_examples(page):
+        exec(example.source, names)
+    exec(re.search(r"```text\n(.*?)```", page, re.DOTALL)[1], names)
+    o, after = names["in_pieces"](names["dask_map"], names["qs"], names["ks"], names["vs"])
+    np.testing.assert_array_equal(o, names["o"])
+    np.testing.assert_array_equal(after.state.S, names["after"].state.S)
 
 
 def test_what_cannot_be_merged_is_told():

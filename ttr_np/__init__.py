@@ -1,6 +1,10 @@
 """Test-time regression: every sequence layer as weights, a regressor and an optimizer.
 
     m_t = argmin over m in M of  1/2 sum_i gamma_i(t) |v_i - m(k_i)|^2,    o_t = m_t(q_t)
+
+``ttr_np.layers`` is the table of architectures, ``ttr_np.layers["delta_rule"](q, k, v)`` runs one; operators such as
+``ttr_np.delta_rule`` are what runs below it, and ``ttr_np.recall`` is the definition of both. ``Memory`` keeps a state,
+``Stream`` takes one token per call, the regressors take rows of X and y; ``available_backends`` says what can run here.
 """
 
 __version__ = "0.1.0"

@@ -47,7 +47,7 @@ _global: list[Choice | None] = [None]
 
 
 class BackendUnavailable(RuntimeError):
-    """A backend was named that cannot run here; the message says why."""
+    """A backend was named that cannot run here; the message says why, as ``ttr_np.available_backends()`` does."""
 
 
 def validated(choice: Any, source: str = "") -> Choice:
@@ -81,15 +81,16 @@ def set_backend(backend: Choice | None) -> None:
 
     Raises
     ------
-    ValueError
-        If a name is unknown.
+    TypeError, ValueError
+        If it is neither a name nor names, or a name is unknown.
 
     Examples
     --------
-    >>> set_backend("numpy")
-    >>> resolve_backend("delta_rule")
+    >>> import ttr_np
+    >>> ttr_np.set_backend("numpy")
+    >>> ttr_np.resolve_backend("delta_rule")
     'numpy'
-    >>> set_backend(None)
+    >>> ttr_np.set_backend(None)
     """
     _global[0] = None if backend is None else validated(backend)
 
@@ -105,13 +106,14 @@ def use_backend(backend: Choice) -> Iterator[None]:
 
     Raises
     ------
-    ValueError
-        If a name is unknown.
+    TypeError, ValueError
+        If it is neither a name nor names, or a name is unknown.
 
     Examples
     --------
-    >>> with use_backend("numpy"):
-    ...     resolve_backend("mesa")
+    >>> import ttr_np
+    >>> with ttr_np.use_backend("numpy"):
+    ...     ttr_np.resolve_backend("mesa")
     'numpy'
     """
     token = _scoped.set(validated(backend))
@@ -171,7 +173,8 @@ def available_backends() -> dict[str, str]:
 
     Examples
     --------
-    >>> available_backends()["numpy"]
+    >>> import ttr_np
+    >>> ttr_np.available_backends()["numpy"]
     'ok'
     """
     return {name: reason(name) for name in BACKENDS}
@@ -341,11 +344,16 @@ def resolve_backend(operator: str, *arrays: Any, backend: Choice | None = None) 
     Raises
     ------
     ValueError
-        If the operator is unknown.
+        If the operator, or the name of a backend, is unknown.
+    TypeError
+        If the arrays are of different libraries or devices.
+    BackendUnavailable, NotImplementedError
+        If the backend that is named cannot run here, or has no such operator.
 
     Examples
     --------
-    >>> resolve_backend("linear_attention", backend="numpy")
+    >>> import ttr_np
+    >>> ttr_np.resolve_backend("linear_attention", backend="numpy")
     'numpy'
     """
     if operator not in OPERATORS:
@@ -382,7 +390,8 @@ def show_config() -> None:
 
     Examples
     --------
-    >>> show_config()  # doctest: +ELLIPSIS
+    >>> import ttr_np
+    >>> ttr_np.show_config()  # doctest: +ELLIPSIS
     ttr_np ...
     """
     from importlib.metadata import PackageNotFoundError, version

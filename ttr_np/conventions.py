@@ -43,11 +43,31 @@ class Regressor:
         return [p.name for p in every if p.kind is not Parameter.VAR_KEYWORD]
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """Parameters by name; ``deep`` changes nothing, no parameter is an estimator."""
+        """Parameters by name.
+
+        Parameters
+        ----------
+        deep : bool, default True
+            Changes nothing: no parameter is an estimator.
+
+        Returns
+        -------
+        dict
+        """
         return {name: getattr(self, name) for name in self._names()}
 
     def set_params(self: Same, **params: Any) -> Same:
         """Set parameters by name.
+
+        Parameters
+        ----------
+        **params
+            New values.
+
+        Returns
+        -------
+        Regressor
+            Itself.
 
         Raises
         ------
@@ -109,7 +129,20 @@ class Regressor:
     def partial_fit(self: Same, X: Any, y: Any, sample_weight: Any = None) -> Same:
         """Learn more rows with what the first ones have chosen (a ridge, a bandwidth); the first call is a ``fit``.
 
-        Parameters, Returns and Raises are those of ``fit``; a call that raises changes nothing.
+        Parameters
+        ----------
+        X, y, sample_weight
+            As for ``fit``.
+
+        Returns
+        -------
+        Regressor
+            Itself.
+
+        Raises
+        ------
+        ValueError, TypeError
+            As ``fit``; a call that raises changes nothing.
         """
         self._learnt(X, y, sample_weight, first=not self.__sklearn_is_fitted__())
         return self
@@ -190,8 +223,11 @@ class Regressor:
         Parameters
         ----------
         X : (n, d)
+            Queries.
         y : (n,) or (n, m)
+            What was to be predicted.
         sample_weight : (n,), optional
+            Weights >= 0.
 
         Returns
         -------

@@ -126,8 +126,11 @@ class TestTimeRegressor(Regressor):
         Parameters
         ----------
         X : (n, d)
+            Rows in the order of time.
         y : (n,) or (n, m)
+            Their targets.
         sample_weight : (n,), optional
+            Weights >= 0; a row of weight zero is predicted and not memorised.
 
         Returns
         -------
@@ -208,7 +211,22 @@ class TestTimeRegressor(Regressor):
         return np.diagonal(memory.recall(keys)).copy()
 
     def degrees_of_freedom(self, X: Any) -> float:
-        """Effective number of parameters of the fit: the trace of the smoother, the sum of ``leverage(X)``."""
+        """Effective number of parameters of the fit: the trace of the smoother, the sum of ``leverage(X)``.
+
+        Parameters
+        ----------
+        X : (n, d)
+            The rows, in the order in which they were memorised.
+
+        Returns
+        -------
+        float
+
+        Raises
+        ------
+        NotImplementedError
+            If the layer's answers are not linear in the values.
+        """
         return float(self.leverage(X).sum())
 
 
@@ -557,8 +575,16 @@ class KernelSmoother(LocalPolynomialRegressor):
 
     Parameters
     ----------
-    kernel, bandwidth, backend
+    kernel : str or callable, default "gaussian"
         As for ``LocalPolynomialRegressor``, whose degree zero this is; attributes and notes there.
+    bandwidth : float or {"loo", "gcv", "aicc"}, default "loo"
+        Width of the kernel, or the criterion that chooses it.
+    backend : str or tuple of str, optional
+        See ``ttr_np.backends``; of predictions.
+
+    References
+    ----------
+    Nadaraya (1964), On estimating regression; Watson (1964), Smooth regression analysis.
 
     Examples
     --------

@@ -14,7 +14,7 @@ inputs saturate without warnings.
 [6] Arora et al. (2024), Simple linear attention language models (Based), arXiv:2402.18668
 [7] Aksenov et al. (2024), Linear transformers with learnable kernel functions (ReBased), arXiv:2402.10644
 [8] Zhang et al. (2024), The hedgehog and the porcupine, arXiv:2402.04347
-[9] Buckman et al. (2025), Scaling context requires rethinking attention, arXiv:2507.04239
+[9] Gelada et al. (2025), Scaling context requires rethinking attention, arXiv:2507.04239
 [10] Su et al. (2021), RoFormer, arXiv:2104.09864
 [11] Press et al. (2021), Train short, test long (ALiBi), arXiv:2108.12409
 [12] Sun et al. (2023), Retentive network, arXiv:2307.08621
@@ -82,6 +82,12 @@ def relu(x: Any) -> np.ndarray:
     Returns
     -------
     y : (...)
+
+    Examples
+    --------
+    >>> from ttr_np.features import relu
+    >>> relu([-1.0, 2.0])
+    array([0., 2.])
     """
     x, dtype = wide(x)
     return narrow(np.maximum(x, 0), dtype)
@@ -97,6 +103,12 @@ def elu_plus_one(x: Any) -> np.ndarray:
     Returns
     -------
     phi : (..., k)
+
+    Examples
+    --------
+    >>> from ttr_np.features import elu_plus_one
+    >>> elu_plus_one([-1.0, 0.0, 2.0]).round(2)
+    array([0.37, 1.  , 3.  ])
     """
     x, dtype = wide(x)
     return narrow(np.where(x > 0, x + 1, np.exp(np.minimum(x, 0))), dtype)
@@ -113,6 +125,12 @@ def sigmoid(x: Any) -> np.ndarray:
     -------
     y : (...)
         In [0, 1].
+
+    Examples
+    --------
+    >>> from ttr_np.features import sigmoid
+    >>> sigmoid([-100.0, 0.0])
+    array([3.72007598e-44, 5.00000000e-01])
     """
     x, dtype = wide(x)
     small = np.exp(-np.abs(x))
@@ -130,6 +148,12 @@ def softplus(x: Any) -> np.ndarray:
     -------
     y : (...)
         Not below 0.
+
+    Examples
+    --------
+    >>> from ttr_np.features import softplus
+    >>> softplus([-1.0, 100.0]).round(2)
+    array([  0.31, 100.  ])
     """
     x, dtype = wide(x)
     return narrow(np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x))), dtype)
@@ -146,6 +170,12 @@ def log_sigmoid(x: Any) -> np.ndarray:
     -------
     y : (...)
         Not above 0.
+
+    Examples
+    --------
+    >>> from ttr_np.features import log_sigmoid
+    >>> log_sigmoid([-100.0, 0.0]).round(2)
+    array([-100.  ,   -0.69])
     """
     x, dtype = wide(x)
     return narrow(np.minimum(x, 0) - np.log1p(np.exp(-np.abs(x))), dtype)
@@ -161,6 +191,12 @@ def silu(x: Any) -> np.ndarray:
     Returns
     -------
     y : (...)
+
+    Examples
+    --------
+    >>> from ttr_np.features import silu
+    >>> silu([-1.0, 2.0]).round(2)
+    array([-0.27,  1.76])
     """
     x, dtype = wide(x)
     return narrow(x * sigmoid(x), dtype)
@@ -178,6 +214,12 @@ def gelu(x: Any) -> np.ndarray:
     Returns
     -------
     y : (...)
+
+    Examples
+    --------
+    >>> from ttr_np.features import gelu
+    >>> gelu([-1.0, 2.0]).round(2)
+    array([-0.16,  1.95])
     """
     x, dtype = wide(x)
     z = np.clip(x, -40, 40)  # beyond, the sigmoid is 0 or 1 to the last bit and x^3 could overflow
@@ -202,12 +244,19 @@ def normalize_l2(x: Any, eps: float = 1e-6) -> np.ndarray:
     Parameters
     ----------
     x : (..., k)
-    eps
+    eps : float, default 1e-6
         Shorter vectors are divided by this instead of their length.
 
     Returns
     -------
     y : (..., k)
+
+    Examples
+    --------
+    >>> from ttr_np.features import normalize_l2
+    >>> normalize_l2([[3.0, 4.0], [0.0, 0.0]])
+    array([[0.6, 0.8],
+           [0. , 0. ]])
     """
     x, dtype = wide(x)
     y, scale = below_one(x)
@@ -222,12 +271,19 @@ def rms_norm(x: Any, weight: Any = None, eps: float = 1e-6) -> np.ndarray:
     ----------
     x : (..., d)
     weight : (d,), optional
-    eps
+        Default: ones.
+    eps : float, default 1e-6
         Keeps a zero vector at zero.
 
     Returns
     -------
     y : (..., d)
+
+    Examples
+    --------
+    >>> from ttr_np.features import rms_norm
+    >>> rms_norm([1.0, -1.0, 2.0, -2.0]).round(2)
+    array([ 0.63, -0.63,  1.26, -1.26])
     """
     x, dtype = wide(x)
     y, scale = below_one(x)
@@ -242,12 +298,19 @@ def layer_norm(x: Any, weight: Any = None, bias: Any = None, eps: float = 1e-6) 
     ----------
     x : (..., d)
     weight, bias : (d,), optional
-    eps
+        Default: ones and zeros.
+    eps : float, default 1e-6
         Keeps a constant vector at zero.
 
     Returns
     -------
     y : (..., d)
+
+    Examples
+    --------
+    >>> from ttr_np.features import layer_norm
+    >>> layer_norm([1.0, 2.0, 3.0]).round(2)
+    array([-1.22,  0.  ,  1.22])
     """
     x, dtype = wide(x)
     y = rms_norm(x - x.mean(axis=-1, keepdims=True), weight, eps)
@@ -261,14 +324,22 @@ def orthogonal_gaussian(features: int, size: int, seed: Any = 0) -> np.ndarray:
 
     Parameters
     ----------
-    features, size
+    features, size : int
         Number of rows and columns.
-    seed
-        An integer or a ``numpy.random.Generator``.
+    seed : int or numpy.random.Generator, default 0
+        Of the draw.
 
     Returns
     -------
     W : (features, size)
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from ttr_np.features import orthogonal_gaussian
+    >>> W = orthogonal_gaussian(2, 2)
+    >>> bool(np.isclose(W[0] @ W[1], 0))
+    True
     """
     rng = np.random.default_rng(seed)
     blocks = -(-features // max(size, 1))
@@ -288,15 +359,24 @@ def favor_features(x: Any, W: Any = None, *, features: int = 256, seed: Any = 0,
     x : (..., d)
     W : (m, d), optional
         Random directions, the same for queries and keys; default: ``orthogonal_gaussian(features, d, seed)``.
-    features, seed
+    features, seed : int, default 256 and 0
         For the default. A Generator moves on at every call: draw ``W`` once if queries and keys are mapped apart.
-    rescale
+    rescale : bool, default False
         Divide each row by its largest entry, so that long vectors do not underflow. Right for the queries of a
         normalised layer, where a factor per query cancels.
 
     Returns
     -------
     phi : (..., m)
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from ttr_np.features import favor_features
+    >>> q = k = np.array([1.0, 0.0])
+    >>> phi = favor_features([q, k], features=4096)
+    >>> float((phi[0] @ phi[1]).round(1)), float(np.exp(q @ k / np.sqrt(2)).round(1))
+    (2.0, 2.0)
     """
     x, dtype = wide(x)
     d = x.shape[-1]
@@ -319,12 +399,20 @@ def random_fourier_features(x: Any, W: Any = None, *, features: int = 256, seed:
         Divide by the bandwidth first for another width.
     W : (m, d), optional
         Random directions, the same for queries and keys; default: ``orthogonal_gaussian(features, d, seed)``.
-    features, seed
+    features, seed : int, default 256 and 0
         For the default.
 
     Returns
     -------
     phi : (..., 2 m)
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from ttr_np.features import random_fourier_features
+    >>> phi = random_fourier_features([[0.0, 0.0], [1.0, 0.0]], features=4096)
+    >>> float((phi[0] @ phi[1]).round(1)), float(np.exp(-0.5).round(1))
+    (0.6, 0.6)
     """
     x, dtype = wide(x)
     W = np.asarray(orthogonal_gaussian(features, x.shape[-1], seed) if W is None else W, x.dtype)
@@ -340,7 +428,7 @@ def cosformer_features(x: Any, position: Any, length: float) -> np.ndarray:
     x : (..., t, d)
     position : (..., t)
         In [0, length], where the cosine cannot be negative.
-    length
+    length : float
         At least that of the sequence.
 
     Returns
@@ -351,6 +439,14 @@ def cosformer_features(x: Any, position: Any, length: float) -> np.ndarray:
     ------
     ValueError
         If a position lies outside.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from ttr_np.features import cosformer_features
+    >>> phi = cosformer_features([[1.0], [1.0], [1.0]], np.arange(3), length=2)
+    >>> (phi @ phi[0]).round(2)
+    array([1.  , 0.71, 0.  ])
     """
     x, dtype = wide(x)
     position = np.asarray(position, np.float64)
@@ -371,12 +467,18 @@ def dpfp(x: Any, nu: int = 1) -> np.ndarray:
     Parameters
     ----------
     x : (..., d)
-    nu
+    nu : int, default 1
         Number of neighbours.
 
     Returns
     -------
     phi : (..., 2 d nu)
+
+    Examples
+    --------
+    >>> from ttr_np.features import dpfp
+    >>> dpfp([2.0, 3.0])
+    array([6., 0., 0., 0.])
     """
     x, dtype = wide(x)
     r = np.maximum(np.concatenate([x, -x], axis=-1), 0)
@@ -404,7 +506,7 @@ def symmetric_power(x: Any, power: int = 2) -> np.ndarray:
     Parameters
     ----------
     x : (..., d)
-    power
+    power : int, default 2
         Not negative.
 
     Returns
@@ -416,6 +518,13 @@ def symmetric_power(x: Any, power: int = 2) -> np.ndarray:
     ------
     ValueError
         If ``power`` is negative.
+
+    Examples
+    --------
+    >>> from ttr_np.features import symmetric_power
+    >>> phi = symmetric_power([[1.0, 2.0], [3.0, 1.0]])
+    >>> float((phi[0] @ phi[1]).round(9))
+    25.0
     """
     if power < 0:
         raise ValueError(f"power must not be negative, got {power}")
@@ -438,6 +547,13 @@ def taylor_features(x: Any) -> np.ndarray:
     -------
     phi : (..., 1 + d + d (d + 1) / 2)
         Each product of two entries once, not twice.
+
+    Examples
+    --------
+    >>> from ttr_np.features import taylor_features
+    >>> phi = taylor_features([[2.0], [3.0]])
+    >>> float((phi[0] @ phi[1]).round(9))
+    25.0
     """
     x, dtype = wide(x)
     d = x.shape[-1]
@@ -458,6 +574,13 @@ def rebased_features(x: Any, weight: Any = None, bias: Any = None) -> np.ndarray
     Returns
     -------
     phi : (..., d (d + 1) / 2)
+
+    Examples
+    --------
+    >>> from ttr_np.features import rebased_features
+    >>> phi = rebased_features([[1.0, 3.0], [5.0, 2.0]])
+    >>> float((phi[0] @ phi[1]).round(3))
+    2.0
     """
     x, dtype = wide(x)
     return narrow(symmetric_power(layer_norm(x, weight, bias), 2) / x.dtype.type(x.shape[-1] ** 0.5), dtype)
@@ -476,6 +599,12 @@ def hedgehog_features(x: Any, W: Any = None) -> np.ndarray:
     -------
     phi : (..., 2 m)
         Positive; each half sums to one.
+
+    Examples
+    --------
+    >>> from ttr_np.features import hedgehog_features
+    >>> hedgehog_features([0.0, 100.0])
+    array([3.72007598e-44, 1.00000000e+00, 1.00000000e+00, 3.72007598e-44])
     """
     x, dtype = wide(x)
     y = x if W is None else x @ np.swapaxes(np.asarray(W, x.dtype), -1, -2)
@@ -492,7 +621,8 @@ def rotary(x: Any, position: Any, base: float = 10000.0) -> np.ndarray:
     x : (..., t, d)
         d even.
     position : (..., t)
-    base
+        Any numbers; only their differences count.
+    base : float, default 10000.0
         Of the geometric row of wavelengths.
 
     Returns
@@ -503,6 +633,15 @@ def rotary(x: Any, position: Any, base: float = 10000.0) -> np.ndarray:
     ------
     ValueError
         If d is odd.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from ttr_np.features import rotary
+    >>> x = np.ones((3, 2))
+    >>> y = rotary(x, np.arange(3))
+    >>> bool(np.isclose(y[0] @ y[1], y[1] @ y[2]))
+    True
     """
     x, dtype = wide(x)
     d = x.shape[-1]
@@ -524,7 +663,7 @@ def shift(x: Any, steps: int = 1) -> np.ndarray:
     Parameters
     ----------
     x : (..., t, d)
-    steps
+    steps : int, default 1
         Not negative.
 
     Returns
@@ -535,6 +674,14 @@ def shift(x: Any, steps: int = 1) -> np.ndarray:
     ------
     ValueError
         If ``steps`` is negative: the future would leak into the past.
+
+    Examples
+    --------
+    >>> from ttr_np.features import shift
+    >>> shift([[1.0], [2.0], [3.0]])
+    array([[0.],
+           [1.],
+           [2.]])
     """
     if steps < 0:
         raise ValueError(f"steps must not be negative, got {steps}: the future would leak into the past")
@@ -549,12 +696,18 @@ def alibi_slopes(heads: int) -> np.ndarray:
 
     Parameters
     ----------
-    heads
+    heads : int
         The source has this row for powers of two; here it holds for any number.
 
     Returns
     -------
     slopes : (heads,)
+
+    Examples
+    --------
+    >>> from ttr_np.features import alibi_slopes
+    >>> alibi_slopes(4)
+    array([0.25      , 0.0625    , 0.015625  , 0.00390625])
     """
     return 2.0 ** (-8 * np.arange(1, heads + 1) / max(heads, 1))
 
@@ -564,12 +717,19 @@ def retention_decays(heads: int) -> np.ndarray:
 
     Parameters
     ----------
-    heads
+    heads : int
+        How many.
 
     Returns
     -------
     log_decay : (heads,)
         One number per head, the same at every step.
+
+    Examples
+    --------
+    >>> from ttr_np.features import retention_decays
+    >>> retention_decays(3).round(4)
+    array([-0.0317, -0.0157, -0.0078])
     """
     return np.log1p(-(2.0 ** (-5 - np.arange(heads))))
 
@@ -579,13 +739,20 @@ def lightning_decays(heads: int, layer: int = 0, layers: int = 1) -> np.ndarray:
 
     Parameters
     ----------
-    heads
-    layer, layers
+    heads : int
+        How many.
+    layer, layers : int, default 0 and 1
         Which layer of how many; later layers forget less. Head 0 never forgets.
 
     Returns
     -------
     log_decay : (heads,)
         One number per head, the same at every step.
+
+    Examples
+    --------
+    >>> from ttr_np.features import lightning_decays
+    >>> lightning_decays(4, layer=1, layers=2)
+    array([ 0., -1., -2., -3.])
     """
     return -8.0 * np.arange(heads) / max(heads, 1) * (1 - layer / layers) + 0.0

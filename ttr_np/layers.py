@@ -58,7 +58,20 @@ PRECISE = GATES | {"input_gate", "log_input", "nu", "theta", "readout"}  # never
 class Gate(NamedTuple):
     """One more input of a layer: where it comes from in a trained model, and what it is if the caller says nothing.
 
-    ``default`` is a number, or a function of the inputs; ``text`` the parameterisation; ``axes`` in the notation.
+    Parameters
+    ----------
+    default : float or callable
+        A number, or a function of the layer's problem (inputs and gates under their names).
+    text : str
+        How a trained model makes it of the token x.
+    axes : str, default "t"
+        Its axes in the notation; empty for a plain option.
+
+    Examples
+    --------
+    >>> import ttr_np
+    >>> ttr_np.layers["gated_deltanet"].gates["beta"]
+    Gate(default=0.9, text='beta = sigmoid(W x)', axes='t')
     """
 
     default: Any
@@ -72,30 +85,30 @@ class Layer:
 
     Parameters
     ----------
-    name
+    name : str
         Its name in the table.
-    weights, regressor, optimizer
+    weights, regressor, optimizer : Weights, regressor and optimizer
         The three choices; see the modules of those names.
-    operator
+    operator : str or None
         Name of the operator that runs it, or None: it then runs through the definition.
-    paper
+    paper : str
         Where it is from.
-    gates
+    gates : dict of str to Gate, optional
         Further inputs by name, each with a default, so that ``layer(q, k, v)`` always runs.
-    data
+    data : tuple of str, default ("q", "k", "v")
         Names of the inputs: ``q, k, v`` for most, ``x`` for pure scans.
-    options
+    options : dict, optional
         Fixed options of the operator.
-    route
+    route : callable, default ttr_np.routes.direct
         How inputs and gates become the operator's arguments.
-    pose, answer
+    pose, answer : callable, optional
         What comes before and after the regression, in the definition too: ``pose(problem) -> problem``, and
         ``answer(o, problem) -> o``.
-    reason
+    reason : str, default ""
         Why no operator serves it; empty if one does.
-    carries
+    carries : bool, default False
         Whether its state holds more than operators' states.
-    blank
+    blank : float, default 0.0
         The number of which a key is made that adds nothing to the answer of its own token.
 
     Examples
@@ -128,6 +141,16 @@ class Layer:
     def problem(self, *data: Any, **gates: Any) -> dict[str, Any]:
         """Inputs and gates under their names, defaults filled in: what all three choices look at.
 
+        Parameters
+        ----------
+        *data, **gates
+            As in a call.
+
+        Returns
+        -------
+        dict
+            Arrays, and plain options, by name.
+
         Raises
         ------
         TypeError
@@ -155,7 +178,32 @@ class Layer:
         backend: Any = None,
         **gates: Any,
     ) -> Any:
-        """Run the layer; the keywords common to all operators are explained in ``ttr_np.operators``."""
+        """Run the layer.
+
+        Parameters
+        ----------
+        *data : (..., t, size)
+            The inputs that ``data`` names: q, k and v for most.
+        initial_state, output_final_state, cu_seqlens, mask, backend
+            Common to all operators: see ``ttr_np.operators``. The state is that of the operator, or a tuple that
+            holds it where the layer remembers more.
+        **gates
+            Gates of the layer; those left out take the table's defaults.
+
+        Returns
+        -------
+        o : (..., t, v)
+            Answers, in the dtype of the data; or ``(o, state)``.
+
+        Raises
+        ------
+        TypeError
+            If an input is missing or a gate unknown.
+        ValueError
+            If an array, or a gate, does not fit.
+        NotImplementedError
+            If the layer cannot run: not yet, or not with a state or mask; the message says why.
+        """
         if self.operator is None:
             return self.by_definition(data, gates, initial_state, output_final_state, cu_seqlens, mask)
         if self.carries and cu_seqlens is not None:
@@ -596,9 +644,7 @@ LINES: list[Layer] = [
     normalised_map("rebased", "Aksenov et al. 2024, arXiv:2402.10644", features.rebased_features, "(LN q . LN k)^2"),
     normalised_map("hedgehog", "Zhang et al. 2024, arXiv:2402.04347", features.hedgehog_features, "softmax(Wx)"),
     normalised_map("t2r", "Kasai et al. 2021, arXiv:2103.13076", features.relu, "relu"),
-    normalised_map(
-        "symmetric_power", "Buckman, Gelada et al. 2025, arXiv:2507.04239", features.symmetric_power, "(q.k)^2"
-    ),
+    normalised_map("symmetric_power", "Gelada et al. 2025, arXiv:2507.04239", features.symmetric_power, "(q.k)^2"),
     # decaying weights
     Layer(
         "retnet",
@@ -889,7 +935,7 @@ LINES: list[Layer] = [
     delta(
         "gdn2",
         Online(decay="log_decay", read=lambda p, i: p["erase_key"][i], text="online, weight decay, gated erasing"),
-        "2026, arXiv:2605.22791",
+        "Hatamizadeh et al. 2026, arXiv:2605.22791",
         {
             "log_decay": DT_CHANNEL_DECAY,
             "erase": Gate(0.9, "sigmoid(W x), per key channel", "t k"),
@@ -932,28 +978,28 @@ LINES: list[Layer] = [
     delta(
         "efla",
         Online(flow_step, text="online, gradient flow"),
-        "2025, arXiv:2512.12602",
+        "Lei et al. 2025, arXiv:2512.12602",
         {"beta": Gate(2.0, "beta = sigmoid(W x) or any positive number")},
         route=routes.adaptive(routes.flow),
     ),
     delta(
         "preconditioned_deltanet",
         PRECONDITIONED_STEP,
-        "2026, arXiv:2604.21100",
+        "Tumma et al. 2026, arXiv:2604.21100",
         {"beta": STEP, "log_decay": Gate(0.0, "0")},
         route=routes.preconditioned,
     ),
     delta(
         "preconditioned_gdn",
         PRECONDITIONED_STEP,
-        "2026, arXiv:2604.21100",
+        "Tumma et al. 2026, arXiv:2604.21100",
         {"beta": STEP, "log_decay": DT_DECAY},
         route=routes.preconditioned,
     ),
     delta(
         "preconditioned_kda",
         PRECONDITIONED_STEP,
-        "2026, arXiv:2604.21100",
+        "Tumma et al. 2026, arXiv:2604.21100",
         {"beta": STEP, "log_decay": DT_CHANNEL_DECAY},
         route=routes.preconditioned,
     ),
@@ -1145,7 +1191,7 @@ LINES: list[Layer] = [
         LINEAR,
         Exact(norm_ridge),
         None,
-        "2025, arXiv:2511.21016",
+        "Peng et al. 2025, arXiv:2511.21016",
         {"log_decay": Gate(np.log(0.998), "log sigmoid(W x)"), "share": Gate(0.02, "fixed", "")},
         reason="its ridge is tied to the norm of the Gram matrix and changes at every step; mesa's is constant",
     ),
@@ -1342,7 +1388,7 @@ LINES: list[Layer] = [
         LocalPolynomial(1),
         Exact("ridge"),
         "local_polynomial",
-        "2025, arXiv:2510.01450",
+        "Zuo et al. 2025, arXiv:2510.01450",
         {"scale": GAIN, "ridge": Gate(1e-2, "fixed or learned, > 0", "")},
         options={"degree": 1},
     ),
@@ -1362,17 +1408,19 @@ LINES: list[Layer] = [
         Slope(),
         Exact(),
         "softmax_attention",
-        "2026, arXiv:2605.29157",
+        "Zuo et al. 2026, arXiv:2605.29157",
         {"scale": GAIN, "r": Gate(lambda p: -p["q"], "a second query, W x", "t k")},
         route=routes.parallax,
     ),
     # not yet
     impossible(
         "mamba3",
-        "2026, arXiv:2603.15569",
+        "Lahoti et al. 2026, arXiv:2603.15569",
         "its trapezoidal input needs the pair before; its rotation is data-dependent",
     ),
-    impossible("hla", "2025, arXiv:2510.27258", "second-order states (sums of k k^T with q v^T) have no operator"),
+    impossible(
+        "hla", "Zhang et al. 2025, arXiv:2510.27258", "second-order states (sums of k k^T with q v^T) have no operator"
+    ),
     impossible(
         "polysketchformer",
         "Kacham et al. 2023, arXiv:2310.01655",
@@ -1380,7 +1428,7 @@ LINES: list[Layer] = [
     ),
     impossible(
         "deltaformer",
-        "2025, arXiv:2505.19488",
+        "Zhong et al. 2025, arXiv:2505.19488",
         "its values are corrected by a strict softmax of earlier ones: no operator",
     ),
     impossible(
@@ -1389,11 +1437,15 @@ LINES: list[Layer] = [
         "its weights are products of (1 - later scores), per query",
     ),
     impossible(
-        "lattice", "Behrouz et al. 2025, arXiv:2504.05646", "slots updated orthogonally to themselves have no operator"
+        "lattice",
+        "Karami, Mirrokni 2025, arXiv:2504.05646",
+        "slots updated orthogonally to themselves have no operator",
     ),
     impossible("swila", "2026", "several regressors per output joined by online EM have no operator"),
     impossible("gated_oja", "flash-linear-attention", "it erases on the value side of the memory"),
-    impossible("wall_attention", "2026", "it decays channels inside the dot product of softmax attention"),
+    impossible(
+        "wall_attention", "flash-linear-attention", "it decays channels inside the dot product of softmax attention"
+    ),
     impossible(
         "native_sparse_attention", "Yuan et al. 2025, arXiv:2502.11089", "its blocks are selected by learned scores"
     ),

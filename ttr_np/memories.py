@@ -212,21 +212,21 @@ class Trainable:
 
     Parameters
     ----------
-    bias
+    bias : bool, default False (True for `MLP`)
         Whether layers have biases. A ``retention`` acts on weights; biases are always plain.
-    layer_norm
+    layer_norm : bool, default False
         Normalise the output: LN(f(x)) = scale (f(x) - mean) / std + offset.
-    residual
+    residual : bool, default False
         Add the key to the output; values then have the size of keys.
     scale, offset : (..., v), optional
         Of the layer norm; default 1 and 0. Fixed at test time.
-    loss
-        `Squared`, `Huber` or `PNorm`, or an object with their two methods.
-    retention
-        `L2Retention`, `LqRetention` or `EntropyRetention`, or an object with their method.
+    loss : Squared, Huber, PNorm or an object with their two methods, default Squared()
+        What is minimised, a function of the error.
+    retention : L2Retention, LqRetention, EntropyRetention or an object with their method, default L2Retention()
+        What stays of the past.
     initial : sequence of (weight, bias), optional
         The layers at the start, as ``unpack`` returns them: arrays ``(..., in, out)`` and ``(..., out)`` or None.
-    seed
+    seed : int, default 0
         Of the random start where ``initial`` is not given.
     """
 
@@ -402,11 +402,15 @@ class Trainable:
 class Linear(Trainable):
     """A matrix: m(x) = x W, from W = 0; with ``bias``, ``layer_norm`` and ``residual`` the memory of TTT-Linear.
 
-    See `Trainable` for the parameters.
+    Parameters
+    ----------
+    bias, layer_norm, residual, scale, offset, loss, retention, initial, seed
+        By keyword: see ``ttr_np.memories.Trainable``.
 
     Examples
     --------
-    >>> Linear().parameters(k=2, v=3).shape
+    >>> import ttr_np
+    >>> ttr_np.Linear().parameters(k=2, v=3).shape
     (6,)
     """
 
@@ -417,20 +421,28 @@ class Linear(Trainable):
 
 @dataclass(frozen=True)
 class MLP(Trainable):
-    """A network with ``depth`` layers: the memory of TTT-MLP, Titans and MIRAS; see `Trainable` for more.
+    """A network with ``depth`` layers: the memory of TTT-MLP, Titans and MIRAS.
 
     Parameters
     ----------
-    hidden
+    hidden : int, optional
         Size of the hidden layers; default: four times that of the keys.
-    depth
+    depth : int, default 2
         Layers, the last one included; 1 has none hidden.
-    activation
-        ``gelu`` (its tanh form), ``silu``, ``relu`` or ``tanh``.
+    activation : {"gelu", "silu", "relu", "tanh"}, default "gelu"
+        Between the layers; gelu in its tanh form.
+    bias, layer_norm, residual, scale, offset, loss, retention, initial, seed
+        By keyword: see ``ttr_np.memories.Trainable``.
+
+    Raises
+    ------
+    ValueError
+        If a size is below 1, or the activation unknown.
 
     Examples
     --------
-    >>> MLP(8, bias=False).parameters(k=2, v=3).shape
+    >>> import ttr_np
+    >>> ttr_np.MLP(8, bias=False).parameters(k=2, v=3).shape
     (40,)
     """
 

@@ -199,8 +199,10 @@ class Memory:
         ----------
         *tokens : (..., t, size)
             The layer's inputs: ``q, k, v`` for most, ``q, k`` for Hopfield memories, ``x`` for scans.
-        mask, **gates
+        mask : (..., t) bool, optional
             As for ``memorize``; the query of a masked token is still answered.
+        **gates
+            Gates of this piece, in place of the memory's.
 
         Returns
         -------
@@ -257,7 +259,13 @@ class Memory:
         return None, each(lambda x: x[0], self._run(longer, mask, gates)[1])
 
     def copy(self) -> Memory:
-        """Another memory that knows the same."""
+        """Another memory that knows the same.
+
+        Returns
+        -------
+        Memory
+            A new one; what either learns from here on is its own.
+        """
         other = Memory(self.layer, backend=self.backend, mergeable=self.mergeable, **self.gates)
         other._state, other._shape, other._transitions = self._state, self._shape, self._transitions
         return other

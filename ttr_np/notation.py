@@ -180,17 +180,13 @@ class Signature(NamedTuple):
 _kv = ("k", "v", "log_decay")
 _cache = {"k": "n k", "v": "n v", "log_weight": "n", "position": "n"}
 OPERATORS: dict[str, Signature] = {
-    "linear_attention": Signature(
-        ("q", "k", "v"), ("log_decay", "bonus"), _kv, ("q", "bonus"), {"S": "k v", "z": "k"}
-    ),
+    "linear_attention": Signature(("q", "k", "v"), ("log_decay", "bonus"), _kv, ("q", "bonus"), {"S": "k v", "z": "k"}),
     "delta_rule": Signature(
         ("q", "k", "v", "beta"), ("log_decay", "erase_key"), (*_kv, "beta", "erase_key"), ("q",), {"S": "k v"}
     ),
     "dplr": Signature(("q", "k", "v", "a", "b"), ("log_decay",), (*_kv, "a", "b"), ("q",), {"S": "k v"}),
     "diagonal_scan": Signature(("x", "log_decay"), ("phase",), ("x", "log_decay", "phase"), (), {"h": "d"}),
-    "selective_scan": Signature(
-        ("u", "delta", "A", "B", "C"), ("D",), ("u", "delta", "B"), ("C", "D"), {"h": "v n"}
-    ),
+    "selective_scan": Signature(("u", "delta", "A", "B", "C"), ("D",), ("u", "delta", "B"), ("C", "D"), {"h": "v n"}),
     "recursive_least_squares": Signature(
         ("q", "k", "v"), ("log_decay", "beta"), (*_kv, "beta"), ("q",), {"S": "k v", "P": "k k"}
     ),
@@ -209,9 +205,7 @@ OPERATORS: dict[str, Signature] = {
         {"S": "k v", "k": "p k", "v": "p v"},
         sees_mask=True,
     ),
-    "mesa": Signature(
-        ("q", "k", "v"), ("log_decay", "beta"), (*_kv, "beta"), ("q",), {"G": "k v", "H": "k k"}
-    ),
+    "mesa": Signature(("q", "k", "v"), ("log_decay", "beta"), (*_kv, "beta"), ("q",), {"G": "k v", "H": "k k"}),
     "softmax_attention": Signature(("q", "k", "v"), ("log_decay",), _kv, ("q",), _cache, sees_mask=True),
     "local_polynomial": Signature(("q", "k", "v"), ("log_decay",), _kv, ("q",), _cache, sees_mask=True),
     "sparse_attention": Signature(("q", "k", "v"), (), ("k", "v"), ("q",), _cache, sees_mask=True),

@@ -17,7 +17,8 @@ backend : str or tuple of str, optional
 
 Leading axes are free and broadcast: batch, heads, groups of queries that share keys. The answers have the dtype of the
 data (integers become float64); sums, gates and states are never kept below float32. Bad input raises before any work:
-ValueError for sizes and ranges, TypeError for what is not a number, each naming the argument and the value.
+ValueError for sizes and ranges, TypeError for what is not a number, each naming the argument and the value. A backend
+that is named and cannot run raises ``BackendUnavailable``, or NotImplementedError if it has no kernel for the call.
 """
 
 from __future__ import annotations
@@ -438,7 +439,8 @@ def recursive_least_squares(
 
     Notes
     -----
-    Cost: O(t k (k + v)); memory O(t (k + v)).
+    Cost: O(t k (k + v)); memory O(t (k + v)). A direction that no key excites is forgotten without being learned: there
+    P is capped, and no answer of the past moves (``ttr_np.solvers.recursive_least_squares`` says how).
 
     References
     ----------
@@ -488,13 +490,16 @@ def mesa(
     beta : (..., t), optional
         Weight of each pair, >= 0; default 1.
     ridge : float or (..., k), default 1.0
-        Ridge of each key channel, constant in time; > 0.
+        Ridge of each key channel, constant in time, >= 0; with 0 anywhere the answers are those of minimum norm, and
+        ``chebyshev`` needs it > 0.
     solver : {"exact", "cg", "chebyshev"}, default "exact"
-        How the linear system of each query is solved.
+        How the linear system of each query is solved: as exactly as the dtype allows, or by an iteration.
     iterations : int, optional
-        Steps of the iterative solvers.
+        Most steps of an iteration; default: 2 k for ``cg``, what the bounds on the eigenvalues ask for (at most 1000)
+        for ``chebyshev``. A token that is not done by then keeps what it has, with a RuntimeWarning.
     tolerance : float, optional
-        Relative residual at which ``cg`` stops early.
+        Residual |q - (H + diag(ridge)) x| / |q| at which a token is done; default: eps^(3/4) of the dtype of the sums,
+        but 0 for ``chebyshev`` with a number of iterations. With 0 there is no warning.
     initial_state, output_final_state, cu_seqlens, mask, backend
         Common to all operators: see ``ttr_np.operators``. State: ``G (..., k, v)``, ``H (..., k, k)``.
 
@@ -506,13 +511,15 @@ def mesa(
     Raises
     ------
     ValueError
-        If two arrays disagree on an axis, a log_decay is positive, a ridge is not positive or the solver unknown.
+        If two arrays disagree on an axis, a log_decay is positive, a weight or ridge negative or the solver unknown.
     TypeError
         If an array holds no real numbers.
 
     Notes
     -----
-    Cost: O(t (k^3 + k v)) exact, O(t n k (k + c)) with n iterations; memory O(t (k + v)).
+    Cost: O(t (k^3 + k v)) exact with decay, O(t (k v + c (k + v) + (c + k)^3 / c)) without, O(t n (k^2 + c k) + t k v)
+    with n iterations, in chunks of c tokens; memory O(t (k + v)). Compiled backends solve exactly by iterations that go
+    on to rounding, which takes far less than k^3 per token where the condition is mild.
 
     References
     ----------
@@ -776,7 +783,7 @@ def local_polynomial(
     scale : float, optional
         Sharpness of the exponential kernel; default 1 / sqrt(k).
     bandwidth : float, optional
-        Width of the other kernels.
+        Width of the other kernels, > 0: they need one, the exponential kernel takes none.
     ridge : float, default 1e-6
         On every coefficient but the constant, relative to the total weight. From degree 2 on it acts on the
         coefficients of scaled monomials of k - q, f(x) . f(z) = sum_d (x . z)^d / d!^2 with d from 1 to the degree: the
@@ -1053,7 +1060,8 @@ def kernel_ridge(
         ``gaussian``, ``exponential``, ``linear``, ``polynomial`` or a positive definite function of two arrays of
         vectors.
     bandwidth : float, default 1.0
-        Its width.
+        Width of the kernels ``gaussian``, exp(-|x - y|^2 / (2 bandwidth^2)), and ``exponential``,
+        exp(x . y / bandwidth^2).
     ridge : float, default 1.0
         Noise variance, >= 0; with 0 the answers interpolate, and keys that repeat raise LinAlgError.
     causal : bool, default True
@@ -1072,6 +1080,8 @@ def kernel_ridge(
         If two arrays disagree on an axis, or an option is out of range.
     TypeError
         If an array holds no real numbers.
+    numpy.linalg.LinAlgError
+        If the Gram matrix is singular: ``ridge`` 0 and keys that repeat.
 
     Notes
     -----

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
+from math import factorial, prod
 from typing import Any
 
 import numpy as np
@@ -134,8 +135,6 @@ class LocalPolynomial:
 
 def taylor_scale(index: tuple[int, ...]) -> float:
     """Scale of a monomial such that inner products of one degree are powers: sqrt(multiplicity) / degree!."""
-    from math import factorial, prod
-
     degree = len(index)
     repeats = prod(factorial(index.count(i)) for i in set(index))
     return float(np.sqrt(factorial(degree) / repeats) / factorial(degree))
@@ -148,7 +147,7 @@ class RKHS:
     Parameters
     ----------
     kernel
-        ``kernel(problem, i, j) -> (i, j)`` between the pairs of two sets of steps; ``i`` may stand for queries.
+        ``kernel(problem, x, i, y, j) -> (i, j)`` between vectors x of the steps i and y of the steps j.
     text
         How the table names it.
     """

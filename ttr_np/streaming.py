@@ -35,9 +35,7 @@ USUAL = {
     "weight_decay": (0.0, 1.0),
 }
 # Operators whose step on a GPU is launches and nothing else.
-LAUNCHED = frozenset(
-    {"linear_attention", "delta_rule", "dplr", "diagonal_scan", "selective_scan", "short_convolution"}
-)
+LAUNCHED = frozenset({"linear_attention", "delta_rule", "dplr", "diagonal_scan", "selective_scan", "short_convolution"})
 
 
 class Loop(NamedTuple):

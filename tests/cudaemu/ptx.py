@@ -271,9 +271,7 @@ class Translation:
             return f"*({TYPES[kind]}*)({self.parameter(operands[0])}) = {self.read(operands[1], kind)};"
         size, at = int(kind[1:]) // 8, self.address(operands[0], space)
         values = [self.read(part.strip(), kind) for part in operands[1].strip("{}").split(",")]
-        return " ".join(
-            f"store<{TYPES[kind]}>({at} + {i * size}, {x}, {self.line});" for i, x in enumerate(values)
-        )
+        return " ".join(f"store<{TYPES[kind]}>({at} + {i * size}, {x}, {self.line});" for i, x in enumerate(values))
 
     def do_mov(self, name: list[str], operands: list[str]) -> str:
         """Copy; braces pack or unpack halves of a wider register."""

@@ -27,9 +27,7 @@ from ._chunks import output_like
 __all__ = ["affine_projection", "recurrent"]
 
 
-def affine_projection(
-    q: Any, k: Any, v: Any, beta: Any, *, order: int = 2, ridge: float = 0.0, **common: Any
-) -> Any:
+def affine_projection(q: Any, k: Any, v: Any, beta: Any, *, order: int = 2, ridge: float = 0.0, **common: Any) -> Any:
     """Affine projection; see ``ttr_np.affine_projection``."""
     if index(order) < 1:
         raise ValueError(f"order must be at least 1, got {order}")

@@ -23,6 +23,7 @@ from ._chunks import gates_of, in_chunks, kept, lag, output_like, products
 
 __all__ = ["chunked", "linear_attention", "recurrent"]
 
+
 def linear_attention(
     q: Any,
     k: Any,

@@ -70,7 +70,7 @@ def chunked(
     scale: float | None = None,
     state: CacheState,
 ) -> tuple[np.ndarray, CacheState]:
-    """Chunks of c queries against all cached keys, which the chunk's product then moves. Cost: O(t^2 (k + v + k))."""
+    """Chunks of c queries against all cached keys, which the chunk's product then moves. Cost: O(t^2 (k + v))."""
     return in_chunks(
         partial(chunk, scale=scale),
         partial(recurrent, scale=scale),
