@@ -81,7 +81,7 @@ def double_panel(table, i, like):
 @intrinsic
 def margin(typingctx: Any, like: Any) -> Any:
     """What a solution may be multiplied by to be lost: rounding in double precision, in units of that in the dtype."""
-    number = {32: 2.0**-29, 64: 0.0}[like.bitwidth]
+    number = {32: 2.0**-27, 64: 0.0}[like.bitwidth]
     return types.float64(like), lambda context, builder, signature, args: context.get_constant(types.float64, number)
 
 
@@ -252,7 +252,7 @@ def solve_factored(d, room, like):
     for i in range(d - 1, -1, -1):
         x[i] /= row(room.A, i)[i]
         add_scaled(x, -x[i], row(room.A, i), i)
-    lost = d * d * rounding(d, room, like) + margin(like)
+    lost = d * (d * rounding(d, room, like) + margin(like))
     solved = not lost * lost * square(x, d) > square(known, d)
     times(x, x, units, d)
     return solved

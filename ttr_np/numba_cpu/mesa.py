@@ -4,8 +4,8 @@
 
 - ``exact``: one Cholesky factor per chunk, completed key by key by the reflections of ``_factors``, as
   X = Q P - tril(Q W^T) W. With decay that preconditions conjugate gradients as below, until their residual is rounding.
-  Either is refined once. A token whose true residual is then above rounding gets a factor of its own. One whose
-  matrix may be singular to rounding, for all that its ridge and the common factor say, is solved in double precision.
+  Either is refined once. Tokens which it does not serve get factors of their own. Where the true residual is above
+  rounding, the solution large or the matrix perhaps singular, double precision takes over: see ``_double``.
 - ``cg`` with a tolerance: the same P and W precondition every token of the chunk, their ridge divided by a decay from
   the middle of the chunk: one step without decay, three to six where gates are mild. The decay is foretold from
   the gates before the chunk and its first one, and a token that has lost more than half of the chunk's start goes
@@ -86,6 +86,7 @@ CHUNK = 32
 MILD = math.log(0.98)  # mean log decay above which one factor serves a whole chunk
 FAST = math.log(0.85)  # and above which it still serves more tokens than it costs factors
 STEPS = 16  # of conjugate gradients before a token gets a factor of its own
+CLEAR = 16.0  # times the query a solution is far from rounding: it multiplies the errors of an answer
 LEAST = 1e-250  # square of a solution below which the square of its residual is lost
 HALF = 0.5  # share of the chunk's start below which a token does without it
 METHODS = ("exact", "cg", "chebyshev")
@@ -516,20 +517,25 @@ def settle(n, together, d, room, like):
     """Which way each of n tokens has to be solved; the first ones may be, to rounding, by the common factor."""
     apart()
     diagonal, units, ridge = row(room.along, VALUES), row(room.along, UNITS), row(room.ridge, 0)
-    spread = row(room.along, SPREAD)
     gather(diagonal, room.H.data, room.H.step + 1, d)
-    gather(spread, room.P.data, room.P.step + 1, d)
+    gather(row(room.along, SPREAD), room.P.data, room.P.step + 1, d)
     for i in range(n):
         k, decay = row(room.keys, i), row(room.pairs, i)[i - 1] if i else row(room.since, 0)[1]
         for p in range(d):
             diagonal[p] = decay * diagonal[p] + k[p] * k[p]
             units[p] = math.sqrt(diagonal[p] + ridge[p])
-        bound = is_safe(diagonal, ridge, d, like)
-        way = ALONE if bound else LOST
-        if i < together and (bound or is_regular(units, spread, row(room.tokens, SHARE)[i], d, like)):
-            if is_solved(row(room.x, i), row(room.z, i), row(room.r, i), units, d, like):
-                way = TOGETHER
-        row(room.tokens, WAY)[i] = real(like, way)
+        row(room.tokens, WAY)[i] = real(like, way_of(i, together, units, diagonal, d, room, like))
+
+
+@inner
+def way_of(i, together, units, diagonal, d, room, like):
+    """The way to solve token i, whose matrix has this diagonal."""
+    x, z, q = row(room.x, i), row(room.z, i), row(room.r, i)
+    safe = is_safe(diagonal, row(room.ridge, 0), d, like)
+    if i >= together:
+        return ALONE if safe else LOST
+    safe = safe or is_regular(units, row(room.along, SPREAD), row(room.tokens, SHARE)[i], d, like)
+    return TOGETHER if safe and is_clear(x, q, units, d) and is_solved(x, z, q, units, d, like) else LOST
 
 
 @inner
@@ -573,6 +579,19 @@ def is_solved(x, z, q, units, d, like):
 
 
 @inner
+def is_clear(x, q, units, d):
+    """Whether a solution is not so much larger than its query that errors of an answer show it, in the same units."""
+    apart()
+    size = asked = 0.0
+    for p in range(d):
+        unit = types.float64(units[p])
+        a, b = x[p] * unit, q[p] / unit
+        size += a * a
+        asked += b * b
+    return not size > CLEAR * CLEAR * asked
+
+
+@inner
 def is_regular(units, spread, share, d, like):
     """Whether the common factor says that no eigenvalue can be lost in rounding.
 
@@ -589,8 +608,9 @@ def is_regular(units, spread, share, d, like):
 
 @inner
 def solve_each(n, d, room, like):
-    """The solutions of those of the first n tokens that get a factor of their own."""
+    """The solutions of those of the first n tokens that get a factor of their own, if that is enough."""
     apart()
+    units, ways = row(room.along, UNITS), row(room.tokens, WAY)
     if n == 0:
         return
     load(room.R, room.H, 0, d, 0, d)
@@ -599,12 +619,16 @@ def solve_each(n, d, room, like):
         for p in range(d):
             scale(row(room.R, p), decay, d)
             add_scaled(row(room.R, p), k[p], k, d)
-        if row(room.tokens, WAY)[i] != ALONE:
+        if ways[i] != ALONE:
             continue
-        if finite(room.R, d, d, like):
-            solve_one(row(room.r, i), row(room.x, i), d, room, like)
-        else:
+        if not finite(room.R, d, d, like):
             fill(row(room.x, i), real(like, math.nan), d)
+            continue
+        solve_one(row(room.r, i), row(room.x, i), d, room, like)
+        for p in range(d):
+            units[p] = math.sqrt(row(room.R, p)[p] + row(room.ridge, 0)[p])
+        if not is_clear(row(room.x, i), row(room.r, i), units, d):
+            ways[i] = real(like, LOST)
 
 
 @inner
