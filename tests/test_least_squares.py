@@ -366,6 +366,17 @@ def test_tokens_solved_alone_know_no_future(ridge, dtype):
         np.testing.assert_array_equal(mesa(**changed, ridge=ridge)[..., :at, :], o[..., :at, :])
 
 
+@pytest.mark.parametrize("optional", [(), ("log_decay",)])
+@pytest.mark.parametrize("form", [mesa, mesa_token_by_token])
+def test_a_ridge_of_zero_in_one_memory_leaves_others_their_bits(form, optional):
+    x = draw("mesa", np.random.default_rng(0), optional=optional, lead=(4,), per_channel=False, t=70, dtype="float32")
+    ridge = np.repeat([[0.0], [1e-9], [0.5], [0.0]], 5, axis=1)
+    ridge[3, 1:] = 1.0
+    together = form(**x, ridge=ridge)
+    for i in range(4):
+        np.testing.assert_array_equal(together[i], form(**{name: y[i] for name, y in x.items()}, ridge=ridge[i]))
+
+
 @pytest.mark.parametrize(("name", "bad"), [("beta", np.nan), ("beta", -0.5), ("beta", np.inf), ("log_decay", np.nan)])
 @pytest.mark.parametrize("solver", ["exact", "cg", "chebyshev"])
 def test_mesa_refuses_what_is_no_weight(name, bad, solver):

@@ -254,6 +254,66 @@ def test_mesa_with_decay_survives_one_key_repeated():
     survives(x, 1e-4)
 
 
+@pytest.mark.parametrize(("size", "ridge", "off"), [(5, 1e-5, 0.0), (64, 5e-3, 1e-3)])
+def test_mesa_survives_keys_near_one_direction(size, ridge, off):
+    """Queries off that direction have solutions far larger than themselves, which multiply every error."""
+    errors = []
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        q, k, v = (rng.standard_normal((80, n)) for n in (size, size, 4))
+        k = k[:, :1] * rng.standard_normal(size) + off * k
+        x = {name: a.astype(np.float32) for name, a in (("q", q), ("k", k), ("v", v))}
+        exact = solver("mesa", {name: a.astype(float) for name, a in x.items()}, ridge=ridge)
+        errors.append([np.linalg.norm(f("mesa", x, ridge=ridge) - exact) for f in (kernel, CHUNKED)])
+    ours, theirs = np.median(errors, axis=0)
+    assert ours < 2 * theirs
+
+
+def unit_keys(t, rate, lead=(2,), size=64):
+    """Random keys of unit length and values in single precision, with decays."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((*lead, t, size)).astype(np.float32) for _ in range(3))
+    k /= np.linalg.norm(k, axis=-1, keepdims=True)
+    return {"q": q, "k": k, "v": v, "log_decay": (-rate * rng.random((*lead, t))).astype(np.float32)}
+
+
+@pytest.mark.parametrize("ridge", [1e-3, 1e-5, 1e-7, 0.0])
+@pytest.mark.parametrize("rate", [0.0, 0.02, 0.3])
+def test_a_small_ridge_costs_no_digits_in_single_precision(ridge, rate):
+    """What was summed in single precision is wrong by more than the ridge, and so is what is solved in it."""
+    x = unit_keys(96, rate, size=33)
+    exact = solver("mesa", {name: a.astype(float) for name, a in x.items()}, ridge=ridge)
+    found = kernel("mesa", x, ridge=ridge)
+    assert np.linalg.norm(found - exact) < 3e-6 * np.linalg.norm(exact)
+
+
+def test_a_small_ridge_costs_little_time():
+    x = unit_keys(512, 0.02)
+    times = [min(timed(x, ridge=ridge) for _ in range(4)) for ridge in (1.0, 1e-5)]
+    assert times[1] < 12 * times[0]
+
+
+def test_a_state_given_in_single_precision_is_trusted_no_further():
+    """Its sums were rounded at every token: what is rounding alone in them must not be divided by a ridge."""
+    x, o, state = unit_keys(60, 0.02, size=33), [], None
+    exact = solver("mesa", {name: a.astype(float) for name, a in x.items()}, ridge=1e-9)
+    for t in range(60):
+        piece, state = kernel("mesa", cut(x, t, t + 1), ridge=1e-9, initial_state=state, output_final_state=True)
+        o.append(piece)
+    error = np.linalg.norm(np.concatenate(o, axis=-2) - exact, axis=(0, 2)) / np.linalg.norm(exact, axis=(0, 2))
+    assert np.all(error[:30] < 1e-4)
+
+
+@pytest.mark.parametrize("ridge", [1.0, 0.0])
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+@pytest.mark.parametrize("factor", [1e120, 1e-120])
+def test_numbers_whose_fourth_power_overflows_are_numbers_like_others(factor, rate, ridge):
+    x = growing(6, 1, count=2, t=40, rate=rate)
+    x["k"] = x["k"] * factor
+    exact = solver("mesa", x, form="chunked", ridge=ridge)
+    assert np.abs(kernel("mesa", x, ridge=ridge) - exact).max() < 1e-9 * np.abs(exact).max()
+
+
 def test_the_steps_of_conjugate_gradients_leave_no_more_rounding_than_a_factor():
     for seed in range(3):
         rng = np.random.default_rng(seed)
@@ -335,9 +395,9 @@ def test_queries_of_zeros_cost_no_factor_of_their_own():
     assert min(seconds[0]) < 3 * min(seconds[1])
 
 
-def timed(arrays):
+def timed(arrays, **options):
     begin = perf_counter()
-    kernel("mesa", arrays)
+    kernel("mesa", arrays, **options)
     return perf_counter() - begin
 
 

@@ -4,8 +4,8 @@
 
 - ``exact``: one Cholesky factor per chunk, completed key by key by the reflections of ``_factors``, as
   X = Q P - tril(Q W^T) W. With decay that preconditions conjugate gradients as below, until their residual is rounding.
-  Either is refined once. A token whose true residual is then above rounding, or whose ridge is nearly lost
-  in it, is solved alone: with a Cholesky factor of its own, or eigenvectors where its ridge is lost or zero.
+  Either is refined once. Tokens which it does not serve get factors of their own. Where the true residual is above
+  rounding, the solution large or the matrix perhaps singular, double precision takes over: see ``_double``.
 - ``cg`` with a tolerance: the same P and W precondition every token of the chunk, their ridge divided by a decay from
   the middle of the chunk: one step without decay, three to six where gates are mild. The decay is foretold from
   the gates before the chunk and its first one, and a token that has lost more than half of the chunk's start goes
@@ -31,17 +31,23 @@ from ..solvers._chunks import output_like
 from ..solvers.mesa import check_leading, check_options, check_weights, report, ridge_refusal, tolerance_for
 from ._cache import compiled
 from ._compile import apart, inner
-from ._factors import (
-    BLOCK,
-    Reflections,
-    cholesky,
-    eps,
-    invert_lower,
-    no_future,
-    orthogonalise,
-    reflect,
-    square,
+from ._double import (
+    BETA,
+    GATE,
+    GRAM,
+    RIDGE,
+    STATE,
+    Double,
+    K,
+    O,
+    Q,
+    V,
+    answer_lost,
+    double_shapes,
+    doubles,
+    holds_zero,
 )
+from ._factors import BLOCK, Reflections, cholesky, eps, invert_lower, no_future, reflect, square
 from ._gates import step_decays, weigh
 from ._panels import (
     Matrix,
@@ -68,7 +74,6 @@ from ._panels import (
     scale_rows,
     spread,
     store,
-    times,
     triangle,
     upper,
 )
@@ -81,11 +86,11 @@ CHUNK = 32
 MILD = math.log(0.98)  # mean log decay above which one factor serves a whole chunk
 FAST = math.log(0.85)  # and above which it still serves more tokens than it costs factors
 STEPS = 16  # of conjugate gradients before a token gets a factor of its own
+CLEAR = 16.0  # times the query a solution is far from rounding: it multiplies the errors of an answer
 LEAST = 1e-250  # square of a solution below which the square of its residual is lost
 HALF = 0.5  # share of the chunk's start below which a token does without it
 METHODS = ("exact", "cg", "chebyshev")
 EXACT, CG, CHEBYSHEV = range(3)
-Q, K, V, GATE, BETA, RIDGE, STATE, GRAM, O = range(9)  # noqa: E741
 
 
 def mesa(
@@ -152,7 +157,7 @@ def core(
     worst = np.zeros((memories, 2))
     cost = memories * t * d * (2 * d + w + groups * (8 * d + w))
     sizes = (t, d, w, METHODS.index(solver), iterations or 0)
-    scratch = (G.dtype, shapes(min(CHUNK, t), d, w))
+    scratch = (G.dtype, shapes(min(CHUNK, t), d, w, groups) + double_shapes(d, w, G.itemsize))
     finish = None if solver == "exact" else partial(warn_of_limit, solver, worst, tolerance)
     numbers = (G.dtype.type(tolerance), worst)
     share(kernel, memories, cost, scratch, layout, sizes, *numbers, finish=finish)
@@ -191,23 +196,26 @@ class Scratch(NamedTuple):
     z: Matrix  # c x k: preconditioned residuals
     Ap: Matrix  # c x k
     ridge: Matrix  # 1 x k
-    along: Matrix  # 4 x k: what is known along eigenvectors, see the names below
+    along: Matrix  # 3 x k: numbers of each channel, see the names below
     since: Matrix  # 1 x c + 1: what is left at i - 1 of the chunk's start
-    tokens: Matrix  # 8 x c: numbers of each token, see the names below
+    tokens: Matrix  # 9 x c: numbers of each token, see the names below
     gates: Matrix  # 1 x c + 1: of the chunk, then the mean foretold
+    lost: Matrix  # groups x c: 1 where double precision has to solve a token
     reflections: Reflections
+    double: Double
 
 
-ERROR, START, SLOPE, LARGEST, MOST, RHO, LEFT, ALONE = range(8)  # rows of ``tokens``
-VALUES, SCALE, KNOWN, FOUND = range(4)  # rows of ``along``
+ERROR, START, SLOPE, LARGEST, MOST, RHO, LEFT, SHARE, WAY = range(9)  # rows of ``tokens``
+VALUES, UNITS, SPREAD = range(3)  # rows of ``along``
+TOGETHER, ALONE, LOST = range(3)  # ways to solve a token: by the common factor, by its own, in double precision
 
 
-def shapes(c: int, d: int, w: int) -> list[tuple[int, int]]:
+def shapes(c: int, d: int, w: int, groups: int) -> list[tuple[int, int]]:
     """Of the panels, in their order."""
     square, tokens = (d, d), (c, d)
     memory = [(d, w), square, square, (d, max(d, BLOCK)), square, square]
     chunk = [tokens, (d, c), (c, w), (c, c), (c, c), (c, w), tokens, (d, c), (d, c)]
-    rows = [(1, d), (4, d), (1, c + 1), (8, c), (1, CHUNK + 1)]
+    rows = [(1, d), (3, d), (1, c + 1), (9, c), (1, CHUNK + 1), (groups, c)]
     return memory + chunk + [tokens] * 6 + rows + [(c, c), (c, c), (d, c), (c, c), (max(c, BLOCK), c)]
 
 
@@ -221,11 +229,12 @@ def panels_of(table, like):
         panel(table, 12, like), panel(table, 13, like), panel(table, 14, like), panel(table, 15, like),
         panel(table, 16, like), panel(table, 17, like), panel(table, 18, like), panel(table, 19, like),
         panel(table, 20, like), panel(table, 21, like), panel(table, 22, like), panel(table, 23, like),
-        panel(table, 24, like), panel(table, 25, like),
+        panel(table, 24, like), panel(table, 25, like), panel(table, 26, like),
         Reflections(
-            panel(table, 26, like), panel(table, 27, like), panel(table, 28, like), panel(table, 29, like),
-            panel(table, 30, like),
+            panel(table, 27, like), panel(table, 28, like), panel(table, 29, like), panel(table, 30, like),
+            panel(table, 31, like),
         ),
+        doubles(table, 32, like),
     )  # fmt: skip
 
 
@@ -240,25 +249,17 @@ def kernel(table, places, steps, sizes, tolerance, worst, first, last):
         load(room.H, H, 0, d, 0, d)
         load(room.ridge, matrix(places[RIDGE, memory, 0], 0, steps[RIDGE, 0], tolerance), 0, 1, 0, d)
         own = (t, d, w, method, iterations, holds_zero(row(room.ridge, 0), d))
+        done = -1  # no token is known in double precision
         for low in range(0, t, CHUNK):
             n = min(low + CHUNK, t) - low
             clean = load_pairs(places, steps, own, memory, low, n, room, tolerance)
             if clean:
-                run_pairs(places, steps, own, memory, low, clean, room, tolerance, worst)
+                done = run_pairs(places, steps, own, memory, low, clean, done, room, tolerance, worst)
             for i in range(low + clean, low + n):  # products would spread a bad number: such tokens come one by one
                 load_pairs(places, steps, own, memory, i, 1, room, tolerance)
-                run_pairs(places, steps, own, memory, i, 1, room, tolerance, worst)
+                done = run_pairs(places, steps, own, memory, i, 1, done, room, tolerance, worst)
         store(G, 0, d, 0, w, room.G)
         store(H, 0, d, 0, d, room.H)
-
-
-@inner
-def holds_zero(x, n):
-    """Whether one of n numbers is zero."""
-    for i in range(n):
-        if x[i] == 0:
-            return True
-    return False
 
 
 @inner
@@ -295,10 +296,10 @@ def matrix_of(line):
 
 
 @inner
-def run_pairs(places, steps, sizes, memory, low, n, room, like, worst):
+def run_pairs(places, steps, sizes, memory, low, n, done, room, like, worst):
     """Pairs that are loaded, in one chunk; in two where a reset forgets a bad number, because zero times it is bad.
 
-    A reset is a gate whose decay is zero in the dtype.
+    A reset is a gate whose decay is zero in the dtype. ``done``: see ``answer_lost``.
     """
     apart()
     t, d, w, method, iterations, singular = sizes
@@ -306,20 +307,19 @@ def run_pairs(places, steps, sizes, memory, low, n, room, like, worst):
     while reset < n and math.exp(row(room.gates, 0)[reset]) > 0:
         reset += 1
     if reset == n or (finite(room.G, d, w, like) and finite(room.H, d, d, like)):
-        run_chunk(places, steps, sizes, memory, low, n, room, like, worst)
-        return
+        return run_chunk(places, steps, sizes, memory, low, n, done, room, like, worst)
     if reset:
-        run_chunk(places, steps, sizes, memory, low, reset, room, like, worst)
+        done = run_chunk(places, steps, sizes, memory, low, reset, done, room, like, worst)
     for p in range(d):
         fill(row(room.G, p), real(like, 0), w)
         fill(row(room.H, p), real(like, 0), d)
     load_pairs(places, steps, sizes, memory, low + reset, n - reset, room, like)
-    run_chunk(places, steps, sizes, memory, low + reset, n - reset, room, like, worst)
+    return run_chunk(places, steps, sizes, memory, low + reset, n - reset, done, room, like, worst)
 
 
 @inner
-def run_chunk(places, steps, sizes, memory, low, n, room, like, worst):
-    """One chunk of n tokens."""
+def run_chunk(places, steps, sizes, memory, low, n, done, room, like, worst):
+    """One chunk of n tokens; ``done`` is as in ``answer_lost``."""
     apart()
     t, d, w, method, iterations, singular = sizes
     one, gated = real(like, 1), places[GATE, memory, 0] != 0
@@ -328,13 +328,14 @@ def run_chunk(places, steps, sizes, memory, low, n, room, like, worst):
     together = prepare(sizes, n, room, low, like)
     for group in range(places.shape[2]):
         q = below(matrix(places[Q, memory, group], steps[Q, 0], steps[Q, 1], like), low)
-        solve(q, sizes, n, room, together, gated, worst, memory, like)
+        solve(q, sizes, n, room, together, gated, worst, memory, row(room.lost, group), like)
         attend(room.answers, room.x, room.G, room.values, n, w, d, room, like)
         store(below(matrix(places[O, memory, group], w, 1, like), low), 0, n, 0, w, room.answers)
     memorise(n, room, w, d, like)
     scale_rows(room.keys, row(room.pairs, n - 1), n, d)
     multiply(room.H, room.across, room.keys, d, d, n, one, row(room.since, 0)[n], triangle)
     mirror(room.H, d)
+    return answer_lost(places, steps, (d, w), memory, low, n, done, room.lost, room.double, like)
 
 
 @inner
@@ -395,6 +396,8 @@ def factorise(n, reference, d, room, like):
     n = comparable_until(room.vectors, n, d, like)
     left = row(room.tokens, LEFT)
     copy(left, move(row(room.since, 0), 1), n)
+    for i in range(n):
+        row(room.tokens, SHARE)[i] = min(left[i], reference)
     reflect(room.vectors, left, n, d, room.reflections, like)
     multiply(room.read, room.R, room.reflections.across, d, n, d, one, zero, upper)
     multiply(room.whitened, room.read, room.reflections.T, d, n, n, one, zero, full)
@@ -468,28 +471,31 @@ def precondition(into, r, n, together, d, room, like):
 
 
 @inner
-def solve(q, sizes, n, room, together, gated, worst, memory, like):
-    """The solutions x of one sequence of queries."""
+def solve(q, sizes, n, room, together, gated, worst, memory, lost, like):
+    """The solutions x of one sequence of queries; ``lost``: 1 for tokens that are left to double precision."""
     apart()
     t, d, w, method, iterations, singular = sizes
+    fill(lost, real(like, 0), n)
     load(room.r, q, 0, n, 0, d)
     if method != EXACT:
         iterate(sizes, n, room, together, worst, memory, like)
         return
-    fill(row(room.tokens, ALONE), real(like, 1), n)
-    if not together:
-        solve_each(n, d, singular, room, like)
-        return
-    if gated:
+    if together and gated:
         steps = (t, d, w, CG, STEPS, singular)
         iterate(steps, together, room, together, worst, memory, real(like, 4 * eps(like)))
         load(room.r, q, 0, n, 0, d)
-    else:
+    elif together:
         precondition(room.x, room.r, together, together, d, room, like)
-    refine(together, d, room, like)
-    remain(together, d, room, like)
-    settle(together, d, gated, room, like)
-    solve_each(unsettled(n, room), d, singular, room, like)
+    if together:
+        refine(together, d, room, like)
+        remain(together, d, room, like)
+    settle(n, together, d, room, like)
+    ways = row(room.tokens, WAY)
+    solve_each(until(ways, n, ALONE), d, room, like)
+    for i in range(until(ways, n, LOST)):
+        if ways[i] == LOST:
+            lost[i] = real(like, 1)
+            fill(row(room.x, i), real(like, 0), d)
 
 
 @inner
@@ -507,26 +513,35 @@ def refine(n, d, room, like):
 
 
 @inner
-def settle(n, d, gated, room, like):
-    """Which of n tokens are solved to rounding; the others have to be solved alone."""
+def settle(n, together, d, room, like):
+    """Which way each of n tokens has to be solved; the first ones may be, to rounding, by the common factor."""
     apart()
-    diagonal, units, ridge = row(room.along, VALUES), row(room.along, SCALE), row(room.ridge, 0)
-    for p in range(d):
-        diagonal[p] = row(room.H, p)[p]
+    diagonal, units, ridge = row(room.along, VALUES), row(room.along, UNITS), row(room.ridge, 0)
+    gather(diagonal, room.H.data, room.H.step + 1, d)
+    gather(row(room.along, SPREAD), room.P.data, room.P.step + 1, d)
     for i in range(n):
         k, decay = row(room.keys, i), row(room.pairs, i)[i - 1] if i else row(room.since, 0)[1]
         for p in range(d):
             diagonal[p] = decay * diagonal[p] + k[p] * k[p]
             units[p] = math.sqrt(diagonal[p] + ridge[p])
-        safe = not gated or is_safe(diagonal, ridge, d, like)
-        solved = safe and is_solved(row(room.x, i), row(room.z, i), row(room.r, i), units, d, like)
-        row(room.tokens, ALONE)[i] = real(like, not solved)
+        row(room.tokens, WAY)[i] = real(like, way_of(i, together, units, diagonal, d, room, like))
 
 
 @inner
-def unsettled(n, room):
-    """Until which of n tokens some have to be solved alone."""
-    while n > 0 and row(room.tokens, ALONE)[n - 1] == 0:
+def way_of(i, together, units, diagonal, d, room, like):
+    """The way to solve token i, whose matrix has this diagonal."""
+    x, z, q = row(room.x, i), row(room.z, i), row(room.r, i)
+    safe = is_safe(diagonal, row(room.ridge, 0), d, like)
+    if i >= together:
+        return ALONE if safe else LOST
+    safe = safe or is_regular(units, row(room.along, SPREAD), row(room.tokens, SHARE)[i], d, like)
+    return TOGETHER if safe and is_clear(x, q, units, d) and is_solved(x, z, q, units, d, like) else LOST
+
+
+@inner
+def until(ways, n, way):
+    """Until which of n tokens some are solved in a way."""
+    while n > 0 and ways[n - 1] != way:
         n -= 1
     return n
 
@@ -543,51 +558,77 @@ def remain(n, d, room, like):
 
 @inner
 def is_solved(x, z, q, units, d, like):
-    """Whether a residual z is rounding, and the matrix not singular to it.
+    """Whether a residual z is rounding.
 
     In the units in which the matrix has a unit diagonal, and a norm of sqrt(d) at least. The inverse P is formed here,
     which costs digits that the solver's root of it keeps: what counts as rounding is a quarter of what counts there.
     Squares of small numbers may be lost, but a query of zeros, as padding is, has the solution zero.
     """
     apart()
-    size = rest = asked = 0.0  # squares in double precision, which numbers of single precision never leave
+    size = rest = 0.0  # squares in double precision, which numbers of single precision never leave
     given = np.int32(0)
     for p in range(d):
         unit = types.float64(units[p])
-        a, b, c = x[p] * unit, z[p] / unit, q[p] / unit
+        a, b = x[p] * unit, z[p] / unit
         size += a * a
         rest += b * b
-        asked += c * c
         given += np.int32(q[p] != 0)
     if given == 0:
         return size == 0
-    rounding, known = 4 * d * eps(like) * eps(like) * size, d * d * eps(like)
-    return LEAST <= size < math.inf and rest <= rounding and known * known * size <= asked
+    return LEAST <= size < math.inf and rest <= 4 * d * eps(like) * eps(like) * size
 
 
 @inner
-def solve_each(n, d, singular, room, like):
-    """The solutions by themselves of those of the first n tokens that are marked for it."""
+def is_clear(x, q, units, d):
+    """Whether a solution is not so much larger than its query that errors of an answer show it, in the same units."""
     apart()
-    diagonal, ridge = row(room.along, VALUES), row(room.ridge, 0)
+    size = asked = 0.0
+    for p in range(d):
+        unit = types.float64(units[p])
+        a, b = x[p] * unit, q[p] / unit
+        size += a * a
+        asked += b * b
+    return not size > CLEAR * CLEAR * asked
+
+
+@inner
+def is_regular(units, spread, share, d, like):
+    """Whether the common factor says that no eigenvalue can be lost in rounding.
+
+    A token's own matrix holds a ``share`` of the common one, whose inverse has the diagonal ``spread``. So in units in
+    which the former has a unit diagonal, and no eigenvalue above d, none is below the share over the inverse's trace.
+    """
+    apart()
+    trace = 0.0
+    for p in range(d):
+        unit = types.float64(units[p])
+        trace += unit * unit * spread[p]
+    return d * d * eps(like) * trace < share
+
+
+@inner
+def solve_each(n, d, room, like):
+    """The solutions of those of the first n tokens that get a factor of their own, if that is enough."""
+    apart()
+    units, ways = row(room.along, UNITS), row(room.tokens, WAY)
+    if n == 0:
+        return
     load(room.R, room.H, 0, d, 0, d)
     for i in range(n):
         k, decay = row(room.keys, i), row(room.pairs, i)[i - 1] if i else row(room.since, 0)[1]
         for p in range(d):
             scale(row(room.R, p), decay, d)
             add_scaled(row(room.R, p), k[p], k, d)
-        if row(room.tokens, ALONE)[i] == 0:
+        if ways[i] != ALONE:
             continue
-        gather(diagonal, room.R.data, room.R.step + 1, d)
         if not finite(room.R, d, d, like):
             fill(row(room.x, i), real(like, math.nan), d)
-        elif singular:
-            fill(row(room.along, SCALE), real(like, 1), d)
-            solve_least(row(room.r, i), row(room.x, i), d, room, like)
-        elif is_safe(diagonal, ridge, d, like):
-            solve_one(row(room.r, i), row(room.x, i), d, room, like)
-        else:
-            solve_unsafe(row(room.r, i), row(room.x, i), d, room, like)
+            continue
+        solve_one(row(room.r, i), row(room.x, i), d, room, like)
+        for p in range(d):
+            units[p] = math.sqrt(row(room.R, p)[p] + row(room.ridge, 0)[p])
+        if not is_clear(row(room.x, i), row(room.r, i), units, d):
+            ways[i] = real(like, LOST)
 
 
 @inner
@@ -596,7 +637,7 @@ def is_safe(diagonal, ridge, d, like):
     apart()
     share, lost = real(like, d * d) * eps(like), np.int32(0)
     for p in range(d):
-        lost += np.int32(not ridge[p] >= share * (diagonal[p] + ridge[p]))
+        lost += np.int32(not ridge[p] >= share * (diagonal[p] + ridge[p]) or ridge[p] == 0)
     return lost == 0
 
 
@@ -618,67 +659,6 @@ def solve_one(q, x, d, room, like):
     for i in range(d - 1, -1, -1):
         x[i] /= row(room.A, i)[i]
         add_scaled(x, -x[i], row(room.A, i), i)
-
-
-@inner
-def solve_unsafe(q, x, d, room, like):
-    """The solution where the matrix may be singular to rounding, and then the limit of small ridges.
-
-    That limit is of minimum norm, each channel weighed by its ridge.
-    """
-    apart()
-    ridge, units, largest = row(room.ridge, 0), row(room.along, SCALE), real(like, 0)
-    for p in range(d):
-        units[p] = real(like, 1) / math.sqrt(row(room.R, p)[p] + ridge[p])
-        largest = max(largest, ridge[p])
-    if not solve_least(q, x, d, room, like):
-        for p in range(d):
-            units[p] = math.sqrt(largest / ridge[p])
-        solve_least(q, x, d, room, like)
-
-
-@inner
-def solve_least(q, x, d, room, like):
-    """The solution of minimum norm in units of ``SCALE``, refined once; False if an eigenvalue counted as zero.
-
-    Rotated until they are orthogonal, the rows of R + ridge are eigenvectors, their lengths the eigenvalues; those
-    below d eps times the largest count as zero.
-    """
-    apart()
-    values, units, known = row(room.along, VALUES), row(room.along, SCALE), row(room.along, KNOWN)
-    ridge, largest, regular = row(room.ridge, 0), real(like, 0), True
-    for i in range(d):
-        copy(row(room.A, i), row(room.R, i), d)
-        row(room.A, i)[i] += ridge[i]
-        times(row(room.A, i), row(room.A, i), units, d)
-        scale(row(room.A, i), units[i], d)
-    orthogonalise(room.A, d, d, values, like)
-    for i in range(d):
-        largest = max(largest, values[i])
-    for i in range(d):
-        if values[i] > d * eps(like) * largest:
-            scale(row(room.A, i), real(like, 1) / values[i], d)
-        else:
-            values[i], regular = real(like, 0), False
-    fill(x, real(like, 0), d)
-    for _ in range(2):
-        for i in range(d):
-            known[i] = units[i] * (q[i] - dot(row(room.R, i), x, d, like) - ridge[i] * x[i])
-        along_eigenvectors(known, x, d, room, like)
-    return regular
-
-
-@inner
-def along_eigenvectors(known, x, d, room, like):
-    """x += what a pseudoinverse makes of some known numbers, in units of ``SCALE``."""
-    apart()
-    values, units, found = row(room.along, VALUES), row(room.along, SCALE), row(room.along, FOUND)
-    fill(found, real(like, 0), d)
-    for i in range(d):
-        if values[i] > 0:
-            add_scaled(found, dot(row(room.A, i), known, d, like) / values[i], row(room.A, i), d)
-    times(found, found, units, d)
-    add_scaled(x, real(like, 1), found, d)
 
 
 @inner

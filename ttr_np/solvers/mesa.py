@@ -209,8 +209,9 @@ def chunk(
     if solver != "exact":
         norm = partial(frobenius, k, gates, H)
         x = iterate(solver, lambda p: attend(p, k, k, gates, H), norm, ridge, spread_over(q, H), iterations, tolerance)
-    elif log_decay is None and np.all(ridge > 0):
-        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is solved by itself
+    elif log_decay is None and np.any(binds(ridge)):
+        # What overflows, and memories without a ridge, are solved by themselves.
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             x = solve_together(q, k, H, ridge)
     else:
         x = solve_each(q, k, log_decay, H, ridge)
@@ -225,6 +226,11 @@ def attend(x: np.ndarray, k: np.ndarray, v: np.ndarray, gates: Gates | None, S: 
     if gates is None:
         return x @ S + products(x, k, None) @ v
     return (x * gates.since) @ S + products(x, k, gates.pairs) @ v
+
+
+def binds(ridge: np.ndarray) -> np.ndarray:
+    """Whether a ridge is nowhere zero, memory by memory."""
+    return np.all(ridge > 0, axis=-1) if ridge.ndim else ridge > 0
 
 
 def diagonal(ridge: np.ndarray, like: np.ndarray) -> np.ndarray:
@@ -256,6 +262,7 @@ def solve_together(q: np.ndarray, k: np.ndarray, H: np.ndarray, ridge: np.ndarra
     eps, n, size = np.finfo(R.dtype).eps, q.shape[-1], largest(x * root)
     good = largest(residual(x) / root) <= 8 * eps * np.sqrt(n) * size
     good &= n * n * eps * size <= largest(q_s / root)  # else this matrix may be singular to rounding
+    good &= binds(ridge)[..., None]
     x = x * scale[..., None, :]
     return x if np.all(good) else solve_each(q, k, None, H, ridge, ~good, x)
 
@@ -325,19 +332,19 @@ def solve(H: np.ndarray, ridge: np.ndarray, q: np.ndarray) -> np.ndarray:
     x : (..., k)
     """
     A = H + diagonal(ridge, H)
-    if not np.all(ridge > 0):
-        return solve_spectral(A, q)[0]
     n, eps = A.shape[-1], np.finfo(A.dtype).eps
-    share = np.min(ridge / np.einsum("...ii->...i", A), axis=-1, initial=np.inf)
+    with np.errstate(invalid="ignore"):  # 0 / 0
+        share = np.min(ridge / np.einsum("...ii->...i", A), axis=-1, initial=np.inf)
     safe = share >= n * n * eps  # with a unit diagonal, no eigenvalue is below the share of the ridge
     if np.all(safe):
         return np.linalg.solve(A, q[..., None])[..., 0]
     lead = np.broadcast_shapes(q.shape[:-1], safe.shape)
-    A, safe = np.broadcast_to(A, lead + (n, n)), np.broadcast_to(safe, lead)
-    q, ridge = np.broadcast_to(q, lead + (n,)), np.broadcast_to(ridge, lead + (n,))
-    x = np.empty(q.shape, A.dtype)
+    A, safe, bound = np.broadcast_to(A, lead + (n, n)), np.broadcast_to(safe, lead), binds(ridge)
+    q, ridge, bound = np.broadcast_to(q, lead + (n,)), np.broadcast_to(ridge, lead + (n,)), np.broadcast_to(bound, lead)
+    x, unsafe = np.empty(q.shape, A.dtype), bound & ~safe
     x[safe] = np.linalg.solve(A[safe], q[safe][..., None])[..., 0]
-    x[~safe] = solve_unsafe(A[~safe], ridge[~safe], q[~safe])
+    x[unsafe] = solve_unsafe(A[unsafe], ridge[unsafe], q[unsafe])
+    x[~bound], _ = solve_spectral(A[~bound], q[~bound])
     return x
 
 
