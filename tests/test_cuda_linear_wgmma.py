@@ -57,7 +57,8 @@ def same_bits(found, wanted):
 @pytest.mark.parametrize(
     "gate, k, v, t, multiprocessors",
     [("none", 128, 128, 128, 1), ("none", 128, 128, LONG, 3), ("step", 128, 136, 191, 1),
-     ("step", 128, 128, LONG + 1, 3), ("step", 100, 72, 129, 1)],
+     ("step", 128, 128, LONG + 1, 3), ("step", 100, 72, 129, 1),
+     ("none", 64, 64, LONG, 3), ("step", 64, 40, LONG + 1, 3), ("step", 50, 100, 191, 1), ("none", 33, 128, LONG, 2)],
 )  # fmt: skip
 def test_it_is_as_good_as_the_solver(gate, k, v, t, multiprocessors):
     arrays, options = inputs(gate, k=k, v=v, t=t, seed=t)
@@ -97,11 +98,12 @@ def test_queries_in_groups_share_a_memory():
 
 
 @pytest.mark.parametrize(
-    "gate, name, bad, reset, multiprocessors",
-    [("none", "v", 100, None, 3), ("step", "v", 110, 120, 3), ("step", "k", 70, 200, 1), ("step", "q", 5, 4, 1)],
+    "gate, size, name, bad, reset, multiprocessors",
+    [("none", 128, "v", 100, None, 3), ("step", 128, "v", 110, 120, 3), ("step", 128, "k", 70, 200, 1),
+     ("step", 128, "q", 5, 4, 1), ("none", 64, "v", 100, None, 1), ("step", 64, "v", 110, 120, 2)],
 )  # fmt: skip
-def test_a_bad_number_reaches_what_it_must_and_no_bit_of_the_past(gate, name, bad, reset, multiprocessors):
-    arrays, _ = inputs(gate, t=LONG if multiprocessors > 1 else 210)
+def test_a_bad_number_reaches_what_it_must_and_no_bit_of_the_past(gate, size, name, bad, reset, multiprocessors):
+    arrays, _ = inputs(gate, k=size, v=size, t=LONG if multiprocessors > 1 else 210)
     options = {"output_final_state": True}
     if reset is not None:
         arrays["log_decay"][0, reset] = -np.inf
@@ -126,9 +128,9 @@ def test_one_sequence_has_the_same_bits_alone_and_among_many():
         assert same_bits(alone, [x[i] for x in among])
 
 
-@pytest.mark.parametrize("gate", ["none", "step"])
-def test_the_order_of_threads_changes_no_bit(gate):
-    arrays, options = inputs(gate, t=LONG)
+@pytest.mark.parametrize("gate, size", [("none", 128), ("step", 128), ("step", 64)])
+def test_the_order_of_threads_changes_no_bit(gate, size):
+    arrays, options = inputs(gate, k=size, v=size, t=LONG)
     orders = {"order": "forward"}, {"order": "reverse"}, {"order": "random", "seed": 1}
     found = [answered(arrays, options, multiprocessors=3, **order) for order in orders]
     assert same_bits(found[1], found[0]) and same_bits(found[2], found[0])
@@ -146,11 +148,12 @@ def test_rows_that_no_vector_can_read_and_rows_far_apart_give_the_same_bits():
 
 
 @kernels.by_the_runner
+@pytest.mark.parametrize("size", hopper.STAGES)
 @pytest.mark.parametrize("short", [True, False])
-def test_the_bytes_asked_for_are_those_the_text_uses(short, monkeypatch):
-    arrays, options = inputs("step", t=64 * 2 * hopper.FIRST_STAGES)  # both launches have a chunk in every place
+def test_the_bytes_asked_for_are_those_the_text_uses(short, size, monkeypatch):
+    arrays, options = inputs("step", k=size, v=size, t=64 * 2 * 5)  # both launches have a chunk in every place
     known, less = hopper.shared, hopper.BEGIN + 16  # the runner's shared memory begins where matrices may
-    monkeypatch.setattr(hopper, "shared", lambda gated, first: known(gated, first) - less * (first is short))
+    monkeypatch.setattr(hopper, "shared", lambda chosen, first: known(chosen, first) - less * (first is short))
     with pytest.raises(BoundsFault):
         answered(arrays, options, multiprocessors=2)
 
@@ -159,9 +162,10 @@ def test_other_calls_are_for_the_older_texts():
     arrays, options = inputs("step", t=130)
     channel, _ = inputs("channel", t=130)
     short = {n: x[:, :100] for n, x in arrays.items()}
-    small, _ = inputs("step", t=130, k=64)
+    small, _ = inputs("step", t=130, k=32)
+    narrow, _ = inputs("step", t=130, v=64)
     single = {n: x.astype(np.float32) for n, x in arrays.items()}
-    for given, more in ((channel, {}), (short, {}), (small, {}), (single, {}), (arrays, {"normalize": True})):
+    for given, more in ((channel, {}), (short, {}), (small, {}), (narrow, {}), (single, {}), (arrays, {"normalize": True})):
         q, v = given["q"], given["v"]
         with on_hopper():
             plan = hopper.plan(q, v, given | {"bonus": None}, None, bool(more))
@@ -203,28 +207,29 @@ def test_each_barrier_and_each_wait_is_needed(monkeypatch):
 
 # ---- machine code ----------------------------------------------------------------------------------------------------
 
-# By gate, for both launches: bytes of the stack.
-STACK = {"none": (0, 0), "step": (0, 8)}
+# By gate and size, for both launches: bytes of the stack.
+STACK = {("none", 128): (0, 0), ("step", 128): (0, 8), ("none", 64): (0, 0), ("step", 64): (0, 0)}
+REGISTERS = {128: 168, 64: 128}  # of 384 threads, or of two blocks of 256, before warpgroups trade them
 
 
-def texts(gate):
+def texts(gate, size=128):
     """Of both launches of a call."""
     found = []
     with on_hopper(multiprocessors=3) as machine:
         machine.run = lambda text, *rest: found.append(text)
-        arrays, _ = inputs(gate, t=LONG)
+        arrays, _ = inputs(gate, k=size, v=size, t=LONG)
         ttr_np.linear_attention(**arrays, backend="cupy")
     return found
 
 
 @needed(nvrtc.missing())
-@pytest.mark.parametrize("gate", STACK)
-def test_it_compiles_within_its_registers_and_its_products_run_beside_other_work(gate):
-    for text, stack in zip(texts(gate), STACK[gate], strict=True):
+@pytest.mark.parametrize("gate, size", STACK)
+def test_it_compiles_within_its_registers_and_its_products_run_beside_other_work(gate, size):
+    for text, stack in zip(texts(gate, size), STACK[gate, size], strict=True):
         code, words = nvrtc.machine_code_and_words(text, "sm_90a")
         found = nvrtc.needs(code)
         assert "wgmma" not in words  # the compiler says so where it must wait for each product
-        assert found.registers <= 168  # of 384 threads, before warpgroups trade them
+        assert found.registers <= REGISTERS[size]
         assert found.stack <= stack
         assert found.shared - 1024 <= hopper.STATIC  # what the system keeps
 
@@ -232,5 +237,5 @@ def test_it_compiles_within_its_registers_and_its_products_run_beside_other_work
 @needed(nvrtc.missing())
 def test_a_product_that_is_not_waited_for_is_seen():
     text = texts("none")[0]
-    waited = text.replace("finish_products<0>();\n        for (int half", "for (int half")
+    waited = text.replace("finish_products<0>();\n        for (int part", "for (int part")
     assert waited != text and "wgmma" in nvrtc.machine_code_and_words(waited, "sm_90a")[1]

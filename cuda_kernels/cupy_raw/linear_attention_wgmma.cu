@@ -25,6 +25,8 @@
 enum { Q, KEY, V, GATE_OF, STATE, STATE_NEXT, O };
 
 constexpr int CHUNK = 64, GROUPS = VALUES / 64, WARPS = 4 * GROUPS, PRODUCERS = 128;  // threads
+constexpr int PART = 64, PARTS = KEYS / PART;  // keys of the state that a product has, and how often
+constexpr int TOGETHER = KEYS == 64 && GROUPS == 1 ? 2 : 1;  // blocks that share a multiprocessor
 constexpr float LOG2E = 1.44269504f;
 static_assert(GROUPS == 1 || GROUPS == 2, "the warpgroup that brings tiles has whole rows of them");
 
@@ -38,7 +40,7 @@ typedef unsigned LeftPart[4];
 typedef LeftPart LeftValues[CHUNK / 16];  // V^T
 constexpr int TERMS = GATE ? 2 : 1;
 typedef LeftValues Decayed[TERMS];  // what is left of it at the end of the chunk
-typedef float Added[KEYS / 4];      // what a chunk adds to the state, for one half of the keys
+typedef float Added[PART / 2];      // what a chunk adds to a part of the state
 
 // ---- what all warpgroups share -------------------------------------------------------------------------------------
 
@@ -349,27 +351,27 @@ __device__ __forceinline__ void decay_values(Decayed& terms, const LeftValues& l
         }
 }
 
-// S^T of one half of the keys, in two terms.
+// A part of S^T, in two terms.
 struct StateTerms {
-    LeftPart term[KEYS / 32][2];
+    LeftPart term[PART / 16][2];
 
-    __device__ __forceinline__ StateTerms(const State& state, int half) {
+    __device__ __forceinline__ StateTerms(const State& state, int part) {
         #pragma unroll
-        for (int c = 0; c < KEYS / 32; c++)
+        for (int c = 0; c < PART / 16; c++)
             for (int r = 0; r < 4; r++) {
-                const float* x = &state[KEYS / 4 * half + 8 * c + 2 * r];
+                const float* x = &state[PART / 2 * part + 8 * c + 2 * r];
                 set_pair<bfloat16>(term[c], r, x[0], x[1]);
             }
     }
 };
-// S^T Q^T of one half of the keys.
-__device__ __forceinline__ void begin_recall(Answers& answers, const StateTerms& terms, const Keys& queries, int half) {
+// S^T Q^T of a part of the keys.
+__device__ __forceinline__ void begin_recall(Answers& answers, const StateTerms& terms, const Keys& queries, int part) {
     const Matrix q = queries.matrix();
     #pragma unroll
-    for (int c = 0; c < KEYS / 32; c++)
+    for (int c = 0; c < PART / 16; c++)
         for (int term = 0; term < 2; term++)
-            wgmma_bf16_columns<CHUNK>(answers, terms.term[c][term], Keys::part(q, 0, KEYS / 2 * half + 16 * c),
-                                      half + c + term > 0);
+            wgmma_bf16_columns<CHUNK>(answers, terms.term[c][term], Keys::part(q, 0, PART * part + 16 * c),
+                                      part + c + term > 0);
     close_products();
 }
 // What is left of the state at each token.
@@ -391,21 +393,21 @@ __device__ __forceinline__ void begin_weighing(Answers& answers, const LeftValue
             wgmma_bf16_columns<CHUNK>(answers, values[i], Scores::part(scores[term], 0, 16 * i), 1);
     close_products();
 }
-// V^T K, of one half of the keys.
-__device__ __forceinline__ void begin_memorising(Added& added, const Decayed& values, const Keys& keys, int half) {
+// V^T K, of a part of the keys.
+__device__ __forceinline__ void begin_memorising(Added& added, const Decayed& values, const Keys& keys, int part) {
     const Matrix k = keys.matrix();
     #pragma unroll
     for (int i = 0; i < CHUNK / 16; i++)
         for (int term = TERMS - 1; term >= 0; term--)
-            wgmma_bf16<KEYS / 2>(added, values[term][i], Keys::part(k, 16 * i, KEYS / 2 * half),
+            wgmma_bf16<PART>(added, values[term][i], Keys::part(k, 16 * i, PART * part),
                                  i > 0 || term < TERMS - 1);
     close_products();
 }
-__device__ __forceinline__ void add(State& state, const Added& added, int half, float total) {
+__device__ __forceinline__ void add(State& state, const Added& added, int part, float total) {
     const bool all = total != 0;  // where nothing is left, not even a NaN is
     #pragma unroll
-    for (int i = 0; i < KEYS / 4; i++) {
-        float& x = state[KEYS / 4 * half + i];
+    for (int i = 0; i < PART / 2; i++) {
+        float& x = state[PART / 2 * part + i];
         if (GATE)
             x = all ? fma(total, x, added[i]) : added[i];
         else
@@ -526,12 +528,14 @@ struct Consumer {
         each_value(values, by, [&](int token, float& x) { value.look(token, x); });
         const int good = value.of_warp();
         each_value(values, by, [&](int token, float& x) { x = token < good ? x : 0; });
-        const StateTerms early(state, 0), late(state, 1);
-        begin_products();
-        begin_recall(answers, early, room.queries(n), 0);
-        begin_recall(answers, late, room.queries(n), 1);
-        finish_products<0>();
-        done(answers);
+        #pragma unroll
+        for (int part = 0; part < PARTS; part++) {
+            const StateTerms terms(state, part);
+            begin_products();
+            begin_recall(answers, terms, room.queries(n), part);
+            finish_products<0>();
+            done(answers);
+        }
         if (GATE) decay_answers(answers, room.decays(n), by);
         begin_products();
         begin_weighing(answers, values, room, by.group);
@@ -551,18 +555,18 @@ struct Consumer {
     }
 
     __device__ __forceinline__ void states_of(State& state, int n) const {
-        Added added[2];
+        Added added[PARTS];
         LeftValues values;
         Decayed decayed;
         load_values(values, room.values(n), self);
         decay_values(decayed, values, room.decays(n), self);
         begin_products();
-        for (int half = 0; half < 2; half++) begin_memorising(added[half], decayed, room.keys(n), half);
+        for (int part = 0; part < PARTS; part++) begin_memorising(added[part], decayed, room.keys(n), part);
         finish_products<0>();
-        for (int half = 0; half < 2; half++) done(added[half]);
-        if (GATE && __any_sync(0xffffffffu, spoilt(added[0]) + spoilt(added[1]) != 0))
+        for (int part = 0; part < PARTS; part++) done(added[part]);
+        if (GATE && __any_sync(0xffffffffu, spoilt(added[0]) + spoilt(added[PARTS - 1]) != 0))
             return walk(state, room, n, places, CHUNK, scale, self);  // a gate may forget what no product forgets
-        for (int half = 0; half < 2; half++) add(state, added[half], half, total(n));
+        for (int part = 0; part < PARTS; part++) add(state, added[part], part, total(n));
     }
     // Scores, and what the state answers; without gates its last products may be under way at the end.
     __device__ __forceinline__ void recall(Answers& answers, LeftValues& values, const State& state, int n) const {
@@ -577,9 +581,11 @@ struct Consumer {
         put_scores(room, scores, room.decays(n), self);
         show_to_products();
         arrive_as_warp(barriers.scores[self.group], self);
-        const StateTerms late(state, 1);
-        begin_products();
-        begin_recall(answers, late, room.queries(n), 1);
+        if constexpr (PARTS == 2) {
+            const StateTerms late(state, 1);
+            begin_products();
+            begin_recall(answers, late, room.queries(n), 1);
+        }
         load_values(values, room.values(n), self);
         if (!GATE) return;  // sums go on
         finish_products<0>();
@@ -590,7 +596,7 @@ struct Consumer {
         Answers answers;
         LeftValues values;
         Decayed decayed;
-        Added early, late;
+        Added added[PARTS];
         recall(answers, values, state, n);
         wait(barriers.scores[self.group], n & 1);
         begin_products();
@@ -598,19 +604,17 @@ struct Consumer {
         decay_values(decayed, values, room.decays(n), self);
         if (!GATE) finish_products<1>();  // the terms of the state leave their registers
         begin_products();
-        begin_memorising(early, decayed, room.keys(n), 0);
-        begin_memorising(late, decayed, room.keys(n), 1);
-        finish_products<2>();  // sums of the state may be under way
+        for (int part = 0; part < PARTS; part++) begin_memorising(added[part], decayed, room.keys(n), part);
+        finish_products<PARTS>();  // sums of the state may be under way
         done(answers);
         if (any(spoilt(answers) != 0, n)) {
             finish_products<0>();  // sums that nobody wants leave their registers
-            done(early), done(late);
+            for (int part = 0; part < PARTS; part++) done(added[part]);
             return answer_one_by_one(answers, state, n);
         }
         put(answers, n, places.tokens_of(n), self);
         finish_products<0>();
-        done(early), done(late);
-        add(state, early, 0, total(n)), add(state, late, 1, total(n));
+        for (int part = 0; part < PARTS; part++) done(added[part]), add(state, added[part], part, total(n));
     }
     // All chunks of the piece; and what the piece leaves of a state.
     __device__ __forceinline__ float take(State& state) const {
@@ -687,7 +691,7 @@ __device__ __forceinline__ void consume(const Consumer& consumer, const Stored& 
     }
 }
 
-extern "C" __global__ void __launch_bounds__(PRODUCERS + 128 * GROUPS, 1)
+extern "C" __global__ void __launch_bounds__(PRODUCERS + 128 * GROUPS, TOGETHER)
 linear_attention_wgmma(const data* q, const data* k, const data* v, const real* log_decay, const real* S, real* S_next,
                        data* o, real* sums, real* piece_decays, const long long* table, int axes, int tokens,
                        int columns, int groups, int pieces, int stored, int length, real scale) {
@@ -714,7 +718,7 @@ linear_attention_wgmma(const data* q, const data* k, const data* v, const real* 
         leave_registers<56>();
         produce(room, barriers, places);
     } else {
-        take_registers<GROUPS == 2 ? 224 : 240>();
+        take_registers<GROUPS == 2 ? 224 : 200>();
         const bool last = places.end == tokens && places.group == 0;
         const real* before = STATES ? nullptr : rows(S, table, axes, STATE, places.which).begin;
         real* after = STATES || !last ? nullptr : rows(S_next, table, axes, STATE_NEXT, places.which).begin;
