@@ -165,10 +165,11 @@ def test_other_calls_are_for_the_older_texts():
     small, _ = inputs("step", t=130, k=32)
     narrow, _ = inputs("step", t=130, v=64)
     single = {n: x.astype(np.float32) for n, x in arrays.items()}
-    for given, more in ((channel, {}), (short, {}), (small, {}), (narrow, {}), (single, {}), (arrays, {"normalize": True})):
+    others = [(given, False) for given in (channel, short, small, narrow, single)]
+    for given, normalize in [*others, (arrays, True)]:
         q, v = given["q"], given["v"]
         with on_hopper():
-            plan = hopper.plan(q, v, given | {"bonus": None}, None, bool(more))
+            plan = hopper.plan(q, v, given | {"bonus": None}, None, normalize)
         assert plan is None
     with on_hopper() as machine:
         machine.capability = "100"

@@ -1,8 +1,8 @@
 """Linear attention on the tensor cores of Hopper: ``linear_attention_wgmma.cu``, in one launch or two.
 
 For bfloat16 on GPUs of compute capability 9.0, with at most one gate per step, without a bonus or a normaliser, for
-keys of 33 to 64 channels and more than 32 value columns, or 65 to 128 and more than 64. ``_linear_attention_chunks`` has
-all else.
+keys of 33 to 64 channels and more than 32 value columns, or 65 to 128 and more than 64. ``_linear_attention_chunks``
+has all else.
 """
 
 from __future__ import annotations
