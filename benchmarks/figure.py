@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-from ttr_np.cli.plot import COLOURS
+from ttr_np.cli.recall_plot import COLOURS
 from ttr_np.cli.table import digits
 
 from .questions import OURS

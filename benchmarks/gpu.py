@@ -25,7 +25,7 @@ import numpy as np
 
 from ttr_np.backends import ON_GPU, available_backends, devices
 from ttr_np.cli import Refusal
-from ttr_np.cli.recall import check_writable
+from ttr_np.cli.outputs import check_writable
 from ttr_np.cli.table import aligned, digits
 from ttr_np.measure import Contender, Skipped, first_line, machine, relative_error, spread
 

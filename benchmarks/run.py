@@ -26,7 +26,7 @@ import numpy as np
 
 from ttr_np import measure
 from ttr_np.cli import Refusal
-from ttr_np.cli.recall import check_writable, plotter
+from ttr_np.cli.outputs import check_writable, plotter
 from ttr_np.measure import contest, gemm_rate, machine, products, reference, using
 
 from . import report

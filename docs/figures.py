@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from ttr_np import experiments
 from ttr_np.cli import experiment, experiment_plot, forecast, forecast_plot, parser
-from ttr_np.cli.plot import COLOURS
+from ttr_np.cli.recall_plot import COLOURS
 
 HERE = Path(__file__).parent
 

@@ -522,9 +522,9 @@ def test_progress_only_on_a_terminal(table, file, monkeypatch, capsys):
 
 
 def test_a_plot_without_matplotlib_names_the_extra(table, file, capsys, monkeypatch):
-    monkeypatch.delitem(sys.modules, "ttr_np.cli.plot", raising=False)
-    monkeypatch.setattr(ttr_np.cli, "plot", None, raising=False)
-    monkeypatch.delattr(ttr_np.cli, "plot")
+    monkeypatch.delitem(sys.modules, "ttr_np.cli.recall_plot", raising=False)
+    monkeypatch.setattr(ttr_np.cli, "recall_plot", None, raising=False)
+    monkeypatch.delattr(ttr_np.cli, "recall_plot")
     for name in ("matplotlib", "matplotlib.axes", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
     line = refused(capsys, "recall", "--text", file, "--plot", "figure.png")
@@ -533,7 +533,7 @@ def test_a_plot_without_matplotlib_names_the_extra(table, file, capsys, monkeypa
 
 def test_a_plot_has_a_bar_for_each_layer_and_a_line_for_each_baseline(table, file, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    from ttr_np.cli.plot import figure
+    from ttr_np.cli.recall_plot import figure
 
     path = tmp_path / "figure.png"
     assert main(["recall", "--text", file, "--plot", str(path)]) == 0

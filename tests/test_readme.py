@@ -12,7 +12,7 @@ import ttr_np
 from ttr_np.backends import BACKENDS, operators_of
 from ttr_np.cli.experiment import NAMES
 from ttr_np.cli.layers import markdown
-from ttr_np.cli.recall import WIDTH
+from ttr_np.cli.outputs import WIDTH
 from ttr_np.notation import OPERATORS
 
 ROOT = Path(__file__).parents[1]

@@ -91,8 +91,12 @@ def pose(y: np.ndarray, lags: int = 8, season: int | None = None, warmup: int | 
     ----------
     y : (t,)
         The series, NaN where it was not measured; its first number was.
-    lags, season, warmup
+    lags, season, warmup : int, optional
         As for ``forecast``. Scales come from the warm-up alone.
+
+    Returns
+    -------
+    Problem
 
     Raises
     ------
@@ -133,10 +137,12 @@ def predict(name: str, problem: Problem, backend: Any = None) -> np.ndarray:
 
     Parameters
     ----------
-    name
+    name : str
         Of the layer; its gates are the table's defaults.
-    problem
+    problem : Problem
         From ``pose``.
+    backend : str or tuple of str, optional
+        See ``ttr_np.backends``.
 
     Returns
     -------

@@ -8,8 +8,8 @@ initial_state : state, optional
 output_final_state : bool, default False
     Return ``(o, state)`` instead of ``o``.
 cu_seqlens : (n + 1,) integers, optional
-    Boundaries of n sequences packed along t. The memory starts anew at each; states then count the sequences on an
-    axis before their own axes.
+    Boundaries of n sequences packed along t, masked tokens counted. The memory starts anew at each; states then count
+    the sequences on an axis before their own axes.
 mask : (..., t) bool, optional
     True where the token is memorised. Elsewhere nothing is stored and nothing decays; the query is still answered.
 backend : str or tuple of str, optional
@@ -416,7 +416,8 @@ def recursive_least_squares(
     v : (..., t, v)
         Values.
     log_decay : (..., t), optional
-        Log of the share of the past that is kept, <= 0 and finite (a least-squares fit of nothing has no solution).
+        Log of the share of the past that is kept, <= 0 and finite (a least-squares fit of nothing has no solution). At
+        irregular times, -(time since the pair before) / tau forgets by time and not by pairs.
     beta : (..., t), optional
         Weight of each pair, >= 0; default 1.
     ridge : float, default 1.0

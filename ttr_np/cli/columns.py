@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from . import Refusal
-from .recall import read as text_of
+from .inputs import read as text_of
 
 __all__ = ["Column", "read_column", "read_table"]
 

@@ -36,7 +36,8 @@ from ..measure import (
 from ..notation import OPERATORS, draw
 from ..text_recall import BadInput, breaks, chosen_backends
 from . import Refusal
-from .recall import WIDTH, check_writable, deliver, plotter, progress_bar, split
+from .inputs import split
+from .outputs import WIDTH, by_reason, check_writable, deliver, plotter, progress_bar
 from .table import aligned, digits
 
 __all__ = ["compare", "declare", "report", "run", "timing_cells"]
@@ -259,11 +260,9 @@ def shortened(result: dict[str, Any]) -> list[str]:
 
 def not_run(result: dict[str, Any]) -> list[str]:
     """What did not run, by reason."""
-    reasons: dict[str, list[str]] = {}
-    for entry in result["operators"]:
-        for found in entry["skipped"]:
-            reasons.setdefault(f"{found['contender']}: {found['reason']}", []).append(entry["operator"])
-    return [f"not run: {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+    skipped = [(found, entry["operator"]) for entry in result["operators"] for found in entry["skipped"]]
+    groups = by_reason((f"{found['contender']}: {found['reason']}", name) for found, name in skipped)
+    return [f"not run: {', '.join(names)}: {reason}" for reason, names in groups.items()]
 
 
 def rows(result: dict[str, Any]) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..text_recall import BadInput, chosen_backends
 from . import Refusal
-from .recall import WIDTH, check_writable, deliver, plotter
+from .outputs import WIDTH, check_writable, deliver, plotter
 from .table import aligned
 
 __all__ = ["NAMES", "declare", "number", "report", "run", "table"]

@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .plot import COLOURS
+from .recall_plot import COLOURS
 
 __all__ = ["figure", "save"]
 

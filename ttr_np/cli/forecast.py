@@ -19,7 +19,8 @@ from ..data import co2_weekly
 from ..text_recall import BadInput, chosen_backends
 from . import Refusal
 from .columns import Column, read_column, read_table
-from .recall import WIDTH, check_writable, deliver, plotter, progress_bar, split
+from .inputs import split
+from .outputs import WIDTH, check_writable, deliver, plotter, progress_bar
 from .table import aligned, digits
 
 __all__ = ["csv_text", "declare", "report", "run"]

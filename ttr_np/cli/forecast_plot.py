@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .columns import Column
-from .plot import COLOURS
+from .recall_plot import COLOURS
 
 __all__ = ["figure", "save"]
 

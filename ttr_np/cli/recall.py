@@ -8,22 +8,16 @@ continuation seen.
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import textwrap
-from collections.abc import Callable, Iterable
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from ..text_recall import BadInput, text_recall
 from . import Refusal
+from .inputs import read, split
+from .outputs import WIDTH, by_reason, check_writable, deliver, plotter, progress_bar
 from .table import aligned
 
 __all__ = ["declare", "report", "run"]
-
-WIDTH = 120
-FIGURES = (".png", ".svg", ".pdf")
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Check everything that can be wrong, then measure, then print, write and draw."""
     text = None if arguments.text is None else read(arguments.text)
     if arguments.plot is not None:
-        draw = plotter(arguments.plot)
+        draw = plotter(arguments.plot, ".recall_plot")
     check_writable(arguments.json, arguments.plot)
     try:
         result = text_recall(
@@ -66,85 +60,6 @@ def run(arguments: argparse.Namespace) -> None:
     deliver(result, report(result), arguments.json)
     if arguments.plot is not None:
         draw(result, arguments.plot)
-
-
-def read(path: str) -> str:
-    """A text file, which must be UTF-8 and hold something."""
-    try:
-        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-        text = data.decode("utf-8-sig" if data.startswith(b"\xef\xbb\xbf") else "utf-8")
-    except OSError as problem:
-        raise Refusal(f"cannot read {path}: {problem.strerror}") from None
-    except UnicodeDecodeError as problem:
-        place = problem.start + 3 * data.startswith(b"\xef\xbb\xbf")
-        raise Refusal(f"{path} is not UTF-8: byte 0x{data[place]:02x} at offset {place}") from None
-    if not text.strip():
-        raise Refusal(f"{path} is empty")
-    return text
-
-
-def split(names: Iterable[str] | None) -> list[str] | None:
-    """Names given in one option with commas, in several options, or both."""
-    if names is None:
-        return None
-    found = [name.strip() for group in names for name in group.split(",") if name.strip()]
-    if not found:
-        raise Refusal("an option that takes names was given none")
-    return found
-
-
-def plotter(path: str, module: str = ".plot") -> Callable[[dict[str, Any], str], None]:
-    """The function that draws, found before the work so that a missing package costs no time."""
-    if Path(path).suffix.lower() not in FIGURES:
-        raise Refusal(f"--plot writes {', '.join(FIGURES)}; {path} is none of them")
-    try:
-        return import_module(module, __package__).save
-    except ImportError:
-        raise Refusal("--plot needs matplotlib: pip install 'ttr_np[plot]'") from None
-
-
-def check_writable(*paths: str | None) -> None:
-    """Refuse now what could not be written after the work; leaves no file behind. None and ``-`` are no files."""
-    for path in paths:
-        if path in (None, "-"):
-            continue
-        existed = Path(path).exists()
-        try:
-            Path(path).open("ab").close()
-        except OSError as problem:
-            raise Refusal(f"cannot write {path}: {problem.strerror}") from None
-        if not existed:
-            Path(path).unlink()
-
-
-def deliver(result: dict[str, Any], text: str, path: str | None) -> None:
-    """Write the result as JSON where ``--json`` says, and print the text unless that is standard output."""
-    if path is not None:
-        write_json(result, path)
-    if path != "-":
-        print(text)
-
-
-def write_json(result: dict[str, Any], path: str) -> None:
-    """The result to a file or to standard output."""
-    text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
-    if path == "-":
-        print(text)
-    else:
-        Path(path).write_text(text + "\n", encoding="utf-8")
-
-
-def progress_bar() -> Callable[[int, int, str], None] | None:
-    """A line that rewrites itself on a terminal; None, so silence, anywhere else."""
-    if not sys.stderr.isatty():
-        return None
-
-    def show(done: int, total: int, name: str) -> None:
-        filled = 30 * done // total
-        bar = f"[{'#' * filled}{'.' * (30 - filled)}] {done}/{total} {name}"
-        print("\r\033[K" + (bar if done < total else ""), end="", file=sys.stderr, flush=True)
-
-    return show
 
 
 def percent(share: float | None, digits: int = 0) -> str:
@@ -210,9 +125,7 @@ def cells(entry: dict[str, Any], backends: list[str], one: bool) -> list[str]:
 
 def reasons(result: dict[str, Any]) -> str:
     """Why nothing ran, in one line: each reason with one of the layers it holds for."""
-    groups: dict[str, list[str]] = {}
-    for entry in result["not_run"]:
-        groups.setdefault(entry["reason"], []).append(entry["name"])
+    groups = by_reason((entry["reason"], entry["name"]) for entry in result["not_run"])
     others = {1: "", 2: " and 1 other"}
     return "; ".join(
         f"{names[0]}{others.get(len(names), f' and {len(names) - 1} others')}: {' '.join(reason.split())}"
@@ -226,8 +139,6 @@ def remarks(result: dict[str, Any]) -> list[str]:
     silent = [f"{entry['name']} {entry['unanswered']}" for entry in result["layers"] if entry["unanswered"]]
     if silent:
         lines.append(f"tokens without an answer (output zero or not finite): {', '.join(silent)}")
-    reasons: dict[str, list[str]] = {}
-    for entry in result["not_run"]:
-        reasons.setdefault(entry["reason"], []).append(entry["name"])
-    lines += [f"not run: {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+    groups = by_reason((entry["reason"], entry["name"]) for entry in result["not_run"])
+    lines += [f"not run: {', '.join(names)}: {reason}" for reason, names in groups.items()]
     return [part for line in lines for part in textwrap.wrap(line, WIDTH, subsequent_indent="  ")]

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from .plot import COLOURS
+from .recall_plot import COLOURS
 from .table import digits
 
 __all__ = ["figure", "save"]

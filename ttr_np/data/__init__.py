@@ -13,6 +13,11 @@ __all__ = ["co2_weekly"]
 def co2_weekly() -> Path:
     """Where the weekly CO2 series of Mauna Loa is: columns ``date`` and ``co2``.
 
+    Returns
+    -------
+    pathlib.Path
+        A CSV file of the package.
+
     Examples
     --------
     >>> from ttr_np.data import co2_weekly

@@ -1,6 +1,6 @@
 """The figure of ``ttr recall``: bars by layer, lines by distance, recall against speed.
 
-Importing this module imports matplotlib; nothing else in the package does.
+Importing a module of figures imports matplotlib; nothing else in the package does.
 """
 
 from __future__ import annotations
