@@ -19,6 +19,7 @@ __all__ = ["SOLVERS"]
 
 HALF = 0.5  # share of what a factor knows below which a token does without it
 FRESH = 8  # tokens for which a factor pays
+NOTHING = exp(-104.0)  # a decay that is zero in single precision leaves nothing, not even of a NaN
 
 
 @cuda.jit(device=True)
@@ -26,6 +27,8 @@ def learn(H, key, k, log_decay, beta, t):
     """H = g_t H + beta_t k_t k_t^T; the share g_t. A pair of weight zero is not even looked at."""
     root = sqrt(float64(beta[t])) if beta.size else float64(1)
     left = exp(float64(log_decay[t])) if log_decay.size else float64(1)
+    if log_decay.itemsize == 4 and left <= NOTHING:
+        left = float64(0)
     for j in range(cuda.threadIdx.x, H.shape[0], cuda.blockDim.x):
         key[j] = root * k[t, j] if root != 0 else float64(0)
     cuda.syncthreads()  # the key is there
