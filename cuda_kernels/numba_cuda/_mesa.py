@@ -6,7 +6,7 @@ shared memory. ``eps`` is that of the caller's numbers.
 
 from __future__ import annotations
 
-from math import ceil, exp, inf, isfinite, log, nan, sqrt
+from math import ceil, exp, frexp, inf, isfinite, ldexp, log, nan, sqrt
 
 from numba import float64
 
@@ -55,10 +55,24 @@ def safe(H, ridge, eps, parts):
 
 
 @cuda.jit(device=True)
+def tame(H, ridge, units):
+    """Units of the channels times a power of two with which H + ridge is near one: its squares overflow nothing."""
+    largest = float64(0)
+    cuda.syncthreads()  # units are there
+    for p in range(H.shape[0]):
+        largest = max(largest, (H[p, p] + ridge[p]) * units[p] * units[p])
+    factor = ldexp(1.0, -(frexp(largest)[1] // 2)) if isfinite(largest) else 1.0
+    cuda.syncthreads()  # everyone has seen the units
+    for p in range(cuda.threadIdx.x, H.shape[0], cuda.blockDim.x):
+        units[p] *= factor
+    cuda.syncthreads()  # units are there again
+
+
+@cuda.jit(device=True)
 def diagonalise(A, H, ridge, units, values, eps, parts):
     """Eigenvectors of H + ridge, in units of the channels, as unit rows of A; False if a value counts as zero."""
     n, largest, regular = A.shape[0], float64(0), True
-    cuda.syncthreads()  # units are there
+    tame(H, ridge, units)
     for i in range(n):
         for j in range(cuda.threadIdx.x, n, cuda.blockDim.x):
             A[i, j] = (H[i, j] + (ridge[i] if i == j else float64(0))) * units[i] * units[j]
