@@ -238,6 +238,34 @@ def test_a_limit_on_the_steps_is_reported(backend):
         assert np.all(np.isfinite(o))
 
 
+@on_gpu
+@pytest.mark.parametrize("t", [9, 40])
+@pytest.mark.parametrize("solver", ["exact", "cg", "chebyshev"])
+def test_a_decay_that_is_zero_in_single_precision_forgets_even_a_nan(solver, t, backend):
+    arrays = {name: x.astype(np.float32) for name, x in inputs("mesa", t=t, lead=(1,)).items()}
+    for gate, forgets in ((-100, False), (-200, True)):
+        arrays["log_decay"][..., 6] = gate
+        arrays["k"][..., 2, 1] = np.nan
+        with np.errstate(invalid="ignore"):
+            wanted, end = run("mesa", "numpy", arrays, solver=solver)
+        o, state = run("mesa", backend, arrays, check=False, solver=solver)
+        assert np.isfinite(wanted[..., 6:, :]).all() == forgets
+        for x, y in ((o, wanted), *zip(state, end, strict=True)):
+            assert np.array_equal(np.isfinite(x), np.isfinite(y))
+            sentences.close(np.nan_to_num(x), np.nan_to_num(y), 1e-3)
+
+
+@on_gpu
+@pytest.mark.parametrize("ridge", [1.0, 0.0])
+@pytest.mark.parametrize("factor", [1e120, 1e-120])
+def test_numbers_whose_fourth_power_overflows_are_numbers_like_others(factor, ridge, backend):
+    arrays = inputs("mesa", t=9, lead=(1,))
+    arrays["k"] *= factor
+    wanted, _ = run("mesa", "numpy", arrays, ridge=ridge)
+    o, _ = run("mesa", backend, arrays, ridge=ridge)
+    sentences.close(o / np.abs(wanted).max(), wanted / np.abs(wanted).max(), 1e-8)
+
+
 def test_a_ridge_lost_in_rounding_says_which_solution():
     for ridge in (0.0, 1e-200, np.array([0.0, 1e-3, 1.0, 1.0, 1e-3])):
         for units in (np.ones(5), np.array([1e-5, 1e-3, 1.0, 1e3, 1e5])):

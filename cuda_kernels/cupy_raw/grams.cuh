@@ -4,8 +4,11 @@ __device__ __forceinline__ real root_of(Rows<const gate> beta, bool weighted, in
     return weighted ? sqrt(real(beta.at(t, 0))) : real(1);
 }
 
+// A decay that is zero in the precision of the gates leaves nothing, not even of a NaN: see `kept`.
 __device__ __forceinline__ real decay_of(Rows<const gate> log_decay, bool decays, int t) {
-    return decays ? exp(real(log_decay.at(t, 0))) : real(1);
+    if (!decays) return 1;
+    const real x = log_decay.at(t, 0);
+    return sizeof(gate) == sizeof(float) && x <= -104 ? real(0) : exp(x);
 }
 
 // The key of a pair times the root of its weight, by all threads of a block.

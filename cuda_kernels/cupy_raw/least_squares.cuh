@@ -36,7 +36,7 @@ struct PairArrays {
 
     // Whether nothing is left at a token of what came before, not even of a NaN, which zero times it would keep.
     __device__ __forceinline__ bool resets(int token) const {
-        constexpr bool ever = FAINTEST < -745;  // its exponential is zero
+        constexpr bool ever = FAINTEST <= -104;  // its exponential is zero in single precision, that of all gates here
         return ever && decays && decay.at(token, 0) <= FAINTEST;
     }
 };

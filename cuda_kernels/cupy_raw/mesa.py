@@ -32,7 +32,7 @@ __all__ = ["mesa", "refusal"]
 
 PIECE = 64
 GRAM, RECALL = Kernel("gram", "grams.cuh"), Kernel("recall", "grams.cuh")
-NOTHING = -800  # log of a decay that leaves nothing in double precision
+NOTHING = -104  # log of a decay that is zero in single precision, that of gates in chunks
 STEPS, DONE = 4, 1e-11  # of an exact solution in chunks: steps per channel at most, residual
 CHUNKS = Kernel("mesa_chunks", *_chunks.HEADERS, "factors.cuh", "grams.cuh", "mesa_exact.cuh")
 RECALL_CHUNKS = Kernel("recall_chunks", *_chunks.HEADERS)

@@ -24,9 +24,21 @@ __device__ bool safe(const real* H, const Vectors& all, real eps) {
     return over_block(lost) == 0;
 }
 
+// Units of the channels times a power of two with which H + ridge is near one: its squares overflow nothing.
+__device__ void tame(const real* H, Vectors& all) {
+    __syncthreads();  // units are there
+    real largest = 0;
+    for (int p = 0; p < K; p++)
+        largest = fmax(largest, (H[p * K + p] + all.ridge[p]) * all.units[p] * all.units[p]);
+    const real factor = largest > 0 && largest - largest == 0 ? ldexp(real(1), -(ilogb(largest) / 2)) : real(1);
+    __syncthreads();  // everyone has seen the units
+    for (int p = threadIdx.x; p < K; p += blockDim.x) all.units[p] *= factor;
+    __syncthreads();  // units are there again
+}
+
 // Eigenvectors of H + ridge as unit rows of A, and the eigenvalues, zero where they count as zero; whether none does.
 __device__ bool diagonalise(real* A, const real* H, Vectors& all, real eps) {
-    __syncthreads();  // units are there
+    tame(H, all);
     load(A, H, all, true);
     __syncthreads();  // rows are there
     orthogonalise(A, K);

@@ -6,7 +6,7 @@ shared memory. ``eps`` is that of the caller's numbers.
 
 from __future__ import annotations
 
-from math import ceil, exp, inf, isfinite, log, nan, sqrt
+from math import ceil, exp, frexp, inf, isfinite, ldexp, log, nan, sqrt
 
 from numba import float64
 
@@ -19,6 +19,7 @@ __all__ = ["SOLVERS"]
 
 HALF = 0.5  # share of what a factor knows below which a token does without it
 FRESH = 8  # tokens for which a factor pays
+NOTHING = exp(-104.0)  # a decay that is zero in single precision leaves nothing, not even of a NaN
 
 
 @cuda.jit(device=True)
@@ -26,6 +27,8 @@ def learn(H, key, k, log_decay, beta, t):
     """H = g_t H + beta_t k_t k_t^T; the share g_t. A pair of weight zero is not even looked at."""
     root = sqrt(float64(beta[t])) if beta.size else float64(1)
     left = exp(float64(log_decay[t])) if log_decay.size else float64(1)
+    if log_decay.itemsize == 4 and left <= NOTHING:
+        left = float64(0)
     for j in range(cuda.threadIdx.x, H.shape[0], cuda.blockDim.x):
         key[j] = root * k[t, j] if root != 0 else float64(0)
     cuda.syncthreads()  # the key is there
@@ -52,10 +55,24 @@ def safe(H, ridge, eps, parts):
 
 
 @cuda.jit(device=True)
+def tame(H, ridge, units):
+    """Units of the channels times a power of two with which H + ridge is near one: its squares overflow nothing."""
+    largest = float64(0)
+    cuda.syncthreads()  # units are there
+    for p in range(H.shape[0]):
+        largest = max(largest, (H[p, p] + ridge[p]) * units[p] * units[p])
+    factor = ldexp(1.0, -(frexp(largest)[1] // 2)) if isfinite(largest) else 1.0
+    cuda.syncthreads()  # everyone has seen the units
+    for p in range(cuda.threadIdx.x, H.shape[0], cuda.blockDim.x):
+        units[p] *= factor
+    cuda.syncthreads()  # units are there again
+
+
+@cuda.jit(device=True)
 def diagonalise(A, H, ridge, units, values, eps, parts):
     """Eigenvectors of H + ridge, in units of the channels, as unit rows of A; False if a value counts as zero."""
     n, largest, regular = A.shape[0], float64(0), True
-    cuda.syncthreads()  # units are there
+    tame(H, ridge, units)
     for i in range(n):
         for j in range(cuda.threadIdx.x, n, cuda.blockDim.x):
             A[i, j] = (H[i, j] + (ridge[i] if i == j else float64(0))) * units[i] * units[j]
