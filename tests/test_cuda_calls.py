@@ -116,8 +116,24 @@ def test_another_layout_another_option_and_another_state_are_other_calls(cupy):
     S = np.random.default_rng(2).standard_normal((2, 5, 3)).astype(np.float32)
     o = call(**arrays, initial_state=cupy.array(S)).held
     np.testing.assert_allclose(o, wanted + arrays["q"].held @ S, rtol=1e-4, atol=1e-5)
-    assert len(_launch.machine.plans) == 3  # an initial state is an array like any other
+    call(**arrays, initial_state=cupy.array(2 * S))
+    assert len(_launch.machine.plans) == 4  # the core that spares an initial state takes it as an array like any other
     np.testing.assert_array_equal(call(**arrays).held, wanted)
+
+
+@pytest.mark.parametrize("operator", ["linear_attention", "delta_rule"])
+def test_an_initial_state_is_read_where_it_lies_and_left_as_it_is(cupy, operator):
+    arrays, S = there(cupy, operator), np.random.default_rng(2).standard_normal((2, 5, 3)).astype(np.float32)
+    given, door = cupy.array(S), partial(getattr(ttr_np, operator), output_final_state=True)
+    wanted = door(**{name: x.held for name, x in arrays.items()}, initial_state=S, backend="numpy")
+    for _ in range(2):
+        o, state = door(**arrays, initial_state=given)
+        np.testing.assert_array_equal(given.held, S)
+        np.testing.assert_allclose(o.held, wanted[0], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(state.S.held, wanted[1].S, rtol=1e-4, atol=1e-5)
+    _, same = door(**{name: x[:, :0] for name, x in arrays.items()}, initial_state=given)
+    assert same.S is not given
+    np.testing.assert_array_equal(same.S.held, S)
 
 
 def test_arrays_that_cannot_be_told_apart_make_no_plan(cupy):
@@ -134,9 +150,10 @@ def test_arrays_that_cannot_be_told_apart_make_no_plan(cupy):
     np.testing.assert_allclose(ttr_np.delta_rule(**one).held, wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_a_core_that_computes_other_arrays_is_called_every_time(cupy):
-    from cuda_kernels.cupy_raw import _launch
+def test_a_core_that_computes_other_arrays_is_called_every_time(cupy, monkeypatch):
+    from cuda_kernels.cupy_raw import _launch, linear_attention
 
+    monkeypatch.setattr(linear_attention, "alike", lambda x: x.copy())
     for seed in range(3):
         arrays = {name: cupy.ndarray(abs(x.held)) for name, x in there(cupy, "linear_attention", seed).items()}
         wanted = ttr_np.linear_attention(**{n: x.held for n, x in arrays.items()}, normalize=True, backend="numpy")

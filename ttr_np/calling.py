@@ -455,8 +455,8 @@ def repeated(arrays: Mapping[str, Any], device: Any, field: Field) -> Any:
     return np.broadcast_to(moved(arrays, field.one), field.shape).astype(field.dtype, order="C", copy=True)
 
 
-def adopt(operator: str, given: Any, start: Any) -> Any:
-    """The caller's state in the shape and dtype of an empty one: a copy, but of a cache of pairs.
+def adopt(operator: str, given: Any, start: Any, copy: bool = True) -> Any:
+    """The caller's state in the shape and dtype of an empty one: a copy if it is asked for, but of a cache of pairs.
 
     Raises
     ------
@@ -471,7 +471,7 @@ def adopt(operator: str, given: Any, start: Any) -> Any:
     for name, x, empty in zip(start._fields, tuple(given) + (None,) * (len(start) - len(given)), start, strict=True):
         if (x is None) != (empty is None):
             raise ValueError(f"initial_state field {name} is {'missing' if x is None else 'given but not used here'}")
-        fields.append(None if x is None else adopt_field(operator, name, x, empty))
+        fields.append(None if x is None else adopt_field(operator, name, x, empty, copy))
     check_slots(operator, type(start)(*fields))
     return type(start)(*fields)
 
@@ -484,10 +484,10 @@ def check_slots(operator: str, state: Any) -> None:
         raise ValueError(f"initial_state fields hold different numbers of pairs: {slots}")
 
 
-def adopt_field(operator: str, name: str, x: Any, empty: np.ndarray) -> np.ndarray:
+def adopt_field(operator: str, name: str, x: Any, empty: np.ndarray, copy: bool) -> np.ndarray:
     """One field of a state: leading axes broadcast, its own must fit; a cache has any number n of slots.
 
-    It is copied, for cores work in place; but not the pairs of a cache, which only grow, and are read where they are.
+    It is copied for cores that work in place; but not the pairs of a cache, which only grow, and are read where they are.
 
     Raises
     ------
@@ -515,7 +515,7 @@ def adopt_field(operator: str, name: str, x: Any, empty: np.ndarray) -> np.ndarr
     if axes[:1] == ["n"]:
         x = x if x.shape == lead + inner else np.broadcast_to(x, lead + inner)
         return x if x.dtype == empty.dtype else x.astype(empty.dtype)
-    return np.broadcast_to(x, lead + inner).astype(empty.dtype, order="C", copy=True)
+    return np.broadcast_to(x, lead + inner).astype(empty.dtype, order="C", copy=copy)
 
 
 class Held(NamedTuple):
@@ -539,6 +539,7 @@ def run(
     cu_seqlens: Any = None,
     mask: Any = None,
     hold: bool = False,
+    apart: Callable[..., tuple[Any, Any]] | None = None,
     look: Callable[[Mapping[str, Any]], Callable[[], None]] = check_gates,
 ) -> Any:
     """Call an operator's core with everything a caller may ask of any operator.
@@ -560,6 +561,9 @@ def run(
         The common keywords of all operators.
     hold
         For ``ttr_np.Stream``: do everything but the call of the core.
+    apart
+        The core of a call whose memories begin somewhere: it leaves the state that it is given as it is, and returns
+        another. Without one the state is copied before ``core`` may overwrite it.
     look
         Looks at the gates that have limits, and returns what gives the verdict: a GPU may be busy with the answers
         before it has told of the gates. While a graph is recorded nobody looks.
@@ -573,7 +577,8 @@ def run(
     recorded = recording(given)
     verdict = look(gates) if gates and not recorded else no_verdict
     try:
-        called = begun(core, operator, given, options, plan, start, initial_state, cu_seqlens)
+        apart = None if hold or not plan.sizes["t"] else apart
+        called = begun(core, operator, given, options, plan, start, initial_state, cu_seqlens, apart)
         if hold:
             return called
         o, state = called.core(**called.arguments, state=called.state)
@@ -594,6 +599,7 @@ def begun(
     start: Callable[..., Any],
     initial_state: Any,
     cu_seqlens: Any,
+    apart: Callable[..., tuple[Any, Any]] | None,
 ) -> Held:
     """The call of a core, with all it needs."""
     empty = vacant(start, operator, given, plan.lead, plan.sizes, plan.compute)
@@ -601,6 +607,9 @@ def begun(
     if OPERATORS[operator].sees_mask:
         every["mask"] = given.get("mask")
     every |= options or {}
+    if apart is not None and initial_state is not None and cu_seqlens is None:
+        core = apart
+    copy = core is not apart
     if asks_nobody(operator, given, empty):
         core = partial(unasked, core, operator)
     if cu_seqlens is not None:
@@ -609,7 +618,7 @@ def begun(
         return Held(core, every, made_there(given, empty))
     if initial_state is None:
         return Held(core, every, made_there(given, empty))
-    return Held(core, every, beside(given, adopt(operator, initial_state, empty)))
+    return Held(core, every, beside(given, adopt(operator, initial_state, empty, copy)))
 
 
 @cache

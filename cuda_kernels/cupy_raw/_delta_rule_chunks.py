@@ -153,15 +153,15 @@ def choice(q: Any, v: Any, log_decay: Any, erase_key: Any) -> Tiles | None:
 
 
 def correct(
-    chosen: Tiles, sequences: Sequences, arrays: dict[str, Any], state: DeltaRuleState, scale: float
+    chosen: Tiles, sequences: Sequences, arrays: dict[str, Any], S: Any, S_next: Any, scale: float
 ) -> tuple[Any, DeltaRuleState]:
-    """All tokens; ``arrays`` are q, k, v, beta, log_decay and erase_key."""
-    q, v, (S,) = arrays["q"], arrays["v"], state
+    """All tokens; ``arrays`` are q, k, v, beta, log_decay and erase_key. The state S ends in S_next, which may be S."""
+    q, v = arrays["q"], arrays["v"]
     gate, name = gate_of(q, arrays["log_decay"]), np.dtype(q.dtype).name
     tokens, terms = q.shape[-2], terms_of(name, gate)
     o = empty(sequences, (tokens, v.shape[-1]), q.dtype, q)
     owns = {"beta": ROW, "log_decay": BOTH if gate == "channel" else ROW}
-    given = {key: (x, owns.get(key, BOTH)) for key, x in (arrays | {"S": S, "o": o}).items()}
+    given = {key: (x, owns.get(key, BOTH)) for key, x in (arrays | {"S": None, "S_next": None, "o": o}).items()}
     constants = {"K": q.shape[-1], "KEYS": chosen.keys, "CHUNK": chosen.chunk, "GATE": GATES[gate]}
     constants |= {"ERASE": int(arrays["erase_key"] is not None), "DATA_TERMS": terms.data, "SUM_TERMS": terms.sums}
     each = numbers_of_a_record(chosen, terms, v.shape[-1], sequences.groups) * sequences.memories
@@ -169,11 +169,12 @@ def correct(
     records = _launch.machine.scratch(each * -(-part // chosen.chunk))
     walk = walk_of(chosen, q, gate, sequences.groups)
     for first in range(0, tokens, part):
-        here = {key: (x if key == "S" else rows_of(x, own, first, part), own) for key, (x, own) in given.items()}
+        here = {key: (rows_of(x, own, first, part), own) for key, (x, own) in given.items()}
+        here |= {"S": (S_next if first else S, BOTH), "S_next": (S_next, BOTH)}
         types = {"data": q.dtype, "real": S.dtype}
         scalars = {"tokens": min(part, tokens - first), "columns": v.shape[-1], "records": records, "scale": scale}
         launch_pair(chosen, walk, sequences, here, types, constants, scalars)
-    return o, DeltaRuleState(S)
+    return o, DeltaRuleState(S_next)
 
 
 def part_of(tokens: int, chunk: int, each: int) -> int:
@@ -200,7 +201,7 @@ def launch_pair(
     """What does not depend on the memory, of all chunks; then the walk over them."""
     threads = (128 if constants["GATE"] == GATES["channel"] else 64) * max(chosen.chunk // 16, 2)
     grid = _calls.Grid(-(-scalars["tokens"] // chosen.chunk), threads, chosen.prepare)
-    only_read = given | {name: (None, BOTH) for name in ("S", "o")}
+    only_read = given | {name: (None, BOTH) for name in ("S", "S_next", "o")}
     launch(PREPARE, sequences, only_read, (), types, constants, grid, **scalars)
     grid = _calls.Grid(-(-scalars["columns"] // VALUES), walk.threads, walk.shared)
-    launch(walk.kernel, sequences, given, ("S", "o"), types, constants, grid, **scalars)
+    launch(walk.kernel, sequences, given, ("S_next", "o"), types, constants, grid, **scalars)

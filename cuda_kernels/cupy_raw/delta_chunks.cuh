@@ -1,7 +1,7 @@
 // What the two texts of the chunked delta rule share: delta_rule_prepare.cu leaves a record of each chunk to
 // delta_rule_chunks.cu. All in it that products take is in terms of bfloat16, in rows without gaps.
 
-enum { Q, KEY, V, BETA, GATE_OF, ERASE_OF, STATE, O };
+enum { Q, KEY, V, BETA, GATE_OF, ERASE_OF, STATE, STATE_NEXT, O, ARRAYS };
 
 enum { NO_GATE, STEP, CHANNEL };
 
@@ -57,9 +57,9 @@ struct Place {
     }
 };
 // A thread finds one array, so that none waits for all.
-__device__ __forceinline__ void find_places(Place (&places)[8], const long long* table, int axes, int memory) {
+__device__ __forceinline__ void find_places(Place (&places)[ARRAYS], const long long* table, int axes, int memory) {
     const int array = threadIdx.x;
-    if (array >= 8) return;
+    if (array >= ARRAYS) return;
     const char* const origin = reinterpret_cast<const char*>(table);
     const auto found = rows(origin, table, axes, array, memory);
     places[array] = {found.begin - origin, found.group, found.row, found.column};

@@ -4,12 +4,12 @@
 // rows part, part + PARTS, ... of it, in registers, from the first token to the last. What all columns need of a token
 // is staged in shared memory while the token before it is worked on.
 
-enum { Q, KEY, V, BETA, GATE, ERASE, STATE, O };
+enum { Q, KEY, V, BETA, GATE, ERASE, STATE, STATE_NEXT, O };
 
 extern "C" __global__ void __launch_bounds__(128)
 delta_rule(const data* q, const data* k, const data* v, const real* beta, const real* log_decay,
-           const data* erase_key, real* S, data* o, const long long* table, int axes, int tokens, int columns,
-           int groups, int blocks, real scale) {
+           const data* erase_key, const real* S, real* S_next, data* o, const long long* table, int axes, int tokens,
+           int columns, int groups, int blocks, real scale) {
     __shared__ real keys[2][ROWS * PARTS];
     __shared__ real erased[2][ROWS * PARTS];
     __shared__ real decays[2][ROWS * PARTS];
@@ -73,5 +73,5 @@ delta_rule(const data* q, const data* k, const data* v, const real* beta, const 
         }
     }
 
-    store_column(own, state, part, column, mine);
+    store_column(own, rows(S_next, table, axes, STATE_NEXT, memory), part, column, mine);
 }

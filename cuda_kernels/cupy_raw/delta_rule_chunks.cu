@@ -226,7 +226,7 @@ __device__ __forceinline__ int least_of_block(const Room& room, int mine) {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 delta_rule_chunks(const data* q, const data* k, const data* v, const real* beta, const real* log_decay,
-                  const data* erase_key, real* S, data* o, const float* records, const long long* table, int axes,
+                  const data* erase_key, const real* S, real* S_next, data* o, const float* records, const long long* table, int axes,
                   int tokens, int columns, int groups, int blocks, real scale) {
     const Room room;
     Memory memory;
@@ -234,7 +234,7 @@ delta_rule_chunks(const data* q, const data* k, const data* v, const real* beta,
     const int token = threadIdx.x % TEAM / 64 * 16, column = threadIdx.x / 32 % 2 * 16;
     const int chunks = (tokens + CHUNK - 1) / CHUNK;
 
-    __shared__ Place places[8];
+    __shared__ Place places[ARRAYS];
     __shared__ Arrays arrays;
     find_places(places, table, axes, which);
     __syncthreads();  // places are known
@@ -243,12 +243,8 @@ delta_rule_chunks(const data* q, const data* k, const data* v, const real* beta,
         arrays.p = ERASE ? places[ERASE_OF].of(erase_key) : arrays.k, arrays.o = places[O].of(o);
         arrays.beta = places[BETA].of(beta), arrays.gate = places[GATE_OF].of(log_decay);
     }
-    // The place of a number of the state, found anew each time: across the walk it would take registers.
-    const auto state_of = [&](int key, int j) -> real* {
-        return key < K && first_column + j < columns ? &places[STATE].of(S).at(key, first_column + j) : nullptr;
-    };
     memory.each_number([&](int key, int j, float& x) {
-        const real* const at = state_of(key, j);
+        const real* const at = place_of(places[STATE].of(S), key, first_column + j, columns);
         x = at ? *at : 0;
     });
     memory.lay_out(room);
@@ -348,6 +344,6 @@ delta_rule_chunks(const data* q, const data* k, const data* v, const real* beta,
         memory.lay_out(room);
     }
     memory.each_number([&](int key, int j, float& x) {
-        if (real* const at = state_of(key, j)) *at = x;
+        if (real* const at = place_of(places[STATE_NEXT].of(S_next), key, first_column + j, columns)) *at = x;
     });
 }

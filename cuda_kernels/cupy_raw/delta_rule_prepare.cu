@@ -431,7 +431,7 @@ delta_rule_prepare(const data* q, const data* k, const data* v, const real* beta
     const Room room;
     const int which = blockIdx.x / blocks, t = blockIdx.x % blocks * CHUNK, count = min(CHUNK, tokens - t);
     const Record record(records, blockIdx.x, groups, columns);
-    __shared__ Place places[8];
+    __shared__ Place places[ARRAYS];
     find_places(places, table, axes, which);
     __syncthreads();  // places are known
 

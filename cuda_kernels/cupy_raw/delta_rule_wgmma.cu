@@ -90,7 +90,7 @@ struct Barriers {
 // What a block has: in shared memory, because few registers are left for it.
 struct Walk {
     Arrays arrays;
-    Place state;
+    Place state, state_next;
     const float* records;
     int which, first_column, tokens, columns, chunks, sharers;  // sharers: blocks with the same memory
 
@@ -432,32 +432,30 @@ struct Consumer {
 };
 
 template <bool READS>
-__device__ __forceinline__ void consume(const Consumer<READS>& consumer, real* S) {
+__device__ __forceinline__ void consume(const Consumer<READS>& consumer, const real* S, real* S_next) {
     const Walk& walks = consumer.walks;
     const Self& self = consumer.self;
-    const auto place = [&](int row, int j) -> real* {
-        const int key = 64 * READS + row, column = walks.first_column + j;
-        return key < K && column < walks.columns ? &walks.state.of(S).at(key, column) : nullptr;
-    };
+    const int first_key = 64 * READS, first = walks.first_column;
     Totals state;
-    each_total(state, self, [&](int row, int column, float& x) {
-        const real* const at = place(row, column);
+    each_total(state, self, [&](int row, int j, float& x) {
+        const real* const at = place_of(walks.state.of(S), first_key + row, first + j, walks.columns);
         x = at ? *at : 0;
     });
     consumer.lay_out(state);
     #pragma unroll 1
     for (int n = 0; n < walks.chunks; n++) consumer.take(state, n);
-    each_total(state, self, [&](int row, int column, float& x) {
-        if (real* const at = place(row, column)) *at = x;
+    each_total(state, self, [&](int row, int j, float& x) {
+        real* const at = place_of(walks.state_next.of(S_next), first_key + row, first + j, walks.columns);
+        if (at) *at = x;
     });
 }
 
 extern "C" __global__ void __launch_bounds__(PRODUCERS + 32 * WARPS, 1)
 delta_rule_wgmma(const data* q, const data* k, const data* v, const real* beta, const real* log_decay,
-                 const data* erase_key, real* S, data* o, const float* records, const long long* table, int axes,
-                 int tokens, int columns, int groups, int blocks, real scale) {
+                 const data* erase_key, const real* S, real* S_next, data* o, const float* records,
+                 const long long* table, int axes, int tokens, int columns, int groups, int blocks, real scale) {
     __shared__ Barriers barriers;
-    __shared__ Place places[8];
+    __shared__ Place places[ARRAYS];
     __shared__ Walk walks;
     __shared__ int votes[4];
     __shared__ float parts[32 * WARPS];
@@ -471,7 +469,7 @@ delta_rule_wgmma(const data* q, const data* k, const data* v, const real* beta, 
     if (threadIdx.x == 0) {
         walks.which = blockIdx.x / blocks, walks.first_column = blockIdx.x % blocks * VALUES, walks.sharers = blocks;
         walks.tokens = tokens, walks.columns = columns, walks.chunks = (tokens + CHUNK - 1) / CHUNK;
-        walks.records = records, walks.state = places[STATE];
+        walks.records = records, walks.state = places[STATE], walks.state_next = places[STATE_NEXT];
         Arrays& arrays = walks.arrays;
         arrays.q = places[Q].of(q), arrays.k = places[KEY].of(k), arrays.v = places[V].of(v);
         arrays.p = ERASE ? places[ERASE_OF].of(erase_key) : arrays.k, arrays.o = places[O].of(o);
@@ -482,7 +480,7 @@ delta_rule_wgmma(const data* q, const data* k, const data* v, const real* beta, 
     if (threadIdx.x < PRODUCERS)
         produce(room, barriers, walks);
     else if (threadIdx.x < PRODUCERS + 128)
-        consume<false>({room, barriers, walks, votes, parts, scale, {}}, S);
+        consume<false>({room, barriers, walks, votes, parts, scale, {}}, S, S_next);
     else
-        consume<true>({room, barriers, walks, votes, parts, scale, {}}, S);
+        consume<true>({room, barriers, walks, votes, parts, scale, {}}, S, S_next);
 }

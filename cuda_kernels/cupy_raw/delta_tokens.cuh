@@ -36,6 +36,12 @@ __device__ __forceinline__ void prefetch_tokens(const Rows<const data>& from, lo
         prefetch(&from.at(t + i / lines, i % lines * (LINE / int(sizeof(data)))));
 }
 
+// The place of a number of a state, if it is there; found anew each time, for across the walk it would take registers.
+template <class T>
+__device__ __forceinline__ T* place_of(const Rows<T>& state, int key, int column, int columns) {
+    return key < K && column < columns ? &state.at(key, column) : nullptr;
+}
+
 // Answers of 16 tokens and 8 columns, as far as they are there; two at once where that is possible.
 __device__ __forceinline__ void write(const Sum& sum, const Rows<data>& to, long long t, int column, int count,
                                       int columns, real scale) {

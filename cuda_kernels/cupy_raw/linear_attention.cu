@@ -5,12 +5,12 @@
 // its query (of the first group) are staged in shared memory while the token before it is worked on. To NORMALIZE, each
 // column keeps the weights z itself.
 
-enum { Q, KEY, V, GATE, BONUS, STATE, Z, Z_NEXT, O };
+enum { Q, KEY, V, GATE, BONUS, STATE, STATE_NEXT, Z, Z_NEXT, O };
 
 extern "C" __global__ void __launch_bounds__(128)
-linear_attention(const data* q, const data* k, const data* v, const real* log_decay, const real* bonus, real* S,
-                 const real* z, real* z_next, data* o, const long long* table, int axes, int tokens, int columns,
-                 int groups, int blocks, real scale) {
+linear_attention(const data* q, const data* k, const data* v, const real* log_decay, const real* bonus,
+                 const real* S, real* S_next, const real* z, real* z_next, data* o, const long long* table, int axes,
+                 int tokens, int columns, int groups, int blocks, real scale) {
     __shared__ real keys[2][ROWS * PARTS];
     __shared__ real decays[2][ROWS * PARTS];
     __shared__ real queries[2][ROWS * PARTS];
@@ -87,10 +87,11 @@ linear_attention(const data* q, const data* k, const data* v, const real* log_de
         if (bonus) memorise();
     }
 
+    const auto state_next = rows(S_next, table, axes, STATE_NEXT, memory);
     const auto weights_next = rows(z_next, table, axes, Z_NEXT, memory);
     for (int r = 0; r < ROWS; r++) {
         const int row = part + r * PARTS;
-        if (row < K && mine) state.at(row, column) = own[r];
+        if (row < K && mine) state_next.at(row, column) = own[r];
         if (NORMALIZE && row < K && column == 0) weights_next.at(0, row) = own_z[r];
     }
 }

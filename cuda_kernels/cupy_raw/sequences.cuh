@@ -64,7 +64,8 @@ __device__ __forceinline__ real over_parts(real x) {
 
 #ifdef K
 // What lane `part` owns of a column, zero beyond the last row; and back.
-__device__ __forceinline__ void load_column(real (&own)[ROWS], Rows<real> state, int part, int column, bool mine) {
+template <class T>
+__device__ __forceinline__ void load_column(real (&own)[ROWS], Rows<T> state, int part, int column, bool mine) {
     for (int r = 0; r < ROWS; r++) {
         const int row = part + r * PARTS;
         own[r] = row < K && mine ? state.at(row, column) : real(0);
