@@ -474,6 +474,12 @@ def test_a_ridge_of_zero_in_one_memory_leaves_others_their_bits():
         assert np.array_equal(together[i], kernel("mesa", {name: a[i] for name, a in x.items()}, ridge=ridge[i]))
 
 
+def test_a_query_that_is_no_number_has_no_answer_even_where_nothing_is_known():
+    x = inputs("mesa singular", lead=(), t=5)
+    x["k"][:3], x["q"][[1, 4], 2] = 0, np.nan
+    assert np.array_equal(np.isnan(kernel("mesa singular", x)).all(axis=-1), [False, True, False, False, True])
+
+
 @pytest.mark.parametrize("gate", [-np.inf, -1e30, -1e4])
 def test_mesa_forgets_even_a_nan_where_nothing_is_left_of_it(gate):
     x = inputs("mesa decaying", lead=(), t=70)

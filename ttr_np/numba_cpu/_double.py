@@ -302,7 +302,8 @@ def solve_spectral(d, room, like):
             scale(row(room.U, i), 1 / values[i], d)
         else:
             values[i], regular = 0.0, False
-    fill(x, 0.0, d)
+    copy(x, row(rows, ASKED), d)
+    scale(x, 0.0, d)  # a NaN stays
     for _ in range(2):
         for i in range(d):
             rest = row(rows, ASKED)[i] - dot(row(room.H, i), x, d, 1.0) - row(rows, WEIGHT)[i] * x[i]

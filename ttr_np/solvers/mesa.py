@@ -9,7 +9,7 @@ with g = exp(log_decay). Three solvers of x_t = (H_t + diag(ridge))^-1 q_t:
   the keys of the chunk say much more than what came before (a small ridge), so it is refined once, and a token whose
   residual is then still above rounding gets its own solve. With decay the data fade against a ridge that does not, and
   every token gets its own solve, a few tokens at a time. Either way the error is about eps times the condition of
-  H_t + diag(ridge). Where eps times the condition reaches one, and with a ridge of zero anywhere, the answer is that
+  H_t + diag(ridge). Where eps times the condition reaches one, and where a memory has no ridge, the answer is that
   of minimum norm, G_t^T pinv(H_t + diag(ridge)) q_t (the norm that the ridge weighs, if none is zero), where
   eigenvalues below k eps times the largest count as zero.
 - ``cg``: conjugate gradients from x = 0 for all tokens of a chunk at once; H_t is never formed, its products with p are
