@@ -277,7 +277,15 @@ class Ready(NamedTuple):
             x = np.broadcast_to(x, self.repeated)
         if self.masked is not None:
             x = np.where(mask.reshape(mask.shape + (1,) * self.masked), x, x.dtype.type(0))
+        x = in_rows(x)
         return x if x.shape == self.shape else x.reshape(self.shape)
+
+
+def in_rows(x: Any) -> Any:
+    """An array whose last axis is adjacent in memory, copied if it is not: products then round alike in any layout."""
+    if on_device(x) or x.ndim == 0 or x.shape[-1] < 2 or x.strides[-1] in (0, x.itemsize):
+        return x
+    return np.ascontiguousarray(x)
 
 
 class Plan(NamedTuple):
