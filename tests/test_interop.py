@@ -94,6 +94,27 @@ def test_sixteen_bits_come_from_jax():
     np.testing.assert_array_equal(o, ttr_np.layers["delta_rule"](*(np.asarray(x) for x in (q, k, v))))
 
 
+def test_sixteen_bits_come_from_torch():
+    torch = pytest.importorskip("torch", reason="torch is not installed: pip install torch")
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    tensors = [torch.from_numpy(x).bfloat16() for x in drawn()]
+    q, k, v = (x.float().numpy().astype(ml_dtypes.bfloat16) for x in tensors)
+    o, state = ttr_np.linear_attention(*tensors, output_final_state=True)
+    assert o.dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(o, ttr_np.linear_attention(q, k, v))
+    np.testing.assert_array_equal(ttr_np.layers["gla"](*tensors), ttr_np.layers["gla"](q, k, v))
+    start = torch.from_numpy(state.S).bfloat16()
+    assert ttr_np.linear_attention(*tensors, initial_state=start).dtype == ml_dtypes.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_tensor_that_cannot_be_shared_is_named(dtype):
+    torch = pytest.importorskip("torch", reason="torch is not installed: pip install torch")
+    x = torch.ones((3, 2), dtype=getattr(torch, dtype))
+    with pytest.raises(TypeError, match="v cannot be shared with NumPy: .*detach"):
+        ttr_np.linear_attention(x, x, x.clone().requires_grad_())
+
+
 def test_arrays_of_cupy_stay_on_their_gpu(tmp_path):
     state = available_backends()["cupy"]
     if state != "ok":

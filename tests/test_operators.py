@@ -413,7 +413,10 @@ LAYOUTS = {
 def test_the_layout_of_memory_does_not_matter(case, layout):
     arrays = {name: LAYOUTS[layout](x) for name, x in case.draw(t=70).items()}
     plain = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
-    close(case(arrays), case(plain), tolerance(case))
+    if layout == "stride 0":  # repeats are not written out, and products of them take ways of their own
+        close(case(arrays), case(plain), tolerance(case))
+    else:
+        same_bits(case(arrays), case(plain))
 
 
 @every_case

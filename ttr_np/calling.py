@@ -119,7 +119,15 @@ def through_dlpack(x: Any) -> Any:
         return x
     if int(x.__dlpack_device__()[0]) not in HOST:
         return import_module("cupy").from_dlpack(x)
+    if str(getattr(x, "dtype", "")) == "torch.bfloat16" and not x.requires_grad:
+        return brain_floats(x)
     return x if hasattr(x, "__array__") else np.from_dlpack(x)
+
+
+def brain_floats(x: Any) -> np.ndarray:
+    """The same memory of torch in bfloat16, which NumPy takes from nobody, as bits that ml_dtypes reads."""
+    bits = np.from_dlpack(x.view(sys.modules["torch"].int16))
+    return bits.view(import_module("ml_dtypes").bfloat16)
 
 
 def as_array(name: str, x: Any) -> np.ndarray:
@@ -134,7 +142,7 @@ def as_array(name: str, x: Any) -> np.ndarray:
         if isinstance(x, np.ma.MaskedArray):
             words = f"pass its data, and mask=~{name}.mask for the tokens to leave out"
             raise TypeError(f"{name} is a masked array: {words}")
-        x = shared(x)
+        x = shared(name, x)
     if is_usable(x.dtype):
         return x
     if x.dtype.kind in "iu":
@@ -144,14 +152,17 @@ def as_array(name: str, x: Any) -> np.ndarray:
     raise TypeError(f"{name} has dtype {x.dtype}; it needs real numbers")
 
 
-def shared(x: Any) -> Any:
+def shared(name: str, x: Any) -> Any:
     """An argument as an array, of NumPy if it is not on a GPU."""
     if isinstance(x, np.ndarray):
         return x
-    x = through_dlpack(x)
-    if on_device(x):
-        return x
-    return np.from_dlpack(x) if hasattr(x, "__dlpack__") and not np.isscalar(x) else np.asarray(x)
+    try:
+        x = through_dlpack(x)
+        if on_device(x):
+            return x
+        return np.from_dlpack(x) if hasattr(x, "__dlpack__") and not np.isscalar(x) else np.asarray(x)
+    except (BufferError, RuntimeError) as problem:  # a dtype of its own, or a tensor that keeps its gradient
+        raise TypeError(f"{name} cannot be shared with NumPy: {problem}") from problem
 
 
 @lru_cache(maxsize=64)
@@ -266,7 +277,15 @@ class Ready(NamedTuple):
             x = np.broadcast_to(x, self.repeated)
         if self.masked is not None:
             x = np.where(mask.reshape(mask.shape + (1,) * self.masked), x, x.dtype.type(0))
+        x = in_rows(x)
         return x if x.shape == self.shape else x.reshape(self.shape)
+
+
+def in_rows(x: Any) -> Any:
+    """An array whose last axis is adjacent in memory, copied if it is not: products then round alike in any layout."""
+    if on_device(x) or x.ndim == 0 or x.shape[-1] < 2 or x.strides[-1] in (0, x.itemsize):
+        return x
+    return np.ascontiguousarray(x)
 
 
 class Plan(NamedTuple):

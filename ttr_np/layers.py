@@ -294,9 +294,10 @@ def expand(name: str, value: Any, axes: str, p: dict[str, Any]) -> Any:
     like, asked = (p[x] for x in (("k", "q") if "k" in p else ("x", "x")))
     sizes = {"t": asked.shape[-2], "s": like.shape[-2], "k": like.shape[-1], "d": like.shape[-1]}
     sizes["v"] = p["v"].shape[-1] if "v" in p else like.shape[-1]
+    value = as_float(value)
+    sizes["m"] = value.shape[-1] if value.ndim and value.shape[-1] > 1 else like.shape[-1]  # slots: any number
     full = tuple(sizes.get(axis, 1) for axis in axes.split())
     lead = like.shape[:-2] if axes[0] in "ts" else ()
-    value = as_float(value)
     if value.ndim == 0:
         return moved(p, np.full(lead + full, value))
     if axes[0] != "t" or any(axis not in sizes for axis in axes.split()):
@@ -788,7 +789,7 @@ LINES: list[Layer] = [
         ONE_STEP,
         "linear_attention",
         "Zhang et al. 2024, arXiv:2409.07146",
-        {"log_decay": Gate(slot_decays, "log_decay = log sigmoid(W x) / 8, per slot", "t k"), "scale": SCALE},
+        {"log_decay": Gate(slot_decays, "log_decay = log sigmoid(W x) / 8, per slot", "t m"), "scale": SCALE},
         pose=lambda p: changed(p, write=-np.expm1(p["log_decay"])),
         route=routes.slots,
     ),
@@ -799,7 +800,7 @@ LINES: list[Layer] = [
         ONE_STEP,
         "linear_attention",
         "Peng et al. 2022, arXiv:2110.02488",
-        {"write": Gate(slot_shares, "softmax(W x), per slot", "t k"), "scale": SCALE},
+        {"write": Gate(slot_shares, "softmax(W x), per slot", "t m"), "scale": SCALE},
         route=routes.slots,
     ),
     Layer(
