@@ -13,6 +13,7 @@
 
 enum { Q, KEY, V, POSITION, COUNT, LEFT, GATE, O, RESIDUAL };
 enum { ROWS = 16 * WARPS, THREADS = 32 * WARPS, OCTETS = PAIRS / 8, UNDER_WAY = KD <= 64 ? 2 : 1 };
+enum { TO_DO = -1 };  // residual of what the launch before has left, if this is the REST
 enum { TOPS, MEANS, SLOPES, ANSWERS };  // what a pass is for
 typedef Panel<double, KD + 8> Lines;     // a row for each query
 typedef Panel<narrow, KD + 8> Queries;   // the same, as they came: narrow is float where that holds the data
@@ -208,7 +209,7 @@ __device__ __forceinline__ void spoil(Sum (&sum)[KD / 8], const Shared& all, int
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 local_lines(const data* q, const stored* k, const stored* v, const long long* position, const long long* count,
-            const logs* left, const logs* log_decay, data* o, double* residual, const long long* table, int axes,
+            const logs* left, const logs* log_decay, data* answers, double* residual, const long long* table, int axes,
             int tokens, int columns, int pairs, int cached, int groups, int blocks, int causal, int window,
             int steps, double width, double ridge, double tolerance) {
     __shared__ Shared all;
@@ -223,6 +224,13 @@ local_lines(const data* q, const stored* k, const stored* v, const long long* po
                     position != nullptr, count != nullptr, log_decay != nullptr, cached, pairs, tokens, window, 0};
         all.width = width;
     }
+    const auto left_over = rows(residual, table, axes, RESIDUAL, memory);
+    bool wanted[2];
+    for (int half = 0; half < 2; half++) {
+        const int row = first + row_of(half);
+        wanted[half] = row < end_of_rows && (!REST || left_over.of(row % groups).at(row / groups, 0) == TO_DO);
+    }
+    if (REST && !__syncthreads_or(wanted[0] || wanted[1])) return;
     const auto oldest_key = rows(k, table, axes, KEY, memory);
     for (int c = threadIdx.x; c < KD; c += THREADS)
         all.from[c] = c < D ? double(origin(widened(oldest_key.at(0, c)))) : 0.0;
@@ -249,11 +257,12 @@ local_lines(const data* q, const stored* k, const stored* v, const long long* po
     const int own_high = (min(first + 16 * (warp + 1), end_of_rows) - 1) / groups;
     const int own_last = first + 16 * warp >= end_of_rows ? -1 : causal ? cached + own_high : pairs - 1;
     const int in_sight = position || window ? 0 : causal ? cached + low + 1 : pairs;
-    const auto out = rows(o, table, axes, O, memory);
+    const auto out = rows(answers, table, axes, O, memory);
 
     // Of the two rows of this lane: highest logit, share of a weight of one, product of direction and mean key.
     double top[2] = {-infinite(), -infinite()}, share[2] = {1, 1}, across[2] = {}, start_square[2] = {}, square[2] = {};
-    bool active[2] = {true, true}, idle = false;
+    bool active[2] = {true, true}, idle = !__any_sync(0xffffffffu, wanted[0] || wanted[1]);
+    const bool spare = idle;
     int mode = TOPS, turn = 0, column = 0;
     #pragma unroll 1
     while (true) {
@@ -299,7 +308,7 @@ local_lines(const data* q, const stored* k, const stored* v, const long long* po
         if (mode == ANSWERS) {
             along_rows([&](int half, int r, int c, int n, int i) {
                 const int row = first + r;
-                if (row >= end_of_rows || column + c >= columns) return;
+                if (!wanted[half] || column + c >= columns) return;
                 const double x = total[half] == 0 ? sum[n].x[i] : sum[n].x[i] / total[half];
                 put(out.of(row % groups).at(row / groups, column + c), x);
             });
@@ -344,10 +353,11 @@ local_lines(const data* q, const stored* k, const stored* v, const long long* po
                 if (active[half]) u = fma(ratio[half], u, room.residuals.at(row, c));
             });
         }
-        for (int half = 0; half < 2; half++) active[half] = square[half] > tolerance * tolerance * start_square[half];
+        for (int half = 0; half < 2; half++)
+            active[half] = wanted[half] && square[half] > tolerance * tolerance * start_square[half];
         idle = !__any_sync(0xffffffffu, active[0] || active[1]);
         mode = __syncthreads_or(!idle && turn++ < steps) ? SLOPES : ANSWERS;
-        if (mode == ANSWERS) idle = false;
+        if (mode == ANSWERS) idle = spare;
         across[0] = across[1] = 0;
         const Lines lines = mode == SLOPES ? room.along : room.solutions;
         along_rows([&](int half, int row, int c, int, int) {
@@ -356,10 +366,9 @@ local_lines(const data* q, const stored* k, const stored* v, const long long* po
         for (int half = 0; half < 2; half++) across[half] = over_four(across[half]);
     }
 
-    const auto left_over = rows(residual, table, axes, RESIDUAL, memory);
     for (int half = 0; half < 2; half++) {
         const int row = first + row_of(half);
-        if (row < end_of_rows && threadIdx.x % 4 == 0)
+        if (wanted[half] && threadIdx.x % 4 == 0)
             left_over.of(row % groups).at(row / groups, 0) =
                 start_square[half] > 0 ? sqrt(square[half] / start_square[half]) : 0.0;
     }
