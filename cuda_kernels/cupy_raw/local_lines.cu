@@ -50,7 +50,12 @@ struct Shared {
     double norms[PAIRS], offsets[PAIRS];  // the same of keys; and their products with the oldest key
     bool bad[PAIRS];                   // whether a key is not finite
     double width;
+    bool wanted[ROWS];                 // whether a row is there, and not answered yet
 
+    // Whether nobody wants an answer of this warp.
+    __device__ __forceinline__ bool spares() const {
+        return !__any_sync(0xffffffffu, wanted[threadIdx.x / 32 * 16 + threadIdx.x % 16]);
+    }
     __device__ __forceinline__ bool sees(int row, int pair) const {
         if (pair > last[row]) return false;
         const long long place = seen.place(pair);
@@ -224,13 +229,13 @@ local_lines(const data* q, const stored* k, const stored* v, const long long* po
                     position != nullptr, count != nullptr, log_decay != nullptr, cached, pairs, tokens, window, 0};
         all.width = width;
     }
-    const auto left_over = rows(residual, table, axes, RESIDUAL, memory);
-    bool wanted[2];
-    for (int half = 0; half < 2; half++) {
-        const int row = first + row_of(half);
-        wanted[half] = row < end_of_rows && (!REST || left_over.of(row % groups).at(row / groups, 0) == TO_DO);
+    bool wanted = false;
+    if (threadIdx.x < ROWS) {
+        const int row = first + threadIdx.x;
+        const auto before = rows(residual, table, axes, RESIDUAL, memory).of(row % groups);
+        wanted = row < end_of_rows && (!REST || before.at(row / groups, 0) == TO_DO);
+        all.wanted[threadIdx.x] = wanted;
     }
-    if (REST && !__syncthreads_or(wanted[0] || wanted[1])) return;
     const auto oldest_key = rows(k, table, axes, KEY, memory);
     for (int c = threadIdx.x; c < KD; c += THREADS)
         all.from[c] = c < D ? double(origin(widened(oldest_key.at(0, c)))) : 0.0;
@@ -239,7 +244,7 @@ local_lines(const data* q, const stored* k, const stored* v, const long long* po
         const bool there = row < end_of_rows && c < D;
         room.queries.at(r, c) = there ? narrow(widened(query.of(row % groups).at(row / groups, c))) : narrow(0);
     }
-    __syncthreads();  // the pairs, the oldest key and the queries are known
+    if (!__syncthreads_or(wanted)) return;  // the pairs, the oldest key and the queries are known
     if (threadIdx.x < ROWS) {
         const int r = threadIdx.x, row = first + r, step = row / groups;
         const bool there = row < end_of_rows;
@@ -261,8 +266,7 @@ local_lines(const data* q, const stored* k, const stored* v, const long long* po
 
     // Of the two rows of this lane: highest logit, share of a weight of one, product of direction and mean key.
     double top[2] = {-infinite(), -infinite()}, share[2] = {1, 1}, across[2] = {}, start_square[2] = {}, square[2] = {};
-    bool active[2] = {true, true}, idle = !__any_sync(0xffffffffu, wanted[0] || wanted[1]);
-    const bool spare = idle;
+    bool active[2] = {true, true}, idle = all.spares();
     int mode = TOPS, turn = 0, column = 0;
     #pragma unroll 1
     while (true) {
@@ -308,7 +312,7 @@ local_lines(const data* q, const stored* k, const stored* v, const long long* po
         if (mode == ANSWERS) {
             along_rows([&](int half, int r, int c, int n, int i) {
                 const int row = first + r;
-                if (!wanted[half] || column + c >= columns) return;
+                if (!all.wanted[r] || column + c >= columns) return;
                 const double x = total[half] == 0 ? sum[n].x[i] : sum[n].x[i] / total[half];
                 put(out.of(row % groups).at(row / groups, column + c), x);
             });
@@ -354,10 +358,10 @@ local_lines(const data* q, const stored* k, const stored* v, const long long* po
             });
         }
         for (int half = 0; half < 2; half++)
-            active[half] = wanted[half] && square[half] > tolerance * tolerance * start_square[half];
+            active[half] = all.wanted[row_of(half)] && square[half] > tolerance * tolerance * start_square[half];
         idle = !__any_sync(0xffffffffu, active[0] || active[1]);
         mode = __syncthreads_or(!idle && turn++ < steps) ? SLOPES : ANSWERS;
-        if (mode == ANSWERS) idle = spare;
+        if (mode == ANSWERS) idle = all.spares();
         across[0] = across[1] = 0;
         const Lines lines = mode == SLOPES ? room.along : room.solutions;
         along_rows([&](int half, int row, int c, int, int) {
@@ -366,9 +370,10 @@ local_lines(const data* q, const stored* k, const stored* v, const long long* po
         for (int half = 0; half < 2; half++) across[half] = over_four(across[half]);
     }
 
+    const auto left_over = rows(residual, table, axes, RESIDUAL, memory);
     for (int half = 0; half < 2; half++) {
         const int row = first + row_of(half);
-        if (wanted[half] && threadIdx.x % 4 == 0)
+        if (all.wanted[row_of(half)] && threadIdx.x % 4 == 0)
             left_over.of(row % groups).at(row / groups, 0) =
                 start_square[half] > 0 ? sqrt(square[half] / start_square[half]) : 0.0;
     }

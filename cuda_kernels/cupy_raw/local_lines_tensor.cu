@@ -18,7 +18,7 @@
 
 enum { Q, KEY, V, POSITION, COUNT, O, RESIDUAL };
 enum { ROWS = 16 * WARPS, THREADS = 32 * WARPS, PAIRS = 32, OCTETS = KD / 8, TURNS = KD, TO_DO = -1 };
-const real LOG2E = real(1.4426950408889634), FAR = 1024, EPSILON = real(1) / (1 << 21), SMALL = real(1) / (1 << 11);
+const real LOG2E = real(1.4426950408889634), FAR = 1024, EPSILON = real(1) / (1 << 23), SMALL = real(1) / (1 << 9);
 typedef Tile<data, PAIRS, KD> Panel;
 typedef Sum Scores[PAIRS / 8];
 typedef Sum Line[OCTETS];
@@ -249,8 +249,11 @@ local_lines_tensor(const data* q, const data* k, const data* v, const long long*
 
     // Logits of a tile in powers of two, minus infinity where a row does not see a pair.
     const auto find_logits = [&](Scores& score, int start) {
+        for (int n = 0; n < PAIRS / 8; n++)
+            for (int i = 0; i < 4; i++) score[n].x[i] *= slope;
+        if (start + PAIRS <= in_sight) return;
         each_score(score, score, [&](int half, int j, real& x, real&) {
-            x = start + PAIRS <= in_sight || sight.sees(seen, half, start + j) ? x * slope : -infinite();
+            x = sight.sees(seen, half, start + j) ? x : -infinite();
         });
     };
 
@@ -360,10 +363,9 @@ local_lines_tensor(const data* q, const data* k, const data* v, const long long*
     set(along, sum);
     for (int half = 0; half < 2; half++) left[half] |= active[half];
     tour.idle = !__any_sync(0xffffffffu, !left[0] || !left[1]);
-    const bool nobody = !__syncthreads_or(!tour.idle);
     const auto out = rows(o, table, axes, O, memory);
     #pragma unroll 1
-    for (int column = 0; column < columns && !nobody; column += KD) {
+    for (int column = 0; column < columns; column += KD) {
         for (int n = 0; n < OCTETS; n++) sum[n] = {};
         total[0] = total[1] = 0;
         tour.pass(column, [&](int start, Panel key, Panel value, bool spoilt) {
