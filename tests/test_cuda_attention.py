@@ -509,7 +509,7 @@ CALLS = {
     "fit": ("local_polynomial", {"t": 40, "lead": ()}, {"degree": 2}),
     "line": ("local_polynomial", {"t": 40, "k": 60, "lead": ()}, {"kernel": "triweight", "bandwidth": 20.0}),
     "lines": ("local_polynomial", {"t": 60, "k": 60, "lead": (), "gated": True}, {}),
-    "lines in floats": ("local_polynomial", {"t": 100, "k": 64, "lead": ()}, {"ridge": 0.02}),
+    "lines in floats": ("local_polynomial", {"t": 100, "k": 64, "lead": ()}, {"ridge": 1e-3}),
 }
 # A lane that goes astray may leave an array, and one that does not hear what others vote for, the way of the others.
 FAULTS = (cudaemu.RaceFault, cudaemu.UnsetFault, cudaemu.BoundsFault, cudaemu.BarrierFault)

@@ -69,7 +69,7 @@ KEPT = {
 KEPT_STACK = {
     "tiles in double precision": (16, 16, 16),
     "lines": (24, 48, 24),
-    "lines in floats": (8, 0, 0),
+    "lines in floats": (8, 8, 8),
     "lines of many channels": (160, 216, 112),
 }
 

@@ -244,7 +244,7 @@ local_lines(const data* q, const stored* k, const stored* v, const long long* po
         const bool there = row < end_of_rows && c < D;
         room.queries.at(r, c) = there ? narrow(widened(query.of(row % groups).at(row / groups, c))) : narrow(0);
     }
-    if (!__syncthreads_or(wanted)) return;  // the pairs, the oldest key and the queries are known
+    if (!__syncthreads_or(wanted) && REST) return;  // the pairs, the oldest key and the queries are known
     if (threadIdx.x < ROWS) {
         const int r = threadIdx.x, row = first + r, step = row / groups;
         const bool there = row < end_of_rows;
@@ -321,7 +321,8 @@ local_lines(const data* q, const stored* k, const stored* v, const long long* po
             continue;
         }
         if (mode == MEANS) {
-            for (int half = 0; half < 2; half++) share[half] = total[half] == 0 ? 0 : 1 / total[half];
+            for (int half = 0; half < 2; half++)
+                share[half] = total[half] == 0 || !all.wanted[row_of(half)] ? 0 : 1 / total[half];
             along_rows([&](int half, int row, int c, int n, int i) {
                 const double centre = sum[n].x[i] * share[half];
                 const double away = share[half] == 0 ? 0 : double(room.queries.at(row, c)) - all.from[c] - centre;
@@ -357,8 +358,7 @@ local_lines(const data* q, const stored* k, const stored* v, const long long* po
                 if (active[half]) u = fma(ratio[half], u, room.residuals.at(row, c));
             });
         }
-        for (int half = 0; half < 2; half++)
-            active[half] = all.wanted[row_of(half)] && square[half] > tolerance * tolerance * start_square[half];
+        for (int half = 0; half < 2; half++) active[half] = square[half] > tolerance * tolerance * start_square[half];
         idle = !__any_sync(0xffffffffu, active[0] || active[1]);
         mode = __syncthreads_or(!idle && turn++ < steps) ? SLOPES : ANSWERS;
         if (mode == ANSWERS) idle = all.spares();
