@@ -266,7 +266,7 @@ local_lines(const data* q, const stored* k, const stored* v, const long long* po
 
     // Of the two rows of this lane: highest logit, share of a weight of one, product of direction and mean key.
     double top[2] = {-infinite(), -infinite()}, share[2] = {1, 1}, across[2] = {}, start_square[2] = {}, square[2] = {};
-    bool active[2] = {true, true}, idle = all.spares();
+    bool active[2] = {true, true}, idle = REST && all.spares();
     int mode = TOPS, turn = 0, column = 0;
     #pragma unroll 1
     while (true) {
@@ -312,7 +312,7 @@ local_lines(const data* q, const stored* k, const stored* v, const long long* po
         if (mode == ANSWERS) {
             along_rows([&](int half, int r, int c, int n, int i) {
                 const int row = first + r;
-                if (!all.wanted[r] || column + c >= columns) return;
+                if ((REST ? !all.wanted[r] : row >= end_of_rows) || column + c >= columns) return;
                 const double x = total[half] == 0 ? sum[n].x[i] : sum[n].x[i] / total[half];
                 put(out.of(row % groups).at(row / groups, column + c), x);
             });
@@ -322,7 +322,7 @@ local_lines(const data* q, const stored* k, const stored* v, const long long* po
         }
         if (mode == MEANS) {
             for (int half = 0; half < 2; half++)
-                share[half] = total[half] == 0 || !all.wanted[row_of(half)] ? 0 : 1 / total[half];
+                share[half] = total[half] == 0 ? 0 : 1 / total[half];
             along_rows([&](int half, int row, int c, int n, int i) {
                 const double centre = sum[n].x[i] * share[half];
                 const double away = share[half] == 0 ? 0 : double(room.queries.at(row, c)) - all.from[c] - centre;
@@ -358,10 +358,11 @@ local_lines(const data* q, const stored* k, const stored* v, const long long* po
                 if (active[half]) u = fma(ratio[half], u, room.residuals.at(row, c));
             });
         }
-        for (int half = 0; half < 2; half++) active[half] = square[half] > tolerance * tolerance * start_square[half];
+        for (int half = 0; half < 2; half++)
+            active[half] = (!REST || all.wanted[row_of(half)]) && square[half] > tolerance * tolerance * start_square[half];
         idle = !__any_sync(0xffffffffu, active[0] || active[1]);
         mode = __syncthreads_or(!idle && turn++ < steps) ? SLOPES : ANSWERS;
-        if (mode == ANSWERS) idle = all.spares();
+        if (mode == ANSWERS) idle = REST && all.spares();
         across[0] = across[1] = 0;
         const Lines lines = mode == SLOPES ? room.along : room.solutions;
         along_rows([&](int half, int row, int c, int, int) {
@@ -373,7 +374,7 @@ local_lines(const data* q, const stored* k, const stored* v, const long long* po
     const auto left_over = rows(residual, table, axes, RESIDUAL, memory);
     for (int half = 0; half < 2; half++) {
         const int row = first + row_of(half);
-        if (all.wanted[row_of(half)] && threadIdx.x % 4 == 0)
+        if ((REST ? all.wanted[row_of(half)] : row < end_of_rows) && threadIdx.x % 4 == 0)
             left_over.of(row % groups).at(row / groups, 0) =
                 start_square[half] > 0 ? sqrt(square[half] / start_square[half]) : 0.0;
     }
