@@ -359,7 +359,8 @@ local_lines(const data* q, const stored* k, const stored* v, const long long* po
             });
         }
         for (int half = 0; half < 2; half++)
-            active[half] = (!REST || all.wanted[row_of(half)]) && square[half] > tolerance * tolerance * start_square[half];
+            active[half] = (!REST || all.wanted[row_of(half)]) &&
+                           square[half] > tolerance * tolerance * start_square[half];
         idle = !__any_sync(0xffffffffu, active[0] || active[1]);
         mode = __syncthreads_or(!idle && turn++ < steps) ? SLOPES : ANSWERS;
         if (mode == ANSWERS) idle = REST && all.spares();
