@@ -370,6 +370,67 @@ def test_lines_around_many_queries_share_tiles_of_keys(sizes, options, t):
     as_good(found, exact, plain, floor=1e6 if found.dtype == np.float64 else 1)  # ridge over moments: 1e-6
 
 
+IN_FLOATS = [  # most of these queries see more pairs than keys have channels, or the ridge is large
+    ({"k": 60, "v": 70}, {"ridge": 0.3}, 100),
+    ({"k": 64, "v": 5}, {"causal": False, "ridge": 1e-2, "scale": -0.05}, 170),
+    ({"k": 60, "v": 3, "lead": (1, 1)}, {"window": 40, "ridge": 1.0}, 90),
+]
+
+
+def marked(monkeypatch):
+    """What the first launch of lines leaves of residuals, call by call."""
+    from cuda_kernels.cupy_raw import local_polynomial as module
+
+    found, launch = [], module.lines_in_floats
+
+    def keep(sequences, arrays, *rest):
+        launch(sequences, arrays, *rest)
+        found.append(arrays["residual"][0].copy())
+
+    monkeypatch.setattr(module, "lines_in_floats", keep)
+    return found
+
+
+@pytest.mark.parametrize("sizes, options, t", IN_FLOATS, ids=lambda x: str(x)[:30])
+def test_lines_are_as_good_where_single_precision_is_enough(monkeypatch, sizes, options, t):
+    rng, left = np.random.default_rng(0), marked(monkeypatch)
+    arrays = arguments("local_polynomial", rng, t, dtype=half("bfloat16"), **{"lead": (1,)} | sizes)
+    options = options | {"mask": rng.random((1, 1, t)) < 0.8} if "window" in options else options
+    if "window" in options:
+        arrays["q"] = (rng.standard_normal((1, 2, t, sizes["k"])) / 3).astype(arrays["k"].dtype)
+    with on_cpu("cupy") as machine:
+        found = ttr_np.local_polynomial(**arrays, **options, backend="cupy")
+    assert machine.launches == ["local_lines_tensor", "local_lines"] and np.mean(left[0] != -1) > 0.5
+    as_good(found, *solved("local_polynomial", arrays, **options), floor=1)
+
+
+def test_lines_that_single_precision_is_not_enough_for_are_left_to_double(monkeypatch):
+    """Few pairs, pairs beside a plane, keys with a common offset, logits far apart: all under a small ridge."""
+    rng, left = np.random.default_rng(0), marked(monkeypatch)
+    arrays = arguments("local_polynomial", rng, 72, k=64, v=3, lead=(4,), dtype=half("bfloat16"))
+    arrays["k"][1, :, 5] *= half("bfloat16").type(1e-3)
+    arrays["k"][2] += half("bfloat16").type(100)
+    arrays["q"][3] *= half("bfloat16").type(2000)
+    found = run("local_polynomial", "cupy", arrays, ridge=1e-5)
+    assert np.all(left[0] == -1)
+    as_good(found, *solved("local_polynomial", arrays, ridge=1e-5), floor=1)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_bad_number_in_lines_of_single_precision_reaches_what_it_must(monkeypatch, name):
+    left = marked(monkeypatch)
+    arrays = arguments("local_polynomial", np.random.default_rng(0), 70, k=60, v=5, dtype=half("bfloat16"))
+    spoilt = arrays | {name: arrays[name].copy()}
+    spoilt[name][0, 40, 1] = np.nan
+    clean, found = (run("local_polynomial", "cupy", x, ridge=1.0) for x in (arrays, spoilt))
+    assert np.all(left[0] != -1) and np.any(left[1][0] == -1)
+    same_bits(found[:, :40], clean[:, :40])
+    same_bits(found[1], clean[1])
+    wanted = ttr_np.local_polynomial(**spoilt, ridge=1.0, backend="numpy")
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(wanted))
+
+
 @pytest.mark.parametrize("bad", [np.nan, -np.inf])
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -448,6 +509,7 @@ CALLS = {
     "fit": ("local_polynomial", {"t": 40, "lead": ()}, {"degree": 2}),
     "line": ("local_polynomial", {"t": 40, "k": 60, "lead": ()}, {"kernel": "triweight", "bandwidth": 20.0}),
     "lines": ("local_polynomial", {"t": 60, "k": 60, "lead": (), "gated": True}, {}),
+    "lines in floats": ("local_polynomial", {"t": 100, "k": 64, "lead": ()}, {"ridge": 1e-3}),
 }
 # A lane that goes astray may leave an array, and one that does not hear what others vote for, the way of the others.
 FAULTS = (cudaemu.RaceFault, cudaemu.UnsetFault, cudaemu.BoundsFault, cudaemu.BarrierFault)
@@ -469,6 +531,7 @@ def barriers():
 @pytest.mark.parametrize("backend, name", list(barriers()))
 def test_each_barrier_and_each_wait_is_needed(backend, name):
     operator, sizes, options = CALLS[name]
+    sizes = sizes | {"dtype": half("bfloat16")} if name == "lines in floats" else sizes
     arrays = arguments(operator, np.random.default_rng(0), **sizes)
     if name.startswith("tensor cores"):
         arrays["v"][100, 1] = np.nan  # or there would be nothing to clean behind one of the barriers

@@ -58,7 +58,8 @@ KEPT = {
     "tensor cores, few queries": ("softmax_attention", "bfloat16", TILES | {"t": 64}, {}, (232, 232, 240)),
     "tensor cores, small heads": ("softmax_attention", "float16", TILES | {"k": 64, "v": 64}, {}, (248, 248, 255)),
     "any kernel": ("local_polynomial", "bfloat16", TILES, {"degree": 0, "log_decay": -0.1}, (248, 240, 240)),
-    "lines": ("local_polynomial", "bfloat16", TILES | {"k": 64, "v": 64}, {}, (255, 255, 255)),
+    "lines": ("local_polynomial", "float16", TILES | {"k": 64, "v": 64}, {}, (255, 255, 255)),
+    "lines in floats": ("local_polynomial", "bfloat16", TILES | {"k": 64, "v": 64}, {}, (255, 255, 255)),
     "lines of many channels": ("local_polynomial", "float", TILES, {"log_decay": -0.1}, (255, 255, 255)),
     "fits": ("local_polynomial", "float", TILES | {"k": 8}, {"degree": 2, "log_decay": -0.1}, (128, 112, 112)),
 }
@@ -68,6 +69,7 @@ KEPT = {
 KEPT_STACK = {
     "tiles in double precision": (16, 16, 16),
     "lines": (24, 48, 24),
+    "lines in floats": (8, 8, 8),
     "lines of many channels": (160, 216, 112),
 }
 

@@ -13,6 +13,7 @@
 
 enum { Q, KEY, V, POSITION, COUNT, LEFT, GATE, O, RESIDUAL };
 enum { ROWS = 16 * WARPS, THREADS = 32 * WARPS, OCTETS = PAIRS / 8, UNDER_WAY = KD <= 64 ? 2 : 1 };
+enum { TO_DO = -1 };  // residual of what the launch before has left, if this is the REST
 enum { TOPS, MEANS, SLOPES, ANSWERS };  // what a pass is for
 typedef Panel<double, KD + 8> Lines;     // a row for each query
 typedef Panel<narrow, KD + 8> Queries;   // the same, as they came: narrow is float where that holds the data
@@ -49,7 +50,12 @@ struct Shared {
     double norms[PAIRS], offsets[PAIRS];  // the same of keys; and their products with the oldest key
     bool bad[PAIRS];                   // whether a key is not finite
     double width;
+    bool wanted[ROWS];                 // whether a row is there, and not answered yet
 
+    // Whether nobody wants an answer of this warp.
+    __device__ __forceinline__ bool spares() const {
+        return !__any_sync(0xffffffffu, wanted[threadIdx.x / 32 * 16 + threadIdx.x % 16]);
+    }
     __device__ __forceinline__ bool sees(int row, int pair) const {
         if (pair > last[row]) return false;
         const long long place = seen.place(pair);
@@ -208,7 +214,7 @@ __device__ __forceinline__ void spoil(Sum (&sum)[KD / 8], const Shared& all, int
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 local_lines(const data* q, const stored* k, const stored* v, const long long* position, const long long* count,
-            const logs* left, const logs* log_decay, data* o, double* residual, const long long* table, int axes,
+            const logs* left, const logs* log_decay, data* answers, double* residual, const long long* table, int axes,
             int tokens, int columns, int pairs, int cached, int groups, int blocks, int causal, int window,
             int steps, double width, double ridge, double tolerance) {
     __shared__ Shared all;
@@ -223,6 +229,13 @@ local_lines(const data* q, const stored* k, const stored* v, const long long* po
                     position != nullptr, count != nullptr, log_decay != nullptr, cached, pairs, tokens, window, 0};
         all.width = width;
     }
+    bool wanted = false;
+    if (threadIdx.x < ROWS) {
+        const int row = first + threadIdx.x;
+        const auto before = rows(residual, table, axes, RESIDUAL, memory).of(row % groups);
+        wanted = row < end_of_rows && (!REST || before.at(row / groups, 0) == TO_DO);
+        all.wanted[threadIdx.x] = wanted;
+    }
     const auto oldest_key = rows(k, table, axes, KEY, memory);
     for (int c = threadIdx.x; c < KD; c += THREADS)
         all.from[c] = c < D ? double(origin(widened(oldest_key.at(0, c)))) : 0.0;
@@ -231,7 +244,7 @@ local_lines(const data* q, const stored* k, const stored* v, const long long* po
         const bool there = row < end_of_rows && c < D;
         room.queries.at(r, c) = there ? narrow(widened(query.of(row % groups).at(row / groups, c))) : narrow(0);
     }
-    __syncthreads();  // the pairs, the oldest key and the queries are known
+    if (!__syncthreads_or(wanted) && REST) return;  // the pairs, the oldest key and the queries are known
     if (threadIdx.x < ROWS) {
         const int r = threadIdx.x, row = first + r, step = row / groups;
         const bool there = row < end_of_rows;
@@ -249,11 +262,11 @@ local_lines(const data* q, const stored* k, const stored* v, const long long* po
     const int own_high = (min(first + 16 * (warp + 1), end_of_rows) - 1) / groups;
     const int own_last = first + 16 * warp >= end_of_rows ? -1 : causal ? cached + own_high : pairs - 1;
     const int in_sight = position || window ? 0 : causal ? cached + low + 1 : pairs;
-    const auto out = rows(o, table, axes, O, memory);
+    const auto out = rows(answers, table, axes, O, memory);
 
     // Of the two rows of this lane: highest logit, share of a weight of one, product of direction and mean key.
     double top[2] = {-infinite(), -infinite()}, share[2] = {1, 1}, across[2] = {}, start_square[2] = {}, square[2] = {};
-    bool active[2] = {true, true}, idle = false;
+    bool active[2] = {true, true}, idle = REST && all.spares();
     int mode = TOPS, turn = 0, column = 0;
     #pragma unroll 1
     while (true) {
@@ -299,7 +312,7 @@ local_lines(const data* q, const stored* k, const stored* v, const long long* po
         if (mode == ANSWERS) {
             along_rows([&](int half, int r, int c, int n, int i) {
                 const int row = first + r;
-                if (row >= end_of_rows || column + c >= columns) return;
+                if ((REST ? !all.wanted[r] : row >= end_of_rows) || column + c >= columns) return;
                 const double x = total[half] == 0 ? sum[n].x[i] : sum[n].x[i] / total[half];
                 put(out.of(row % groups).at(row / groups, column + c), x);
             });
@@ -308,7 +321,8 @@ local_lines(const data* q, const stored* k, const stored* v, const long long* po
             continue;
         }
         if (mode == MEANS) {
-            for (int half = 0; half < 2; half++) share[half] = total[half] == 0 ? 0 : 1 / total[half];
+            for (int half = 0; half < 2; half++)
+                share[half] = total[half] == 0 ? 0 : 1 / total[half];
             along_rows([&](int half, int row, int c, int n, int i) {
                 const double centre = sum[n].x[i] * share[half];
                 const double away = share[half] == 0 ? 0 : double(room.queries.at(row, c)) - all.from[c] - centre;
@@ -344,10 +358,12 @@ local_lines(const data* q, const stored* k, const stored* v, const long long* po
                 if (active[half]) u = fma(ratio[half], u, room.residuals.at(row, c));
             });
         }
-        for (int half = 0; half < 2; half++) active[half] = square[half] > tolerance * tolerance * start_square[half];
+        for (int half = 0; half < 2; half++)
+            active[half] = (!REST || all.wanted[row_of(half)]) &&
+                           square[half] > tolerance * tolerance * start_square[half];
         idle = !__any_sync(0xffffffffu, active[0] || active[1]);
         mode = __syncthreads_or(!idle && turn++ < steps) ? SLOPES : ANSWERS;
-        if (mode == ANSWERS) idle = false;
+        if (mode == ANSWERS) idle = REST && all.spares();
         across[0] = across[1] = 0;
         const Lines lines = mode == SLOPES ? room.along : room.solutions;
         along_rows([&](int half, int row, int c, int, int) {
@@ -359,7 +375,7 @@ local_lines(const data* q, const stored* k, const stored* v, const long long* po
     const auto left_over = rows(residual, table, axes, RESIDUAL, memory);
     for (int half = 0; half < 2; half++) {
         const int row = first + row_of(half);
-        if (row < end_of_rows && threadIdx.x % 4 == 0)
+        if ((REST ? all.wanted[row_of(half)] : row < end_of_rows) && threadIdx.x % 4 == 0)
             left_over.of(row % groups).at(row / groups, 0) =
                 start_square[half] > 0 ? sqrt(square[half] / start_square[half]) : 0.0;
     }

@@ -27,11 +27,14 @@ __all__ = ["local_polynomial", "refusal"]
 FIT = Kernel("local_polynomial", "pairs.cuh", "neighbours.cuh")
 LINE = Kernel("local_line", "pairs.cuh", "neighbours.cuh")
 LINES = Kernel("local_lines", "pairs.cuh", "doubles.cuh")
+LINES_IN_FLOATS = Kernel("local_lines_tensor", "pairs.cuh", "tensor.cuh")
 COLUMNS = 128  # of the values that share one line
 SMOOTH = (EXPONENTIAL, NAMES.index("gaussian"))  # kernels whose weights need no exact distance
 WIDEST = 128  # channels whose sums registers hold
 WARPS = 4  # of a block of lines, at most, with 16 queries each
 HALF_TOLERANCE = 1e-7  # for data of 16 bits: an error of 1e-4 where all that holds a slope is a ridge of 1e-6
+IN_REGISTERS = 64  # channels whose lines are beside each other in registers, on tensor cores
+BROADEST = 1e-10  # ridge: what is less may be lost beside moments of single precision
 STEPS = 8  # of conjugate gradients, times channels: in exact arithmetic one each would do
 
 
@@ -123,9 +126,16 @@ def fitted(q: Any, pairs: Pairs, log_decay: Any, state: CacheState, degree: int,
         launch(LINE, sequences, arrays, ("o", "residual"), types, constants, grid, parts=parts, **options, **limits)
     else:
         constants, grid = cut
-        constants |= {"KIND": kind, "GATED": int(gated), "LANES": WARP}
+        easy = kind == EXPONENTIAL and not gated and options["ridge"] >= BROADEST
+        first = floats_cut(sequences.groups * tokens, size, q.dtype, pairs.k.dtype) if easy else None
+        if first is not None:
+            lines_in_floats(sequences, arrays, types, *first, options | {"tolerance": tolerance})
+        constants |= {"KIND": kind, "GATED": int(gated), "LANES": WARP, "REST": int(first is not None)}
         types["narrow"] = np.float64 if q.dtype == np.float64 else np.float32
-        launch(LINES, sequences, arrays, ("o", "residual"), types, constants, grid, **options, **limits)
+        arrays["answers"] = arrays.pop("o")  # not all of which are written, so they go there too
+        order = (*[name for name in arrays if name not in ("answers", "residual")], "answers", "residual")
+        arrays = {name: arrays[name] for name in order}
+        launch(LINES, sequences, arrays, ("answers", "residual"), types, constants, grid, **options, **limits)
     report(residual, steps, tolerance)
     return o
 
@@ -142,6 +152,28 @@ def polynomials(
     parts = max(-(-options["columns"] // columns), 1)
     grid = Grid(tokens * sequences.groups * parts, WARP)
     launch(FIT, sequences, arrays, ("o",), types, constants, grid, parts=parts, **options)
+
+
+def lines_in_floats(
+    sequences: Sequences, arrays: dict[str, Any], types: Any, constants: dict[str, int], grid: Grid, options: Any
+) -> None:
+    """Lines that single precision is enough for; a residual of -1 in place of the others."""
+    arrays = {name: x for name, x in arrays.items() if name not in ("left", "log_decay")}
+    types = types | {"real": np.float32}
+    written = ("o", "residual")
+    launch(LINES_IN_FLOATS, sequences, arrays, written, types, constants | {"LANES": 4}, grid, **options)
+
+
+def floats_cut(rows: int, size: int, dtype: Any, stored: Any) -> tuple[dict[str, int], Grid] | None:
+    """Sizes and blocks of lines in single precision; None where data or channels are not for them."""
+    wide, lines = -(-size // 16) * 16, 16 * WARPS
+    if dtype.name != "bfloat16" or stored.name != "bfloat16" or wide > IN_REGISTERS:
+        return None
+    shared = 4 * 2 * 32 * (wide + 8) + 3 * 4 * lines * wide  # four tiles; three lines of each query
+    if shared > _launch.machine.device().shared:
+        return None
+    constants = {"D": size, "KD": wide, "WARPS": WARPS, "TOGETHER": 2}
+    return constants, Grid(-(-rows // lines), 32 * WARPS, shared)
 
 
 def lines_cut(rows: int, size: int, dtype: Any, gated: bool) -> tuple[dict[str, int], Grid] | None:
