@@ -506,7 +506,7 @@ def check_slots(operator: str, state: Any) -> None:
 def adopt_field(operator: str, name: str, x: Any, empty: np.ndarray, copy: bool) -> np.ndarray:
     """One field of a state: leading axes broadcast, its own must fit; a cache has any number n of slots.
 
-    It is copied for cores that work in place; but not the pairs of a cache, which only grow, and are read where they are.
+    A core that works in place needs a copy; but the pairs of a cache only grow, and are read where they are.
 
     Raises
     ------
