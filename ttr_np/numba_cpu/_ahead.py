@@ -23,7 +23,8 @@ __all__ = ["compile_ahead", "compile_one", "jobs_of"]
 # Those that take longest come first, so that no process is left with a long one at the end.
 LONGEST_FIRST = ("recursive_least_squares", "mesa", "linear_attention", "delta_rule", "test_time_training")
 OUTPUTS = dict.fromkeys(("delta_rule", "recursive_least_squares"), (2 * NARROW, 1))  # a kernel more for few of them
-OPTIONS = {"test_time_training": {"memory": ttr_np.Linear()}}
+# With a ridge of zero the Mesa layer needs its kernel in double precision too.
+OPTIONS = {"test_time_training": {"memory": ttr_np.Linear()}, "mesa": {"ridge": 0.0}}
 
 
 def jobs_of(operators: Sequence[str], dtypes: Sequence[str]) -> list[tuple[str, str, int]]:

@@ -3,7 +3,8 @@
     H_t = g_t H_{t-1} + beta_t k_t k_t^T,    o_t = G_t^T (H_t + diag(ridge))^-1 q_t
 
 The rounding of H_t in single precision can be larger than the ridge. So G_t and H_t are summed here once more, from the
-start of the call to the last token that needs them; where none does, they cost nothing. A Cholesky factor, in units in
+start of the call to the last token that needs them, by a kernel of its own: where none does, it is not even compiled. A
+Cholesky factor, in units in
 which the matrix has a unit diagonal, gives the solution. One so large that rounding may be a part of it comes from
 eigenvectors, without those whose eigenvalue is lost in rounding. What was given in single precision, the state at the
 start of the call, has the rounding of single precision until it is forgotten.
@@ -14,9 +15,11 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
+from ._cache import compiled
 from ._compile import apart, inner
 from ._factors import BLOCK, cholesky, eps, orthogonalise, square
 from ._panels import (
@@ -30,20 +33,21 @@ from ._panels import (
     load,
     matrix,
     most,
-    move,
     pointer,
     row,
     scale,
     times,
 )
+from ._sequences import Layout
+from ._threads import share
 from ._vectors import per_vector
 
 __all__ = [
-    "BETA", "GATE", "GRAM", "K", "O", "Q", "RIDGE", "STATE", "V",
-    "Double", "answer_lost", "double_shapes", "doubles", "holds_zero",
+    "BETA", "GATE", "GRAM", "GRAM_BEFORE", "K", "O", "Q", "RIDGE", "STATE", "STATE_BEFORE", "V",
+    "answer_lost", "holds_zero",
 ]  # fmt: skip
 
-Q, K, V, GATE, BETA, RIDGE, STATE, GRAM, O = range(9)  # noqa: E741  # arrays of a layout
+Q, K, V, GATE, BETA, RIDGE, STATE, GRAM, O, STATE_BEFORE, GRAM_BEFORE = range(11)  # noqa: E741  # arrays of a layout
 KEY, VALUE, WEIGHT, LEFT, DIAGONAL, UNITS, ASKED, KNOWN, FOUND, SOLUTION, VALUES, ANSWER = range(12)  # rows of ``rows``
 
 
@@ -64,11 +68,11 @@ def double_shapes(d: int, w: int, itemsize: int) -> list[tuple[int, int]]:
 
 
 @inner
-def doubles(table, first, like):
+def doubles(table, like):
     """The panels of one thread."""
     return Double(
-        double_panel(table, first, like), double_panel(table, first + 1, like), double_panel(table, first + 2, like),
-        double_panel(table, first + 3, like), double_panel(table, first + 4, like),
+        double_panel(table, 0, like), double_panel(table, 1, like), double_panel(table, 2, like),
+        double_panel(table, 3, like), double_panel(table, 4, like),
     )  # fmt: skip
 
 
@@ -94,35 +98,39 @@ def holds_zero(x, n):
     return False
 
 
-@inner
-def answer_lost(places, steps, sizes, memory, low, n, done, lost, room, like):
-    """Answer those of n tokens from ``low`` on that are marked in ``lost``, ``(groups, n)``.
+def answer_lost(layout: Layout, sizes: tuple[int, int, int], dtype: np.dtype, lost: np.ndarray) -> None:
+    """Answer the tokens that are marked in ``lost (memories, groups, t)``, and take the marks away.
 
-    ``done`` is how many tokens G and H know, -1 if none are loaded; returned is what it is then.
+    The layout has, beside the arrays of the call, what its memories were before it, where they have lost tokens.
     """
-    apart()
+    t, d, w = sizes
+    memories, scratch = lost.shape[0], (dtype, double_shapes(d, w, dtype.itemsize))
+    share(kernel, memories, memories * t * d * (2 * d + w), scratch, layout, (d, w), lost, dtype.type(0))
+    lost[...] = 0
+
+
+@compiled
+def kernel(table, places, steps, sizes, lost, like, first, last):
+    """Jobs first to last: one memory each, up to its last lost token."""
     d, w = sizes
-    groups, last = places.shape[2], n
-    while last > 0 and not marked(lost, groups, last - 1):
-        last -= 1
-    if last == 0:
-        return done
-    if done < 0:
-        begin(places, steps, memory, d, w, room, like)
-        done = 0
-    while done < low + last:
-        learn(places, steps, memory, done, d, w, room, like)
-        if done >= low and marked(lost, groups, done - low):
-            answer(places, steps, memory, done, d, w, Matrix(move(lost.data, done - low), lost.step, 1), room, like)
-        done += 1
-    return done
+    room, groups = doubles(table, like), places.shape[2]
+    for memory in range(first, last):
+        end = lost.shape[2]
+        while end > 0 and not marked(lost, memory, groups, end - 1):
+            end -= 1
+        if end > 0:
+            begin(places, steps, memory, d, w, room, like)
+        for i in range(end):
+            learn(places, steps, memory, i, d, w, room, like)
+            if marked(lost, memory, groups, i):
+                answer(places, steps, memory, i, d, w, lost, room, like)
 
 
 @inner
-def marked(lost, groups, i):
+def marked(lost, memory, groups, i):
     """Whether token i is marked in any group."""
     for group in range(groups):
-        if row(lost, group)[i] != 0:
+        if lost[memory, group, i]:
             return True
     return False
 
@@ -131,8 +139,8 @@ def marked(lost, groups, i):
 def begin(places, steps, memory, d, w, room, like):
     """G and H as they are given to the call."""
     apart()
-    load(room.G, matrix(places[STATE, memory, 0], w, 1, like), 0, d, 0, w)
-    load(room.H, matrix(places[GRAM, memory, 0], d, 1, like), 0, d, 0, d)
+    load(room.G, matrix(places[STATE_BEFORE, memory, 0], w, 1, like), 0, d, 0, w)
+    load(room.H, matrix(places[GRAM_BEFORE, memory, 0], d, 1, like), 0, d, 0, d)
     ridge = matrix(places[RIDGE, memory, 0], 0, steps[RIDGE, 0], like)
     gather(row(room.rows, WEIGHT), ridge.data, ridge.column, d)
     gather(row(room.rows, LEFT), room.H.data, room.H.step + 1, d)
@@ -186,7 +194,7 @@ def answer(places, steps, memory, t, d, w, lost, room, like):
     sound = clean_within(room.H, 0, d, d, False, types.float64(most(like))) == d
     factored = sound and factorise(d, room)
     for group in range(places.shape[2]):
-        if row(lost, group)[0] == 0:
+        if not lost[memory, group, t]:
             continue
         q = matrix(places[Q, memory, group], steps[Q, 0], steps[Q, 1], like)
         o, x = matrix(places[O, memory, group], w, 1, like), row(rows, SOLUTION)

@@ -19,6 +19,7 @@ See ``ttr_np.solvers.mesa`` for the recurrences and the sources.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -35,16 +36,15 @@ from ._double import (
     BETA,
     GATE,
     GRAM,
+    GRAM_BEFORE,
     RIDGE,
     STATE,
-    Double,
+    STATE_BEFORE,
     K,
     O,
     Q,
     V,
     answer_lost,
-    double_shapes,
-    doubles,
     holds_zero,
 )
 from ._factors import BLOCK, Reflections, cholesky, eps, invert_lower, no_future, reflect, square
@@ -152,16 +152,24 @@ def core(
         (G, 2),
         (H, 2),
         (o, 2),
+        (np.empty_like(G), 2),
+        (np.empty_like(H), 2),
     )
     memories, groups = layout.places.shape[1:]
-    worst = np.zeros((memories, 2))
+    worst, lost = np.zeros((memories, 2)), np.zeros((memories, groups, t), np.bool_)
     cost = memories * t * d * (2 * d + w + groups * (8 * d + w))
     sizes = (t, d, w, METHODS.index(solver), iterations or 0)
-    scratch = (G.dtype, shapes(min(CHUNK, t), d, w, groups) + double_shapes(d, w, G.itemsize))
-    finish = None if solver == "exact" else partial(warn_of_limit, solver, worst, tolerance)
-    numbers = (G.dtype.type(tolerance), worst)
-    share(kernel, memories, cost, scratch, layout, sizes, *numbers, finish=finish)
+    scratch = (G.dtype, shapes(min(CHUNK, t), d, w, groups))
+    again = partial(answer_lost, layout, (t, d, w), G.dtype, lost)
+    finish = partial(look_back, again, lost) if solver == "exact" else partial(warn_of_limit, solver, worst, tolerance)
+    share(kernel, memories, cost, scratch, layout, sizes, G.dtype.type(tolerance), worst, lost, finish=finish)
     return o, state
+
+
+def look_back(again: Callable[[], None], lost: np.ndarray) -> None:
+    """Solve tokens once more if any are lost."""
+    if lost.any():
+        again()
 
 
 def warn_of_limit(solver: str, worst: np.ndarray, tolerance: float) -> None:
@@ -202,7 +210,6 @@ class Scratch(NamedTuple):
     gates: Matrix  # 1 x c + 1: of the chunk, then the mean foretold
     lost: Matrix  # groups x c: 1 where double precision has to solve a token
     reflections: Reflections
-    double: Double
 
 
 ERROR, START, SLOPE, LARGEST, MOST, RHO, LEFT, SHARE, WAY = range(9)  # rows of ``tokens``
@@ -234,12 +241,11 @@ def panels_of(table, like):
             panel(table, 27, like), panel(table, 28, like), panel(table, 29, like), panel(table, 30, like),
             panel(table, 31, like),
         ),
-        doubles(table, 32, like),
     )  # fmt: skip
 
 
 @compiled
-def kernel(table, places, steps, sizes, tolerance, worst, first, last):
+def kernel(table, places, steps, sizes, tolerance, worst, lost, first, last):
     """Jobs first to last: one memory each."""
     t, d, w, method, iterations = sizes
     room = panels_of(table, tolerance)
@@ -249,15 +255,17 @@ def kernel(table, places, steps, sizes, tolerance, worst, first, last):
         load(room.H, H, 0, d, 0, d)
         load(room.ridge, matrix(places[RIDGE, memory, 0], 0, steps[RIDGE, 0], tolerance), 0, 1, 0, d)
         own = (t, d, w, method, iterations, holds_zero(row(room.ridge, 0), d))
-        done = -1  # no token is known in double precision
         for low in range(0, t, CHUNK):
             n = min(low + CHUNK, t) - low
             clean = load_pairs(places, steps, own, memory, low, n, room, tolerance)
             if clean:
-                done = run_pairs(places, steps, own, memory, low, clean, done, room, tolerance, worst)
+                run_pairs(places, steps, own, memory, low, clean, room, tolerance, worst, lost)
             for i in range(low + clean, low + n):  # products would spread a bad number: such tokens come one by one
                 load_pairs(places, steps, own, memory, i, 1, room, tolerance)
-                done = run_pairs(places, steps, own, memory, i, 1, done, room, tolerance, worst)
+                run_pairs(places, steps, own, memory, i, 1, room, tolerance, worst, lost)
+        if any_of(lost[memory]):  # double precision begins where this call began
+            store(matrix(places[STATE_BEFORE, memory, 0], w, 1, tolerance), 0, d, 0, w, G)
+            store(matrix(places[GRAM_BEFORE, memory, 0], d, 1, tolerance), 0, d, 0, d, H)
         store(G, 0, d, 0, w, room.G)
         store(H, 0, d, 0, d, room.H)
 
@@ -296,10 +304,10 @@ def matrix_of(line):
 
 
 @inner
-def run_pairs(places, steps, sizes, memory, low, n, done, room, like, worst):
+def run_pairs(places, steps, sizes, memory, low, n, room, like, worst, lost):
     """Pairs that are loaded, in one chunk; in two where a reset forgets a bad number, because zero times it is bad.
 
-    A reset is a gate whose decay is zero in the dtype. ``done``: see ``answer_lost``.
+    A reset is a gate whose decay is zero in the dtype.
     """
     apart()
     t, d, w, method, iterations, singular = sizes
@@ -307,19 +315,20 @@ def run_pairs(places, steps, sizes, memory, low, n, done, room, like, worst):
     while reset < n and math.exp(row(room.gates, 0)[reset]) > 0:
         reset += 1
     if reset == n or (finite(room.G, d, w, like) and finite(room.H, d, d, like)):
-        return run_chunk(places, steps, sizes, memory, low, n, done, room, like, worst)
+        run_chunk(places, steps, sizes, memory, low, n, room, like, worst, lost)
+        return
     if reset:
-        done = run_chunk(places, steps, sizes, memory, low, reset, done, room, like, worst)
+        run_chunk(places, steps, sizes, memory, low, reset, room, like, worst, lost)
     for p in range(d):
         fill(row(room.G, p), real(like, 0), w)
         fill(row(room.H, p), real(like, 0), d)
     load_pairs(places, steps, sizes, memory, low + reset, n - reset, room, like)
-    return run_chunk(places, steps, sizes, memory, low + reset, n - reset, done, room, like, worst)
+    run_chunk(places, steps, sizes, memory, low + reset, n - reset, room, like, worst, lost)
 
 
 @inner
-def run_chunk(places, steps, sizes, memory, low, n, done, room, like, worst):
-    """One chunk of n tokens; ``done`` is as in ``answer_lost``."""
+def run_chunk(places, steps, sizes, memory, low, n, room, like, worst, lost):
+    """One chunk of n tokens; in ``lost`` those are marked that double precision has to solve."""
     apart()
     t, d, w, method, iterations, singular = sizes
     one, gated = real(like, 1), places[GATE, memory, 0] != 0
@@ -331,11 +340,22 @@ def run_chunk(places, steps, sizes, memory, low, n, done, room, like, worst):
         solve(q, sizes, n, room, together, gated, worst, memory, row(room.lost, group), like)
         attend(room.answers, room.x, room.G, room.values, n, w, d, room, like)
         store(below(matrix(places[O, memory, group], w, 1, like), low), 0, n, 0, w, room.answers)
+        for i in range(n):
+            lost[memory, group, low + i] = row(room.lost, group)[i] != 0
     memorise(n, room, w, d, like)
     scale_rows(room.keys, row(room.pairs, n - 1), n, d)
     multiply(room.H, room.across, room.keys, d, d, n, one, row(room.since, 0)[n], triangle)
     mirror(room.H, d)
-    return answer_lost(places, steps, (d, w), memory, low, n, done, room.lost, room.double, like)
+
+
+@inner
+def any_of(marks):
+    """Whether any of them is set."""
+    for group in range(marks.shape[0]):
+        for i in range(marks.shape[1]):
+            if marks[group, i]:
+                return True
+    return False
 
 
 @inner
