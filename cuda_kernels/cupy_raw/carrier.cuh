@@ -1,6 +1,6 @@
 // Chunks of an array on their way to shared memory, to tiles that products of a warpgroup take: see wgmma.cuh.
 
-// What a lane brings of one array: of every second row of a chunk, 16 bytes. All that it needs is in its registers:
+// What a lane brings of one array: of every second or fourth row of a chunk, 16 bytes. All that it needs is in its registers:
 // between two copies there is no time to ask shared memory where the next one is.
 template <class Tile>
 struct Carrier {
