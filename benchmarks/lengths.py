@@ -1,8 +1,13 @@
-"""Over lengths: from where a linear memory beats softmax attention, and whether its cost per token stays the same."""
+"""Over lengths: from where a linear memory beats softmax attention, and whether its cost per token stays the same.
+
+The plainest work there is stands beside the costs, a sum of two arrays: long arrays leave the caches, and a machine
+takes its time to hand out new memory. An operator whose tokens cost little grows with that, however it is computed.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +19,7 @@ from ttr_np.measure import TOLERANCE, Case, Contender, gated, ours, prefix, refe
 from .questions import VARIANTS, Setting, arrays_of, channels
 from .torch_peers import torch_peers
 
-__all__ = ["LINEAR", "crossover", "scaling"]
+__all__ = ["LINEAR", "crossover", "scaling", "sums"]
 
 LINEAR: dict[str, Sequence[str]] = {
     "linear_attention": tuple(VARIANTS),
@@ -94,11 +99,29 @@ def scaling(
     right, _, skipped = gated([ours(first, backend)], reference(first), TOLERANCE["float32"])
     if not right:
         return about | {"reason": skipped[0]["reason"], "rows": [], "growth": None}
-    times = sample([ours(prefix(case, t), backend)._replace(name=str(t)) for t in lengths], rounds, rng, budget)
-    rows = [{"T": t, "seconds": spread(times[str(t)])} for t in lengths]
+    contenders = [ours(prefix(case, t), backend)._replace(name=str(t)) for t in lengths]
+    return about | costs(contenders, setting.heads, rounds, rng, budget)
+
+
+def sums(
+    setting: Setting, lengths: Sequence[int], rounds: int, rng: np.random.Generator, budget: float
+) -> dict[str, Any]:
+    """The same of one sum: as much is read as by a scan, and as much new memory is written as by every operator."""
+    d = setting.widths[0]
+    x, y = rng.standard_normal((2, setting.heads, max(lengths), d), np.float32)
+    contenders = [Contender(str(t), partial(np.add, x[:, :t], y[:, :t])) for t in lengths]
+    about = {"operator": "sum of two arrays", "variant": "", "backend": "numpy", "D": d}
+    return about | costs(contenders, setting.heads, rounds, rng, budget)
+
+
+def costs(
+    contenders: Sequence[Contender], heads: int, rounds: int, rng: np.random.Generator, budget: float
+) -> dict[str, Any]:
+    """Times per token of one head and their growth, of contenders named by their lengths."""
+    rows = [{"T": int(t), "seconds": spread(each)} for t, each in sample(contenders, rounds, rng, budget).items()]
     for row in rows:
-        row["ns_per_token_head"] = 1e9 * row["seconds"]["median"] / (row["T"] * setting.heads)
-    return about | {"rows": rows, "growth": growth(rows)}
+        row["ns_per_token_head"] = 1e9 * row["seconds"]["median"] / (row["T"] * heads)
+    return {"rows": rows, "growth": growth(rows)}
 
 
 def growth(rows: Sequence[dict[str, Any]]) -> float | None:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 import warnings
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,7 +31,7 @@ from ttr_np.cli.outputs import check_writable, plotter
 from ttr_np.measure import contest, gemm_rate, machine, products, reference, using
 
 from . import report
-from .lengths import LINEAR, crossover, scaling
+from .lengths import LINEAR, crossover, scaling, sums
 from .questions import OURS, QUESTIONS, Question, Setting
 from .summary import summary
 from .torch_peers import no_gradients
@@ -187,8 +188,9 @@ def over_lengths(
     print(report.crossover_table(result["crossover"]), flush=True)
     lengths = [2**n for n in range(10, 17) if 2**n <= longest]
     print(report.scaling_heading(lengths), flush=True)
-    for operator, variant in ((name, variant) for name, variants in LINEAR.items() for variant in variants):
-        entry = scaling(operator, variant, setting, lengths, rounds, rng, arguments.budget)
+    ways = [partial(scaling, name, variant) for name, variants in LINEAR.items() for variant in variants]
+    for way in [*ways, sums]:
+        entry = way(setting, lengths, rounds, rng, arguments.budget)
         result["scaling"].append(entry)
         print(report.scaling_line(entry, lengths), flush=True)
         keep(result, arguments.json)

@@ -270,6 +270,13 @@ def test_a_wrong_operator_is_not_timed_over_lengths(monkeypatch):
     assert found["rows"] == [] and "wrong" in found["reason"]
 
 
+def test_the_cost_of_a_sum_stands_beside_those_of_operators():
+    found = lengths.sums(TINY, [8, 16], 1, RNG, 1.0)
+    assert [row["T"] for row in found["rows"]] == [8, 16] and found["growth"] is None
+    for row in found["rows"]:
+        assert row["ns_per_token_head"] * row["T"] * TINY.heads == pytest.approx(1e9 * row["seconds"]["median"])
+
+
 # What a result says
 
 
@@ -372,7 +379,7 @@ def test_a_run_prints_and_writes_json_and_a_figure(numpy_only, capsys, tmp_path)
     assert run.main(["linear_attention", "nlms", "decode", "lengths", *options, *files]) == 0
     result = json.loads((tmp_path / "r.json").read_text())
     check_result(result)
-    assert len(result["questions"]) == 3 + 2 + 2 and result["crossover"]["rows"] and len(result["scaling"]) == 2
+    assert len(result["questions"]) == 3 + 2 + 2 and result["crossover"]["rows"] and len(result["scaling"]) == 3
     assert not has_matplotlib() or (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
     assert "linear_attention, channel: B 1 H 2 T 16 D 4 float32" in out
