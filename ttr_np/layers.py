@@ -31,7 +31,7 @@ from .optimizers import (
     implicit_step,
     normalized_step,
 )
-from .regressors import RKHS, Linear, LocalPolynomial, Network, Prototypes, Ratio, Slope
+from .regressors import RKHS, ComplexLinear, Linear, LocalPolynomial, Network, Prototypes, Ratio, Slope
 from .weights import (
     Convolution,
     CosinePosition,
@@ -43,6 +43,8 @@ from .weights import (
     Selective,
     Sparse,
     Transported,
+    Trapezoid,
+    Turning,
     Uniform,
     Weighted,
     Window,
@@ -52,7 +54,7 @@ from .weights import (
 __all__ = ["Gate", "Layer", "Table", "layers"]
 
 
-PRECISE = GATES | {"input_gate", "log_input", "nu", "theta", "readout"}  # never rounded to the dtype of the data
+PRECISE = GATES | {"input_gate", "log_input", "mix", "nu", "theta", "readout"}  # never rounded to the dtype of the data
 
 
 class Gate(NamedTuple):
@@ -293,6 +295,7 @@ def expand(name: str, value: Any, axes: str, p: dict[str, Any]) -> Any:
         return value
     like, asked = (p[x] for x in (("k", "q") if "k" in p else ("x", "x")))
     sizes = {"t": asked.shape[-2], "s": like.shape[-2], "k": like.shape[-1], "d": like.shape[-1]}
+    sizes["p"] = like.shape[-1] // 2  # pairs of channels
     sizes["v"] = p["v"].shape[-1] if "v" in p else like.shape[-1]
     value = as_float(value)
     sizes["m"] = value.shape[-1] if value.ndim and value.shape[-1] > 1 else like.shape[-1]  # slots: any number
@@ -404,6 +407,18 @@ def repeated_steps(p: dict[str, Any]) -> dict[str, Any]:
     k, v = (p[x] if p[x].shape[-2] == long else np.repeat(p[x], n, axis=-2) for x in ("k", "v"))
     beta = p["beta"] if p["beta"].shape[-1] == long else np.repeat(p["beta"], n, axis=-1)
     return changed(p, k=k, v=v, beta=beta)
+
+
+def discretized(p: dict[str, Any]) -> dict[str, Any]:
+    """Mamba-2 and Mamba-3: the step length is how long the memory decays."""
+    return changed(p, log_decay=-p["delta"] * p["rate"])
+
+
+def in_planes(p: dict[str, Any]) -> dict[str, Any]:
+    """Mamba-3 turns key channels two by two."""
+    if p["k"].shape[-1] % 2:
+        raise ValueError(f"pairs of key channels turn: axis 'k' must be even, it is {p['k'].shape[-1]} in k")
+    return discretized(p)
 
 
 def own_memory(p: dict[str, Any]) -> dict[str, Any]:
@@ -726,9 +741,28 @@ LINES: list[Layer] = [
             "rate": Gate(0.2, "exp(A_log) per head; log_decay = -delta rate"),
             "skip": Gate(0.0, "D, per value channel", "v"),
         },
-        pose=lambda p: changed(p, log_decay=-p["delta"] * p["rate"]),
+        pose=discretized,
         route=routes.stepped,
         answer=skip,
+    ),
+    Layer(
+        "mamba3",
+        Decaying() * Turning() * Trapezoid(),
+        ComplexLinear(),
+        ONE_STEP,
+        "linear_attention",
+        "Lahoti et al. 2026, arXiv:2603.15569",
+        {
+            "delta": Gate(0.05, "delta = softplus(W x + dt)"),
+            "rate": Gate(0.2, "softplus(W x); log_decay = -delta rate"),
+            "mix": Gate(0.5, "lambda = sigmoid(W x): share of its own step that a pair counts"),
+            "phase": Gate(0.01, "phase = delta pi tanh(W x), per pair of key channels", "t p"),
+            "skip": Gate(0.0, "D, per value channel", "v"),
+        },
+        pose=in_planes,
+        route=routes.trapezoid,
+        answer=skip,
+        carries=True,
     ),
     Layer(
         "mlstm",
@@ -1414,11 +1448,6 @@ LINES: list[Layer] = [
         route=routes.parallax,
     ),
     # not yet
-    impossible(
-        "mamba3",
-        "Lahoti et al. 2026, arXiv:2603.15569",
-        "its trapezoidal input needs the pair before; its rotation is data-dependent",
-    ),
     impossible(
         "hla", "Zhang et al. 2025, arXiv:2510.27258", "second-order states (sums of k k^T with q v^T) have no operator"
     ),

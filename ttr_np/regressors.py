@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["RKHS", "Linear", "LocalPolynomial", "Network", "Prototypes", "Ratio", "Slope"]
+__all__ = ["RKHS", "ComplexLinear", "Linear", "LocalPolynomial", "Network", "Prototypes", "Ratio", "Slope"]
 
 Problem = Mapping[str, Any]
 Map = Callable[[np.ndarray], np.ndarray]
@@ -70,6 +70,22 @@ class Linear:
 
     def read(self, M: np.ndarray, problem: Problem, t: int) -> np.ndarray:
         return self.predict(M, problem["q"][t])
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class ComplexLinear(Linear):
+    """Linear in complex keys, each made of two neighbouring channels; the answer is the real part."""
+
+    text: str = "linear, complex keys"
+
+    def map(self, x: np.ndarray) -> np.ndarray:
+        return x[..., 0::2] + 1j * x[..., 1::2]
+
+    def predict(self, M: np.ndarray, x: np.ndarray) -> np.ndarray:
+        return (self.map(x).conj() @ M).real
 
     def __str__(self) -> str:
         return self.text

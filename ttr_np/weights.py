@@ -25,6 +25,8 @@ __all__ = [
     "Selective",
     "Sparse",
     "Transported",
+    "Trapezoid",
+    "Turning",
     "Uniform",
     "Weighted",
     "Weights",
@@ -235,6 +237,32 @@ class Rotating(Weights):
 
     def __str__(self) -> str:
         return "rotating"
+
+
+@dataclass(frozen=True)
+class Turning(Weights):
+    """The angle turned back since, exp(-i angle), per complex key channel (Mamba-3)."""
+
+    def __call__(self, problem: Problem, t: int) -> np.ndarray:
+        return per_entry(np.exp(-1j * sums_after(problem["phase"], t)), "k")
+
+    def __str__(self) -> str:
+        return "rotating"
+
+
+@dataclass(frozen=True)
+class Trapezoid(Weights):
+    """A pair counts a share of its own step length, and the rest of the next one as soon as that is known (Mamba-3).
+
+    Equal shares are the trapezoidal rule; all of the own step is Mamba-2.
+    """
+
+    def __call__(self, problem: Problem, t: int) -> np.ndarray:
+        delta, mix = problem["delta"][: t + 1], problem["mix"][: t + 1]
+        return per_entry(mix * delta + np.append(((1 - mix) * delta)[1:], 0.0), "k")
+
+    def __str__(self) -> str:
+        return "trapezoid"
 
 
 @dataclass(frozen=True)

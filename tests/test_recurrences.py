@@ -1,0 +1,86 @@
+"""Layers against the recurrences their papers print, token by token: loops that share nothing with the library."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import ttr_np
+from ttr_np.features import normalize_l2
+
+T, K, V = 33, 4, 3
+
+
+def mamba3(q, k, v, delta, rate, mix, phase, skip):
+    """h = a h + (1 - mix) delta a B_{t-1} x_{t-1} + mix delta B_t x_t, with B and C turned by all angles so far."""
+    h, angle, before, o = np.zeros((K, V)), np.zeros(K // 2), np.zeros((K, V)), np.zeros((T, V))
+    for t in range(T):
+        angle = angle + phase[t]
+        R = np.zeros((K, K))
+        for i, turn in enumerate(angle):
+            R[2 * i : 2 * i + 2, 2 * i : 2 * i + 2] = [[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]
+        pair, decay = np.outer(R @ k[t], v[t]), np.exp(-delta[t] * rate[t])
+        h = decay * h + (1 - mix[t]) * delta[t] * decay * before + mix[t] * delta[t] * pair
+        o[t], before = (R @ q[t]) @ h + skip * v[t], pair
+    return o
+
+
+LOOPS = {"mamba3": mamba3}
+DRAWS = {
+    "delta": lambda rng: rng.uniform(0.1, 1, T),
+    "rate": lambda rng: rng.uniform(0.1, 1, T),
+    "mix": lambda rng: rng.uniform(0, 1, T),
+    "phase": lambda rng: rng.uniform(-3, 3, (T, K // 2)),
+    "skip": lambda rng: rng.uniform(-1, 1, V),
+}
+
+
+def problem(name, seed=0):
+    """Data of one sequence, unit keys and queries, and every gate of the layer."""
+    rng = np.random.default_rng(seed)
+    q, k = normalize_l2(rng.standard_normal((2, T, K)))
+    gates = ttr_np.layers[name].gates
+    return (q, k, rng.standard_normal((T, V))), {gate: DRAWS[gate](rng) for gate in gates if gate in DRAWS}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_layer_is_the_recurrence_of_its_paper(name):
+    data, gates = problem(name)
+    expected = LOOPS[name](*data, **gates)
+    o = ttr_np.layers[name](*data, **gates, backend="numpy")
+    np.testing.assert_allclose(o, expected, rtol=0, atol=1e-12 * max(1, np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_the_future_of_a_layer_changes_no_bit_of_its_past(name):
+    (data, gates), (other, others) = problem(name), problem(name, seed=1)
+    o = ttr_np.layers[name](*data, **gates, backend="numpy")
+    for t in (1, 16, 17):
+        later = [np.concatenate([x[:t], y[t:]]) for x, y in zip(data, other, strict=True)]
+        changed = {gate: np.concatenate([x[:t], others[gate][t:]]) if len(x) == T else x for gate, x in gates.items()}
+        np.testing.assert_array_equal(ttr_np.layers[name](*later, **changed, backend="numpy")[:t], o[:t])
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_queries_of_a_group_share_the_memory_of_a_layer(name):
+    (q, k, v), gates = problem(name)
+    rng = np.random.default_rng(2)
+    q, k, v = rng.standard_normal((2, 3, T, K)), np.stack([k, k[::-1]])[:, None], np.stack([v, v[::-1]])[:, None]
+    o, state = ttr_np.layers[name](q, k, v, **gates, output_final_state=True, backend="numpy")
+    for i in range(2):
+        for j in range(3):
+            one = ttr_np.layers[name](q[i, j], k[i, 0], v[i, 0], **gates, backend="numpy")
+            np.testing.assert_allclose(o[i, j], one, rtol=1e-12, atol=1e-13)
+
+
+def test_mamba3_that_counts_only_its_own_step_and_never_turns_is_mamba2():
+    data, gates = problem("mamba3")
+    shared = {gate: gates[gate] for gate in ("delta", "rate", "skip")}
+    o = ttr_np.layers["mamba3"](*data, mix=1.0, phase=0.0, **shared, backend="numpy")
+    np.testing.assert_allclose(o, ttr_np.layers["mamba2"](*data, **shared, backend="numpy"), rtol=1e-12, atol=1e-14)
+
+
+def test_mamba3_turns_pairs_of_channels():
+    x = np.zeros((2, 3))
+    with pytest.raises(ValueError, match="axis 'k' must be even, it is 3 in k"):
+        ttr_np.layers["mamba3"](x, x, x)
