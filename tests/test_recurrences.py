@@ -25,8 +25,29 @@ def mamba3(q, k, v, delta, rate, mix, phase, skip):
     return o
 
 
-LOOPS = {"mamba3": mamba3}
+def gated_oja(q, k, v, beta, log_decay):
+    """S = S diag(a); S = S + beta (k - S v) v^T with |v| = 1; o = S^T q."""
+    S, o = np.zeros((K, V)), np.zeros((T, V))
+    for t in range(T):
+        unit = v[t] / np.sqrt(v[t] @ v[t])
+        S = S * np.exp(log_decay[t])
+        S = S + beta[t] * np.outer(k[t] - S @ unit, unit)
+        o[t] = S.T @ q[t]
+    return o
+
+
+def polysketchformer(q, k, v):
+    """A_ij = (s_i . s_j)^2 over one more than its row sum, s = (x G1) * (x G2) / sqrt(32)."""
+    G1, G2 = np.random.default_rng(0).standard_normal((2, K, 32))
+    a, b = ((x @ G1) * (x @ G2) / np.sqrt(32) for x in (q, k))
+    A = np.tril((a @ b.T) ** 2)
+    return A @ v / (1 + A.sum(axis=1, keepdims=True))
+
+
+LOOPS = {"mamba3": mamba3, "gated_oja": gated_oja, "polysketchformer": polysketchformer}
 DRAWS = {
+    "beta": lambda rng: rng.uniform(0, 1, T),
+    "log_decay": lambda rng: -rng.uniform(0, 1, (T, V)),
     "delta": lambda rng: rng.uniform(0.1, 1, T),
     "rate": lambda rng: rng.uniform(0.1, 1, T),
     "mix": lambda rng: rng.uniform(0, 1, T),

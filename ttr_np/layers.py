@@ -23,6 +23,7 @@ from .notation import GATES
 from .optimizers import (
     Exact,
     GradientDescent,
+    Oja,
     Omega,
     Online,
     Projection,
@@ -31,7 +32,7 @@ from .optimizers import (
     implicit_step,
     normalized_step,
 )
-from .regressors import RKHS, ComplexLinear, Linear, LocalPolynomial, Network, Prototypes, Ratio, Slope
+from .regressors import RKHS, ComplexLinear, Linear, LocalPolynomial, Network, Prototypes, Ratio, Shrunk, Slope
 from .weights import (
     Convolution,
     CosinePosition,
@@ -359,6 +360,11 @@ def unit_keys(p: dict[str, Any]) -> dict[str, Any]:
     return changed(p, q=features.normalize_l2(p["q"]), k=features.normalize_l2(p["k"]))
 
 
+def unit_values(p: dict[str, Any]) -> dict[str, Any]:
+    """Values of length one."""
+    return changed(p, v=features.normalize_l2(p["v"]))
+
+
 def key_scaled(p: dict[str, Any]) -> dict[str, Any]:
     """Keys over sqrt(d)."""
     return changed(p, k=p["k"] * p["k"].shape[-1] ** -0.5)
@@ -661,6 +667,15 @@ LINES: list[Layer] = [
     normalised_map("hedgehog", "Zhang et al. 2024, arXiv:2402.04347", features.hedgehog_features, "softmax(Wx)"),
     normalised_map("t2r", "Kasai et al. 2021, arXiv:2103.13076", features.relu, "relu"),
     normalised_map("symmetric_power", "Gelada et al. 2025, arXiv:2507.04239", features.symmetric_power, "(q.k)^2"),
+    Layer(
+        "polysketchformer",
+        DotProduct(features.polynomial_sketch, "kernel sketched (q.k)^4"),
+        Shrunk(),
+        Exact(1.0),
+        "linear_attention",
+        "Kacham et al. 2023, arXiv:2310.01655",
+        route=routes.shrunk,
+    ),
     # decaying weights
     Layer(
         "retnet",
@@ -1037,6 +1052,20 @@ LINES: list[Layer] = [
         "Tumma et al. 2026, arXiv:2604.21100",
         {"beta": STEP, "log_decay": DT_CHANNEL_DECAY},
         route=routes.preconditioned,
+    ),
+    Layer(
+        "gated_oja",
+        UNIFORM,
+        LINEAR,
+        Oja(),
+        "delta_rule",
+        "Oja 1982; flash-linear-attention",
+        {
+            "beta": STEP,
+            "log_decay": Gate(np.log(0.99), "log_decay = log sigmoid(W x), per channel of the unit values", "t v"),
+        },
+        pose=unit_values,
+        route=routes.oja,
     ),
     delta("lms", Online(), "Widrow, Hoff 1960", {"beta": Gate(0.5, "fixed: mu")}),
     delta(
@@ -1452,11 +1481,6 @@ LINES: list[Layer] = [
         "hla", "Zhang et al. 2025, arXiv:2510.27258", "second-order states (sums of k k^T with q v^T) have no operator"
     ),
     impossible(
-        "polysketchformer",
-        "Kacham et al. 2023, arXiv:2310.01655",
-        "its sketch is learned; use symmetric_power for the exact kernel",
-    ),
-    impossible(
         "deltaformer",
         "Zhong et al. 2025, arXiv:2505.19488",
         "its values are corrected by a strict softmax of earlier ones: no operator",
@@ -1472,7 +1496,6 @@ LINES: list[Layer] = [
         "slots updated orthogonally to themselves have no operator",
     ),
     impossible("swila", "2026", "several regressors per output joined by online EM have no operator"),
-    impossible("gated_oja", "flash-linear-attention", "it erases on the value side of the memory"),
     impossible(
         "wall_attention", "flash-linear-attention", "it decays channels inside the dot product of softmax attention"
     ),

@@ -66,6 +66,8 @@ def why_not(layer: Any) -> str:
         return "its state is relative to what it has seen: a position, an angle or a largest weight"
     if layer.route is routes.preconditioned:
         return "it writes keys through the second moment of all keys before"
+    if layer.route is routes.oja:
+        return "it writes what it did not yet know of the pairs before"
     return REASONS.get(layer.operator, "")
 
 

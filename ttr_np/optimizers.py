@@ -15,6 +15,7 @@ import numpy as np
 __all__ = [
     "Exact",
     "GradientDescent",
+    "Oja",
     "Omega",
     "Online",
     "Projection",
@@ -153,6 +154,25 @@ class Online:
 
     def __str__(self) -> str:
         return self.text
+
+
+@dataclass(frozen=True)
+class Oja:
+    """Gradient descent from values back to keys, pair after pair; the memory is read the other way (Oja's rule).
+
+    M' = M decay per value channel,    M = M' + beta (k - M' v) v^T
+    """
+
+    def fit(self, regressor: Any, weights: Any, problem: Problem, t: int) -> Any:
+        M = regressor.parameters(problem)
+        for i in range(t + 1):
+            M = M * np.exp(problem["log_decay"][i])
+            error = problem["k"][i] - M @ problem["v"][i]
+            M = M + problem["beta"][i] * np.outer(error, problem["v"][i])
+        return M
+
+    def __str__(self) -> str:
+        return "online, from values to keys"
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["RKHS", "ComplexLinear", "Linear", "LocalPolynomial", "Network", "Prototypes", "Ratio", "Slope"]
+__all__ = ["RKHS", "ComplexLinear", "Linear", "LocalPolynomial", "Network", "Prototypes", "Ratio", "Shrunk", "Slope"]
 
 Problem = Mapping[str, Any]
 Map = Callable[[np.ndarray], np.ndarray]
@@ -147,6 +147,21 @@ class LocalPolynomial:
 
     def __str__(self) -> str:
         return {0: "constant", 1: "local linear", 2: "local quadratic"}.get(self.degree, f"degree {self.degree}")
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """A local constant that a ridge draws to zero: where little is near, little is said."""
+
+    def exact(self, problem: Problem, t: int, weights: np.ndarray, ridge: np.ndarray, decay: float) -> np.ndarray:
+        w = scalar(weights)
+        return w @ problem["v"][: t + 1] / (ridge * decay + w.sum())
+
+    def read(self, answer: np.ndarray, problem: Problem, t: int) -> np.ndarray:
+        return answer
+
+    def __str__(self) -> str:
+        return "constant"
 
 
 def taylor_scale(index: tuple[int, ...]) -> float:

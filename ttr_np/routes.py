@@ -351,6 +351,43 @@ def parallax(layer: Any, run: Run, p: dict[str, Any], state: Any) -> tuple[Any, 
     return mean_v - slope, state
 
 
+def oja(layer: Any, run: Run, p: dict[str, Any], state: Any) -> tuple[Any, Any]:
+    """Gated Oja rule: the delta rule from values to keys finds what is written, decaying sums are asked the other way.
+
+    Every token comes twice: once to read what the decayed memory knows of its value, once to correct it.
+    """
+    first, second = state or (None, None)
+    mask, bounds, gate = p.get("mask"), p.get("cu_seqlens"), p["log_decay"]
+    known, first = run(
+        layer.operator,
+        first,
+        **{name: np.repeat(x, 2, axis=-2) for name, x in {"q": p["v"], "k": p["v"], "v": p["k"]}.items()},
+        beta=in_turn(np.zeros_like(p["beta"]), p["beta"], -1),
+        log_decay=in_turn(gate, np.zeros_like(gate), -2),
+        mask=None if mask is None else np.repeat(mask, 2, axis=-1),
+        cu_seqlens=None if bounds is None else np.asarray(bounds) * 2,
+    )
+    written = (p["k"] - known[..., ::2, :]) * np.asarray(p["beta"][..., None], p["k"].dtype)
+    o, second = run(
+        "linear_attention",
+        second,
+        q=p["q"][..., None, :, :],
+        k=written[..., None, :, :],
+        v=np.swapaxes(p["v"], -1, -2)[..., None],
+        log_decay=np.swapaxes(gate, -1, -2),
+        mask=None if mask is None else mask[..., None, :],
+    )
+    return np.swapaxes(o[..., 0], -1, -2), (first, second)
+
+
+def shrunk(layer: Any, run: Run, p: dict[str, Any], state: Any) -> tuple[Any, Any]:
+    """A weighted sum over one more than the sum of the weights: the last value column is that sum."""
+    phi = features_of(layer)
+    v = np.concatenate([p["v"], np.ones_like(p["v"][..., :1])], axis=-1)
+    o, state = run(layer.operator, state, q=phi(p["q"]), k=phi(p["k"]), v=v)
+    return o[..., :-1] / (1 + o[..., -1:]), state
+
+
 def trained(layer: Any, run: Run, p: dict[str, Any], state: Any) -> tuple[Any, Any]:
     """Test-time training of the layer's memory."""
     names = {name: p[name] for name in ("momentum", "weight_decay") if name in p}
