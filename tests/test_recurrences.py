@@ -44,15 +44,45 @@ def polysketchformer(q, k, v):
     return A @ v / (1 + A.sum(axis=1, keepdims=True))
 
 
-LOOPS = {"mamba3": mamba3, "gated_oja": gated_oja, "polysketchformer": polysketchformer}
+def wall_attention(q, k, v, log_decay, scale):
+    """softmax over i <= t of scale sum_c q_tc k_ic exp(P_tc - P_ic), P the sums of all log decays so far."""
+    o, P = np.zeros((T, V)), np.cumsum(log_decay, axis=0)
+    for t in range(T):
+        w = np.exp(scale * np.sum(q[t] * k[: t + 1] * np.exp(P[t] - P[: t + 1]), axis=1))
+        o[t] = w @ v[: t + 1] / w.sum()
+    return o
+
+
+def deltaformer(q, k, v, beta, erase_key, scale):
+    """u_t = v_t - beta_t sum_{i < t} softmax(scale w_t . k_i) u_i; o is softmax attention over the pairs (k, u)."""
+    u, o = np.zeros((T, V)), np.zeros((T, V))
+    for t in range(T):
+        w = np.exp(scale * k[:t] @ erase_key[t])
+        u[t] = v[t] - (beta[t] * w @ u[:t] / w.sum() if t else 0)
+        w = np.exp(scale * k[: t + 1] @ q[t])
+        o[t] = w @ u[: t + 1] / w.sum()
+    return o
+
+
+def stick_breaking(q, k, v, scale):
+    """o_t = sum_{i < t} b_i prod_{i < j < t} (1 - b_j) v_i."""
+    o = np.zeros((T, V))
+    for t in range(T):
+        b = 1 / (1 + np.exp(-scale * k[:t] @ q[t]))
+        for i in range(t):
+            o[t] += b[i] * np.prod(1 - b[i + 1 :]) * v[i]
+    return o
+
+
+LOOPS = {
+    name.__name__: name for name in (mamba3, gated_oja, polysketchformer, wall_attention, deltaformer, stick_breaking)
+}
+SIZES = {"t": T, "k": K, "v": V, "p": K // 2}
 DRAWS = {
-    "beta": lambda rng: rng.uniform(0, 1, T),
-    "log_decay": lambda rng: -rng.uniform(0, 1, (T, V)),
-    "delta": lambda rng: rng.uniform(0.1, 1, T),
-    "rate": lambda rng: rng.uniform(0.1, 1, T),
-    "mix": lambda rng: rng.uniform(0, 1, T),
-    "phase": lambda rng: rng.uniform(-3, 3, (T, K // 2)),
-    "skip": lambda rng: rng.uniform(-1, 1, V),
+    "log_decay": lambda rng, shape: -rng.uniform(0, 1, shape),
+    "phase": lambda rng, shape: rng.uniform(-3, 3, shape),
+    "erase_key": lambda rng, shape: rng.standard_normal(shape),
+    "scale": lambda rng, shape: 3.0,
 }
 
 
@@ -60,8 +90,9 @@ def problem(name, seed=0):
     """Data of one sequence, unit keys and queries, and every gate of the layer."""
     rng = np.random.default_rng(seed)
     q, k = normalize_l2(rng.standard_normal((2, T, K)))
-    gates = ttr_np.layers[name].gates
-    return (q, k, rng.standard_normal((T, V))), {gate: DRAWS[gate](rng) for gate in gates if gate in DRAWS}
+    shapes = {gate: tuple(SIZES[axis] for axis in x.axes.split()) for gate, x in ttr_np.layers[name].gates.items()}
+    gates = {gate: DRAWS.get(gate, lambda rng, shape: rng.uniform(0, 1, shape))(rng, x) for gate, x in shapes.items()}
+    return (q, k, rng.standard_normal((T, V))), gates
 
 
 @pytest.mark.parametrize("name", LOOPS)
@@ -78,7 +109,10 @@ def test_the_future_of_a_layer_changes_no_bit_of_its_past(name):
     o = ttr_np.layers[name](*data, **gates, backend="numpy")
     for t in (1, 16, 17):
         later = [np.concatenate([x[:t], y[t:]]) for x, y in zip(data, other, strict=True)]
-        changed = {gate: np.concatenate([x[:t], others[gate][t:]]) if len(x) == T else x for gate, x in gates.items()}
+        changed = {
+            gate: np.concatenate([x[:t], others[gate][t:]]) if np.ndim(x) and len(x) == T else x
+            for gate, x in gates.items()
+        }
         np.testing.assert_array_equal(ttr_np.layers[name](*later, **changed, backend="numpy")[:t], o[:t])
 
 

@@ -21,6 +21,7 @@ from .memories import MLP, EntropyRetention, Huber, LqRetention, PNorm
 from .memories import Linear as LinearMemory
 from .notation import GATES
 from .optimizers import (
+    Corrected,
     Exact,
     GradientDescent,
     Oja,
@@ -32,17 +33,30 @@ from .optimizers import (
     implicit_step,
     normalized_step,
 )
-from .regressors import RKHS, ComplexLinear, Linear, LocalPolynomial, Network, Prototypes, Ratio, Shrunk, Slope
+from .regressors import (
+    RKHS,
+    ComplexLinear,
+    Constant,
+    Linear,
+    LocalPolynomial,
+    Network,
+    Prototypes,
+    Ratio,
+    Shrunk,
+    Slope,
+)
 from .weights import (
     Convolution,
     CosinePosition,
     Decaying,
     DotProduct,
+    Fading,
     Kernel,
     Levels,
     Rotating,
     Selective,
     Sparse,
+    StickBreaking,
     Transported,
     Trapezoid,
     Turning,
@@ -1347,6 +1361,37 @@ LINES: list[Layer] = [
         },
     ),
     Layer(
+        "wall_attention",
+        Fading(),
+        CONSTANT,
+        Exact(),
+        "wall_attention",
+        "flash-linear-attention (Averbuch, Pai)",
+        {"log_decay": CHANNEL_DECAY, "scale": GAIN},
+    ),
+    Layer(
+        "deltaformer",
+        EXPONENTIAL,
+        CONSTANT,
+        Corrected(),
+        "delta_attention",
+        "Zhong et al. 2025, arXiv:2505.19488",
+        {
+            "beta": Gate(1.0, "1, or W x"),
+            "erase_key": Gate(lambda p: p["k"], "the key itself, or W x", "t k"),
+            "scale": GAIN,
+        },
+    ),
+    Layer(
+        "stick_breaking",
+        StickBreaking(),
+        Constant(),
+        ONE_STEP,
+        "stick_breaking_attention",
+        "Tan et al. 2024, arXiv:2410.17980",
+        {"scale": GAIN},
+    ),
+    Layer(
         "sparsemax",
         Sparse(2.0),
         CONSTANT,
@@ -1481,24 +1526,11 @@ LINES: list[Layer] = [
         "hla", "Zhang et al. 2025, arXiv:2510.27258", "second-order states (sums of k k^T with q v^T) have no operator"
     ),
     impossible(
-        "deltaformer",
-        "Zhong et al. 2025, arXiv:2505.19488",
-        "its values are corrected by a strict softmax of earlier ones: no operator",
-    ),
-    impossible(
-        "stick_breaking",
-        "Tan et al. 2024, arXiv:2410.17980",
-        "its weights are products of (1 - later scores), per query",
-    ),
-    impossible(
         "lattice",
         "Karami, Mirrokni 2025, arXiv:2504.05646",
         "slots updated orthogonally to themselves have no operator",
     ),
     impossible("swila", "2026", "several regressors per output joined by online EM have no operator"),
-    impossible(
-        "wall_attention", "flash-linear-attention", "it decays channels inside the dot product of softmax attention"
-    ),
     impossible(
         "native_sparse_attention", "Yuan et al. 2025, arXiv:2502.11089", "its blocks are selected by learned scores"
     ),

@@ -17,7 +17,18 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["RKHS", "ComplexLinear", "Linear", "LocalPolynomial", "Network", "Prototypes", "Ratio", "Shrunk", "Slope"]
+__all__ = [
+    "RKHS",
+    "ComplexLinear",
+    "Constant",
+    "Linear",
+    "LocalPolynomial",
+    "Network",
+    "Prototypes",
+    "Ratio",
+    "Shrunk",
+    "Slope",
+]
 
 Problem = Mapping[str, Any]
 Map = Callable[[np.ndarray], np.ndarray]
@@ -147,6 +158,23 @@ class LocalPolynomial:
 
     def __str__(self) -> str:
         return {0: "constant", 1: "local linear", 2: "local quadratic"}.get(self.degree, f"degree {self.degree}")
+
+
+@dataclass(frozen=True)
+class Constant:
+    """One value for all keys, found by steps from zero."""
+
+    def parameters(self, problem: Problem) -> np.ndarray:
+        return np.zeros(problem["v"].shape[-1])
+
+    def gradient(self, b: np.ndarray, keys: np.ndarray, values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        return scalar(weights) @ (b - values)
+
+    def read(self, b: np.ndarray, problem: Problem, t: int) -> np.ndarray:
+        return b
+
+    def __str__(self) -> str:
+        return "constant"
 
 
 @dataclass(frozen=True)
