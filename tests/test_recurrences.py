@@ -135,7 +135,9 @@ def test_mamba3_that_counts_only_its_own_step_and_never_turns_is_mamba2():
     np.testing.assert_allclose(o, ttr_np.layers["mamba2"](*data, **shared, backend="numpy"), rtol=1e-12, atol=1e-14)
 
 
-def test_mamba3_turns_pairs_of_channels():
-    x = np.zeros((2, 3))
-    with pytest.raises(ValueError, match="axis 'k' must be even, it is 3 in k"):
-        ttr_np.layers["mamba3"](x, x, x)
+def test_an_odd_last_channel_of_mamba3_turns_beside_a_channel_of_zeros():
+    (q, k, v), gates = problem("mamba3")
+    wide = [np.concatenate([x[:, :3], np.zeros((T, 1))], axis=1) for x in (q, k)]
+    o = ttr_np.layers["mamba3"](q[:, :3], k[:, :3], v, **gates, backend="numpy")
+    np.testing.assert_allclose(o, mamba3(*wide, v, **gates), rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(ttr_np.recall(ttr_np.layers["mamba3"], q[:, :3], k[:, :3], v, **gates), o, rtol=1e-12)

@@ -310,7 +310,7 @@ def expand(name: str, value: Any, axes: str, p: dict[str, Any]) -> Any:
         return value
     like, asked = (p[x] for x in (("k", "q") if "k" in p else ("x", "x")))
     sizes = {"t": asked.shape[-2], "s": like.shape[-2], "k": like.shape[-1], "d": like.shape[-1]}
-    sizes["p"] = like.shape[-1] // 2  # pairs of channels
+    sizes["p"] = (like.shape[-1] + 1) // 2  # pairs of channels
     sizes["v"] = p["v"].shape[-1] if "v" in p else like.shape[-1]
     value = as_float(value)
     sizes["m"] = value.shape[-1] if value.ndim and value.shape[-1] > 1 else like.shape[-1]  # slots: any number
@@ -432,13 +432,6 @@ def repeated_steps(p: dict[str, Any]) -> dict[str, Any]:
 def discretized(p: dict[str, Any]) -> dict[str, Any]:
     """Mamba-2 and Mamba-3: the step length is how long the memory decays."""
     return changed(p, log_decay=-p["delta"] * p["rate"])
-
-
-def in_planes(p: dict[str, Any]) -> dict[str, Any]:
-    """Mamba-3 turns key channels two by two."""
-    if p["k"].shape[-1] % 2:
-        raise ValueError(f"pairs of key channels turn: axis 'k' must be even, it is {p['k'].shape[-1]} in k")
-    return discretized(p)
 
 
 def own_memory(p: dict[str, Any]) -> dict[str, Any]:
@@ -788,7 +781,7 @@ LINES: list[Layer] = [
             "phase": Gate(0.01, "phase = delta pi tanh(W x), per pair of key channels", "t p"),
             "skip": Gate(0.0, "D, per value channel", "v"),
         },
-        pose=in_planes,
+        pose=discretized,
         route=routes.trapezoid,
         answer=skip,
         carries=True,

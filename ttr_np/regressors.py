@@ -88,12 +88,14 @@ class Linear:
 
 @dataclass(frozen=True)
 class ComplexLinear(Linear):
-    """Linear in complex keys, each made of two neighbouring channels; the answer is the real part."""
+    """Linear in complex keys, each made of two neighbouring channels (an odd last one is real); real parts answer."""
 
     text: str = "linear, complex keys"
 
     def map(self, x: np.ndarray) -> np.ndarray:
-        return x[..., 0::2] + 1j * x[..., 1::2]
+        z = x[..., 0::2].astype(complex)
+        z[..., : x.shape[-1] // 2] += 1j * x[..., 1::2]
+        return z
 
     def predict(self, M: np.ndarray, x: np.ndarray) -> np.ndarray:
         return (self.map(x).conj() @ M).real

@@ -138,7 +138,9 @@ def rotating(layer: Any, run: Run, p: dict[str, Any], state: Any) -> tuple[Any, 
 
 
 def rotated(x: Any, angle: Any) -> Any:
-    """Neighbouring channels turned in their plane."""
+    """Neighbouring channels turned in their plane, an odd last one in a plane with one more that is zero."""
+    if x.shape[-1] % 2:
+        x = np.concatenate([x, np.zeros_like(x[..., :1])], axis=-1)
     cos, sin = (f(angle).astype(x.dtype) for f in (np.cos, np.sin))
     even, odd = x[..., 0::2], x[..., 1::2]
     turned = np.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
@@ -178,7 +180,7 @@ def trapezoid(layer: Any, run: Run, p: dict[str, Any], state: Any) -> tuple[Any,
     q, k = (rotated(x, angle[..., 1:, :]) for x in (p["q"], p["k"]))
     before_k, last_k = shifted(p, k, last_k)
     before_v, last_v = shifted(p, p["v"], last_v)
-    old, new = (np.asarray((x * p["delta"])[..., None], k.dtype) for x in (1 - p["mix"], p["mix"]))
+    old, new = ((x * p["delta"])[..., None].astype(k.dtype) for x in (1 - p["mix"], p["mix"]))
     o, memory = run(
         layer.operator,
         memory,
@@ -367,7 +369,7 @@ def oja(layer: Any, run: Run, p: dict[str, Any], state: Any) -> tuple[Any, Any]:
         mask=None if mask is None else np.repeat(mask, 2, axis=-1),
         cu_seqlens=None if bounds is None else np.asarray(bounds) * 2,
     )
-    written = (p["k"] - known[..., ::2, :]) * np.asarray(p["beta"][..., None], p["k"].dtype)
+    written = (p["k"] - known[..., ::2, :]) * p["beta"][..., None].astype(p["k"].dtype)
     o, second = run(
         "linear_attention",
         second,
