@@ -434,6 +434,11 @@ def discretized(p: dict[str, Any]) -> dict[str, Any]:
     return changed(p, log_decay=-p["delta"] * p["rate"])
 
 
+def second_order(p: dict[str, Any]) -> dict[str, Any]:
+    """HLA: a value is stored under what its query recalls of the keys so far, sum_{i <= t} (q_t . k_i) k_i."""
+    return changed(p, k=np.tril(p["q"] @ np.swapaxes(p["k"], -1, -2)) @ p["k"])
+
+
 def own_memory(p: dict[str, Any]) -> dict[str, Any]:
     """A pattern is stored under itself."""
     return changed(p, v=p["k"])
@@ -673,6 +678,16 @@ LINES: list[Layer] = [
     normalised_map("rebased", "Aksenov et al. 2024, arXiv:2402.10644", features.rebased_features, "(LN q . LN k)^2"),
     normalised_map("hedgehog", "Zhang et al. 2024, arXiv:2402.04347", features.hedgehog_features, "softmax(Wx)"),
     normalised_map("t2r", "Kasai et al. 2021, arXiv:2103.13076", features.relu, "relu"),
+    Layer(
+        "hla",
+        UNIFORM,
+        Linear(text="linear in what queries recall of keys"),
+        ONE_STEP,
+        None,
+        "Zhang et al. 2025, arXiv:2510.27258",
+        pose=second_order,
+        reason="it memorises its queries with the pairs, and a memory that only stores is given none",
+    ),
     normalised_map("symmetric_power", "Gelada et al. 2025, arXiv:2507.04239", features.symmetric_power, "(q.k)^2"),
     Layer(
         "polysketchformer",
@@ -1515,9 +1530,6 @@ LINES: list[Layer] = [
         route=routes.parallax,
     ),
     # not yet
-    impossible(
-        "hla", "Zhang et al. 2025, arXiv:2510.27258", "second-order states (sums of k k^T with q v^T) have no operator"
-    ),
     impossible(
         "lattice",
         "Karami, Mirrokni 2025, arXiv:2504.05646",
