@@ -41,11 +41,11 @@ def broken(logits: np.ndarray, left: np.ndarray) -> tuple[np.ndarray, np.ndarray
         Log of what later pairs left.
     """
     small = np.log1p(np.exp(-np.abs(logits)))
-    passed_on = np.minimum(-logits, 0) - small  # log(1 - b)
-    newest_first = np.concatenate([left[..., None], passed_on[..., ::-1]], axis=-1)
-    stick = np.cumsum(newest_first, axis=-1, dtype=np.float64)[..., ::-1]
-    weights = np.exp(np.minimum(logits, 0) - small + stick[..., 1:])
-    return weights.astype(logits.dtype, copy=False), stick[..., 0]
+    stick = np.empty((*logits.shape[:-1], logits.shape[-1] + 1))
+    stick[..., :-1], stick[..., -1] = np.minimum(-logits, 0) - small, left  # log(1 - b)
+    newest_first = stick[..., ::-1]
+    np.cumsum(newest_first, axis=-1, out=newest_first)
+    return np.exp(np.minimum(logits, 0) - small + stick[..., 1:].astype(logits.dtype)), stick[..., 0]
 
 
 @np.errstate(invalid="ignore")
