@@ -278,6 +278,9 @@ QUESTIONS: dict[str, Callable[[Setting], Iterator[Question]]] = {
     "kernel_ridge": kernel_ridge,
     "sparse_attention": alone("sparse_attention"),
     "path_attention": alone("path_attention"),
+    "stick_breaking_attention": alone("stick_breaking_attention"),
+    "wall_attention": alone("wall_attention"),
+    "delta_attention": alone("delta_attention"),
     "log_linear_attention": alone("log_linear_attention"),
     "test_time_training": over_shapes(
         "test_time_training", lambda t, d: 6 * d * d + 4 * 16 * d, options={"memory": ttr_np.Linear()}

@@ -15,12 +15,15 @@ from scipy.special import softmax
 from ttr_np.calling import run
 from ttr_np.notation import OPERATORS, draw
 from ttr_np.solvers import (
+    delta_attention,
     linear_attention,
     local_polynomial,
     log_linear_attention,
     path_attention,
     softmax_attention,
     sparse_attention,
+    stick_breaking_attention,
+    wall_attention,
 )
 from ttr_np.solvers._cache import Block, empty_cache
 
@@ -29,6 +32,9 @@ MODULES = {
     "local_polynomial": local_polynomial,
     "sparse_attention": sparse_attention,
     "path_attention": path_attention,
+    "stick_breaking_attention": stick_breaking_attention,
+    "wall_attention": wall_attention,
+    "delta_attention": delta_attention,
     "log_linear_attention": log_linear_attention,
 }
 CASES = [
@@ -45,6 +51,9 @@ CASES = [
     ("sparse_attention", {"alpha": 1.5, "scale": 3.0, "window": 12}),
     ("sparse_attention", {"alpha": 1.7, "scale": 3.0}),
     ("path_attention", {}),
+    ("stick_breaking_attention", {"scale": 3.0}),
+    ("wall_attention", {}),
+    ("delta_attention", {}),
     ("log_linear_attention", {}),
 ]
 
@@ -64,7 +73,7 @@ PER_STEP = ("log_decay", "beta")
 
 def cut_blocks(monkeypatch):
     """Blocks far smaller than the calls of these tests."""
-    for module in (softmax_attention, local_polynomial, sparse_attention):
+    for module in (softmax_attention, local_polynomial, sparse_attention, stick_breaking_attention):
         monkeypatch.setattr(module, "block_of", lambda *_: Block(4, 16))
 
 
@@ -200,6 +209,28 @@ def path_definition(x, t, steps, mask):
     return softmax(logits) @ x["v"][steps]
 
 
+def stick_breaking_definition(x, t, steps, mask, scale=None):
+    total, left = np.zeros(x["v"].shape[1]), 1.0
+    for i in reversed([i for i in steps if i < t]):
+        share = 1 / (1 + np.exp(-scale * x["q"][t] @ x["k"][i]))
+        total, left = total + left * share * x["v"][i], left * (1 - share)
+    return total
+
+
+def wall_definition(x, t, steps, mask):
+    fading = [np.exp(left(x, mask, i, t)) for i in steps]
+    logits = [x["q"][t] @ (f * x["k"][i]) * x["k"].shape[-1] ** -0.5 for f, i in zip(fading, steps, strict=True)]
+    return softmax(logits) @ x["v"][steps]
+
+
+def delta_definition(x, t, steps, mask):
+    erase, scale = x.get("erase_key", x["k"]), x["k"].shape[-1] ** -0.5
+    u = x["v"][steps]
+    for n, i in enumerate(steps[1:], start=1):
+        u[n] -= x["beta"][i] * softmax(scale * x["k"][steps[:n]] @ erase[i]) @ u[:n]
+    return softmax(scale * x["k"][steps] @ x["q"][t]) @ u
+
+
 def level(t, i):
     """0 for the pair itself; else the lowest set bits leave t one by one until i is in the bucket that leaves."""
     end, low = t, 0
@@ -222,6 +253,9 @@ DEFINITIONS = {
     "local_polynomial": polynomial_definition,
     "sparse_attention": sparse_definition,
     "path_attention": path_definition,
+    "stick_breaking_attention": stick_breaking_definition,
+    "wall_attention": wall_definition,
+    "delta_attention": delta_definition,
     "log_linear_attention": log_linear_definition,
 }
 
@@ -289,13 +323,14 @@ def test_what_is_not_a_number_reaches_only_what_sees_it(name, options, form, bad
         o = call(core, name, hurt, options)
         assert_array_equal(o[0], clean[0])
         assert_array_equal(o[1, :t], clean[1, :t])
+        seen = t + 1 if name == "stick_breaking_attention" and array != "q" else t  # its own pair is out of sight
         after = t + 1 if array in OPERATORS[name].reads else t + options["window"] if "window" in options else T
-        if name in ("path_attention", "log_linear_attention"):
+        if name in ("path_attention", "log_linear_attention", "wall_attention", "delta_attention"):
             close(o[1, after:], clean[1, after:])  # the rest of a chunk with a bad query is answered step by step
         else:
             assert_array_equal(o[1, after:], clean[1, after:])
         if np.isnan(bad) and "kernel" not in options and (name != "sparse_attention" or array != "v"):
-            assert np.isnan(o[1, t]).all()
+            assert np.isnan(o[1, seen]).all()
 
 
 @pytest.mark.parametrize("name", ["softmax_attention", "local_polynomial"])
@@ -668,6 +703,43 @@ def test_path_attention_without_steps_is_softmax_attention():
     x = problem("path_attention", np.random.default_rng(32))
     o = path_attention.path_attention(**x | {"beta": np.zeros(T)})
     close(o, softmax_attention.softmax_attention(x["q"], x["k"], x["v"]))
+
+
+@pytest.mark.parametrize(
+    "name, neutral", [("wall_attention", {"log_decay": None}), ("delta_attention", {"beta": np.zeros(T)})]
+)
+def test_a_memory_that_neither_fades_nor_corrects_is_softmax_attention(name, neutral):
+    x = problem(name, np.random.default_rng(37)) | neutral
+    o = getattr(MODULES[name], name)(**x)
+    close(o, softmax_attention.softmax_attention(x["q"], x["k"], x["v"]))
+
+
+def test_keys_fade_by_channel_and_a_channel_that_is_reset_says_nothing(form):
+    x = problem("wall_attention", np.random.default_rng(38), lead=(2,), gated=False)
+    gates = -np.random.default_rng(39).uniform(0, 5, (2, T, 2))
+    gates[:, 20, 1] = -np.inf
+    o = call(getattr(wall_attention, form), "wall_attention", x | {"log_decay": gates})
+    for t in (0, 19, 36):
+        since = [np.exp(gates[0, i + 1 : t + 1].sum(axis=0)) for i in range(t + 1)]
+        weights = softmax((since * x["k"][0, : t + 1]) @ x["q"][0, t] * 2**-0.5)
+        close(o[0, t], weights @ x["v"][0, : t + 1])
+    same = call(wall_attention.chunked, "wall_attention", x | {"log_decay": np.repeat(gates[..., :1], 2, axis=-1)})
+    close(call(getattr(wall_attention, form), "wall_attention", x | {"log_decay": gates[..., 0]}), same)
+
+
+def test_values_are_corrected_under_keys_of_their_own(form):
+    x = problem("delta_attention", np.random.default_rng(40))
+    x["erase_key"] = np.random.default_rng(41).standard_normal((T, 2))
+    close(call(getattr(delta_attention, form), "delta_attention", x), define("delta_attention", x, {}), 1e-11)
+
+
+@pytest.mark.parametrize("logit", [40.0, 1e4])
+def test_huge_shares_of_a_stick_lose_nothing(logit, form):
+    """A share of 1 leaves exp(-logit) to the older ones, a share of exp(-logit) is still that."""
+    k, v = np.array([[-1.0], [1.0], [-1.0], [0.0]]), np.diag([1.0, 1.0, 1.0, 0.0])
+    x = {"q": np.ones((4, 1)), "k": k, "v": v}
+    o = call(getattr(stick_breaking_attention, form), "stick_breaking_attention", x, {"scale": logit})[3]
+    assert_allclose(o, [np.exp(-2 * logit), 1 - 2 * np.exp(-logit), np.exp(-logit), 0], rtol=1e-12)
 
 
 def test_equal_levels_are_linear_attention():

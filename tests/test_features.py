@@ -19,6 +19,7 @@ MAPS = {name: getattr(f, name) for name in POINTWISE} | {
     "hedgehog_features": f.hedgehog_features,
     "layer_norm": f.layer_norm,
     "normalize_l2": f.normalize_l2,
+    "polynomial_sketch": f.polynomial_sketch,
     "random_fourier_features": f.random_fourier_features,
     "rebased_features": f.rebased_features,
     "rms_norm": f.rms_norm,
@@ -109,6 +110,21 @@ def test_random_features_converge_to_their_kernel(name):
         runs = [kernel(lambda x: getattr(f, name)(x, features=features, seed=s), q, k) for s in range(8)]  # noqa: B023
         errors.append(np.sqrt(np.mean((np.array(runs) - RANDOM[name](q, k)) ** 2)))
     assert errors[1] < 0.02 and 5 < errors[0] / errors[1] < 20  # the root of 100
+
+
+def test_a_polynomial_sketch_converges_to_the_power_and_is_never_negative():
+    q, k = pairs()
+    errors = []
+    for features in (32, 512):
+        runs = [kernel(lambda x: f.polynomial_sketch(x, features=features, seed=s), q, k) for s in range(8)]  # noqa: B023
+        assert np.min(runs) >= 0
+        errors.append(np.sqrt(np.mean((np.array(runs) - (q @ k.T) ** 4) ** 2)))
+    assert 3 < errors[0] / errors[1] < 8  # the root of 16, and more as few features err far
+    np.testing.assert_allclose(kernel(lambda x: f.polynomial_sketch(x, 2), q, k), (q @ k.T) ** 2, rtol=1e-12)
+    assert f.polynomial_sketch(q, 8, features=5).shape == (6, 15)
+    for power in (0, 3, -2):
+        with pytest.raises(ValueError, match=f"power must be 2, 4, 8, ..., got {power}"):
+            f.polynomial_sketch(q, power)
 
 
 @pytest.mark.parametrize("name", RANDOM)

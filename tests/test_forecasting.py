@@ -218,7 +218,7 @@ def test_while_there_are_too_few_residuals_there_is_no_band():
 
 
 def test_a_layer_that_cannot_run_or_diverges_has_its_reason(monkeypatch):
-    names = ["ttt_linear", "omeganet", "lru", "mamba3", "delta_rule"]
+    names = ["ttt_linear", "omeganet", "lru", "lattice", "delta_rule"]
     table = {name: ttr_np.layers[name] for name in names} | {"delta_rule": Exploding()}
     monkeypatch.setattr("ttr_np.forecasting.table", table)
     result = forecast(wave(), layers=names, lags=2, backend="numpy")

@@ -20,7 +20,7 @@ def inputs(layer, rng, t, k=4, v=4):
     return [features.normalize_l2(x) if name in ("q", "k") else x for name, x in data.items()]
 
 
-SIZES = {"k": 4, "v": 4, "d": 4, "l": 6, "n": 16, "m": 7}
+SIZES = {"k": 4, "v": 4, "d": 4, "l": 6, "n": 16, "m": 7, "p": 2}
 
 
 def random_gates(layer, rng, data):

@@ -17,6 +17,9 @@ SHAPES = {
     "local_polynomial": ((1,), 2, {}),
     "sparse_attention": ((1,), 4, {}),
     "path_attention": ((1,), 4, {}),
+    "stick_breaking_attention": ((1,), 4, {}),
+    "wall_attention": ((1,), 4, {}),
+    "delta_attention": ((1,), 4, {}),
 }
 SKIPPED = {
     "kernel_ridge": "its exact answer needs the Cholesky factor of all pairs: t^2 numbers by definition",

@@ -30,6 +30,7 @@ OWN_TOKEN = {
     "rwkv4": "its answer adds a bonus for the pair of its own token",
     "rwkv5": "its answer adds a bonus for the pair of its own token",
     "rwkv6": "its answer adds a bonus for the pair of its own token",
+    "stick_breaking": "its answer leaves out the pair of its own token",
     "comba": "its query gives up a share of the key of its own token",
 }
 

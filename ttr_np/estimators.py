@@ -702,7 +702,7 @@ def linear_in_values(layer: Layer) -> Layer:
         memory = layer.regressor.memory({})
         plain = LinearMemory(bias=memory.bias)
         reason = "" if memory == plain and memory.retention == L2Retention() and memory.loss == Squared() else NONLINEAR
-    elif layer.name == "atlas":
+    elif layer.name in ("atlas", "gated_oja"):
         reason = NONLINEAR
     elif layer.name in ("s5", "rwkv4"):
         reason = "its channels have weights of their own"

@@ -19,6 +19,7 @@ inputs saturate without warnings.
 [11] Press et al. (2021), Train short, test long (ALiBi), arXiv:2108.12409
 [12] Sun et al. (2023), Retentive network, arXiv:2307.08621
 [13] Qin et al. (2024), Lightning attention-2, arXiv:2401.04658
+[14] Kacham et al. (2023), PolySketchFormer, arXiv:2310.01655
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ __all__ = [
     "log_sigmoid",
     "normalize_l2",
     "orthogonal_gaussian",
+    "polynomial_sketch",
     "random_fourier_features",
     "rebased_features",
     "relu",
@@ -534,6 +536,54 @@ def symmetric_power(x: Any, power: int = 2) -> np.ndarray:
     for column in factors.T:
         phi = phi * x[..., column]
     return narrow(phi, dtype)
+
+
+def polynomial_sketch(x: Any, power: int = 4, *, features: int = 32, seed: Any = 0) -> np.ndarray:
+    """Random features of the polynomial kernel that are never negative together [14]: phi(q) . phi(k) ~ (q . k)^power.
+
+    Two sketches of half a degree, each through a Gaussian matrix of its own, multiply to a sketch of the degree. That
+    of half the power is then squared: phi(q) . phi(k) = (s(q) . s(k))^2 >= 0, with E[s(q) . s(k)] = (q . k)^(power/2).
+
+    Parameters
+    ----------
+    x : (..., d)
+    power : int, default 4
+        2, 4, 8, ...
+    features : int, default 32
+        Size m of the sketch before it is squared.
+    seed : int, default 0
+        Of the Gaussian matrices, the same for queries and keys.
+
+    Returns
+    -------
+    phi : (..., n)
+        n = m (m + 1) / 2; with power 2, which needs no sketch, n = d (d + 1) / 2.
+
+    Raises
+    ------
+    ValueError
+        If ``power`` is none of 2, 4, 8, ...
+
+    Examples
+    --------
+    >>> from ttr_np.features import polynomial_sketch
+    >>> phi = polynomial_sketch([[1.0, 0.5], [-1.0, 1.0]], features=4)
+    >>> phi.shape, bool(phi[0] @ phi[1] >= 0)
+    ((2, 10), True)
+    """
+    if power < 2 or power & (power - 1):
+        raise ValueError(f"power must be 2, 4, 8, ..., got {power}")
+    x, dtype = wide(x)
+    return narrow(symmetric_power(half_sketch(x, power // 2, features, np.random.default_rng(seed))), dtype)
+
+
+def half_sketch(x: np.ndarray, power: int, features: int, rng: np.random.Generator) -> np.ndarray:
+    """Features whose products are (x . y)^power in the mean, perhaps negative."""
+    if power == 1:
+        return x
+    one, two = (half_sketch(x, power // 2, features, rng) for _ in range(2))
+    G = rng.standard_normal((2, one.shape[-1], features)).astype(x.dtype)
+    return (one @ G[0]) * (two @ G[1]) / x.dtype.type(features**0.5)
 
 
 def taylor_features(x: Any) -> np.ndarray:

@@ -21,8 +21,10 @@ from .memories import MLP, EntropyRetention, Huber, LqRetention, PNorm
 from .memories import Linear as LinearMemory
 from .notation import GATES
 from .optimizers import (
+    Corrected,
     Exact,
     GradientDescent,
+    Oja,
     Omega,
     Online,
     Projection,
@@ -31,18 +33,33 @@ from .optimizers import (
     implicit_step,
     normalized_step,
 )
-from .regressors import RKHS, Linear, LocalPolynomial, Network, Prototypes, Ratio, Slope
+from .regressors import (
+    RKHS,
+    ComplexLinear,
+    Constant,
+    Linear,
+    LocalPolynomial,
+    Network,
+    Prototypes,
+    Ratio,
+    Shrunk,
+    Slope,
+)
 from .weights import (
     Convolution,
     CosinePosition,
     Decaying,
     DotProduct,
+    Fading,
     Kernel,
     Levels,
     Rotating,
     Selective,
     Sparse,
+    StickBreaking,
     Transported,
+    Trapezoid,
+    Turning,
     Uniform,
     Weighted,
     Window,
@@ -52,7 +69,7 @@ from .weights import (
 __all__ = ["Gate", "Layer", "Table", "layers"]
 
 
-PRECISE = GATES | {"input_gate", "log_input", "nu", "theta", "readout"}  # never rounded to the dtype of the data
+PRECISE = GATES | {"input_gate", "log_input", "mix", "nu", "theta", "readout"}  # never rounded to the dtype of the data
 
 
 class Gate(NamedTuple):
@@ -293,6 +310,7 @@ def expand(name: str, value: Any, axes: str, p: dict[str, Any]) -> Any:
         return value
     like, asked = (p[x] for x in (("k", "q") if "k" in p else ("x", "x")))
     sizes = {"t": asked.shape[-2], "s": like.shape[-2], "k": like.shape[-1], "d": like.shape[-1]}
+    sizes["p"] = (like.shape[-1] + 1) // 2  # pairs of channels
     sizes["v"] = p["v"].shape[-1] if "v" in p else like.shape[-1]
     value = as_float(value)
     sizes["m"] = value.shape[-1] if value.ndim and value.shape[-1] > 1 else like.shape[-1]  # slots: any number
@@ -356,6 +374,11 @@ def unit_keys(p: dict[str, Any]) -> dict[str, Any]:
     return changed(p, q=features.normalize_l2(p["q"]), k=features.normalize_l2(p["k"]))
 
 
+def unit_values(p: dict[str, Any]) -> dict[str, Any]:
+    """Values of length one."""
+    return changed(p, v=features.normalize_l2(p["v"]))
+
+
 def key_scaled(p: dict[str, Any]) -> dict[str, Any]:
     """Keys over sqrt(d)."""
     return changed(p, k=p["k"] * p["k"].shape[-1] ** -0.5)
@@ -404,6 +427,16 @@ def repeated_steps(p: dict[str, Any]) -> dict[str, Any]:
     k, v = (p[x] if p[x].shape[-2] == long else np.repeat(p[x], n, axis=-2) for x in ("k", "v"))
     beta = p["beta"] if p["beta"].shape[-1] == long else np.repeat(p["beta"], n, axis=-1)
     return changed(p, k=k, v=v, beta=beta)
+
+
+def discretized(p: dict[str, Any]) -> dict[str, Any]:
+    """Mamba-2 and Mamba-3: the step length is how long the memory decays."""
+    return changed(p, log_decay=-p["delta"] * p["rate"])
+
+
+def second_order(p: dict[str, Any]) -> dict[str, Any]:
+    """HLA: a value is stored under what its query recalls of the keys so far, sum_{i <= t} (q_t . k_i) k_i."""
+    return changed(p, k=np.tril(p["q"] @ np.swapaxes(p["k"], -1, -2)) @ p["k"])
 
 
 def own_memory(p: dict[str, Any]) -> dict[str, Any]:
@@ -645,7 +678,26 @@ LINES: list[Layer] = [
     normalised_map("rebased", "Aksenov et al. 2024, arXiv:2402.10644", features.rebased_features, "(LN q . LN k)^2"),
     normalised_map("hedgehog", "Zhang et al. 2024, arXiv:2402.04347", features.hedgehog_features, "softmax(Wx)"),
     normalised_map("t2r", "Kasai et al. 2021, arXiv:2103.13076", features.relu, "relu"),
+    Layer(
+        "hla",
+        UNIFORM,
+        Linear(text="linear in what queries recall of keys"),
+        ONE_STEP,
+        None,
+        "Zhang et al. 2025, arXiv:2510.27258",
+        pose=second_order,
+        reason="it memorises its queries with the pairs, and a memory that only stores is given none",
+    ),
     normalised_map("symmetric_power", "Gelada et al. 2025, arXiv:2507.04239", features.symmetric_power, "(q.k)^2"),
+    Layer(
+        "polysketchformer",
+        DotProduct(features.polynomial_sketch, "kernel sketched (q.k)^4"),
+        Shrunk(),
+        Exact(1.0),
+        "linear_attention",
+        "Kacham et al. 2023, arXiv:2310.01655",
+        route=routes.shrunk,
+    ),
     # decaying weights
     Layer(
         "retnet",
@@ -726,9 +778,28 @@ LINES: list[Layer] = [
             "rate": Gate(0.2, "exp(A_log) per head; log_decay = -delta rate"),
             "skip": Gate(0.0, "D, per value channel", "v"),
         },
-        pose=lambda p: changed(p, log_decay=-p["delta"] * p["rate"]),
+        pose=discretized,
         route=routes.stepped,
         answer=skip,
+    ),
+    Layer(
+        "mamba3",
+        Decaying() * Turning() * Trapezoid(),
+        ComplexLinear(),
+        ONE_STEP,
+        "linear_attention",
+        "Lahoti et al. 2026, arXiv:2603.15569",
+        {
+            "delta": Gate(0.05, "delta = softplus(W x + dt)"),
+            "rate": Gate(0.2, "softplus(W x); log_decay = -delta rate"),
+            "mix": Gate(0.5, "lambda = sigmoid(W x): share of its own step that a pair counts"),
+            "phase": Gate(0.01, "phase = delta pi tanh(W x), per pair of key channels", "t p"),
+            "skip": Gate(0.0, "D, per value channel", "v"),
+        },
+        pose=discretized,
+        route=routes.trapezoid,
+        answer=skip,
+        carries=True,
     ),
     Layer(
         "mlstm",
@@ -1003,6 +1074,20 @@ LINES: list[Layer] = [
         "Tumma et al. 2026, arXiv:2604.21100",
         {"beta": STEP, "log_decay": DT_CHANNEL_DECAY},
         route=routes.preconditioned,
+    ),
+    Layer(
+        "gated_oja",
+        UNIFORM,
+        LINEAR,
+        Oja(),
+        "delta_rule",
+        "Oja 1982; flash-linear-attention",
+        {
+            "beta": STEP,
+            "log_decay": Gate(np.log(0.99), "log_decay = log sigmoid(W x), per channel of the unit values", "t v"),
+        },
+        pose=unit_values,
+        route=routes.oja,
     ),
     delta("lms", Online(), "Widrow, Hoff 1960", {"beta": Gate(0.5, "fixed: mu")}),
     delta(
@@ -1284,6 +1369,37 @@ LINES: list[Layer] = [
         },
     ),
     Layer(
+        "wall_attention",
+        Fading(),
+        CONSTANT,
+        Exact(),
+        "wall_attention",
+        "flash-linear-attention (Averbuch, Pai)",
+        {"log_decay": CHANNEL_DECAY, "scale": GAIN},
+    ),
+    Layer(
+        "deltaformer",
+        EXPONENTIAL,
+        CONSTANT,
+        Corrected(),
+        "delta_attention",
+        "Zhong et al. 2025, arXiv:2505.19488",
+        {
+            "beta": Gate(1.0, "1, or W x"),
+            "erase_key": Gate(lambda p: p["k"], "the key itself, or W x", "t k"),
+            "scale": GAIN,
+        },
+    ),
+    Layer(
+        "stick_breaking",
+        StickBreaking(),
+        Constant(),
+        ONE_STEP,
+        "stick_breaking_attention",
+        "Tan et al. 2024, arXiv:2410.17980",
+        {"scale": GAIN},
+    ),
+    Layer(
         "sparsemax",
         Sparse(2.0),
         CONSTANT,
@@ -1415,38 +1531,11 @@ LINES: list[Layer] = [
     ),
     # not yet
     impossible(
-        "mamba3",
-        "Lahoti et al. 2026, arXiv:2603.15569",
-        "its trapezoidal input needs the pair before; its rotation is data-dependent",
-    ),
-    impossible(
-        "hla", "Zhang et al. 2025, arXiv:2510.27258", "second-order states (sums of k k^T with q v^T) have no operator"
-    ),
-    impossible(
-        "polysketchformer",
-        "Kacham et al. 2023, arXiv:2310.01655",
-        "its sketch is learned; use symmetric_power for the exact kernel",
-    ),
-    impossible(
-        "deltaformer",
-        "Zhong et al. 2025, arXiv:2505.19488",
-        "its values are corrected by a strict softmax of earlier ones: no operator",
-    ),
-    impossible(
-        "stick_breaking",
-        "Tan et al. 2024, arXiv:2410.17980",
-        "its weights are products of (1 - later scores), per query",
-    ),
-    impossible(
         "lattice",
         "Karami, Mirrokni 2025, arXiv:2504.05646",
         "slots updated orthogonally to themselves have no operator",
     ),
     impossible("swila", "2026", "several regressors per output joined by online EM have no operator"),
-    impossible("gated_oja", "flash-linear-attention", "it erases on the value side of the memory"),
-    impossible(
-        "wall_attention", "flash-linear-attention", "it decays channels inside the dot product of softmax attention"
-    ),
     impossible(
         "native_sparse_attention", "Yuan et al. 2025, arXiv:2502.11089", "its blocks are selected by learned scores"
     ),

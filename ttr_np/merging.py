@@ -31,6 +31,9 @@ REASONS = {
     "local_polynomial": OF_PAIRS,
     "sparse_attention": OF_PAIRS,
     "kernel_ridge": OF_PAIRS,
+    "stick_breaking_attention": OF_PAIRS,
+    "wall_attention": "its keys fade with every step after them",
+    "delta_attention": "it stores values without what it knew before",
     "path_attention": "its keys are moved by every step after them",
     "kalman_filter": "mean and covariance do not tell how a drifting memory answers to another start",
     "affine_projection": "its first steps look at the pairs before them",
@@ -66,6 +69,8 @@ def why_not(layer: Any) -> str:
         return "its state is relative to what it has seen: a position, an angle or a largest weight"
     if layer.route is routes.preconditioned:
         return "it writes keys through the second moment of all keys before"
+    if layer.route is routes.oja:
+        return "it writes what it did not yet know of the pairs before"
     return REASONS.get(layer.operator, "")
 
 

@@ -212,6 +212,11 @@ OPERATORS: dict[str, Signature] = {
     "path_attention": Signature(
         ("q", "k", "v", "beta", "w"), (), ("k", "v", "beta", "w"), ("q",), _cache, sees_mask=True
     ),
+    "stick_breaking_attention": Signature(("q", "k", "v"), (), ("k", "v"), ("q",), _cache, sees_mask=True),
+    "wall_attention": Signature(("q", "k", "v"), ("log_decay",), _kv, ("q",), _cache, sees_mask=True),
+    "delta_attention": Signature(
+        ("q", "k", "v", "beta"), ("erase_key",), ("k", "v", "beta", "erase_key"), ("q",), _cache, sees_mask=True
+    ),
     "log_linear_attention": Signature(
         ("q", "k", "v", "levels"), ("log_decay",), _kv, ("q", "levels"), {"S": "l k v", "count": ""}, sees_mask=True
     ),
@@ -241,6 +246,9 @@ STATES: dict[str, type] = {
     "local_polynomial": CacheState,
     "sparse_attention": CacheState,
     "path_attention": CacheState,
+    "stick_breaking_attention": CacheState,
+    "wall_attention": CacheState,
+    "delta_attention": CacheState,
     "log_linear_attention": LogLinearAttentionState,
     "kernel_ridge": CacheState,
     "test_time_training": TestTimeTrainingState,

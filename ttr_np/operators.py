@@ -31,6 +31,7 @@ from .notation import OPERATORS
 
 __all__ = [
     "affine_projection",
+    "delta_attention",
     "delta_rule",
     "diagonal_scan",
     "dplr",
@@ -46,7 +47,9 @@ __all__ = [
     "short_convolution",
     "softmax_attention",
     "sparse_attention",
+    "stick_breaking_attention",
     "test_time_training",
+    "wall_attention",
 ]
 
 
@@ -965,6 +968,195 @@ def path_attention(
            [2.]])
     """
     return dispatch("path_attention", locals())
+
+
+def stick_breaking_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    scale: float | None = None,
+    initial_state: Any = None,
+    output_final_state: bool = False,
+    cu_seqlens: Any = None,
+    mask: Any = None,
+    backend: Any = None,
+) -> Any:
+    """Recall a sum of earlier values, each with its share of what the later ones left: o = sum_{i < t} w_i v_i.
+
+    From the newest pair to the oldest each takes a share b = sigmoid(scale q . k) of what remains, so w_i = b_i prod
+    (1 - b_j) over the pairs j after i. The query's own pair is not seen. Regressor: constant. Optimizer: one step.
+
+    Parameters
+    ----------
+    q, k : (..., t, k)
+        Queries and keys.
+    v : (..., t, v)
+        Values.
+    scale : float, optional
+        Factor of the logits; default 1 / sqrt(k).
+    initial_state, output_final_state, cu_seqlens, mask, backend
+        Common to all operators: see ``ttr_np.operators``. State: all pairs: ``k``, ``v``, ``log_weight``, ``position``.
+
+    Returns
+    -------
+    o : (..., t, v)
+        Answers, in the dtype of the data; or ``(o, state)``.
+
+    Raises
+    ------
+    ValueError
+        If two arrays disagree on an axis.
+    TypeError
+        If an array holds no real numbers.
+
+    Notes
+    -----
+    Cost: O(t n (k + v)) with n pairs; memory O(t (k + v)), no t x t matrix is stored.
+
+    References
+    ----------
+    Tan et al. (2024), arXiv:2410.17980.
+
+    Examples
+    --------
+    >>> import numpy as np, ttr_np
+    >>> q = k = np.zeros((3, 1))
+    >>> ttr_np.stick_breaking_attention(q, k, [[1.0], [1.0], [1.0]])
+    array([[0.  ],
+           [0.5 ],
+           [0.75]])
+    """
+    return dispatch("stick_breaking_attention", locals())
+
+
+def wall_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    log_decay: Any = None,
+    scale: float | None = None,
+    initial_state: Any = None,
+    output_final_state: bool = False,
+    cu_seqlens: Any = None,
+    mask: Any = None,
+    backend: Any = None,
+) -> Any:
+    """Recall the softmax mean of the values, their keys fading channel by channel with every later step.
+
+    The logits are scale sum_c q_c k_c exp(sums of log_decay_c since the pair was stored). Weights: the exponential
+    kernel. Regressor: constant. Optimizer: exact.
+
+    Parameters
+    ----------
+    q, k : (..., t, k)
+        Queries and keys.
+    v : (..., t, v)
+        Values.
+    log_decay : (..., t, k) or (..., t), optional
+        Log of what a step leaves of all keys before it, <= 0; per channel, or the same for all.
+    scale : float, optional
+        Sharpness of the kernel; default 1 / sqrt(k).
+    initial_state, output_final_state, cu_seqlens, mask, backend
+        Common to all operators: see ``ttr_np.operators``. State: all pairs, the
+        keys as they have faded: ``k``, ``v``, ``log_weight``, ``position``.
+
+    Returns
+    -------
+    o : (..., t, v)
+        Answers, in the dtype of the data; or ``(o, state)``.
+
+    Raises
+    ------
+    ValueError
+        If two arrays disagree on an axis, or a log_decay is positive.
+    TypeError
+        If an array holds no real numbers.
+
+    Notes
+    -----
+    Cost: O(t n (k + v)) with n pairs; memory O(t (k + v)), no t x t matrix is stored.
+
+    References
+    ----------
+    flash-linear-attention, wall_attn.
+
+    Examples
+    --------
+    >>> import numpy as np, ttr_np
+    >>> k = np.array([[100.0, 0.0], [0.0, 0.0]])
+    >>> ttr_np.wall_attention(k[[0, 0]], k, [[1.0], [3.0]], log_decay=[[0.0, 0.0], [-np.inf, 0.0]])
+    array([[1.],
+           [2.]])
+    """
+    return dispatch("wall_attention", locals())
+
+
+def delta_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    beta: Any,
+    *,
+    erase_key: Any = None,
+    scale: float | None = None,
+    initial_state: Any = None,
+    output_final_state: bool = False,
+    cu_seqlens: Any = None,
+    mask: Any = None,
+    backend: Any = None,
+) -> Any:
+    """Recall the softmax mean of values from which what was known before has been taken off: the delta rule of pairs.
+
+    Stored is u_t = v_t - beta_t m(erase_key_t), m the softmax mean of the u before; answered is the softmax mean of all
+    u up to t. Weights: the exponential kernel. Regressor: constant. Optimizer: exact, on corrected values.
+
+    Parameters
+    ----------
+    q, k : (..., t, k)
+        Queries and keys.
+    v : (..., t, v)
+        Values.
+    beta : (..., t)
+        Share of the recalled value that is taken off.
+    erase_key : (..., t, k), optional
+        Key under which it is recalled; default: the key itself.
+    scale : float, optional
+        Sharpness of the kernel; default 1 / sqrt(k).
+    initial_state, output_final_state, cu_seqlens, mask, backend
+        Common to all operators: see ``ttr_np.operators``. State: all pairs, the
+        values as they were corrected: ``k``, ``v``, ``log_weight``, ``position``.
+
+    Returns
+    -------
+    o : (..., t, v)
+        Answers, in the dtype of the data; or ``(o, state)``.
+
+    Raises
+    ------
+    ValueError
+        If two arrays disagree on an axis.
+    TypeError
+        If an array holds no real numbers.
+
+    Notes
+    -----
+    Cost: O(t n (k + v)) with n pairs; memory O(t (k + v)), no t x t matrix is stored.
+
+    References
+    ----------
+    Zhong et al. (2025), arXiv:2505.19488.
+
+    Examples
+    --------
+    >>> import numpy as np, ttr_np
+    >>> k = np.zeros((2, 1))
+    >>> ttr_np.delta_attention(k, k, [[1.0], [3.0]], [1.0, 1.0])
+    array([[1. ],
+           [1.5]])
+    """
+    return dispatch("delta_attention", locals())
 
 
 def log_linear_attention(

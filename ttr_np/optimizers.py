@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 
 __all__ = [
+    "Corrected",
     "Exact",
     "GradientDescent",
+    "Oja",
     "Omega",
     "Online",
     "Projection",
@@ -78,6 +80,26 @@ class Exact:
 
     def __str__(self) -> str:
         return "exact" if self.ridge == 0.0 else "exact, decaying ridge" if self.decaying else "exact, ridge"
+
+
+@dataclass(frozen=True)
+class Corrected:
+    """The minimiser itself, for values from which what the pairs before recall is taken off one by one (DeltaFormer).
+
+    u_t = v_t - beta_t m(erase_key_t), with m fitted to the pairs (k_i, u_i), i < t
+    """
+
+    def fit(self, regressor: Any, weights: Any, problem: Problem, t: int) -> Any:
+        values = problem["v"].copy()
+        asked = {**problem, "q": problem["erase_key"][1:], "v": values}  # the pairs up to i are asked what i + 1 erases
+        for i in range(t):
+            known = regressor.read(regressor.exact(asked, i, weights(asked, i), 0.0, 1.0), asked, i)
+            values[i + 1] -= problem["beta"][i + 1] * known
+        asked = {**problem, "v": values}
+        return regressor.exact(asked, t, weights(asked, t), 0.0, 1.0)
+
+    def __str__(self) -> str:
+        return "exact, on corrected values"
 
 
 def constant_step(problem: Problem, i: int) -> Any:
@@ -153,6 +175,25 @@ class Online:
 
     def __str__(self) -> str:
         return self.text
+
+
+@dataclass(frozen=True)
+class Oja:
+    """Gradient descent from values back to keys, pair after pair; the memory is read the other way (Oja's rule).
+
+    M' = M decay per value channel,    M = M' + beta (k - M' v) v^T
+    """
+
+    def fit(self, regressor: Any, weights: Any, problem: Problem, t: int) -> Any:
+        M = regressor.parameters(problem)
+        for i in range(t + 1):
+            M = M * np.exp(problem["log_decay"][i])
+            error = problem["k"][i] - M @ problem["v"][i]
+            M = M + problem["beta"][i] * np.outer(error, problem["v"][i])
+        return M
+
+    def __str__(self) -> str:
+        return "online, from values to keys"
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,18 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["RKHS", "Linear", "LocalPolynomial", "Network", "Prototypes", "Ratio", "Slope"]
+__all__ = [
+    "RKHS",
+    "ComplexLinear",
+    "Constant",
+    "Linear",
+    "LocalPolynomial",
+    "Network",
+    "Prototypes",
+    "Ratio",
+    "Shrunk",
+    "Slope",
+]
 
 Problem = Mapping[str, Any]
 Map = Callable[[np.ndarray], np.ndarray]
@@ -70,6 +81,24 @@ class Linear:
 
     def read(self, M: np.ndarray, problem: Problem, t: int) -> np.ndarray:
         return self.predict(M, problem["q"][t])
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class ComplexLinear(Linear):
+    """Linear in complex keys, each made of two neighbouring channels (an odd last one is real); real parts answer."""
+
+    text: str = "linear, complex keys"
+
+    def map(self, x: np.ndarray) -> np.ndarray:
+        z = x[..., 0::2].astype(complex)
+        z[..., : x.shape[-1] // 2] += 1j * x[..., 1::2]
+        return z
+
+    def predict(self, M: np.ndarray, x: np.ndarray) -> np.ndarray:
+        return (self.map(x).conj() @ M).real
 
     def __str__(self) -> str:
         return self.text
@@ -131,6 +160,38 @@ class LocalPolynomial:
 
     def __str__(self) -> str:
         return {0: "constant", 1: "local linear", 2: "local quadratic"}.get(self.degree, f"degree {self.degree}")
+
+
+@dataclass(frozen=True)
+class Constant:
+    """One value for all keys, found by steps from zero."""
+
+    def parameters(self, problem: Problem) -> np.ndarray:
+        return np.zeros(problem["v"].shape[-1])
+
+    def gradient(self, b: np.ndarray, keys: np.ndarray, values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        return scalar(weights) @ (b - values)
+
+    def read(self, b: np.ndarray, problem: Problem, t: int) -> np.ndarray:
+        return b
+
+    def __str__(self) -> str:
+        return "constant"
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """A local constant that a ridge draws to zero: where little is near, little is said."""
+
+    def exact(self, problem: Problem, t: int, weights: np.ndarray, ridge: np.ndarray, decay: float) -> np.ndarray:
+        w = scalar(weights)
+        return w @ problem["v"][: t + 1] / (ridge * decay + w.sum())
+
+    def read(self, answer: np.ndarray, problem: Problem, t: int) -> np.ndarray:
+        return answer
+
+    def __str__(self) -> str:
+        return "constant"
 
 
 def taylor_scale(index: tuple[int, ...]) -> float:

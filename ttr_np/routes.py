@@ -137,6 +137,62 @@ def rotating(layer: Any, run: Run, p: dict[str, Any], state: Any) -> tuple[Any, 
     return o, Carried(memory, angle[..., -1, :] if angle.shape[-2] else before)
 
 
+def rotated(x: Any, angle: Any) -> Any:
+    """Neighbouring channels turned in their plane, an odd last one in a plane with one more that is zero."""
+    if x.shape[-1] % 2:
+        x = np.concatenate([x, np.zeros_like(x[..., :1])], axis=-1)
+    cos, sin = (f(angle).astype(x.dtype) for f in (np.cos, np.sin))
+    even, odd = x[..., 0::2], x[..., 1::2]
+    turned = np.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return turned.reshape((*turned.shape[:-2], x.shape[-1]))
+
+
+def shifted(p: dict[str, Any], x: Any, first: Any) -> tuple[Any, Any]:
+    """What each token's last memorised predecessor held, and what the last of all holds; at the start the first."""
+    mask = p.get("mask")
+    if mask is not None:
+        mask = np.broadcast_to(mask, np.broadcast_shapes(mask.shape, x.shape[:-1]))
+        x = np.broadcast_to(x, (*mask.shape, x.shape[-1]))
+        x = np.take_along_axis(x, np.argsort(~mask, axis=-1, kind="stable")[..., None], axis=-2)  # memorised ones first
+    start = np.zeros_like(x, shape=(*x.shape[:-2], 1, x.shape[-1])) + (0 if first is None else first[..., None, :])
+    held = np.concatenate([start.astype(x.dtype), x], axis=-2)
+    if mask is None:
+        return held[..., :-1, :], held[..., -1, :]
+    before, seen = np.cumsum(mask, axis=-1) - mask, np.sum(mask, axis=-1, keepdims=True)
+    before, last = (np.take_along_axis(held, i[..., None], axis=-2) for i in (before, seen))
+    return before, last[..., 0, :]
+
+
+def in_turn(first: Any, second: Any, axis: int) -> Any:
+    """Two pairs, or numbers, per token in a row."""
+    first, second = np.broadcast_arrays(first, second)
+    both = np.stack([first, second], axis=axis)
+    return both.reshape((*first.shape[:axis], 2 * first.shape[axis], *first.shape[first.ndim + axis + 1 :]))
+
+
+def trapezoid(layer: Any, run: Run, p: dict[str, Any], state: Any) -> tuple[Any, Any]:
+    """Mamba-3: a token adds what its step is worth to the pair before, then decays, then writes its own."""
+    memory, carry = Carried() if state is None else state
+    angle, last_k, last_v = (None, None, None) if carry is None else carry
+    phase = frozen(p, p["phase"])
+    start = np.zeros_like(phase, shape=phase.shape[:-2] + (1, phase.shape[-1]))
+    angle = np.cumsum(np.concatenate([start if angle is None else angle[..., None, :], phase], axis=-2), axis=-2)
+    q, k = (rotated(x, angle[..., 1:, :]) for x in (p["q"], p["k"]))
+    before_k, last_k = shifted(p, k, last_k)
+    before_v, last_v = shifted(p, p["v"], last_v)
+    old, new = ((x * p["delta"])[..., None].astype(k.dtype) for x in (1 - p["mix"], p["mix"]))
+    o, memory = run(
+        layer.operator,
+        memory,
+        q=np.repeat(q, 2, axis=-2),
+        k=in_turn(before_k * old, k * new, -2),
+        v=in_turn(before_v, p["v"], -2),
+        log_decay=in_turn(np.zeros_like(p["log_decay"]), p["log_decay"], -1),
+        mask=None if p.get("mask") is None else np.repeat(p["mask"], 2, axis=-1),
+    )
+    return o[..., 1::2, :], Carried(memory, (angle[..., -1, :], last_k, last_v))
+
+
 def cosine_positions(layer: Any, run: Run, p: dict[str, Any], state: Any) -> tuple[Any, Any]:
     """cosFormer: the cosine of a distance is a sum of products of positions."""
     from .features import cosformer_features
@@ -295,6 +351,43 @@ def parallax(layer: Any, run: Run, p: dict[str, Any], state: Any) -> tuple[Any, 
     r = np.asarray(p["r"], o.dtype)
     slope = np.einsum("...vk,...k->...v", mean_vk, r) - mean_v * np.sum(mean_k * r, axis=-1, keepdims=True)
     return mean_v - slope, state
+
+
+def oja(layer: Any, run: Run, p: dict[str, Any], state: Any) -> tuple[Any, Any]:
+    """Gated Oja rule: the delta rule from values to keys finds what is written, decaying sums are asked the other way.
+
+    Every token comes twice: once to read what the decayed memory knows of its value, once to correct it.
+    """
+    first, second = state or (None, None)
+    mask, bounds, gate = p.get("mask"), p.get("cu_seqlens"), p["log_decay"]
+    known, first = run(
+        layer.operator,
+        first,
+        **{name: np.repeat(x, 2, axis=-2) for name, x in {"q": p["v"], "k": p["v"], "v": p["k"]}.items()},
+        beta=in_turn(np.zeros_like(p["beta"]), p["beta"], -1),
+        log_decay=in_turn(gate, np.zeros_like(gate), -2),
+        mask=None if mask is None else np.repeat(mask, 2, axis=-1),
+        cu_seqlens=None if bounds is None else np.asarray(bounds) * 2,
+    )
+    written = (p["k"] - known[..., ::2, :]) * p["beta"][..., None].astype(p["k"].dtype)
+    o, second = run(
+        "linear_attention",
+        second,
+        q=p["q"][..., None, :, :],
+        k=written[..., None, :, :],
+        v=np.swapaxes(p["v"], -1, -2)[..., None],
+        log_decay=np.swapaxes(gate, -1, -2),
+        mask=None if mask is None else mask[..., None, :],
+    )
+    return np.swapaxes(o[..., 0], -1, -2), (first, second)
+
+
+def shrunk(layer: Any, run: Run, p: dict[str, Any], state: Any) -> tuple[Any, Any]:
+    """A weighted sum over one more than the sum of the weights: the last value column is that sum."""
+    phi = features_of(layer)
+    v = np.concatenate([p["v"], np.ones_like(p["v"][..., :1])], axis=-1)
+    o, state = run(layer.operator, state, q=phi(p["q"]), k=phi(p["k"]), v=v)
+    return o[..., :-1] / (1 + o[..., -1:]), state
 
 
 def trained(layer: Any, run: Run, p: dict[str, Any], state: Any) -> tuple[Any, Any]:

@@ -18,13 +18,17 @@ __all__ = [
     "CosinePosition",
     "Decaying",
     "DotProduct",
+    "Fading",
     "Kernel",
     "Levels",
     "Product",
     "Rotating",
     "Selective",
     "Sparse",
+    "StickBreaking",
     "Transported",
+    "Trapezoid",
+    "Turning",
     "Uniform",
     "Weighted",
     "Weights",
@@ -238,6 +242,32 @@ class Rotating(Weights):
 
 
 @dataclass(frozen=True)
+class Turning(Weights):
+    """The angle turned back since, exp(-i angle), per complex key channel (Mamba-3)."""
+
+    def __call__(self, problem: Problem, t: int) -> np.ndarray:
+        return per_entry(np.exp(-1j * sums_after(problem["phase"], t)), "k")
+
+    def __str__(self) -> str:
+        return "rotating"
+
+
+@dataclass(frozen=True)
+class Trapezoid(Weights):
+    """A pair counts a share of its own step length, and the rest of the next one as soon as that is known (Mamba-3).
+
+    Equal shares are the trapezoidal rule; all of the own step is Mamba-2.
+    """
+
+    def __call__(self, problem: Problem, t: int) -> np.ndarray:
+        delta, mix = problem["delta"][: t + 1], problem["mix"][: t + 1]
+        return per_entry(mix * delta + np.append(((1 - mix) * delta)[1:], 0.0), "k")
+
+    def __str__(self) -> str:
+        return "trapezoid"
+
+
+@dataclass(frozen=True)
 class Convolution(Weights):
     """Fixed weights of age and value channel: a long convolution.
 
@@ -312,6 +342,36 @@ class Sparse(Weights):
 
 
 @dataclass(frozen=True)
+class StickBreaking(Weights):
+    """From the newest pair to the oldest, each takes its share of what is left; a query's own pair takes none."""
+
+    def __call__(self, problem: Problem, t: int) -> np.ndarray:
+        share = 1 / (1 + np.exp(-problem["scale"] * (problem["k"][:t] @ problem["q"][t])))
+        left = np.append(np.cumprod(1 - share[::-1])[::-1], 1.0)[1:]
+        return np.append(share * left, 0.0)[:, None, None]
+
+    def __str__(self) -> str:
+        return "kernel sigmoid(q.k), stick-breaking"
+
+
+@dataclass(frozen=True)
+class Fading(Weights):
+    """exp(scale q . k) with every channel of the key decayed since it was stored (wall attention)."""
+
+    def __call__(self, problem: Problem, t: int) -> np.ndarray:
+        keys = np.exp(sums_after(problem["log_decay"], t)) * problem["k"][: t + 1]
+        return exponential_of(problem["scale"] * (keys @ problem["q"][t]))
+
+    def __str__(self) -> str:
+        return "kernel exp(q.Dk)"
+
+
+def exponential_of(scores: np.ndarray) -> np.ndarray:
+    """exp of the scores of all pairs, up to a factor that they share."""
+    return np.exp(scores - scores.max())[:, None, None]
+
+
+@dataclass(frozen=True)
 class Transported(Weights):
     """exp(scale q . k) with the key carried from its step to the query's by Householder factors (PaTH)."""
 
@@ -323,7 +383,7 @@ class Transported(Weights):
                 w = problem["w"][s]
                 key = key - problem["beta"][s] * w * (w @ key)
             scores.append(problem["scale"] * (problem["q"][t] @ key))
-        return np.exp(np.array(scores) - max(scores))[:, None, None]
+        return exponential_of(np.array(scores))
 
     def __str__(self) -> str:
         return "kernel exp(q.Pk)"

@@ -182,6 +182,7 @@ class Past:
     causal: bool
     window: int | None
     sinks: int
+    strict: bool
 
     def views(self, low: int, high: int) -> Iterator[View]:
         """Runs as the queries from low to high see them, newest first; the queries must lie inside one run."""
@@ -216,7 +217,7 @@ class Past:
         """Which pairs of a run each query may weigh, ``(..., queries, n)``; None for all."""
         rules = []
         if own:
-            rules.append(np.tri(high - low, run.k.shape[-2], k=low - run.low, dtype=bool))
+            rules.append(np.tri(high - low, run.k.shape[-2], k=low - run.low - self.strict, dtype=bool))
         if np.any(run.position < 0):
             rules.append(spread(run.position >= 0))
         if self.window is not None:
@@ -243,14 +244,15 @@ def past_of(
     causal: bool = True,
     window: int | None = None,
     sinks: int = 0,
+    strict: bool = False,
 ) -> Past:
-    """The cached pairs and those of this call, in runs of ``size``."""
+    """The cached pairs and those of this call, in runs of ``size``; no query sees its own pair if ``strict``."""
     position, counts = positions(state, k.shape[-2], mask)
     left = state.log_weight
     old = runs_of(state.k, state.v, state.position, left if np.any(left != 0) else None, None, size, sinks)
     new = runs_of(k, v, position, None, log_decay, size, sinks)
     old = [run._replace(low=run.low - state.k.shape[-2]) for run in old]
-    return Past(old + new, len(old), size, counts, log_decay, causal, window, sinks)
+    return Past(old + new, len(old), size, counts, log_decay, causal, window, sinks, strict)
 
 
 def runs_of(

@@ -22,7 +22,7 @@ from ._cache import append, attend, empty_cache
 from ._chunks import in_chunks, output_like, products, unit_lower_inverse
 from .softmax_attention import average, scale_of
 
-__all__ = ["chunked", "path_attention", "recurrent"]
+__all__ = ["cached", "chunked", "path_attention", "recurrent", "scored"]
 
 PAIRS = 1024  # cached keys that a chunk of queries meets at a time
 
@@ -108,9 +108,14 @@ def chunk(
 
 
 def scored(back: np.ndarray, own: np.ndarray, v: np.ndarray, state: CacheState) -> Any:
-    """Logits and values, the chunk's own pairs first, then the cached ones in blocks."""
+    """Logits and values, the chunk's own pairs first, then the cached ones."""
     yield own, v
+    yield from cached(back, state)
+
+
+def cached(q: np.ndarray, state: CacheState) -> Any:
+    """Logits and values of the cached pairs, in blocks."""
     for low in range(0, state.k.shape[-2], PAIRS):
         here = slice(low, low + PAIRS)
-        logits = back @ np.swapaxes(state.k[..., here, :], -1, -2)
+        logits = q @ np.swapaxes(state.k[..., here, :], -1, -2)
         yield np.where((state.position[..., here] < 0)[..., None, :], -np.inf, logits), state.v[..., here, :]
