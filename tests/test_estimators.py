@@ -307,6 +307,16 @@ def test_bandwidths_reach_their_limits():
     np.testing.assert_array_equal(lost[1], y[np.argmax(X)])
 
 
+@pytest.mark.parametrize("degree", [0, 1, 2])
+def test_where_all_queries_are_out_of_reach_they_get_the_value_of_the_nearest(degree):
+    X, y = drawn(50, 1)
+    model = Local(degree, kernel="epanechnikov", bandwidth=0.5).fit(X, y)
+    with pytest.warns(RuntimeWarning, match="1 of 1 rows have no neighbour"):
+        mean, std = model.predict([[99.0]], return_std=True)
+    np.testing.assert_array_equal(mean[0], y[np.argmax(X)])
+    assert np.isnan(std).all() and np.isnan(model.leverage([[99.0]]))
+
+
 def test_prediction_bands_cover_what_they_should():
     rng = np.random.default_rng(5)
     X = rng.uniform(0, 10, (2000, 1))

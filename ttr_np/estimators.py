@@ -519,7 +519,7 @@ class LocalPolynomialRegressor(Regressor):
         X : (n, d)
         return_std : bool, default False
             Return ``(prediction, std)``: the standard deviation of a new target, ``sigma_ sqrt(1 + |s|^2)``, s
-            being the row of the smoother.
+            being the row of the smoother; NaN out of reach of all rows.
 
         Returns
         -------
