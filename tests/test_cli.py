@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -621,6 +622,28 @@ def test_a_closed_pipe_is_quiet():
     assert process.stderr.read() == ""
     process.stderr.close()
     assert process.wait() == 141
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is always full")
+def test_a_full_disk_gets_one_line(file, tmp_path, capsys):
+    figure = tmp_path / "full.png"
+    figure.symlink_to("/dev/full")
+    for option in (["--json", "/dev/full"], ["--plot", str(figure)]):
+        assert main(["recall", "--text", str(file), "--layers", "retnet", *option]) == 2
+        assert re.fullmatch(r"ttr: .*No space left on device.*\n", capsys.readouterr().err)
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "ttr_np", "layers"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2 and re.fullmatch(r"ttr: .*No space left on device.*\n", done.stderr)
+
+
+def test_streams_that_a_daemon_has_closed_are_not_missed(monkeypatch):
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    assert main(["layers"]) == 0
+    assert main(["recall", "--text", "-"]) == main(["recall", "--layers", "no_such_layer"]) == 2
+    for opened in (sys.stdin, sys.stdout, sys.stderr):
+        opened.close()
 
 
 def test_matplotlib_is_imported_for_a_plot_only():

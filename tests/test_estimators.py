@@ -307,6 +307,16 @@ def test_bandwidths_reach_their_limits():
     np.testing.assert_array_equal(lost[1], y[np.argmax(X)])
 
 
+@pytest.mark.parametrize("degree", [0, 1, 2])
+def test_where_all_queries_are_out_of_reach_they_get_the_value_of_the_nearest(degree):
+    X, y = drawn(50, 1)
+    model = Local(degree, kernel="epanechnikov", bandwidth=0.5).fit(X, y)
+    with pytest.warns(RuntimeWarning, match="1 of 1 rows have no neighbour"):
+        mean, std = model.predict([[99.0]], return_std=True)
+    np.testing.assert_array_equal(mean[0], y[np.argmax(X)])
+    assert np.isnan(std).all() and np.isnan(model.leverage([[99.0]]))
+
+
 def test_prediction_bands_cover_what_they_should():
     rng = np.random.default_rng(5)
     X = rng.uniform(0, 10, (2000, 1))
@@ -325,7 +335,9 @@ def test_bad_parameters_and_data_are_named():
         (RLS(forgetting=0.0), r"forgetting must lie in \(0, 1\]; it is 0.0"),
         (RLS(forgetting=1.1), "it is 1.1"),
         (RLS(forgetting=np.nan), "it is nan"),
+        (RLS(forgetting="slow"), "it is slow"),
         (RLS(ridge=0.0), "ridge must be a positive number"),
+        (RLS(ridge=None), "it is None"),
         (RLS(ridge="cv"), "ridge is 'cv'"),
         (Local(degree=1.5), "degree must be an integer >= 0; it is 1.5"),
         (Local(kernel="flat"), "kernel is 'flat'"),
@@ -333,7 +345,9 @@ def test_bad_parameters_and_data_are_named():
         (Local(kernel=lambda u: 1.0, bandwidth=1.0), "for four it returned 1.0"),
         (Local(bandwidth=-1.0), "bandwidth must be a number > 0"),
         (Local(bandwidth="cv"), "bandwidth is 'cv'"),
+        (Local(bandwidth=None), "bandwidth must be a number > 0 .* it is None"),
         (Local(ridge=-1.0), "ridge must be a finite number >= 0"),
+        (Local(ridge="none"), "ridge must be a finite number >= 0; it is none"),
         (TestTime("hopfield"), "takes q, k; a regressor needs q, k and v"),
         (TestTime("lms", beta=2.0), "layer 'lms' diverged at row"),
     ]
@@ -351,6 +365,9 @@ def test_bad_parameters_and_data_are_named():
             RLS().fit(X, y, weights)
     with pytest.raises(ValueError, match="y has 1 outputs, but the fit has 2"):
         RLS().fit(X, y).partial_fit(X, y[:, 0])
+    for few in (y[:, 0], y[:-1]):
+        with pytest.raises(ValueError, match=r"y has shape \(.*\), the predictions have \(60, 2\)"):
+            RLS().fit(X, y).score(X, few)
     with pytest.raises(ValueError, match="n_samples=60, and all rows are the same"):
         Local().fit(np.ones((60, 2)), y)
 

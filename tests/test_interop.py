@@ -103,6 +103,9 @@ def test_sixteen_bits_come_from_torch():
     assert o.dtype == ml_dtypes.bfloat16
     np.testing.assert_array_equal(o, ttr_np.linear_attention(q, k, v))
     np.testing.assert_array_equal(ttr_np.layers["gla"](*tensors), ttr_np.layers["gla"](q, k, v))
+    row = {name: x.shape[1:] for name, x in (("q", q), ("k", k), ("v", v))}
+    step = ttr_np.Stream("linear_attention", dtype=ml_dtypes.bfloat16, **row)
+    np.testing.assert_array_equal(step(*(x[0] for x in tensors)), ttr_np.linear_attention(q, k, v)[0])
     start = torch.from_numpy(state.S).bfloat16()
     assert ttr_np.linear_attention(*tensors, initial_state=start).dtype == ml_dtypes.bfloat16
 
@@ -221,6 +224,8 @@ def test_a_table_may_hold_integers_missing_values_and_no_text():
         ttr_np.RecursiveLeastSquaresRegressor().fit(X, y)
     with pytest.raises((ValueError, TypeError), match="X needs numbers: could not convert string to float"):
         model.fit(pandas.DataFrame({"a": ["x", "y"]}), [1.0, 2.0])
+    with pytest.raises(TypeError, match="X needs numbers: its dtype is datetime64"):
+        model.fit(pandas.DataFrame({"a": pandas.date_range("2026", periods=2)}), [1.0, 2.0])
     with pytest.raises(TypeError, match="all input features have string names"):
         model.fit(pandas.DataFrame({"a": [1.0, 2.0], 3: [1.0, 5.0]}), [1.0, 2.0])
     wide = pandas.DataFrame(np.eye(3))

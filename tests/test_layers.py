@@ -175,6 +175,30 @@ def test_a_missing_input_is_named():
         ttr_np.layers["lru"](np.eye(2), np.eye(2), np.eye(2))
 
 
+@pytest.mark.parametrize("name", NAMES + BY_DEFINITION)
+def test_an_input_that_is_no_table_of_real_numbers_or_does_not_fit_the_others_is_named(name):
+    layer = ttr_np.layers[name]
+    first, *others = inputs(layer, np.random.default_rng(0), 6)
+    wrong = [(first[0], ValueError, "needs axes"), (first > 0, TypeError, "has dtype bool")]
+    wrong += [("text", TypeError, "has dtype"), (None, TypeError, "has dtype object")]
+    if others:
+        wrong += [(1j * first, TypeError, "is complex")]
+    for x, error, words in wrong:
+        with pytest.raises(error, match=f"{layer.data[0]} {words}"):
+            layer(x, *others)
+    if others:
+        with pytest.raises(ValueError, match="axis 'k' is 4 in k but 3 in q"):
+            layer(first[:, :3], *others)
+        with pytest.raises(ValueError, match=f"axis 't' is 5 in {layer.data[-1]} but 6 in .|12 in q"):
+            layer(first, *others[:-1], others[-1][:5])
+
+
+def test_keys_per_channel_are_as_many_as_values():
+    k, v = np.ones((2, 4)), np.ones((2, 3))
+    with pytest.raises(ValueError, match="rwkv4 weighs each channel by itself: axis 'k' is 4 but axis 'v' is 3"):
+        ttr_np.layers["rwkv4"](k, k, v)
+
+
 def test_a_triple_of_ones_own_runs_by_its_definition():
     from ttr_np.layers import Layer
     from ttr_np.optimizers import Exact

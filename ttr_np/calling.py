@@ -158,7 +158,7 @@ def shared(name: str, x: Any) -> Any:
         return x
     try:
         x = through_dlpack(x)
-        if on_device(x):
+        if on_device(x) or isinstance(x, np.ndarray):
             return x
         return np.from_dlpack(x) if hasattr(x, "__dlpack__") and not np.isscalar(x) else np.asarray(x)
     except (BufferError, RuntimeError) as problem:  # a dtype of its own, or a tensor that keeps its gradient

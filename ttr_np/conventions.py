@@ -11,7 +11,7 @@ import numpy as np
 
 from .labels import as_table, column_names, labelled, labels_of
 
-__all__ = ["Regressor", "not_fitted", "with_intercept"]
+__all__ = ["Regressor", "is_number", "not_fitted", "with_intercept"]
 
 Same = TypeVar("Same", bound="Regressor")
 
@@ -233,9 +233,22 @@ class Regressor:
         -------
         float
             1 for a perfect prediction, 0 for that of the mean; NaN for fewer than two rows.
+
+        Raises
+        ------
+        ValueError
+            If there are not as many targets as predictions.
         """
-        predicted = as_table("predictions", self.predict(X), (1, 2))
-        return r_squared(as_table("y", y, (1, 2)), predicted, check_weights(sample_weight, len(predicted)))
+        predicted, y = as_table("predictions", self.predict(X), (1, 2)), as_table("y", y, (1, 2))
+        if y.size != predicted.size or len(y) != len(predicted):
+            raise ValueError(f"y has shape {y.shape}, the predictions have {predicted.shape}")
+        return r_squared(y, predicted, check_weights(sample_weight, len(predicted)))
+
+
+def is_number(x: Any) -> bool:
+    """Whether a parameter is one real number."""
+    x = np.asarray(x)
+    return x.ndim == 0 and x.dtype.kind in "iuf"
 
 
 def check_some(x: np.ndarray, name: str) -> None:

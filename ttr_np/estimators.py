@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from . import selection
-from .conventions import Regressor, not_fitted, with_intercept
+from .conventions import Regressor, is_number, not_fitted, with_intercept
 from .layers import Layer, as_float, layers, own_memory
 from .memories import L2Retention, Squared
 from .memories import Linear as LinearMemory
@@ -304,7 +304,7 @@ class RecursiveLeastSquaresRegressor(Regressor):
 
     def _learn(self, X: Any, y: Any, sample_weight: Any, first: bool) -> None:
         """Run the recursion over the rows that count, and note what it means."""
-        if not (np.ndim(self.forgetting) == 0 and 0 < self.forgetting <= 1):
+        if not (is_number(self.forgetting) and 0 < self.forgetting <= 1):
             raise ValueError(f"forgetting must lie in (0, 1]; it is {self.forgetting}")
         x, targets, w = self._pairs(X, y, sample_weight, first)
         x, targets, w = x[w > 0], targets[w > 0], w[w > 0]
@@ -342,7 +342,7 @@ class RecursiveLeastSquaresRegressor(Regressor):
     def _chosen_ridge(self, k: np.ndarray, v: np.ndarray, w: np.ndarray) -> float:
         """The ridge by its number or by its criterion."""
         if not isinstance(self.ridge, str):
-            if not (np.ndim(self.ridge) == 0 and 0 < self.ridge < np.inf):
+            if not (is_number(self.ridge) and 0 < self.ridge < np.inf):
                 raise ValueError(f"ridge must be a positive number or one of {CRITERIA}; it is {self.ridge}")
             return float(self.ridge)
         check_criterion("ridge", self.ridge)
@@ -482,7 +482,7 @@ class LocalPolynomialRegressor(Regressor):
         """The bandwidth by its number or by its criterion."""
         check_smoother(self.degree, self.kernel, self.ridge)
         if not isinstance(self.bandwidth, str):
-            if not (np.ndim(self.bandwidth) == 0 and self.bandwidth > 0):
+            if not (is_number(self.bandwidth) and self.bandwidth > 0):
                 raise ValueError(f"bandwidth must be a number > 0 or one of {CRITERIA}; it is {self.bandwidth}")
             return float(self.bandwidth)
         check_criterion("bandwidth", self.bandwidth)
@@ -519,7 +519,7 @@ class LocalPolynomialRegressor(Regressor):
         X : (n, d)
         return_std : bool, default False
             Return ``(prediction, std)``: the standard deviation of a new target, ``sigma_ sqrt(1 + |s|^2)``, s
-            being the row of the smoother.
+            being the row of the smoother; NaN out of reach of all rows.
 
         Returns
         -------
@@ -628,7 +628,7 @@ def check_smoother(degree: Any, kernel: Any, ridge: Any) -> None:
         weights = np.asarray(kernel(np.array([0.0, 0.5, 1.0, 2.0])))
         if weights.shape != (4,) or not np.all(weights >= 0):
             raise ValueError(f"kernel must return a weight >= 0 for each distance; for four it returned {weights}")
-    if not (np.ndim(ridge) == 0 and 0 <= ridge < np.inf):
+    if not (is_number(ridge) and 0 <= ridge < np.inf):
         raise ValueError(f"ridge must be a finite number >= 0; it is {ridge}")
 
 

@@ -54,6 +54,7 @@ def recall(layer: Any, *data: Any, **gates: Any) -> np.ndarray:
     array([[1.],
            [2.]])
     """
+    layer.problem(*data, **gates)  # refuses what is wrong before it is made float64
     problem = layer.problem(*(np.asarray(x, float) for x in data), **gates)
     for name, x in problem.items():
         if name in layer.data and np.ndim(x) != 2:

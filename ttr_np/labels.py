@@ -95,7 +95,7 @@ def as_table(name: str, x: Any, ndim: tuple[int, ...]) -> np.ndarray:
     Raises
     ------
     TypeError
-        If it is sparse, masked, on a GPU, or holds what is no number.
+        If it is sparse, masked, on a GPU, or holds what is no number, dates among them.
     ValueError
         If it is complex or has another number of axes.
     """
@@ -109,6 +109,8 @@ def as_table(name: str, x: Any, ndim: tuple[int, ...]) -> np.ndarray:
     x = np.asarray(through_dlpack(x.values if library(x) else x))
     if x.dtype.kind == "c":
         raise ValueError(f"Complex data not supported: {name} has dtype {x.dtype}")
+    if x.dtype.kind in "mM":
+        raise TypeError(f"{name} needs numbers: its dtype is {x.dtype}")
     if x.ndim not in ndim:
         hint = "Reshape your data either using array.reshape(-1, 1) or array.reshape(1, -1)"
         raise ValueError(f"Expected {ndim[-1]}D array, got {x.ndim}D array instead: {name} has shape {x.shape}. {hint}")

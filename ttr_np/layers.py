@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import features, operators, routes
-from .calling import HALF, as_numpy, check_boundaries, moved
+from .calling import HALF, as_array, as_numpy, check_boundaries, moved
 from .framework import recall
 from .memories import MLP, EntropyRetention, Huber, LqRetention, PNorm
 from .memories import Linear as LinearMemory
-from .notation import GATES
+from .notation import GATES, check
 from .optimizers import (
     Corrected,
     Exact,
@@ -171,14 +171,17 @@ class Layer:
         Raises
         ------
         TypeError
-            If an input is missing or a gate unknown.
+            If an input is missing or no array of real numbers, or a gate unknown.
+        ValueError
+            If the sizes of inputs do not fit.
         """
         if len(data) != len(self.data):
             raise TypeError(f"{self.name} takes {', '.join(self.data)}: {len(self.data)} inputs, got {len(data)}")
         for name in gates:
             if name not in self.gates:
                 raise TypeError(f"{self.name} has no gate {name!r}; it has {', '.join(self.gates) or 'none'}")
-        p = {name: at_least_single(as_float(x)) for name, x in zip(self.data, data, strict=True)}
+        p = {name: at_least_single(as_array(name, x)) for name, x in zip(self.data, data, strict=True)}
+        check_data(self, p)
         dtype = np.result_type(*(x.dtype for x in p.values()))
         for name, gate in self.gates.items():
             x = expand(name, gates[name] if gates.get(name) is not None else gate.default, gate.axes, p)
@@ -215,7 +218,7 @@ class Layer:
         Raises
         ------
         TypeError
-            If an input is missing or a gate unknown.
+            If an input is missing or no array of real numbers, or a gate unknown.
         ValueError
             If an array, or a gate, does not fit.
         NotImplementedError
@@ -282,6 +285,24 @@ class Layer:
 
     def __str__(self) -> str:
         return self.name
+
+
+def check_data(layer: Layer, data: dict[str, Any]) -> None:
+    """Refuse complex queries, keys and values, and sizes that do not fit; feature maps would hide both.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the input, and the axis.
+    """
+    for name, x in data.items():
+        if x.dtype.kind == "c" and name != "x":
+            raise TypeError(f"{name} is complex ({x.dtype}); {layer.name} takes real numbers")
+    if "steps" in layer.gates:  # several pairs per token
+        check(q=data["q"])
+        check(k=data["k"], v=data["v"])
+    else:
+        check(**data)
 
 
 def as_float(x: Any) -> Any:

@@ -307,7 +307,7 @@ def moments(design: Design, pairs: Pairs) -> np.ndarray:
     K, phi, place = design
     if phi.ndim == 2:
         table = (pairs.w[:, None] * phi)[:, :, None] * np.concatenate([phi, pairs.y], axis=1)[:, None, :]
-        return (K @ table.reshape(len(phi), -1)).reshape(len(K), *table.shape[1:])
+        return np.tensordot(K, table, 1)
     p = place.shape[-1]
     M = np.empty((len(K), p, p + pairs.y.shape[1]))
     for i in range(p):

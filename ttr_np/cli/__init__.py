@@ -1,6 +1,6 @@
 """The ``ttr`` command: one module per subcommand, each with ``declare(parser)`` and ``run(arguments)``.
 
-Exit codes: 0 done, 2 bad input (one line says which), 130 interrupted, 141 the reader of a pipe went away.
+Exit codes: 0 done, 2 it cannot be done (one line says why), 130 interrupted, 141 the reader of a pipe went away.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv : sequence of str, optional
         Arguments after ``ttr``; default: those of the process.
     """
+    open_streams()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal without the letter must not end the table
     try:
@@ -96,5 +97,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nttr: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         return 141
+    except OSError as problem:  # a full disk
+        drop_output()
+        print(f"ttr: {problem}", file=sys.stderr)
+        return 2
+
+
+def open_streams() -> None:
+    """Replace what a daemon has closed by the null device."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+
+
+def drop_output() -> None:
+    """Drop what standard output cannot take, so that it raises no second time at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
