@@ -2,21 +2,23 @@
 
 import re
 from contextlib import contextmanager
+from functools import cache
 
 import cudaemu
 import numpy as np
 import pytest
 import test_cuda_chunks as chunks
 import test_cuda_kernels as kernels
-from cudaemu import BoundsFault, Fault, needed, nvrtc, switched
+from cudaemu import BoundsFault, Fault, needed, nvrtc, source, switched
 from cudaemu.build import ON_GPU
-from cudaemu.machines import on_cpu
+from cudaemu.machines import Cupy, on_cpu
 from test_cuda_chunks import attend, distance
 
 import ttr_np
 from cuda_kernels.cupy_raw import _linear_attention_wgmma as hopper
 
 LONG = 64 * 7 + 2  # tokens: the fewest chunks that are cut in pieces
+CUT = 32 * 7 + 2  # and with one gate per channel
 pytestmark = [needed(cudaemu.missing()), pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow")]
 
 
@@ -42,7 +44,8 @@ def answered(arrays, options, **machine):
     """Answers and state as the kernel leaves them."""
     with on_hopper(**machine) as here:
         o, state = ttr_np.linear_attention(**arrays, **options, backend="cupy")
-    assert set(here.launches) == {"linear_attention_wgmma"}
+    per_channel = "log_decay" in arrays and arrays["log_decay"].ndim == arrays["q"].ndim
+    assert set(here.launches) == {"linear_attention_channels" if per_channel else "linear_attention_wgmma"}
     return o, state.S
 
 
@@ -58,7 +61,8 @@ def same_bits(found, wanted):
     "gate, k, v, t, multiprocessors",
     [("none", 128, 128, 128, 1), ("none", 128, 128, LONG, 3), ("step", 128, 136, 191, 1),
      ("step", 128, 128, LONG + 1, 3), ("step", 100, 72, 129, 1),
-     ("none", 64, 64, LONG, 3), ("step", 64, 40, LONG + 1, 3), ("step", 50, 100, 191, 1), ("none", 33, 128, LONG, 2)],
+     ("none", 64, 64, LONG, 3), ("step", 64, 40, LONG + 1, 3), ("step", 50, 100, 191, 1), ("none", 33, 128, LONG, 2),
+     ("channel", 128, 128, CUT, 3), ("channel", 128, 136, 159, 1), ("channel", 65, 72, 129, 1)],
 )  # fmt: skip
 def test_it_is_as_good_as_the_solver(gate, k, v, t, multiprocessors):
     arrays, options = inputs(gate, k=k, v=v, t=t, seed=t)
@@ -74,7 +78,7 @@ def compare(arrays, options, **machine):
     assert distance(found[1], exact[1]) <= max(2 * distance(plain[1], exact[1]), floor)
 
 
-@pytest.mark.parametrize("gate", ["none", "step"])
+@pytest.mark.parametrize("gate", ["none", "step", "channel"])
 def test_answers_are_as_good_where_they_are_small_beside_what_they_are_made_of(gate):
     arrays, options = inputs(gate, t=130)
     rng, q, k, S = np.random.default_rng(0), arrays["q"], arrays["k"], options["initial_state"]
@@ -100,10 +104,12 @@ def test_queries_in_groups_share_a_memory():
 @pytest.mark.parametrize(
     "gate, size, name, bad, reset, multiprocessors",
     [("none", 128, "v", 100, None, 3), ("step", 128, "v", 110, 120, 3), ("step", 128, "k", 70, 200, 1),
-     ("step", 128, "q", 5, 4, 1), ("none", 64, "v", 100, None, 1), ("step", 64, "v", 110, 120, 2)],
+     ("step", 128, "q", 5, 4, 1), ("none", 64, "v", 100, None, 1), ("step", 64, "v", 110, 120, 2),
+     ("channel", 128, "v", 70, 75, 3), ("channel", 128, "k", 70, 200, 1), ("channel", 128, "q", 5, 4, 1)],
 )  # fmt: skip
 def test_a_bad_number_reaches_what_it_must_and_no_bit_of_the_past(gate, size, name, bad, reset, multiprocessors):
-    arrays, _ = inputs(gate, k=size, v=size, t=LONG if multiprocessors > 1 else 210)
+    cut = CUT if gate == "channel" else LONG
+    arrays, _ = inputs(gate, k=size, v=size, t=cut if multiprocessors > 1 else 210)
     options = {"output_final_state": True}
     if reset is not None:
         arrays["log_decay"][0, reset] = -np.inf
@@ -119,8 +125,9 @@ def test_a_bad_number_reaches_what_it_must_and_no_bit_of_the_past(gate, size, na
         np.testing.assert_allclose(x.astype(np.float64)[finite], y[finite], atol=2**-8 * scale, rtol=0)
 
 
-def test_one_sequence_has_the_same_bits_alone_and_among_many():
-    arrays, _ = inputs("step", lead=(5,), t=150)
+@pytest.mark.parametrize("gate", ["step", "channel"])
+def test_one_sequence_has_the_same_bits_alone_and_among_many(gate):
+    arrays, _ = inputs(gate, lead=(5,), t=150)
     options = {"output_final_state": True}
     among = answered(arrays, options)
     for i in (0, 4):
@@ -128,9 +135,9 @@ def test_one_sequence_has_the_same_bits_alone_and_among_many():
         assert same_bits(alone, [x[i] for x in among])
 
 
-@pytest.mark.parametrize("gate, size", [("none", 128), ("step", 128), ("step", 64)])
+@pytest.mark.parametrize("gate, size", [("none", 128), ("step", 128), ("step", 64), ("channel", 128)])
 def test_the_order_of_threads_changes_no_bit(gate, size):
-    arrays, options = inputs(gate, k=size, v=size, t=LONG)
+    arrays, options = inputs(gate, k=size, v=size, t=CUT if gate == "channel" else LONG)
     orders = {"order": "forward"}, {"order": "reverse"}, {"order": "random", "seed": 1}
     found = [answered(arrays, options, multiprocessors=3, **order) for order in orders]
     assert same_bits(found[1], found[0]) and same_bits(found[2], found[0])
@@ -139,8 +146,9 @@ def test_the_order_of_threads_changes_no_bit(gate, size):
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
-def test_rows_that_no_vector_can_read_and_rows_far_apart_give_the_same_bits():
-    arrays, options = inputs("step", lead=(2,), t=130)
+@pytest.mark.parametrize("gate", ["step", "channel"])
+def test_rows_that_no_vector_can_read_and_rows_far_apart_give_the_same_bits(gate):
+    arrays, options = inputs(gate, lead=(2,), t=130)
     wanted = answered(arrays, options)
     assert same_bits(answered(chunks.off_by_one(arrays), options), wanted)
     after_time = {n: np.moveaxis(np.moveaxis(x, 0, 1).copy(), 1, 0) for n, x in arrays.items()}
@@ -148,10 +156,11 @@ def test_rows_that_no_vector_can_read_and_rows_far_apart_give_the_same_bits():
 
 
 @kernels.by_the_runner
-@pytest.mark.parametrize("size", hopper.STAGES)
+@pytest.mark.parametrize("gate, size", [("step", 128), ("step", 64), ("channel", 128)])
 @pytest.mark.parametrize("short", [True, False])
-def test_the_bytes_asked_for_are_those_the_text_uses(short, size, monkeypatch):
-    arrays, options = inputs("step", k=size, v=size, t=64 * 2 * 5)  # both launches have a chunk in every place
+def test_the_bytes_asked_for_are_those_the_text_uses(short, gate, size, monkeypatch):
+    chunks = 2 * 6 * 32 if gate == "channel" else 2 * 5 * 64
+    arrays, options = inputs(gate, k=size, v=size, t=chunks)  # both launches have a chunk in every place
     known, less = hopper.shared, hopper.BEGIN + 16  # the runner's shared memory begins where matrices may
     monkeypatch.setattr(hopper, "shared", lambda chosen, first: known(chosen, first) - less * (first is short))
     with pytest.raises(BoundsFault):
@@ -160,7 +169,7 @@ def test_the_bytes_asked_for_are_those_the_text_uses(short, size, monkeypatch):
 
 def test_other_calls_are_for_the_older_texts():
     arrays, options = inputs("step", t=130)
-    channel, _ = inputs("channel", t=130)
+    channel, _ = inputs("channel", t=130, k=64)
     short = {n: x[:, :100] for n, x in arrays.items()}
     small, _ = inputs("step", t=130, k=32)
     narrow, _ = inputs("step", t=130, v=64)
@@ -181,21 +190,29 @@ def test_other_calls_are_for_the_older_texts():
 
 # What orders threads, copies and products. Sums that nobody wants have registers of their own on the runner.
 PLACES = (
-    r"^ +(?:__sync\w+\(\);|warpgroup_barrier\(.*?\);|wait\(barriers.*?\);|show_to_products\(\);"
-    r"|(?:close|finish)_copies(?:<\d>)?\(\);|finish_products<\d>\(\);(?!  // sums that))"
+    r"^ +(?:__sync\w+\(\);|warpgroup_barrier\(.*?\);|(?:if \(n >= STAGES\) )?wait\((?:barriers|ring).*?\);"
+    r"|show_to_products\(\);|(?:close|finish)_copies(?:<\d>)?\(\);|finish_products<\d>\(\);(?!  // sums that))"
 )
+
+
+def switch_in(text):
+    """Switches in what both texts share and in the text itself, but not in headers for more than these."""
+    begin = text.index("// What both texts of linear attention on Hopper share")
+    return text[:begin] + switched(text[begin:], PLACES)
 
 
 @pytest.mark.slow
 @kernels.by_the_runner
-def test_each_barrier_and_each_wait_is_needed(monkeypatch):
-    whole = hopper.KERNEL.text()
-    places, survivors = list(re.finditer(PLACES, whole, re.M)), []
-    assert len(places) > 12
-    monkeypatch.setattr(hopper.KERNEL, "text", lambda: switched(whole, PLACES))
-    arrays, _ = inputs("step", t=LONG)
+@pytest.mark.parametrize("gate", ["step", "channel"])
+def test_each_barrier_and_each_wait_is_needed(gate, monkeypatch):
+    arrays, _ = inputs(gate, t=CUT + 64 if gate == "channel" else LONG)
     arrays["v"][0, 100, 0] = np.nan
     arrays |= chunks.off_by_one({"k": arrays["k"]})  # which no vector can read, unlike queries
+    monkeypatch.setattr(Cupy, "build", staticmethod(cache(lambda text, *rest: source(switch_in(text), *rest))))
+    whole = texts(gate)[0]
+    whole = whole[whole.index("// What both texts") :]
+    places, survivors = list(re.finditer(PLACES, whole, re.M)), []
+    assert len(places) > 12
     for number, place in enumerate(places):
         try:
             for order in ("forward", "reverse"):
@@ -210,7 +227,9 @@ def test_each_barrier_and_each_wait_is_needed(monkeypatch):
 
 # By gate and size, for both launches: bytes of the stack.
 STACK = {("none", 128): (0, 0), ("step", 128): (0, 8), ("none", 64): (0, 0), ("step", 64): (0, 0)}
-REGISTERS = {128: 168, 64: 128}  # of 384 threads, or of two blocks of 256, before warpgroups trade them
+STACK |= {("channel", 128): (0, 0)}
+# Of 384 threads, of two blocks of 256, or of 512, before warpgroups trade them.
+REGISTERS = {("none", 128): 168, ("step", 128): 168, ("none", 64): 128, ("step", 64): 128, ("channel", 128): 128}
 
 
 def texts(gate, size=128):
@@ -229,8 +248,8 @@ def test_it_compiles_within_its_registers_and_its_products_run_beside_other_work
     for text, stack in zip(texts(gate, size), STACK[gate, size], strict=True):
         code, words = nvrtc.machine_code_and_words(text, "sm_90a")
         found = nvrtc.needs(code)
-        assert "wgmma" not in words  # the compiler says so where it must wait for each product
-        assert found.registers <= REGISTERS[size]
+        assert not words.strip("\0")  # the compiler says so where it must wait for products that the text does not
+        assert found.registers <= REGISTERS[gate, size]
         assert found.stack <= stack
         assert found.shared - 1024 <= hopper.STATIC  # what the system keeps
 
