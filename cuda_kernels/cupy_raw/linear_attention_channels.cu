@@ -504,7 +504,7 @@ struct Consumer {
         load_values(values, room.values(n), self);
         begin_products();
         begin_weighing(answers, values, room.scores(n));
-        finish_products<1>();  // the terms of the state leave their registers
+        finish_products<1>();  // terms of the state leave their registers
         begin_products();
         for (int part = 0; part < PARTS; part++) begin_memorising(added[part], values, room.keys(n), part);
         finish_products<PARTS>();  // sums of the state may be under way
@@ -524,8 +524,7 @@ struct Consumer {
         #pragma unroll 1
         for (int n = 0; n < chunks; n++) {
             const Consumer now = {room, barriers, places, votes, scale, Self()};
-            wait(barriers.ring.there[n % STAGES], n / STAGES & 1);
-            wait(barriers.ready[n % STAGES], n / STAGES & 1);
+            wait(barriers.ready[n % STAGES], n / STAGES & 1);  // those who decay have waited for all of it
             if (STATES)
                 now.states_of(state, n);
             else

@@ -159,7 +159,8 @@ __device__ __forceinline__ void produce_decays(const Room& room, Barriers& barri
         #pragma unroll 1
         for (int i = 0; i < 2 && n < chunks; i++, n++) {
             Gates gates = {{i ? now[1].log[0] : now[0].log[0], i ? now[1].log[1] : now[0].log[1]}};
-            if (n >= STAGES) wait(barriers.ring.free[n % STAGES], n / STAGES - 1 & 1);
+            if (n >= STAGES)
+                wait(barriers.ring.free[n % STAGES], n / STAGES - 1 & 1);
             gates.sum(), put_decays(room.decays(n), gates);
             __syncwarp();  // all decays are there
             if (threadIdx.x % 32 == 0) arrive(barriers.ring.there[n % STAGES]);

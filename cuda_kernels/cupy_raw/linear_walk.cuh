@@ -57,7 +57,8 @@ __device__ __forceinline__ void carry(Carrier<Tile, T> carrier, Ring& ring, cons
     const int chunks = places.chunks();
     #pragma unroll 1
     for (int n = 0; n < chunks; n++) {
-        if (n >= STAGES) wait(ring.free[n % STAGES], n / STAGES - 1 & 1);
+        if (n >= STAGES)
+            wait(ring.free[n % STAGES], n / STAGES - 1 & 1);
         carrier.bring(tile_of(n), places.tokens_of(n));
         carrier.hand_over(ring.there[n % STAGES]);
     }
