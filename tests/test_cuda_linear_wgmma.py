@@ -89,8 +89,36 @@ def test_answers_are_as_good_where_they_are_small_beside_what_they_are_made_of(g
     compare(arrays, options)
 
 
-def test_queries_in_groups_share_a_memory():
-    arrays, options = inputs("step", lead=(2,), t=130)
+def test_gates_of_channels_may_forget_anything_at_any_token():
+    arrays, options = inputs("channel", t=CUT)
+    rng, gates = np.random.default_rng(0), arrays["log_decay"]
+    gates[rng.random(gates.shape) < 0.05] = -np.inf
+    gates[..., ::3] *= 300
+    gates[..., 1::3] = 0
+    gates[:, 77] = -1e30
+    compare(arrays, options, multiprocessors=3)
+
+
+@pytest.mark.parametrize("more", [{"mask": np.arange(290)[None] % 7 != 3}, {"cu_seqlens": np.array([0, 130, 290])}])
+def test_gates_of_channels_know_masks_and_packed_sequences(more):
+    arrays, options = inputs("channel", t=290)
+    compare(arrays, options | more | ({"initial_state": None} if "cu_seqlens" in more else {}))
+
+
+def test_gates_of_channels_know_sequences_that_are_cut_anywhere():
+    arrays, options = inputs("channel", t=290)
+    exact, plain, state = attend(arrays, options, dtype=np.float64), attend(arrays, options), options["initial_state"]
+    found = []
+    for part in (slice(0, 149), slice(149, 290)):
+        o, state = answered({n: x[:, part] for n, x in arrays.items()}, options | {"initial_state": state})
+        found.append(o)
+    assert distance(np.concatenate(found, axis=1).astype(np.float64), exact[0]) <= 2 * distance(plain[0], exact[0])
+    assert distance(state, exact[1]) <= 2**-16 * np.max(np.abs(exact[1]))
+
+
+@pytest.mark.parametrize("gate", ["step", "channel"])
+def test_queries_in_groups_share_a_memory(gate):
+    arrays, options = inputs(gate, lead=(2,), t=130)
     options = {"output_final_state": True}
     grouped = {n: x[:, None] for n, x in arrays.items()}
     grouped["q"] = np.stack([arrays["q"], arrays["q"][::-1]], axis=1)
