@@ -86,16 +86,19 @@ def test_answers_are_as_good_where_they_are_small_beside_what_they_are_made_of(g
     for x, across in ((k, (..., slice(None, None, 2))), (S, (..., slice(None, None, 2), slice(None)))):
         near = x[across] * (1 + rng.standard_normal(x[across].shape) / 16)
         x[(*across[:1], slice(1, None, 2), *across[2:])] = near.astype(x.dtype)
+    if gate == "channel":
+        arrays["log_decay"][..., 1::2] = arrays["log_decay"][..., ::2]  # they stay nearly alike
     compare(arrays, options)
 
 
 def test_gates_of_channels_may_forget_anything_at_any_token():
     arrays, options = inputs("channel", t=CUT)
     rng, gates = np.random.default_rng(0), arrays["log_decay"]
-    gates[rng.random(gates.shape) < 0.05] = -np.inf
     gates[..., ::3] *= 300
     gates[..., 1::3] = 0
-    gates[:, 77] = -1e30
+    half = gates[..., ::2]  # of the channels: the others carry what an earlier piece leaves
+    half[rng.random(half.shape) < 0.05] = -np.inf
+    half[:, 77] = -1e30
     compare(arrays, options, multiprocessors=3)
 
 
@@ -133,7 +136,7 @@ def test_queries_in_groups_share_a_memory(gate):
     "gate, size, name, bad, reset, multiprocessors",
     [("none", 128, "v", 100, None, 3), ("step", 128, "v", 110, 120, 3), ("step", 128, "k", 70, 200, 1),
      ("step", 128, "q", 5, 4, 1), ("none", 64, "v", 100, None, 1), ("step", 64, "v", 110, 120, 2),
-     ("channel", 128, "v", 70, 75, 3), ("channel", 128, "k", 70, 200, 1), ("channel", 128, "q", 5, 4, 1)],
+     ("channel", 128, "v", 90, 100, 3), ("channel", 128, "k", 70, 200, 1), ("channel", 128, "q", 5, 4, 1)],
 )  # fmt: skip
 def test_a_bad_number_reaches_what_it_must_and_no_bit_of_the_past(gate, size, name, bad, reset, multiprocessors):
     cut = CUT if gate == "channel" else LONG
@@ -143,7 +146,7 @@ def test_a_bad_number_reaches_what_it_must_and_no_bit_of_the_past(gate, size, na
         arrays["log_decay"][0, reset] = -np.inf
     clean = answered(arrays, options, multiprocessors=multiprocessors)
     spoilt = arrays | {name: arrays[name].copy()}
-    spoilt[name][0, bad, 7] = np.inf if name == "k" else np.nan
+    spoilt[name][0, bad, 7:40] = np.inf if name == "k" else np.nan
     found = answered(spoilt, options, multiprocessors=multiprocessors)
     np.testing.assert_array_equal(bits(found[0][:, :bad]), bits(clean[0][:, :bad]))
     for x, y in zip(found, attend(spoilt, options, dtype=np.float64), strict=True):
@@ -216,10 +219,10 @@ def test_other_calls_are_for_the_older_texts():
 # ---- barriers and waits ----------------------------------------------------------------------------------------------
 
 
-# What orders threads, copies and products. On the runner nothing that a product needs, or nobody wants, shares registers.
+# What orders threads, copies and products. On the runner nothing shares registers with what a product has.
 PLACES = (
-    r"^ +(?:__sync\w+\(\);|warpgroup_barrier\(.*?\);|wait\((?:barriers|ring).*?\);"
-    r"|show_to_products\(\);|(?:close|finish)_copies(?:<\d>)?\(\);|finish_products<\d>\(\);(?!  // (?:sums that|terms of)))"
+    r"^ +(?:__sync\w+\(\);|warpgroup_barrier\(.*?\);|wait\((?:barriers|ring).*?\);|show_to_products\(\);"
+    r"|(?:close|finish)_copies(?:<\d>)?\(\);|finish_products<\d>\(\);(?!  // (?:sums that|terms of)))"
 )
 
 

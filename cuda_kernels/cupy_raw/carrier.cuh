@@ -1,7 +1,7 @@
 // Chunks of an array on their way to shared memory, to tiles that products of a warpgroup take: see wgmma.cuh.
 
-// What a lane brings of one array: of every row of a chunk, or every second or fourth, 16 bytes. All that it needs is in its
-// registers: between two copies there is no time to ask shared memory where the next one is.
+// What a lane brings of one array: of every row of a chunk, or every second or fourth, 16 bytes. All that it needs is
+// in its registers: between two copies there is no time to ask shared memory where the next one is.
 template <class Tile, class T = data>
 struct Carrier {
     static constexpr int wide = Tile::wide, pieces = Tile::columns / wide, step = 32 / pieces;

@@ -6,14 +6,14 @@
 // linear_attention_wgmma.cu the state never leaves the registers of the warpgroups that multiply, each with 64 value
 // columns of it, as the left matrix of O^T = S^T Q^T + V^T P^T.
 //
-// What is done number by number is another warpgroup's, which works on later chunks meanwhile: a warp has 8 tokens of the
-// chunk, a lane four channels of them. It decays the rows of Q and K where they lie, with what they lack of two bfloat16
-// in the place of their gates, and makes P. One more warpgroup brings the chunks.
+// What is done number by number is another warpgroup's, which works on later chunks meanwhile: a warp has 8 tokens of a
+// chunk, a lane four channels of them. It decays the rows of Q and K where they lie, with what they lack of two
+// bfloat16 in the place of their gates, and makes P. One more warpgroup brings the chunks.
 //
 // Decays are products of powers of two of gates, never of differences. As a factor of the key and one of the query, the
 // decay between the two needs a place to meet. Among its 8 tokens a warp multiplies pair by pair. Others meet in the
-// middle of the smaller of the blocks of 16 and 32 tokens that holds both: so each token is there once as a query or as a
-// key, and products of a warp take queries with keys.
+// middle of the smaller of the blocks of 16 and 32 tokens that holds both: so each token is there once as a query or as
+// a key, and products of a warp take queries with keys.
 //
 // Whatever is computed is kept in two bfloat16, never in one. What a chunk adds to the state is summed from zero and
 // then added, because tensor cores cut what they add instead of rounding it.
@@ -44,7 +44,8 @@ struct Terms {
 struct Room {
     unsigned char* at;
 
-    static constexpr int stage = Keys::bytes + Gates::bytes + Values::bytes + (STATES ? 0 : Keys::bytes + Scores::bytes);
+    static constexpr int asking = STATES ? 0 : Keys::bytes + Scores::bytes;
+    static constexpr int stage = Keys::bytes + Gates::bytes + Values::bytes + asking;
     static constexpr int answers = 16 * CHUNK * 2;
 
     __device__ __forceinline__ unsigned char* stage_of(int n) const { return at + n % STAGES * stage; }
@@ -58,7 +59,9 @@ struct Room {
     }
     __device__ __forceinline__ Scores scores(int n) const { return {stage_of(n) + stage - Scores::bytes}; }
     // Answers of a warp, or a token.
-    __device__ __forceinline__ unsigned char* answers_of(int warp) const { return at + STAGES * stage + warp * answers; }
+    __device__ __forceinline__ unsigned char* answers_of(int warp) const {
+        return at + STAGES * stage + warp * answers;
+    }
     // Queries and keys that meet in the middle of blocks of 16 tokens, or of 32.
     __device__ __forceinline__ Terms level(int number) const {
         unsigned char* begin = answers_of(WARPS) + 2 * number * Keys::bytes;
@@ -199,6 +202,7 @@ struct Decayer {
             for (int n = 0; n < 2; n++) packed_at(to.term[n], 8 * octet + i, lane) = {terms[n][0], terms[n][1]};
         }
     }
+    // A score of the octet, by its number there.
     __device__ __forceinline__ void put_score(int n, int number, float x) const {
         int i = 0;
         #pragma unroll
@@ -206,10 +210,12 @@ struct Decayer {
         const int query = 8 * octet + i, key = 8 * octet + number - i * (i + 1) / 2;
         unsigned terms[2][1];
         set_pair<bfloat16>(terms, 0, x, 0);
-        for (int term = 0; term < 2; term++)
-            reinterpret_cast<unsigned short*>(room.scores(n).piece(query, CHUNK * term + key))[key % 8] = terms[term][0];
+        for (int term = 0; term < 2; term++) {
+            unsigned char* const piece = room.scores(n).piece(query, CHUNK * term + key);
+            reinterpret_cast<bfloat16*>(piece)[key % 8].bits = (unsigned short)(terms[term][0] & 0xffff);
+        }
     }
-    // So many of the octet's scores from one of them on.
+    // So many scores of the octet, from one of them on.
     template <int N>
     __device__ __forceinline__ void put_scores(int n, const Octet& tokens, int first) const {
         float sum[N];
@@ -221,8 +227,10 @@ struct Decayer {
     __device__ __forceinline__ void put_two(int n, int query, int key, float low, float high) const {
         unsigned terms[2][1];
         set_pair<bfloat16>(terms, 0, low, high);
-        for (int term = 0; term < 2; term++)
-            *reinterpret_cast<unsigned*>(room.scores(n).piece(query, CHUNK * term + key) + key % 8 * 2) = terms[term][0];
+        for (int term = 0; term < 2; term++) {
+            unsigned char* const piece = room.scores(n).piece(query, CHUNK * term + key);
+            reinterpret_cast<unsigned*>(piece)[key % 8 / 2] = terms[term][0];
+        }
     }
     // All 16 queries of the later half, with 8 keys.
     __device__ __forceinline__ void score_halves(int n, int first_key) const {
@@ -334,14 +342,16 @@ __device__ __forceinline__ void put_zeros(const Room& room) {
     show_to_products();
 }
 // S^T Q^T of a part of the keys.
-__device__ __forceinline__ void begin_recall(Answers& answers, const StateTerms& state, const Terms& queries, int part) {
+__device__ __forceinline__ void begin_recall(Answers& answers, const StateTerms& state, const Terms& queries,
+                                             int part) {
     const Matrix q[2] = {queries.term[0].matrix(), queries.term[1].matrix()};
     #pragma unroll
     for (int c = 0; c < PART / 16; c++)
         #pragma unroll
-        for (int term = 0; term < 3; term++)  // without the product of both small ones
-            wgmma_bf16_columns<CHUNK>(answers, state.term[c][term == 1], Keys::part(q[term == 2], 0, PART * part + 16 * c),
-                                      part + c + term > 0);
+        for (int term = 0; term < 3; term++) {  // without the product of both small ones
+            const Matrix right = Keys::part(q[term == 2], 0, PART * part + 16 * c);
+            wgmma_bf16_columns<CHUNK>(answers, state.term[c][term == 1], right, part + c + term > 0);
+        }
     close_products();
 }
 // V^T P^T, added.
@@ -488,7 +498,7 @@ struct Consumer {
         finish_products<0>();
         for (int part = 0; part < PARTS; part++) done(added[part]);
         if (__any_sync(0xffffffffu, spoilt(added[0]) + spoilt(added[PARTS - 1]) != 0))
-            return walk(state, token_of(self), n, places, CHUNK, scale, self);  // a gate may forget what no product forgets
+            return walk(state, token_of(self), n, places, CHUNK, scale, self);  // gates forget what no product does
         for (int part = 0; part < PARTS; part++) add(state, added[part], part, room.total(n), self);
     }
     __device__ __forceinline__ void answer(State& state, int n) const {

@@ -2,12 +2,11 @@
 //
 //   O = (tril(Q K^T) * decay) V + decay Q S,  S = decay S + (decay K)^T V.
 //
-// See linear_attention_channels.cu for one gate per channel, linear_attention_chunks.cu for other data, wgmma.cuh for the
-// products. All is transposed, so that the state is a
-// left matrix and never leaves the registers: a warpgroup has 64 value columns of it, which are the rows of its sums,
-// and answers O^T = S^T Q^T + V^T P^T for them. It makes all scores P for itself, though another has the same: so none
-// waits for another, and one multiplies while another does what is between products. One more warpgroup brings the next
-// chunks and sums their gates.
+// See linear_attention_channels.cu for one gate per channel, linear_attention_chunks.cu for other data, wgmma.cuh for
+// the products. All is transposed, so that the state is a left matrix and never leaves the registers: a warpgroup has
+// 64 value columns of it, which are the rows of its sums, and answers O^T = S^T Q^T + V^T P^T for them. It makes all
+// scores P for itself, though another has the same: so none waits for another, and one multiplies while another does
+// what is between products. One more warpgroup brings the next chunks and sums their gates.
 //
 // Whatever is computed is kept in two bfloat16, never in one. What a chunk adds to the state is summed from zero and
 // then added, because tensor cores cut what they add instead of rounding it.
@@ -78,7 +77,7 @@ struct Barriers {
     }
 };
 
-// ---- decays, by the first warp of those that bring chunks ------------------------------------------------------------
+// ---- decays, by the first warp of those that bring chunks -----------------------------------------------------------
 
 // Two gates of each lane, of tokens lane and lane + 32, and sums over their blocks of 16.
 struct Gates {

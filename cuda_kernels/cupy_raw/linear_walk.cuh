@@ -1,5 +1,5 @@
-// What both texts of linear attention on Hopper share: linear_attention_wgmma.cu and linear_attention_channels.cu. Where a
-// block is and what a thread has of it, bringing chunks, what is left of values and of the state in products, answers.
+// What both texts of linear attention on Hopper share, linear_attention_wgmma.cu and linear_attention_channels.cu:
+// where a block is and what a thread has of it, bringing chunks, values and the state as left matrices, answers.
 
 enum { Q, KEY, V, GATE_OF, STATE, STATE_NEXT, O };
 
