@@ -2,11 +2,11 @@
 //
 //   O = (tril(Q K^T) * decay) V + decay Q S,  S = decay S + (decay K)^T V.
 //
-// See linear_attention_chunks.cu for other data, wgmma.cuh for the products. All is transposed, so that the state is a
-// left matrix and never leaves the registers: a warpgroup has 64 value columns of it, which are the rows of its sums,
-// and answers O^T = S^T Q^T + V^T P^T for them. It makes all scores P for itself, though another has the same: so none
-// waits for another, and one multiplies while another does what is between products. One more warpgroup brings the next
-// chunks and sums their gates.
+// See linear_attention_channels.cu for one gate per channel, linear_attention_chunks.cu for other data, wgmma.cuh for
+// the products. All is transposed, so that the state is a left matrix and never leaves the registers: a warpgroup has
+// 64 value columns of it, which are the rows of its sums, and answers O^T = S^T Q^T + V^T P^T for them. It makes all
+// scores P for itself, though another has the same: so none waits for another, and one multiplies while another does
+// what is between products. One more warpgroup brings the next chunks and sums their gates.
 //
 // Whatever is computed is kept in two bfloat16, never in one. What a chunk adds to the state is summed from zero and
 // then added, because tensor cores cut what they add instead of rounding it.
@@ -22,25 +22,13 @@
 // STATES: the first of two launches, if the sequence is cut in pieces. It makes what each piece adds to the state, and
 // its decay; the second launch begins each piece with the sum over those before it.
 
-enum { Q, KEY, V, GATE_OF, STATE, STATE_NEXT, O };
-
-constexpr int CHUNK = 64, GROUPS = VALUES / 64, WARPS = 4 * GROUPS, PRODUCERS = 128;  // threads
-constexpr int PART = 64, PARTS = KEYS / PART;  // keys of the state that a product has, and how often
 constexpr int TOGETHER = KEYS == 64 && GROUPS == 1 ? 2 : 1;  // blocks that share a multiprocessor
 constexpr float LOG2E = 1.44269504f;
-static_assert(GROUPS == 1 || GROUPS == 2, "the warpgroup that brings tiles has whole rows of them");
 
-typedef Swizzled<data, CHUNK, KEYS> Keys;
-typedef Swizzled<data, CHUNK, VALUES> Values;
 typedef Swizzled<bfloat16, CHUNK, CHUNK> Scores;  // one of their two terms
-typedef float State[KEYS / 2];     // S^T: 64 columns of the state, KEYS keys
-typedef float Answers[CHUNK / 2];  // O^T: 64 columns, CHUNK tokens
 typedef float OwnScores[CHUNK / 2];  // of a warpgroup: all queries and keys
-typedef unsigned LeftPart[4];
-typedef LeftPart LeftValues[CHUNK / 16];  // V^T
 constexpr int TERMS = GATE ? 2 : 1;
-typedef LeftValues Decayed[TERMS];  // what is left of it at the end of the chunk
-typedef float Added[PART / 2];      // what a chunk adds to a part of the state
+typedef LeftValues Decayed[TERMS];  // what is left of V^T at the end of the chunk
 
 // ---- what all warpgroups share -------------------------------------------------------------------------------------
 
@@ -79,45 +67,17 @@ struct Room {
 };
 
 struct Barriers {
-    Barrier there[STAGES], free[STAGES];  // chunks, and places that nobody needs any more
+    Ring ring;
     Barrier scores[GROUPS], votes[GROUPS];
 
     __device__ __forceinline__ void set_up_all() {
         const int arrivals = (STATES ? 2 : 3) * 32 + GATE;  // of lanes that bring tiles, and of the warp with decays
-        for (int i = 0; i < STAGES; i++) set_up(there[i], arrivals), set_up(free[i], WARPS);
+        for (int i = 0; i < STAGES; i++) set_up(ring.there[i], arrivals), set_up(ring.free[i], WARPS);
         for (int i = 0; i < GROUPS; i++) set_up(scores[i], 4), set_up(votes[i], 4);
     }
 };
 
-// Which sequence a block has and where it lies. In shared memory, because registers are for the state.
-struct Places {
-    int which, column_block, first_column, group, piece, begin, end;  // begin, end: tokens
-    int columns, stored;
-    Rows<const data> q, k, v;
-    Rows<const real> gate;
-    Rows<data> o;
-
-    __device__ __forceinline__ int chunks() const { return (end - begin + CHUNK - 1) / CHUNK; }
-    __device__ __forceinline__ int first_of(int n) const { return begin + n * CHUNK; }
-    __device__ __forceinline__ int tokens_of(int n) const { return min(int(CHUNK), end - first_of(n)); }
-};
-
-// ---- bringing chunks, by a warpgroup: a warp for each array ---------------------------------------------------------
-
-// All chunks of an array to the tiles of its name.
-template <class Tile, class TileOf>
-__device__ __forceinline__ void carry(Carrier<Tile> carrier, Barriers& barriers, const Places& places,
-                                      TileOf tile_of) {
-    const int chunks = places.chunks();
-    #pragma unroll 1
-    for (int n = 0; n < chunks; n++) {
-        if (n >= STAGES) wait(barriers.free[n % STAGES], n / STAGES - 1 & 1);
-        carrier.bring(tile_of(n), places.tokens_of(n));
-        carrier.hand_over(barriers.there[n % STAGES]);
-    }
-}
-
-// ---- decays, by the first warp of that warpgroup --------------------------------------------------------------------
+// ---- decays, by the first warp of those that bring chunks -----------------------------------------------------------
 
 // Two gates of each lane, of tokens lane and lane + 32, and sums over their blocks of 16.
 struct Gates {
@@ -198,10 +158,11 @@ __device__ __forceinline__ void produce_decays(const Room& room, Barriers& barri
         #pragma unroll 1
         for (int i = 0; i < 2 && n < chunks; i++, n++) {
             Gates gates = {{i ? now[1].log[0] : now[0].log[0], i ? now[1].log[1] : now[0].log[1]}};
-            if (n >= STAGES) wait(barriers.free[n % STAGES], n / STAGES - 1 & 1);
+            if (n >= STAGES)
+                wait(barriers.ring.free[n % STAGES], n / STAGES - 1 & 1);
             gates.sum(), put_decays(room.decays(n), gates);
             __syncwarp();  // all decays are there
-            if (threadIdx.x % 32 == 0) arrive(barriers.there[n % STAGES]);
+            if (threadIdx.x % 32 == 0) arrive(barriers.ring.there[n % STAGES]);
         }
     }
 }
@@ -211,55 +172,16 @@ __device__ __forceinline__ void produce(const Room& room, Barriers& barriers, co
     if (warp == 0 && GATE) {  // with warps that have few scores
         produce_decays(room, barriers, places);
     } else if (warp == 1) {
-        carry<Keys>({places.k, begin, 0, K}, barriers, places, [&](int n) { return room.keys(n); });
+        carry(Carrier<Keys>(places.k, begin, 0, K), barriers.ring, places, [&](int n) { return room.keys(n); });
     } else if (warp == 2) {
-        const int first = places.first_column, columns = places.columns - first;
-        carry<Values>({places.v, begin, first, columns}, barriers, places, [&](int n) { return room.values(n); });
+        const int first = places.first_column;
+        const Carrier<Values> carrier(places.v, begin, first, places.columns - first);
+        carry(carrier, barriers.ring, places, [&](int n) { return room.values(n); });
     } else if (warp == 3 && !STATES) {
-        carry<Keys>({places.q, begin, 0, K}, barriers, places, [&](int n) { return room.queries(n); });
+        carry(Carrier<Keys>(places.q, begin, 0, K), barriers.ring, places, [&](int n) { return room.queries(n); });
     }
     close_copies();
     finish_copies<0>();  // no thread ends before its copies are there
-}
-
-// ---- what a thread of a warpgroup has ------------------------------------------------------------------------------
-
-// Who a thread is. Asked anew for every chunk, so that what follows from it does not wait in registers.
-struct Self {
-    int group, warp, lane, line, pair;  // warp: of the warpgroup
-
-    __device__ __forceinline__ Self() {
-        const unsigned thread = this_thread() - PRODUCERS, warps = __shfl_sync(0xffffffffu, thread / 32, 0);
-        group = warps / 4 & GROUPS - 1, warp = warps % 4;
-        lane = thread % 32, line = lane / 4, pair = lane % 4 * 2;
-    }
-    __device__ __forceinline__ int all_warps() const { return 4 * group + warp; }
-    __device__ __forceinline__ int thread() const { return 32 * all_warps() + lane; }  // of all consumers
-    __device__ __forceinline__ int first_value() const { return 64 * group + 16 * warp; }  // of its warp
-};
-// All lanes of a warp have come.
-__device__ __forceinline__ void arrive_as_warp(Barrier& barrier, const Self& self) {
-    __syncwarp();
-    if (self.lane == 0) arrive(barrier);
-}
-// For each number of sums of 64 rows: use(row of the warp, column, x).
-template <int R, class Use>
-__device__ __forceinline__ void each_sum(float (&sum)[R], const Self& self, Use use) {
-    #pragma unroll
-    for (int i = 0; i < R; i++) use(self.line + i / 2 % 2 * 8, i / 4 * 8 + self.pair + i % 2, sum[i]);
-}
-struct alignas(8) Pair {
-    float x[2];
-};
-__device__ __forceinline__ Pair two(const float* at) { return *reinterpret_cast<const Pair*>(at); }
-__device__ __forceinline__ bool bad(float x) { return x - x != 0; }
-// Zero, or NaN if any number is not finite.
-template <int R>
-__device__ __forceinline__ float spoilt(const float (&x)[R]) {
-    float sum = 0;
-    #pragma unroll
-    for (int i = 0; i < R; i++) sum = fma(0.0f, x[i], sum);
-    return sum;
 }
 
 // ---- scores --------------------------------------------------------------------------------------------------------
@@ -319,24 +241,6 @@ __device__ __forceinline__ void put_scores(const Room& room, OwnScores& scores, 
 
 // ---- products with values and the state ----------------------------------------------------------------------------
 
-// V^T, as it is.
-__device__ __forceinline__ void load_values(LeftValues& left, const Values& values, const Self& self) {
-    const int token = self.lane / 16 * 8 + self.lane % 8, column = self.first_value() + self.lane / 8 % 2 * 8;
-    #pragma unroll
-    for (int i = 0; i < CHUNK / 16; i++) load_transposed_matrices(left[i], values.piece(16 * i + token, column));
-}
-// For each number of V^T: use(token, x), where x may be changed.
-template <class Use>
-__device__ __forceinline__ void each_value(LeftValues& left, const Self& self, Use use) {
-    #pragma unroll
-    for (int i = 0; i < CHUNK / 16; i++)
-        for (int r = 0; r < 4; r++) {
-            const int token = 16 * i + self.pair + r / 2 * 8;
-            float low = low_of<bfloat16>(left[i][r]), high = high_of<bfloat16>(left[i][r]);
-            use(token, low), use(token + 1, high);
-            left[i][r] = packed<bfloat16>(low, high);
-        }
-}
 __device__ __forceinline__ void decay_values(Decayed& terms, const LeftValues& left, const Decays& decays,
                                              const Self& self) {
     #pragma unroll
@@ -351,19 +255,6 @@ __device__ __forceinline__ void decay_values(Decayed& terms, const LeftValues& l
         }
 }
 
-// A part of S^T, in two terms.
-struct StateTerms {
-    LeftPart term[PART / 16][2];
-
-    __device__ __forceinline__ StateTerms(const State& state, int part) {
-        #pragma unroll
-        for (int c = 0; c < PART / 16; c++)
-            for (int r = 0; r < 4; r++) {
-                const float* x = &state[PART / 2 * part + 8 * c + 2 * r];
-                set_pair<bfloat16>(term[c], r, x[0], x[1]);
-            }
-    }
-};
 // S^T Q^T of a part of the keys.
 __device__ __forceinline__ void begin_recall(Answers& answers, const StateTerms& terms, const Keys& queries, int part) {
     const Matrix q = queries.matrix();
@@ -416,52 +307,6 @@ __device__ __forceinline__ void add(State& state, const Added& added, int part, 
 }
 
 // ---- answers -------------------------------------------------------------------------------------------------------
-
-struct alignas(16) Piece {
-    data x[8];
-};
-// Through shared memory of the warp, where they change rows and columns, to global memory, for tokens before `count`.
-__device__ __forceinline__ void put_answers(unsigned char* own, const Answers& answers, const Places& places, int first,
-                                            int count, float scale, const Self& self) {
-    const auto piece = [&](int token, int half) { return own + token * 32 + (half ^ token / 4 & 1) * 16; };
-    #pragma unroll
-    for (int n = 0; n < CHUNK / 8; n += 2) {
-        unsigned x[4];
-        for (int r = 0; r < 4; r++) {
-            const float* pair = &answers[4 * n + 2 * r];
-            x[r] = packed<data>(scale * pair[0], scale * pair[1]);
-        }
-        store_transposed_matrices(x, piece(8 * n + self.lane / 16 * 8 + self.lane % 8, self.lane / 8 % 2));
-    }
-    __syncwarp();  // the answers are there
-    const int column = places.first_column + self.first_value() + self.lane % 2 * 8;
-    const bool vectors = in_vectors(places.o) && column + 8 <= places.columns;
-    #pragma unroll
-    for (int i = 0; i < CHUNK / 16; i++) {
-        const int token = 16 * i + self.lane / 2;
-        const Piece found = *reinterpret_cast<const Piece*>(piece(token, self.lane % 2));
-        data* at = places.o.begin + (first + token) * places.o.row + column * places.o.column;
-        if (token >= count) continue;
-        if (vectors)
-            *reinterpret_cast<Piece*>(at) = found;
-        else
-            #pragma unroll 1
-            for (int j = 0; j < min(places.columns - column, 8); j++)
-                at[j * places.o.column] = reinterpret_cast<const data*>(piece(token, self.lane % 2))[j];
-    }
-}
-// The first token that has a bad number, by a warp together.
-struct First {
-    int token = CHUNK;
-
-    __device__ __forceinline__ void look(int where, float x) { token = bad(x) ? min(token, where) : token; }
-    __device__ __forceinline__ int of_warp() const {
-        int first = token;
-        for (int distance = 1; distance < 32; distance *= 2)
-            first = min(first, __shfl_xor_sync(0xffffffffu, first, distance));
-        return first;
-    }
-};
 
 // One token after the other, from the state before the chunk; answers are written from token `good` on.
 __device__ __forceinline__ void walk(State& state, const Room& room, int n, const Places& places, int good, float scale,
@@ -623,45 +468,18 @@ struct Consumer {
         #pragma unroll 1
         for (int n = 0; n < chunks; n++) {
             const Consumer now = {room, barriers, places, votes, scale, Self()};
-            wait(barriers.there[n % STAGES], n / STAGES & 1);
+            wait(barriers.ring.there[n % STAGES], n / STAGES & 1);
             show_to_products();
             if (STATES)
                 now.states_of(state, n);
             else
                 now.answer(state, n);
             if (GATE && STATES) product = kept(room.decays(n).total, product);
-            arrive_as_warp(barriers.free[n % STAGES], self);
+            arrive_as_warp(barriers.ring.free[n % STAGES], self);
         }
         return product;
     }
 };
-
-// What earlier pieces add to the state lies as the threads have it; the decay of a piece follows once.
-struct Stored {
-    real *sums, *piece_decays;
-
-    __device__ __forceinline__ real* sum_of(const Places& at, int columns, int p, const Self& self) const {
-        const int column_blocks = (columns + VALUES - 1) / VALUES;
-        const size_t block = (size_t(at.which) * column_blocks + at.column_block) * at.stored + p;
-        return sums + block * (KEYS / 2) * (128 * GROUPS) + self.thread();
-    }
-    __device__ __forceinline__ real& decay_of(const Places& at, int p) const {
-        return piece_decays[(size_t(at.which) * at.stored + p) * KEYS];
-    }
-};
-// The numbers of the state that a thread has: use(key, column, x).
-template <class Use>
-__device__ __forceinline__ void each_stored(State& state, const Places& places, const Self& self, Use use) {
-    #pragma unroll
-    for (int n = 0; n < KEYS / 8; n++) {
-        for (int i = 0; i < 4; i++) {
-            const int column = places.first_column + self.first_value() + self.line + i / 2 * 8;
-            const int key = 8 * n + self.pair + i % 2;
-            if (key < K && column < places.columns) use(key, column, state[4 * n + i]);
-        }
-        if (n % 8 == 7) __syncwarp();  // not all addresses at once: they need registers
-    }
-}
 
 __device__ __forceinline__ void consume(const Consumer& consumer, const Stored& stored, const real* before,
                                         real* after) {
@@ -674,7 +492,7 @@ __device__ __forceinline__ void consume(const Consumer& consumer, const Stored& 
         each_stored(state, places, self, [&](int key, int column, float& x) { x = before[place(key, column)]; });
     #pragma unroll 1
     for (int p = 0; p < places.piece && !STATES; p++) {
-        const float decay = GATE ? stored.decay_of(places, p) : 1;
+        const float decay = GATE ? *stored.decays_of(places, p) : 1;
         const real* sum = stored.sum_of(places, places.columns, p, self);
         #pragma unroll
         for (int i = 0; i < KEYS / 2; i++) state[i] = kept(decay, state[i]) + sum[i * stride];
@@ -685,7 +503,7 @@ __device__ __forceinline__ void consume(const Consumer& consumer, const Stored& 
         real* sum = stored.sum_of(places, places.columns, places.piece, self);
         #pragma unroll
         for (int i = 0; i < KEYS / 2; i++) sum[i * stride] = state[i];
-        if (GATE && self.thread() == 0 && places.column_block == 0) stored.decay_of(places, places.piece) = product;
+        if (GATE && self.thread() == 0 && places.column_block == 0) *stored.decays_of(places, places.piece) = product;
     } else if (after) {
         each_stored(state, places, self, [&](int key, int column, float& x) { after[place(key, column)] = x; });
     }
@@ -700,17 +518,7 @@ linear_attention_wgmma(const data* q, const data* k, const data* v, const real* 
     __shared__ int votes[WARPS];
     const Room room = {dynamic_shared() + (-shared_address(dynamic_shared()) & 1023)};
     if (threadIdx.x == 0) {
-        const int column_blocks = (columns + VALUES - 1) / VALUES, number = blockIdx.x / pieces;
-        const int which = number / column_blocks / groups, group = number / column_blocks % groups;
-        places.which = which, places.group = group, places.piece = blockIdx.x % pieces;
-        places.column_block = number % column_blocks, places.first_column = places.column_block * VALUES;
-        places.begin = places.piece * length, places.end = min(tokens, places.begin + length);
-        places.columns = columns, places.stored = stored;
-        places.q = rows(q, table, axes, Q, which).of(group);
-        places.k = rows(k, table, axes, KEY, which);
-        places.v = rows(v, table, axes, V, which);
-        places.o = rows(o, table, axes, O, which).of(group);
-        places.gate = rows(log_decay, table, axes, GATE_OF, which);
+        find(places, q, k, v, log_decay, o, table, axes, tokens, columns, groups, pieces, stored, length);
         barriers.set_up_all();
     }
     __syncthreads();  // the places are known, and the barriers are there

@@ -144,15 +144,15 @@ __device__ __forceinline__ void store_matrices(const unsigned (&x)[4], void* row
 }
 #endif  // for the CPU, the header that defines threads defines these too
 
-// A matrix of R rows in shared memory, of numbers of 16 bits, as products take it.
+// A matrix of R rows in shared memory, of numbers of 16 bits, as products take it; others are cut in the same way.
 template <class T, int R, int C>
 struct Swizzled {
-    static constexpr int rows = R, columns = C, bytes = R * C * sizeof(T);
+    static constexpr int rows = R, columns = C, bytes = R * C * sizeof(T), wide = 16 / sizeof(T);
     unsigned char* begin;
 
-    // 16 bytes of a row, from a column on that is a multiple of 8.
+    // 16 bytes of a row, which are `wide` numbers, from a column on that is a multiple of that.
     __device__ __forceinline__ unsigned char* piece(int row, int column) const {
-        return begin + column / 64 * (R * 128) + row * 128 + ((column / 8 ^ row) & 7) * 16;
+        return begin + column / (8 * wide) * (R * 128) + row * 128 + ((column / wide ^ row) & 7) * 16;
     }
     // Its bits: where it begins; from a block to the next, which counts where rows are columns of the product; from
     // eight rows to the next eight; and that pieces change places in 128 bytes. In units of 16 bytes.
