@@ -166,16 +166,23 @@ struct Octet {
     float scores[36];        // of token i with token j <= i, at i (i + 1) / 2 + j: what these channels add
 
     __device__ __forceinline__ Octet(const Room& room, int n, int first, int lane) : whole(ONES) {
-        #pragma unroll
-        for (int i = 0; i < 8; i++) {
+        const auto step_of = [&](int i) {
             Four step = *reinterpret_cast<const Four*>(room.gates(n).piece(first + i, 4 * lane));
             for (float& x : step.x) x = exp2f(LOG2E * x);
+            return step;
+        };
+        const auto widened = [&](const Terms& rows, int i) {
+            return packed_at(rows.term[0], first + i, lane).widened();
+        };
+        #pragma unroll
+        for (int i = 7; i >= 0 && STATES; i--) k[i] = widened(room.keys(n), i) * whole, whole = whole * step_of(i);
+        #pragma unroll
+        for (int i = 0; i < 8 && !STATES; i++) {
+            const Four step = step_of(i);
             whole = whole * step;
             #pragma unroll
             for (int j = 0; j < i; j++) k[j] = k[j] * step;
-            k[i] = packed_at(room.keys(n).term[0], first + i, lane).widened();
-            if (STATES) continue;
-            q[i] = packed_at(room.queries(n).term[0], first + i, lane).widened();
+            k[i] = widened(room.keys(n), i), q[i] = widened(room.queries(n), i);
             #pragma unroll
             for (int j = 0; j <= i; j++) scores[i * (i + 1) / 2 + j] = q[i].dot(k[j]);
             q[i] = q[i] * whole;
