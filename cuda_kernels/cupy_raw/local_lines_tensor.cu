@@ -10,8 +10,8 @@
 //
 // where the trace is that of the inverse of A over the directions that conjugate gradients have taken, which is the sum
 // of |u|^2 / u.Au over them. A query of which this is more than SMALL is left to local_lines.cu: those that see few
-// pairs, or pairs beside a plane. So are those that see a number that is not finite, or take more than TURNS steps. They
-// are marked as undone, and their answers are not written.
+// pairs, or pairs beside a plane. So are those that see a number that is not finite, or take more than TURNS steps.
+// They are marked as undone, and their answers are not written.
 //
 // A warp has 16 queries, all warps share tiles of PAIRS pairs, newest first, while the next is on its way. A lane has
 // its share of each line, spread as tensor.cuh says, in registers or in a place of its own.
