@@ -69,7 +69,6 @@ KEPT = {
 # Four warps hold the moments of 128 channels in double precision; where the arrays are waits on the stack.
 KEPT_STACK = {
     "tiles in double precision": (16, 16, 16),
-    "lines in floats": (0, 8, 0),
     "lines of many channels": (48, 112, 16),
 }
 
