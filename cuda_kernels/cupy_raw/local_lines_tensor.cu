@@ -301,7 +301,7 @@ local_lines_tensor(const data* q, const data* k, const data* v, const long long*
         active[half] = square[half] > 0 && !left[half];
     }
 
-    // Steps, each of which ends with a direction; then the answers, of KD columns at a time, whose direction is the line.
+    // Steps, each of which ends with a direction; then the answers, KD columns at a time, whose direction is the line.
     bool answering = false;
     int turn = 0, column = 0;
     #pragma unroll 1
