@@ -93,7 +93,7 @@ def refusal_of(backend: str, kernel: Any, degree: int, ridge: float, keys: int) 
     if degree > 1:
         return f"backend {backend!r} has no room for the {p} coefficients of degree {degree} in {keys} channels"
     if not ridge > 0:
-        return f"backend {backend!r} fits lines in {keys} channels by conjugate gradients, which need ridge > 0"
+        return f"backend {backend!r} fits lines in {keys} channels from their covariance, which needs ridge > 0"
     return None
 
 
@@ -104,9 +104,9 @@ def width_of(scale: float | None, bandwidth: float | None, keys: int) -> np.floa
     return np.float64(max(keys, 1) ** -0.5 if scale is None else scale)
 
 
-def report(residual: Any, steps: int, tolerance: float = TOLERANCE) -> None:
+def report(residual: Any, steps: int) -> None:
     """Warn where conjugate gradients have stopped too early; this waits for the device."""
     worst = float(residual.max()) if residual.size else 0.0
-    if worst > tolerance:
+    if worst > TOLERANCE:
         words = f"conjugate gradients stopped after {steps} steps at a relative residual of {worst:.1e}"
         warnings.warn(f"local_polynomial: {words}", RuntimeWarning, stacklevel=frames_of_package())

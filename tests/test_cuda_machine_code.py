@@ -59,21 +59,17 @@ KEPT = {
     "tensor cores, few queries": ("softmax_attention", "bfloat16", TILES | {"t": 64}, {}, (232, 232, 240)),
     "tensor cores, small heads": ("softmax_attention", "float16", TILES | {"k": 64, "v": 64}, {}, (248, 248, 255)),
     "any kernel": ("local_polynomial", "bfloat16", TILES, {"degree": 0, "log_decay": -0.1}, (248, 240, 240)),
-    "lines": ("local_polynomial", "bfloat16", TILES | {"k": 64, "v": 64}, GAUSSIAN, (255, 255, 255)),
+    "lines": ("local_polynomial", "bfloat16", TILES | {"k": 64, "v": 64}, GAUSSIAN, (240, 240, 240)),
     "lines in floats": ("local_polynomial", "bfloat16", TILES | {"k": 64, "v": 64}, {}, (255, 255, 255)),
-    "lines left over": ("local_polynomial", "bfloat16", TILES | {"k": 64, "v": 64}, {}, (255, 255, 255)),
+    "lines left over": ("local_polynomial", "bfloat16", TILES | {"k": 64, "v": 64}, {}, (240, 240, 240)),
     "lines of many channels": ("local_polynomial", "float", TILES, {"log_decay": -0.1}, (255, 255, 255)),
     "fits": ("local_polynomial", "float", TILES | {"k": 8}, {"degree": 2, "log_decay": -0.1}, (128, 112, 112)),
 }
 
-# Lines hold sums of as many channels as there are, in double precision; what conjugate gradients need between two
-# passes over the pairs waits on the stack.
+# Four warps hold the moments of 128 channels in double precision; where the arrays are waits on the stack.
 KEPT_STACK = {
     "tiles in double precision": (16, 16, 16),
-    "lines": (24, 48, 24),
-    "lines in floats": (8, 8, 8),
-    "lines left over": (48, 48, 8),  # the second launch
-    "lines of many channels": (160, 216, 112),
+    "lines of many channels": (48, 112, 16),
 }
 
 

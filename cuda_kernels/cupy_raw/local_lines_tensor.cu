@@ -10,14 +10,14 @@
 //
 // where the trace is that of the inverse of A over the directions that conjugate gradients have taken, which is the sum
 // of |u|^2 / u.Au over them. A query of which this is more than SMALL is left to local_lines.cu: those that see few
-// pairs, or pairs beside a plane. So are those that see a number that is not finite. TO_DO in place of its residual says
-// so, and its answer is not written.
+// pairs, or pairs beside a plane. So are those that see a number that is not finite, or take more than TURNS steps.
+// They are marked as undone, and their answers are not written.
 //
 // A warp has 16 queries, all warps share tiles of PAIRS pairs, newest first, while the next is on its way. A lane has
 // its share of each line, spread as tensor.cuh says, in registers or in a place of its own.
 
-enum { Q, KEY, V, POSITION, COUNT, O, RESIDUAL };
-enum { ROWS = 16 * WARPS, THREADS = 32 * WARPS, PAIRS = 32, OCTETS = KD / 8, TURNS = KD, TO_DO = -1 };
+enum { Q, KEY, V, POSITION, COUNT, O, UNDONE };
+enum { ROWS = 16 * WARPS, THREADS = 32 * WARPS, PAIRS = 32, OCTETS = KD / 8, TURNS = KD };
 const real LOG2E = real(1.4426950408889634), FAR = 1024, EPSILON = real(1) / (1 << 23), SMALL = real(1) / (1 << 9);
 typedef Tile<data, PAIRS, KD> Panel;
 typedef Sum Scores[PAIRS / 8];
@@ -203,7 +203,7 @@ struct Tour {
 
 extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER)
 local_lines_tensor(const data* q, const data* k, const data* v, const long long* position, const long long* count,
-                   data* o, double* residual, const long long* table, int axes, int tokens, int columns, int pairs,
+                   data* o, bool* undone, const long long* table, int axes, int tokens, int columns, int pairs,
                    int groups, int blocks, int causal, int window, double width, double ridge, double tolerance) {
     const int memory = blockIdx.x / blocks, block = blocks - 1 - blockIdx.x % blocks;  // the longest pasts come first
     const int first = block * ROWS, end_of_rows = groups * tokens, own = first + threadIdx.x / 32 * 16;
@@ -301,23 +301,51 @@ local_lines_tensor(const data* q, const data* k, const data* v, const long long*
         active[half] = square[half] > 0 && !left[half];
     }
 
+    // Steps, each of which ends with a direction; then the answers, KD columns at a time, whose direction is the line.
+    bool answering = false;
+    int turn = 0, column = 0;
     #pragma unroll 1
-    for (int turn = 0; turn < TURNS; turn++) {
-        tour.idle = !__any_sync(0xffffffffu, active[0] || active[1]);
-        if (!__syncthreads_or(!tour.idle)) break;
+    while (column < columns) {
+        if (!answering) {
+            tour.idle = !__any_sync(0xffffffffu, active[0] || active[1]);
+            answering = !__syncthreads_or(!tour.idle && turn++ < TURNS);
+            if (answering) {
+                across[0] = across[1] = 0;
+                along_rows([&](int half, int n, int i) {
+                    sum[n].x[i] = solution.at(n, i);
+                    across[half] = fma(sum[n].x[i], centre.at(n, i), across[half]);
+                });
+                over_lanes(across);
+                set(along, sum);
+                for (int half = 0; half < 2; half++) left[half] |= active[half];
+                tour.idle = !__any_sync(0xffffffffu, !left[0] || !left[1]);
+            }
+        }
         for (int n = 0; n < OCTETS; n++) sum[n] = {};
         total[0] = total[1] = 0;
-        tour.pass(-1, [&](int start, Panel key, Panel, bool) {
+        const real base = answering;
+        tour.pass(answering ? column : -1, [&](int start, Panel key, Panel value, bool spoilt) {
             Scores score = {}, moved = {};
+            if (answering && spoilt) sight.look(left, seen, values.rows, start, columns);
             multiply_keys<true>(score, moved, query, along, key);
             find_logits(score, start);
             each_score(score, moved, [&](int half, int, real& x, real& s) {
-                s = x == -infinite() ? real(0) : exp2(x - top[half]) * share[half] * (s - across[half]);
+                s = x == -infinite() ? real(0) : exp2(x - top[half]) * share[half] * (base + (s - across[half]));
                 total[half] += s;
             });
-            gather(sum, moved, key);
+            gather(sum, moved, answering ? value : key);
         });
         over_lanes(total);
+        if (answering) {
+            const auto out = rows(o, table, axes, O, memory);
+            along_rows([&](int half, int n, int i) {
+                const int row = first + row_of(half), at = column + 8 * n + column_of() + i % 2;
+                if (row >= end_of_rows || at >= columns || left[half]) return;
+                put(out.of(row % groups).at(row / groups, at), total[half] == 0 ? real(0) : sum[n].x[i] / total[half]);
+            });
+            column += KD;
+            continue;
+        }
         real curvature[2] = {}, size[2] = {}, image[2] = {}, length[2], next[2] = {}, reached[2] = {}, ratio[2];
         along_rows([&](int half, int n, int i) {
             const real u = number_of(along, n, i);
@@ -352,45 +380,9 @@ local_lines_tensor(const data* q, const data* k, const data* v, const long long*
         over_lanes(across);
         set(along, sum);
     }
-
-    // The answers, of KD columns at a time.
-    across[0] = across[1] = 0;
-    along_rows([&](int half, int n, int i) {
-        sum[n].x[i] = solution.at(n, i);
-        across[half] = fma(sum[n].x[i], centre.at(n, i), across[half]);
-    });
-    over_lanes(across);
-    set(along, sum);
-    for (int half = 0; half < 2; half++) left[half] |= active[half];
-    tour.idle = !__any_sync(0xffffffffu, !left[0] || !left[1]);
-    const auto out = rows(o, table, axes, O, memory);
-    #pragma unroll 1
-    for (int column = 0; column < columns; column += KD) {
-        for (int n = 0; n < OCTETS; n++) sum[n] = {};
-        total[0] = total[1] = 0;
-        tour.pass(column, [&](int start, Panel key, Panel value, bool spoilt) {
-            Scores score = {}, moved = {};
-            if (spoilt) sight.look(left, seen, values.rows, start, columns);
-            multiply_keys<true>(score, moved, query, along, key);
-            find_logits(score, start);
-            each_score(score, moved, [&](int half, int, real& x, real& s) {
-                s = x == -infinite() ? real(0) : exp2(x - top[half]) * share[half] * (1 + (s - across[half]));
-                total[half] += s;
-            });
-            gather(sum, moved, value);
-        });
-        over_lanes(total);
-        along_rows([&](int half, int n, int i) {
-            const int row = first + row_of(half), at = column + 8 * n + column_of() + i % 2;
-            if (row >= end_of_rows || at >= columns || left[half]) return;
-            put(out.of(row % groups).at(row / groups, at), total[half] == 0 ? real(0) : sum[n].x[i] / total[half]);
-        });
-    }
-    const auto left_over = rows(residual, table, axes, RESIDUAL, memory);
+    const auto left_over = rows(undone, table, axes, UNDONE, memory);
     for (int half = 0; half < 2; half++) {
         const int row = first + row_of(half);
-        if (row >= end_of_rows || threadIdx.x % 4 != 0) continue;
-        const real share_left = start_square[half] > 0 ? sqrt(square[half] / start_square[half]) : real(0);
-        left_over.of(row % groups).at(row / groups, 0) = left[half] ? double(TO_DO) : double(share_left);
+        if (row < end_of_rows && threadIdx.x % 4 == 0) left_over.of(row % groups).at(row / groups, 0) = left[half];
     }
 }

@@ -1,7 +1,8 @@
 """Local polynomial regression on the GPU: ``local_polynomial.cu``, for lines of many channels ``local_lines.cu``.
 
-Those have up to 128 channels under a smooth kernel; others are lines of ``local_line.cu``, a warp each. Degree 0 is
-softmax attention with any kernel. All of it computes in double precision.
+Those have up to 128 channels under a smooth kernel and are solved directly; others are lines of ``local_line.cu``, a
+warp each, by conjugate gradients. Degree 0 is softmax attention with any kernel. All of it computes in double precision
+but lines of bfloat16, which ``local_lines_tensor.cu`` tries in single precision first.
 """
 
 from __future__ import annotations
@@ -31,11 +32,13 @@ LINES_IN_FLOATS = Kernel("local_lines_tensor", "pairs.cuh", "tensor.cuh")
 COLUMNS = 128  # of the values that share one line
 SMOOTH = (EXPONENTIAL, NAMES.index("gaussian"))  # kernels whose weights need no exact distance
 WIDEST = 128  # channels whose sums registers hold
-WARPS = 4  # of a block of lines, at most, with 16 queries each
-HALF_TOLERANCE = 1e-7  # for data of 16 bits: an error of 1e-4 where all that holds a slope is a ridge of 1e-6
+MOST = 256  # threads of a block of lines, for each of which registers hold sums
+WAVES = 8  # blocks of lines for each multiprocessor, at most: what is left to do may be few rows of many
+WARPS = 4  # of a block of lines in single precision, with 16 queries each
+HALF_TOLERANCE = 1e-7  # there: an error of 1e-4 where all that holds a slope is a ridge of 1e-6
 IN_REGISTERS = 64  # channels whose lines are beside each other in registers, on tensor cores
 BROADEST = 1e-10  # ridge: what is less may be lost beside moments of single precision
-STEPS = 8  # of conjugate gradients, times channels: in exact arithmetic one each would do
+STEPS = 8  # of conjugate gradients by themselves, times channels: in exact arithmetic one each would do
 
 
 def local_polynomial(
@@ -114,29 +117,15 @@ def fitted(q: Any, pairs: Pairs, log_decay: Any, state: CacheState, degree: int,
     if room is not None:
         polynomials(q, sequences, arrays, types, degree, room, options)
         return o
-    residual, steps = empty(sequences, (tokens,), np.float64, q), STEPS * size
-    tolerance = HALF_TOLERANCE if q.dtype.itemsize == 2 else TOLERANCE
-    arrays["residual"], limits = (residual, ROW), {"steps": steps, "tolerance": tolerance}
     gated, kind = log_decay is not None or pairs.cached > 0, options["kind"]
-    cut = lines_cut(sequences.groups * tokens, size, q.dtype, gated) if kind in SMOOTH and values else None
+    cut = lines_cut(sequences, tokens, size) if kind in SMOOTH and values else None
     if cut is None:
-        constants = {"D": size, "COLUMNS": max(min(values, COLUMNS), 1), "LANES": WARP}
-        parts = max(-(-values // constants["COLUMNS"]), 1)
-        grid = Grid(tokens * sequences.groups * parts, WARP)
-        launch(LINE, sequences, arrays, ("o", "residual"), types, constants, grid, parts=parts, **options, **limits)
-    else:
-        constants, grid = cut
-        easy = kind == EXPONENTIAL and not gated and options["ridge"] >= BROADEST
-        first = floats_cut(sequences.groups * tokens, size, q.dtype, pairs.k.dtype) if easy else None
-        if first is not None:
-            lines_in_floats(sequences, arrays, types, *first, options | {"tolerance": tolerance})
-        constants |= {"KIND": kind, "GATED": int(gated), "LANES": WARP, "REST": int(first is not None)}
-        types["narrow"] = np.float64 if q.dtype == np.float64 else np.float32
-        arrays["answers"] = arrays.pop("o")  # not all of which are written, so they go there too
-        order = (*[name for name in arrays if name not in ("answers", "residual")], "answers", "residual")
-        arrays = {name: arrays[name] for name in order}
-        launch(LINES, sequences, arrays, ("answers", "residual"), types, constants, grid, **options, **limits)
-    report(residual, steps, tolerance)
+        line_by_line(q, sequences, arrays, types, options)
+        return o
+    undone = None
+    if kind == EXPONENTIAL and not gated and options["ridge"] >= BROADEST:
+        undone = lines_in_floats(q, sequences, arrays, types, options)
+    lines(sequences, arrays, undone, types, cut, options | {"gated": int(gated)})
     return o
 
 
@@ -154,14 +143,65 @@ def polynomials(
     launch(FIT, sequences, arrays, ("o",), types, constants, grid, parts=parts, **options)
 
 
-def lines_in_floats(
-    sequences: Sequences, arrays: dict[str, Any], types: Any, constants: dict[str, int], grid: Grid, options: Any
+def line_by_line(q: Any, sequences: Sequences, arrays: dict[str, Any], types: Any, options: dict[str, Any]) -> None:
+    """Lines by conjugate gradients, one block of 32 threads for each query and some of its value columns."""
+    tokens, size = q.shape[-2:]
+    residual, steps = empty(sequences, (tokens,), np.float64, q), STEPS * size
+    constants = {"D": size, "COLUMNS": max(min(options["columns"], COLUMNS), 1), "LANES": WARP}
+    parts = max(-(-options["columns"] // constants["COLUMNS"]), 1)
+    grid = Grid(tokens * sequences.groups * parts, WARP)
+    arrays, limits = arrays | {"residual": (residual, ROW)}, {"steps": steps, "tolerance": TOLERANCE, "parts": parts}
+    launch(LINE, sequences, arrays, ("o", "residual"), types, constants, grid, **options, **limits)
+    report(residual, steps)
+
+
+def lines(
+    sequences: Sequences,
+    arrays: dict[str, Any],
+    undone: Any,
+    types: dict[str, Any],
+    cut: tuple[dict[str, int], Grid],
+    options: dict[str, Any],
 ) -> None:
-    """Lines that single precision is enough for; a residual of -1 in place of the others."""
-    arrays = {name: x for name, x in arrays.items() if name not in ("left", "log_decay")}
-    types = types | {"real": np.float32}
-    written = ("o", "residual")
-    launch(LINES_IN_FLOATS, sequences, arrays, written, types, constants | {"LANES": 4}, grid, **options)
+    """Lines solved directly: all, or those that are undone."""
+    constants, grid = cut
+    constants |= {"KIND": options["kind"], "GATED": options["gated"], "LANES": WARP, "REST": int(undone is not None)}
+    others = {name: x for name, x in arrays.items() if name != "o"}
+    answers = {"undone": (undone, ROW), "answers": arrays["o"]}  # not all of which are written, so they go there too
+    launch(LINES, sequences, others | answers, ("answers",), types, constants, grid, **options)
+
+
+def lines_cut(sequences: Sequences, tokens: int, size: int) -> tuple[dict[str, int], Grid] | None:
+    """Sizes and blocks of lines that share tiles of keys; None where a block has no room for two of them.
+
+    There is room for a tile of keys and one of values, and later in their place for the lower triangles of all queries.
+    """
+    device, wide = _launch.machine.device(), -(-size // 32) * 32
+    for queries in (4, 2):
+        tiles, triangles = 2 * 8 * 32 * (wide + 2), 4 * queries * wide * (wide + 16)
+        declared = 8 * wide + 8 * queries * (5 * wide + 56) + 12 * queries**2 * wide + 1024
+        shared = max(tiles, triangles)
+        if wide <= WIDEST and queries * wide <= MOST and shared + declared <= device.shared:
+            parts = -(-sequences.groups * tokens // queries)
+            blocks = min(parts, max(WAVES * device.multiprocessors // sequences.memories, 1))
+            return {"D": size, "KD": wide, "QUERIES": queries}, Grid(blocks, queries * wide, shared)
+    return None
+
+
+def lines_in_floats(
+    q: Any, sequences: Sequences, arrays: dict[str, Any], types: dict[str, Any], options: dict[str, Any]
+) -> Any:
+    """Lines that single precision is enough for; which of them it is not, None if it was not tried."""
+    (tokens, size), stored = q.shape[-2:], types["stored"]
+    cut = floats_cut(sequences.groups * tokens, size, q.dtype, stored)
+    if cut is None:
+        return None
+    undone = empty(sequences, (tokens,), np.bool_, q)
+    constants, grid = cut
+    arrays = {name: x for name, x in arrays.items() if name not in ("left", "log_decay")} | {"undone": (undone, ROW)}
+    types, options = types | {"real": np.float32}, options | {"tolerance": HALF_TOLERANCE}
+    launch(LINES_IN_FLOATS, sequences, arrays, ("o", "undone"), types, constants | {"LANES": 4}, grid, **options)
+    return undone
 
 
 def floats_cut(rows: int, size: int, dtype: Any, stored: Any) -> tuple[dict[str, int], Grid] | None:
@@ -174,20 +214,3 @@ def floats_cut(rows: int, size: int, dtype: Any, stored: Any) -> tuple[dict[str,
         return None
     constants = {"D": size, "KD": wide, "WARPS": WARPS, "TOGETHER": 2}
     return constants, Grid(-(-rows // lines), 32 * WARPS, shared)
-
-
-def lines_cut(rows: int, size: int, dtype: Any, gated: bool) -> tuple[dict[str, int], Grid] | None:
-    """Sizes and blocks of lines that share tiles of keys; None where a block has no room for them.
-
-    As many queries share a block as its shared memory has room for: of each it holds four lines of double precision.
-    """
-    wide = -(-size // 8) * 8
-    pairs = 32 if wide <= 64 else 16  # whose logits are in registers beside the sums
-    for warps in range(min(WARPS, -(-rows // 16)), 0, -1):
-        lines = 16 * warps
-        shared = (32 + max(dtype.itemsize, 4)) * lines * (wide + 8) + 16 * pairs * (wide + 2)
-        declared = 8 * (wide + lines * (pairs if gated else 1)) + 32 * (lines + pairs) + 512
-        if wide <= WIDEST and shared + declared <= _launch.machine.device().shared:
-            constants = {"D": size, "KD": wide, "WARPS": warps, "PAIRS": pairs}
-            return constants, Grid(-(-rows // lines), 32 * warps, shared)
-    return None

@@ -11,15 +11,8 @@ struct Neighbours {
 
     // Logit of this lane's pair in a tile, and the sum of the gates that are newer than the next one; call it in all lanes.
     __device__ __forceinline__ real logit(int tile, double& since) const {
-        const int lane = threadIdx.x, pair = tile * 32 + lane;
-        double total = pair <= last && !(since < NOTHING / 2) ? seen.gate_of(pair) : 0.0, after = 0;
-        for (int distance = 1; distance < 32; distance *= 2) {  // gates of later lanes: of a neighbour, of two, and so on
-            const double other = __shfl_xor_sync(0xffffffffu, total, distance);
-            after += lane & distance ? 0.0 : other;
-            total += other;
-        }
-        const double bias = since + after + (pair <= last ? seen.left_of(pair) : 0.0);
-        since += total;
+        const int pair = tile * 32 + threadIdx.x;
+        const double bias = seen.left_of_lane(pair, last, since);
         const long long place = pair <= last ? seen.place(pair) : -1;
         if (bias < NOTHING / 2 || place < 0 || place < oldest) return -infinite();
         real x = 0;

@@ -44,6 +44,19 @@ struct Pairs {
         return x < NOTHING ? NOTHING : x;
     }
     __device__ __forceinline__ double left_of(int pair) const { return pair < cached ? double(past.at(pair, 0)) : 0.0; }
+    // The same of 32 pairs, one for each lane, for a query of which this is the last one, with the gates that are newer.
+    // `since` is the sum of those that are newer than all 32, and then of those that are newer than the 32 before.
+    __device__ __forceinline__ double left_of_lane(int pair, int last, double& since) const {
+        double total = pair <= last && !(since < NOTHING / 2) ? gate_of(pair) : 0.0, after = 0;
+        for (int distance = 1; distance < 32; distance *= 2) {  // gates of later lanes: of a neighbour, of two, and so on
+            const double other = __shfl_xor_sync(0xffffffffu, total, distance);
+            after += threadIdx.x & distance ? 0.0 : other;
+            total += other;
+        }
+        const double left = since + after + (pair <= last ? left_of(pair) : 0.0);
+        since += total;
+        return left;
+    }
 };
 
 // What the gates have left, as it joins a logit.

@@ -18,6 +18,7 @@
 
 using std::max;
 using std::min;
+static inline double rsqrt(double x) { return 1 / std::sqrt(x); }
 
 static inline void __syncthreads(int line = __builtin_LINE()) { runner::block_barrier(line); }
 
