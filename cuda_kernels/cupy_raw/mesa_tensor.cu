@@ -1,0 +1,358 @@
+// Mesa layer by conjugate gradients on tensor cores, for data of bfloat16 and tolerances that single precision is enough
+// for:  (H_t + diag(ridge)) x_t = q_t,  H_t = g_t H_{t-1} + beta_t k_t k_t^T, chunk by chunk:
+//
+//     H_t p_t = left_t H p_t + sum over j <= t of beta_j (decay from j to t) (p_t . k_j) k_j,
+//
+// with H at the start of the chunk. A warp has 16 tokens and all of their vectors: x in a place of its own in shared
+// memory, the others in registers, so nobody waits for anybody until the tokens of a warp are solved. H is a float, in
+// three terms of bfloat16, its upper triangle only.
+//
+// Steps take two terms of H and of their directions, and end where the residual that they carry along is below the
+// tolerance. Then the residual is found anew, with three terms, whose error is no more than EPSILON |H + ridge| |x|;
+// what it is too large for takes steps again, from there. A token whose tolerance is below that error, or which does not
+// get on, is left to mesa_chunks.cu, in double precision, and so are numbers that are not finite: TO_DO in place of its
+// residual says so. A token's steps depend on no other's.
+
+enum { Q, KEY, GATE, BETA, RIDGE, STATE, STATE_NEXT, STARTS, X, RESIDUAL };
+enum { OCTETS = KEYS / 8, TO_DO = -1 };
+const float EPSILON = 1.0f / (1 << 22), FAINT = 1e-24f, GAIN = 1.0f / 4;
+
+typedef Sum Line[OCTETS];
+typedef Left<data, 2> Direction[BLOCKS];
+
+// What a block keeps in shared memory.
+struct Room {
+    Terms<BLOCKS * (BLOCKS + 1) / 2> gram;
+    Keys k;
+    struct alignas(16) Four {
+        float x[4];
+    };
+    Four* solution;  // this thread's
+    float* ridge;
+
+    __device__ __forceinline__ explicit Room(unsigned char* at) {
+        gram.begin = reinterpret_cast<data*>(at), at += decltype(gram)::bytes;
+        k = tile_of<Keys>(at);
+        solution = reinterpret_cast<Four*>(at) + threadIdx.x;
+        ridge = reinterpret_cast<float*>(at + sizeof(Four) * OCTETS * THREADS);
+    }
+    __device__ __forceinline__ Four& x(int octet) const { return solution[octet * THREADS]; }
+
+    // Where block (row, column) of H lies, for row <= column.
+    static __device__ __forceinline__ int block(int row, int column) { return row * BLOCKS - row * (row + 1) / 2 + column; }
+    template <int TERMS>
+    __device__ __forceinline__ void load(Right<data, TERMS> (&right)[2], int row, int column) const {
+        if (row <= column) gram.load<false>(right, block(row, column));
+        else gram.load<true>(right, block(column, row));
+    }
+};
+
+// Where the arrays of a block lie, in shared memory: registers are short.
+struct Arrays {
+    Source keys;
+    Gates gates;
+    Rows<const data> query;
+    Rows<float> solution, residual;
+};
+
+// ---- a warp's tokens ------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ int token_of(int half) { return threadIdx.x / 32 * 16 + 8 * half + threadIdx.x % 32 / 4; }
+__device__ __forceinline__ int column_of() { return threadIdx.x % 4 * 2; }
+// The numbers of a Line: use(half, n, i).
+template <class Use>
+__device__ __forceinline__ void along_rows(Use use) {
+    #pragma unroll
+    for (int n = 0; n < OCTETS; n++)
+        #pragma unroll
+        for (int i = 0; i < 4; i++) use(i / 2, n, i);
+}
+// Sums over the four lanes that have a row.
+__device__ __forceinline__ void over_lanes(float (&x)[2]) {
+    for (float& one : x) {
+        one += __shfl_xor_sync(0xffffffffu, one, 1);
+        one += __shfl_xor_sync(0xffffffffu, one, 2);
+    }
+}
+__device__ __forceinline__ float number_of(const Direction& p, int n, int i) {
+    const unsigned high = p[n / 2].x[0][i / 2 + n % 2 * 2], low = p[n / 2].x[1][i / 2 + n % 2 * 2];
+    return half_of<data>(low, i % 2) + half_of<data>(high, i % 2);
+}
+
+// sum += left right: sums of tensor cores are cut, which three terms are too good for.
+template <int TERMS, int N>
+__device__ __forceinline__ void add(Sum& sum, const Left<data, TERMS>& left, const Right<data, N>& right) {
+    if constexpr (TERMS == 2) multiply_onto(sum, left, right);
+    else multiply(sum, left, right);
+}
+
+// A p of every token, where along(c) is p in 16 columns as a left matrix, number(n, i) one of its numbers.
+template <int TERMS, class Along, class Number>
+__device__ __forceinline__ void apply(Line& product, Along along, Number number, const Room& room, const Chunk& all) {
+    for (Sum& sum : product) sum = {};
+    #pragma unroll (TERMS == 2 ? BLOCKS : 1)
+    for (int c = 0; c < BLOCKS; c++) {
+        const Left<data, TERMS> left = along(c);
+        #pragma unroll
+        for (int n = 0; n < BLOCKS; n++) {
+            Right<data, TERMS> right[2];
+            room.load(right, c, n);
+            for (int i = 0; i < 2; i++) add(product[2 * n + i], left, right[i]);
+        }
+    }
+    const int token[2] = {token_of(0), token_of(1)};
+    const float left[2] = {all.left[token[0]], all.left[token[1]]};
+    along_rows([&](int half, int n, int i) {
+        float& x = product[n].x[i];
+        x = fma(left[half], x, room.ridge[8 * n + column_of() + i % 2] * number(n, i));
+    });
+    const float high[2] = {all.high[token[0]], all.high[token[1]]}, low[2] = {all.low[token[0]], all.low[token[1]]};
+    #pragma unroll 1
+    for (int pairs = 0; pairs <= int(threadIdx.x / 32 * 16); pairs += 16) {
+        Sum scores[2] = {};
+        #pragma unroll (TERMS == 2 ? BLOCKS : 1)
+        for (int c = 0; c < BLOCKS; c++) {
+            Right<data, 1> right[2];
+            load_right_transposed(right, room.k, pairs, 16 * c);
+            for (int i = 0; i < 2; i++) add(scores[i], along(c), right[i]);
+        }
+        #pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const int half = i % 4 / 2, pair = pairs + i / 4 * 8 + column_of() + i % 2;
+            const float share = share_of(all, token[half], high[half], low[half], pair);
+            float& x = scores[i / 4].x[i % 4];
+            x = share == 0 ? 0.0f : share * x;
+        }
+        Left<data, TERMS> shares;
+        left_of(shares, scores[0], scores[1]);
+        #pragma unroll
+        for (int n = 0; n < BLOCKS; n++) {
+            Right<data, 1> right[2];
+            load_right(right, room.k, pairs, 16 * n);
+            for (int i = 0; i < 2; i++) add(product[2 * n + i], shares, right[i]);
+        }
+    }
+}
+
+// Where the two tokens of a lane are.
+struct Progress {
+    float start[2], error[2], steepest[2];  // squares: of the right side, of the residual, of the largest |A p| / |p|
+    int steps[2];
+    bool active[2], left[2];
+
+    __device__ __forceinline__ bool any() const { return __any_sync(0xffffffffu, active[0] || active[1]); }
+};
+
+// q - A x for x in its place, with three terms; its square is `error`.
+__device__ __forceinline__ void find_residual(Line& rest, float (&error)[2], const Arrays& at, int group,
+                                              const Room& room, const Chunk& all, int low, int n) {
+    const auto along = [&](int c) {
+        Left<data, 3> left;
+        const Room::Four first = room.x(2 * c), second = room.x(2 * c + 1);
+        left_of(left, Sum{first.x[0], first.x[1], first.x[2], first.x[3]},
+                Sum{second.x[0], second.x[1], second.x[2], second.x[3]});
+        return left;
+    };
+    apply<3>(rest, along, [&](int octet, int i) { return room.x(octet).x[i]; }, room, all);
+    const auto query = at.query.of(group);
+    error[0] = error[1] = 0;
+    along_rows([&](int half, int octet, int i) {
+        const int token = token_of(half), column = 8 * octet + column_of() + i % 2;
+        float& x = rest[octet].x[i];
+        x = (token < n && column < K ? widened(query.at(low + token, column)) : 0.0f) - x;
+        error[half] = fma(x, x, error[half]);
+    });
+    over_lanes(error);
+}
+
+// Steps from x on, whose residual is `rest`, until what they carry along of it says that they are done.
+__device__ __forceinline__ void descend(Line& rest, Progress& now, const Room& room, const Chunk& all, int most,
+                                        float tolerance) {
+    Direction p;
+    Line product;
+    #pragma unroll
+    for (int c = 0; c < BLOCKS; c++) left_of(p[c], rest[2 * c], rest[2 * c + 1]);
+    #pragma unroll 1
+    while (now.any()) {
+        apply<2>(product, [&](int c) { return p[c]; }, [&](int n, int i) { return number_of(p, n, i); }, room, all);
+        float slope[2] = {}, size[2] = {}, image[2] = {}, length[2], next[2] = {}, reached[2] = {}, share[2];
+        along_rows([&](int half, int n, int i) {
+            const float u = number_of(p, n, i), x = product[n].x[i];
+            slope[half] = fma(u, x, slope[half]), size[half] = fma(u, u, size[half]);
+            image[half] = fma(x, x, image[half]);
+        });
+        over_lanes(slope), over_lanes(size), over_lanes(image);
+        for (int half = 0; half < 2; half++) length[half] = now.active[half] ? now.error[half] / slope[half] : 0;
+        #pragma unroll
+        for (int n = 0; n < OCTETS; n++) {
+            Room::Four x = room.x(n);
+            #pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int half = i / 2;
+                x.x[i] = fma(length[half], number_of(p, n, i), x.x[i]);
+                float& r = rest[n].x[i];
+                if (now.active[half]) r = fma(-length[half], product[n].x[i], r);
+                next[half] = fma(r, r, next[half]), reached[half] = fma(x.x[i], x.x[i], reached[half]);
+            }
+            room.x(n) = x;
+        }
+        over_lanes(next), over_lanes(reached);
+        for (int half = 0; half < 2; half++) {
+            share[half] = now.active[half] ? next[half] / now.error[half] : 0;
+            if (!now.active[half]) continue;
+            now.error[half] = next[half], now.steps[half]++;
+            now.steepest[half] = fmaxf(now.steepest[half], image[half] / size[half]);
+            const float wanted = tolerance * tolerance * now.start[half];
+            now.left[half] = !(EPSILON * EPSILON * now.steepest[half] * reached[half] <= wanted);
+            now.active[half] = !now.left[half] && next[half] > wanted && now.steps[half] < most;
+        }
+        #pragma unroll
+        for (int c = 0; c < BLOCKS; c++) {
+            Sum moved[2];
+            #pragma unroll
+            for (int i = 0; i < 8; i++)
+                moved[i / 4].x[i % 4] = fma(share[i % 4 / 2], number_of(p, 2 * c + i / 4, i % 4), rest[2 * c + i / 4].x[i % 4]);
+            left_of(p[c], moved[0], moved[1]);
+        }
+    }
+}
+
+// x of this warp's tokens, of which the chunk that begins at token `low` has n, from zero.
+__device__ __forceinline__ void solve(Progress& now, const Arrays& at, int group, const Room& room, const Chunk& all,
+                                      int low, int n, int most, float tolerance) {
+    Line rest;
+    bool open[2];
+    float asked[2] = {};
+    const auto query = at.query.of(group);
+    now = {};
+    along_rows([&](int half, int octet, int i) {
+        const int token = token_of(half), column = 8 * octet + column_of() + i % 2;
+        float& x = rest[octet].x[i];
+        x = token < n && column < K ? widened(query.at(low + token, column)) : 0.0f;
+        asked[half] += fabs(x), now.start[half] = fma(x, x, now.start[half]);
+        if (i == 0) room.x(octet) = {};
+    });
+    over_lanes(asked), over_lanes(now.start);
+    for (int half = 0; half < 2; half++) {  // squares must not be lost, nor too large
+        now.left[half] = asked[half] != 0 && !(now.start[half] >= FAINT && now.start[half] * FAINT <= 1);
+        now.active[half] = open[half] = asked[half] != 0 && !now.left[half], now.error[half] = now.start[half];
+    }
+    #pragma unroll 1
+    while (now.any()) {
+        float error[2];
+        const float before[2] = {now.error[0], now.error[1]};
+        descend(rest, now, room, all, most, tolerance);
+        find_residual(rest, error, at, group, room, all, low, n);
+        for (int half = 0; half < 2; half++) {
+            if (!open[half] || now.left[half]) continue;
+            now.error[half] = error[half];
+            open[half] = !(error[half] <= tolerance * tolerance * now.start[half]);
+            now.left[half] = open[half] && !(error[half] <= GAIN * GAIN * before[half] && now.steps[half] < most);
+            now.active[half] = open[half] && !now.left[half];
+        }
+    }
+}
+
+__device__ __forceinline__ void store(const Progress& now, const Rows<float>& to, const Rows<float>& residual,
+                                      const Room& room, int low, int n) {
+    along_rows([&](int half, int octet, int i) {
+        const int token = token_of(half), column = 8 * octet + column_of() + i % 2;
+        if (token < n && column < K) to.at(low + token, column) = room.x(octet).x[i];
+    });
+    for (int half = 0; half < 2; half++) {
+        const float share = now.start[half] > 0 ? sqrt(now.error[half] / now.start[half]) : 0;
+        if (token_of(half) < n && threadIdx.x % 4 == 0)
+            residual.at(low + token_of(half), 0) = now.left[half] ? float(TO_DO) : share;
+    }
+}
+
+// ---- H --------------------------------------------------------------------------------------------------------------
+
+// use(i, j) for all numbers of the tiles of its upper triangle, by all threads.
+template <class Use>
+__device__ __forceinline__ void each_of_gram(Use use) {
+    #pragma unroll 1
+    for (int at = threadIdx.x; at < KEYS * KEYS; at += THREADS)
+        if (at / KEYS / 16 <= at % KEYS / 16) use(at / KEYS, at % KEYS);
+}
+
+// H = left H + the pairs of the chunk; long rows of tiles are paired with short ones.
+__device__ __forceinline__ void learn(const Room& room, const Chunk& all) {
+    #pragma unroll 1
+    for (int turn = threadIdx.x / 32; turn < (BLOCKS + 1) / 2 * 2; turn += WARPS) {
+        const int row = turn < (BLOCKS + 1) / 2 ? turn : BLOCKS - 1 - (turn - (BLOCKS + 1) / 2);
+        if (BLOCKS % 2 && turn >= (BLOCKS + 1) / 2 && row == BLOCKS / 2) continue;  // the row in the middle is one
+        Weighed left;
+        load_weighed(left, room.k, all, 16 * row);
+        #pragma unroll 1
+        for (int column = row; column < BLOCKS; column++) {
+            Sum sums[2] = {};
+            multiply_pairs(sums, left, room.k, 16 * column);
+            room.gram.update(Room::block(row, column), sums, all.left[CHUNK - 1]);
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER)
+mesa_tensor(const data* q, const data* k, const gate* log_decay, const gate* beta, const double* ridge, const gate* H,
+            gate* H_next, float* starts, float* x, float* residual, const float* sums, const long long* table, int axes,
+            int tokens, int length, int pieces, int panels, int groups, int blocks, int iterations, double tolerance) {
+    __shared__ Chunk all;
+    __shared__ Arrays at;
+    const Room room(dynamic_shared());
+    const int which = blockIdx.x / blocks, piece = blockIdx.x % blocks;
+    if (threadIdx.x == 0)
+        at = {source_of(rows(k, table, axes, KEY, which), K),
+              {rows(log_decay, table, axes, GATE, which), rows(beta, table, axes, BETA, which), log_decay != nullptr,
+               beta != nullptr},
+              rows(q, table, axes, Q, which), rows(x, table, axes, X, which),
+              rows(residual, table, axes, RESIDUAL, which)};
+    const auto fixed = rows(ridge, table, axes, RIDGE, which);
+
+    for (int i = threadIdx.x; i < KEYS; i += THREADS) room.ridge[i] = i < K ? float(fixed.at(0, i)) : 0.0f;
+    const auto start = rows(H, table, axes, STATE, which);
+    const auto seen = rows(starts, table, axes, STARTS, which);
+    const Sums earlier = {sums + size_t(which) * (pieces - 1) * panels * Sums::size, panels};
+    each_of_gram([&](int i, int j) {
+        const int row = min(i, j), column = max(i, j);
+        float number = column < K ? start.at(row, column) : 0.0f;
+        number = earlier.before(piece, number, row, column / PANEL, column % PANEL);
+        room.gram.set(Room::block(i / 16, j / 16), i % 16, j % 16, number);
+        if (i <= j && j < K) seen.at(piece * K + i, j) = seen.at(piece * K + j, i) = number;
+    });
+
+    __syncthreads();  // arrays are known
+    #pragma unroll 1
+    for (int low = piece * length, end = min(tokens, low + length), n; low < end; low += n) {
+        n = min(CHUNK, end - low);
+        at.keys.bring(room.k, low, n, 0);
+        close_copies();
+        if (threadIdx.x < 32) find_decays(all, at.gates, low, n);
+        finish_copies<0>();
+        __syncthreads();  // pairs are there, and H is what the last chunk left
+        look<true>(room.k, all);
+        __syncthreads();  // everyone knows which are not finite
+        const int count = tokens_together(all, n);
+        __syncthreads();  // everyone has seen how many of them there are
+        if (count < n) shorten(room.k, count);
+        weigh(all, count), n = count;
+        if (at.gates.resets(low))
+            each_of_gram([&](int i, int j) { room.gram.set(Room::block(i / 16, j / 16), i % 16, j % 16, 0); });
+        __syncthreads();  // what they weigh is there
+        #pragma unroll 1
+        for (int group = 0; group < groups; group++) {  // the queries that share this memory
+            Progress now;
+            solve(now, at, group, room, all, low, n, iterations, float(tolerance));
+            store(now, at.solution.of(group), at.residual.of(group), room, low, n);
+        }
+        __syncthreads();  // nobody is left at this H
+        learn(room, all);
+        __syncthreads();  // nobody is left at these pairs
+    }
+    if (piece < pieces - 1) return;
+    const auto next = rows(H_next, table, axes, STATE_NEXT, which);
+    each_of_gram([&](int i, int j) {
+        const float number = room.gram.get(Room::block(i / 16, j / 16), i % 16, j % 16);
+        if (i <= j && j < K) next.at(i, j) = next.at(j, i) = number;
+    });
+}
