@@ -25,7 +25,7 @@ LEAST = 8 * CHUNK  # tokens of a piece
 TIGHTEST = 2.0**-20  # tolerance: three terms have an error of 2^-22 of |H| |x|
 TWO_TERMS = 2.0**-13  # tolerance: an error of 2^-17 of the solution is little beside what it leaves
 DECLARED = 4 << 10  # bytes of shared memory that a text declares itself
-TOGETHER = {"mesa_tensor": 2, "mesa_recall": 3}  # blocks of a multiprocessor
+TOGETHER = {"mesa_tensor": 2, "mesa_recall": 2}  # blocks of a multiprocessor
 HEADERS = ("tensor.cuh", "mesa_tensor.cuh")
 SUMS, SOLVE, RECALL = (Kernel(name, *HEADERS) for name in ("mesa_sums", "mesa_tensor", "mesa_recall"))
 

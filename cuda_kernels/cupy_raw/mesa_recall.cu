@@ -19,6 +19,14 @@ struct Room {
     }
 };
 
+// Where the arrays of a block lie, in shared memory: registers are short.
+struct Arrays {
+    Source keys, values;
+    Gates gates;
+    Rows<const float> point;
+    Rows<data> answer;
+};
+
 __device__ __forceinline__ int token_of(int half) { return threadIdx.x / 32 * 16 + 8 * half + threadIdx.x % 32 / 4; }
 __device__ __forceinline__ int column_of() { return threadIdx.x % 4 * 2; }
 // use(i, j) for all numbers of G, by all threads.
@@ -29,13 +37,15 @@ __device__ __forceinline__ void each_of_memory(Use use) {
 }
 
 __device__ __forceinline__ void load(Point& x, const Rows<const float>& from, int low, int n) {
+    const float* row[2] = {&from.at(low + token_of(0), column_of()), &from.at(low + token_of(1), column_of())};
+    const bool there[2] = {token_of(0) < n, token_of(1) < n};
     #pragma unroll
     for (int c = 0; c < BLOCKS; c++) {
         Sum part[2];
         #pragma unroll
         for (int i = 0; i < 8; i++) {
-            const int token = token_of(i % 4 / 2), column = 16 * c + i / 4 * 8 + column_of() + i % 2;
-            part[i / 4].x[i % 4] = token < n && column < K ? from.at(low + token, column) : 0.0f;
+            const int half = i % 4 / 2, column = 16 * c + i / 4 * 8 + i % 2;  // an array of ours has its rows dense
+            part[i / 4].x[i % 4] = there[half] && column + column_of() < K ? row[half][column] : 0.0f;
         }
         left_of(x[c], part[0], part[1]);
     }
@@ -50,6 +60,7 @@ __device__ __forceinline__ void recall(Answers& answers, const Point& x, const R
             Right<data, POINT_TERMS> right[2];
             room.memory.template load<false>(right, c * TILES + n);
             for (int i = 0; i < 2; i++) multiply(answers[2 * n + i], x[c], right[i]);
+            if (c % 2) __syncwarp();  // what the next ones need is not loaded before
         }
     const int token[2] = {token_of(0), token_of(1)};
     const float high[2] = {all.high[token[0]], all.high[token[1]]}, low[2] = {all.low[token[0]], all.low[token[1]]};
@@ -102,15 +113,14 @@ mesa_recall(const float* x, const data* k, const data* v, const gate* log_decay,
             gate* G_next, data* o, const float* sums, const long long* table, int axes, int tokens, int columns,
             int length, int pieces, int panels, int groups, int blocks) {
     __shared__ Chunk all;
+    __shared__ Arrays arrays;
     const Room room(dynamic_shared());
     const int which = blockIdx.x / blocks, panel = blockIdx.x % blocks / pieces, piece = blockIdx.x % pieces;
     const int first_column = panel * PANEL;
-    const auto point = rows(x, table, axes, X, which);
-    const auto answer = rows(o, table, axes, O, which);
-    const Source keys = source_of(rows(k, table, axes, KEY, which), K);
-    const Source values = source_of(rows(v, table, axes, V, which), columns);
-    const Gates gates = {rows(log_decay, table, axes, GATE, which), rows(beta, table, axes, BETA, which),
-                         log_decay != nullptr, beta != nullptr};
+    if (threadIdx.x == 0)
+        arrays = {source_of(rows(k, table, axes, KEY, which), K), source_of(rows(v, table, axes, V, which), columns),
+                  Gates::of(log_decay, beta, table, axes, GATE, which), rows(x, table, axes, X, which),
+                  rows(o, table, axes, O, which)};
 
     const auto start = rows(G, table, axes, STATE, which);
     const Sums earlier = {sums + size_t(which) * (pieces - 1) * panels * Sums::size, panels};
@@ -119,12 +129,13 @@ mesa_recall(const float* x, const data* k, const data* v, const gate* log_decay,
         room.memory.set(i / 16 * TILES + j / 16, i % 16, j % 16, earlier.before(piece, number, i, KEY_PANELS + panel, j));
     });
 
+    __syncthreads();  // arrays are known
     #pragma unroll 1
     for (int low = piece * length, end = min(tokens, low + length), n; low < end; low += n) {
         n = min(CHUNK, end - low);
-        keys.bring(room.k, low, n, 0), values.bring(room.v, low, n, first_column);
+        arrays.keys.bring(room.k, low, n, 0), arrays.values.bring(room.v, low, n, first_column);
         close_copies();
-        if (threadIdx.x < 32) find_decays(all, gates, low, n);
+        if (threadIdx.x < 32) find_decays(all, arrays.gates, low, n);
         finish_copies<0>();
         __syncthreads();  // pairs are there, and G is what the last chunk left
         look<true>(room.k, all), look<false>(room.v, all);
@@ -133,20 +144,20 @@ mesa_recall(const float* x, const data* k, const data* v, const gate* log_decay,
         __syncthreads();  // everyone has seen how many of them there are
         if (count < n) shorten(room.k, count), shorten(room.v, count);
         weigh(all, count), n = count;
-        if (gates.resets(low))
+        if (arrays.gates.resets(low))
             each_of_memory([&](int i, int j) { room.memory.set(i / 16 * TILES + j / 16, i % 16, j % 16, 0); });
         __syncthreads();  // what they weigh is there
         #pragma unroll 1
         for (int group = 0; group < groups; group++) {  // the points that share this memory
             Point x;
             Answers answers = {};
-            load(x, point.of(group), low, n);
+            load(x, arrays.point.of(group), low, n);
             recall(answers, x, room, all);
             #pragma unroll
             for (int n8 = 0; n8 < PANEL / 8; n8++)
                 for (int i = 0; i < 4; i++) {
                     const int token = token_of(i / 2), column = first_column + 8 * n8 + column_of() + i % 2;
-                    if (token < n && column < columns) put(answer.of(group).at(low + token, column), answers[n8].x[i]);
+                    if (token < n && column < columns) put(arrays.answer.of(group).at(low + token, column), answers[n8].x[i]);
                 }
         }
         __syncthreads();  // nobody is left at this G

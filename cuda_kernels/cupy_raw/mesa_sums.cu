@@ -9,6 +9,12 @@ enum { KEY, V, GATE, BETA };
 
 constexpr int ROWS_OF_WARP = (BLOCKS + WARPS - 1) / WARPS, KEY_PANELS = (KEYS + PANEL - 1) / PANEL;
 
+// Where they lie, in shared memory: registers are short.
+struct Arrays {
+    Source keys, columns;
+    Gates gates;
+};
+
 // The last token of a piece before which all is forgotten; if there is none, its first.
 __device__ __forceinline__ int last_reset(const Gates& at, int first, int end) {
     int last = first;
@@ -23,27 +29,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 mesa_sums(const data* k, const data* v, const gate* log_decay, const gate* beta, float* sums, const long long* table,
           int axes, int tokens, int columns, int length, int panels, int blocks) {
     __shared__ Chunk all;
+    __shared__ Arrays arrays;
     unsigned char* at = dynamic_shared();
     const Keys k_tile = tile_of<Keys>(at);
     const Values tile = tile_of<Values>(at);
     const int memory = blockIdx.x / blocks, piece = blockIdx.x % blocks / panels, panel = blockIdx.x % panels;
     const bool of_keys = panel < KEY_PANELS;
     const int first_column = PANEL * (of_keys ? panel : panel - KEY_PANELS), warp = threadIdx.x / 32;
-    const Source keys = source_of(rows(k, table, axes, KEY, memory), K);
-    const Source values = source_of(rows(v, table, axes, V, memory), columns);
-    const Gates gates = {rows(log_decay, table, axes, GATE, memory), rows(beta, table, axes, BETA, memory),
-                         log_decay != nullptr, beta != nullptr};
+    if (threadIdx.x == 0)
+        arrays = {source_of(rows(k, table, axes, KEY, memory), K),
+                  source_of(of_keys ? rows(k, table, axes, KEY, memory) : rows(v, table, axes, V, memory),
+                            of_keys ? K : columns),
+                  Gates::of(log_decay, beta, table, axes, GATE, memory)};
+    __syncthreads();  // arrays are known
 
     Sum own[ROWS_OF_WARP][PANEL / 8] = {};
-    const int end = (piece + 1) * length, begin = last_reset(gates, piece * length, end);
+    const int end = (piece + 1) * length, begin = last_reset(arrays.gates, piece * length, end);
     float left = 1;
     #pragma unroll 1
     for (int low = begin; low < end; low += CHUNK) {
         const int n = min(CHUNK, end - low);
-        keys.bring(k_tile, low, n, 0);
-        (of_keys ? keys : values).bring(tile, low, n, first_column);
+        arrays.keys.bring(k_tile, low, n, 0), arrays.columns.bring(tile, low, n, first_column);
         close_copies();
-        if (warp == 0) find_decays(all, gates, low, n);
+        if (warp == 0) find_decays(all, arrays.gates, low, n);
         finish_copies<0>();
         __syncthreads();  // pairs are there
         look<true>(k_tile, all), look<false>(tile, all);
@@ -75,5 +83,5 @@ mesa_sums(const data* k, const data* v, const gate* log_decay, const gate* beta,
     for (int m = 0; m < ROWS_OF_WARP; m++)
         for (int n = 0; n < PANEL / 8 && warp + m * WARPS < BLOCKS; n++)
             each(own[m][n], [&](int i, int j, float x) { to[(16 * (warp + m * WARPS) + i) * PANEL + 8 * n + j] = x; });
-    if (threadIdx.x == 0) to[KEYS * PANEL] = gates.resets(begin) ? 0.0f : left;
+    if (threadIdx.x == 0) to[KEYS * PANEL] = arrays.gates.resets(begin) ? 0.0f : left;
 }

@@ -14,11 +14,10 @@
 // residual says so. A token's steps depend on no other's.
 
 enum { Q, KEY, GATE, BETA, RIDGE, STATE, STATE_NEXT, STARTS, X, RESIDUAL };
-enum { OCTETS = KEYS / 8, TO_DO = -1 };
-const float EPSILON = 1.0f / (1 << 22), FAINT = 1e-24f, GAIN = 1.0f / 4;
+enum { OCTETS = KEYS / 8, ROUNDS = 4, TO_DO = -1 };
+const float EPSILON = 1.0f / (1 << 22), FAINT = 1e-24f;
 
 typedef Sum Line[OCTETS];
-typedef Left<data, 2> Direction[BLOCKS];
 
 // What a block keeps in shared memory.
 struct Room {
@@ -74,10 +73,44 @@ __device__ __forceinline__ void over_lanes(float (&x)[2]) {
         one += __shfl_xor_sync(0xffffffffu, one, 2);
     }
 }
-__device__ __forceinline__ float number_of(const Direction& p, int n, int i) {
-    const unsigned high = p[n / 2].x[0][i / 2 + n % 2 * 2], low = p[n / 2].x[1][i / 2 + n % 2 * 2];
-    return half_of<data>(low, i % 2) + half_of<data>(high, i % 2);
+__device__ __forceinline__ bool any_of_row(bool any) {
+    float found[2] = {any ? 1.0f : 0.0f, 0};
+    over_lanes(found);
+    return found[0] > 0;
 }
+
+// A direction, in registers: two terms of it are all that counts.
+struct Direction {
+    Left<data, 2> x[BLOCKS];
+
+    __device__ __forceinline__ const Left<data, 2>& matrix(int c) const { return x[c]; }
+    __device__ __forceinline__ float number(int n, int i) const {
+        const unsigned high = x[n / 2].x[0][i / 2 + n % 2 * 2], low = x[n / 2].x[1][i / 2 + n % 2 * 2];
+        return half_of<data>(low, i % 2) + half_of<data>(high, i % 2);
+    }
+    // What was read of it is not kept in registers, which are short, until it is read again.
+    __device__ __forceinline__ void forget() {
+#ifdef __CUDACC_RTC__
+        #pragma unroll
+        for (Left<data, 2>& one : x)
+            for (int i = 0; i < 4; i++) asm volatile("" : "+r"(one.x[0][i]), "+r"(one.x[1][i]));
+#endif
+    }
+};
+// A solution, in its place.
+struct Solution {
+    const Room& room;
+
+    __device__ __forceinline__ Left<data, 3> matrix(int c) const {
+        const Room::Four first = room.x(2 * c), second = room.x(2 * c + 1);
+        Left<data, 3> left;
+        left_of(left, Sum{first.x[0], first.x[1], first.x[2], first.x[3]},
+                Sum{second.x[0], second.x[1], second.x[2], second.x[3]});
+        return left;
+    }
+    __device__ __forceinline__ float number(int n, int i) const { return room.x(n).x[i]; }
+    __device__ __forceinline__ void forget() const {}
+};
 
 // sum += left right: sums of tensor cores are cut, which three terms are too good for.
 template <int TERMS, int N>
@@ -86,13 +119,13 @@ __device__ __forceinline__ void add(Sum& sum, const Left<data, TERMS>& left, con
     else multiply(sum, left, right);
 }
 
-// A p of every token, where along(c) is p in 16 columns as a left matrix, number(n, i) one of its numbers.
-template <int TERMS, class Along, class Number>
-__device__ __forceinline__ void apply(Line& product, Along along, Number number, const Room& room, const Chunk& all) {
+// A p of every token. Of p, `matrix(c)` is 16 columns as a left matrix, `number(n, i)` one of its numbers.
+template <int TERMS, class Vector>
+__device__ __forceinline__ void apply(Line& product, Vector& p, const Room& room, const Chunk& all) {
     for (Sum& sum : product) sum = {};
     #pragma unroll (TERMS == 2 ? BLOCKS : 1)
     for (int c = 0; c < BLOCKS; c++) {
-        const Left<data, TERMS> left = along(c);
+        const Left<data, TERMS> left = p.matrix(c);
         #pragma unroll
         for (int n = 0; n < BLOCKS; n++) {
             Right<data, TERMS> right[2];
@@ -104,17 +137,19 @@ __device__ __forceinline__ void apply(Line& product, Along along, Number number,
     const float left[2] = {all.left[token[0]], all.left[token[1]]};
     along_rows([&](int half, int n, int i) {
         float& x = product[n].x[i];
-        x = fma(left[half], x, room.ridge[8 * n + column_of() + i % 2] * number(n, i));
+        x = fma(left[half], x, room.ridge[8 * n + column_of() + i % 2] * p.number(n, i));
     });
+    p.forget();
     const float high[2] = {all.high[token[0]], all.high[token[1]]}, low[2] = {all.low[token[0]], all.low[token[1]]};
     #pragma unroll 1
     for (int pairs = 0; pairs <= int(threadIdx.x / 32 * 16); pairs += 16) {
         Sum scores[2] = {};
         #pragma unroll (TERMS == 2 ? BLOCKS : 1)
         for (int c = 0; c < BLOCKS; c++) {
+            const Left<data, TERMS> left = p.matrix(c);
             Right<data, 1> right[2];
             load_right_transposed(right, room.k, pairs, 16 * c);
-            for (int i = 0; i < 2; i++) add(scores[i], along(c), right[i]);
+            for (int i = 0; i < 2; i++) add(scores[i], left, right[i]);
         }
         #pragma unroll
         for (int i = 0; i < 8; i++) {
@@ -136,51 +171,57 @@ __device__ __forceinline__ void apply(Line& product, Along along, Number number,
 
 // Where the two tokens of a lane are.
 struct Progress {
-    float start[2], error[2], steepest[2];  // squares: of the right side, of the residual, of the largest |A p| / |p|
+    float wanted[2], error[2], steepest[2];  // squares: of the residual asked for, of that, of the largest |A p| / |p|
     int steps[2];
     bool active[2], left[2];
 
     __device__ __forceinline__ bool any() const { return __any_sync(0xffffffffu, active[0] || active[1]); }
 };
 
-// q - A x for x in its place, with three terms; its square is `error`.
-__device__ __forceinline__ void find_residual(Line& rest, float (&error)[2], const Arrays& at, int group,
-                                              const Room& room, const Chunk& all, int low, int n) {
-    const auto along = [&](int c) {
-        Left<data, 3> left;
-        const Room::Four first = room.x(2 * c), second = room.x(2 * c + 1);
-        left_of(left, Sum{first.x[0], first.x[1], first.x[2], first.x[3]},
-                Sum{second.x[0], second.x[1], second.x[2], second.x[3]});
-        return left;
-    };
-    apply<3>(rest, along, [&](int octet, int i) { return room.x(octet).x[i]; }, room, all);
-    const auto query = at.query.of(group);
-    error[0] = error[1] = 0;
-    along_rows([&](int half, int octet, int i) {
-        const int token = token_of(half), column = 8 * octet + column_of() + i % 2;
-        float& x = rest[octet].x[i];
-        x = (token < n && column < K ? widened(query.at(low + token, column)) : 0.0f) - x;
-        error[half] = fma(x, x, error[half]);
-    });
-    over_lanes(error);
+// Queries of n tokens from `low` on minus what is in the places of x, there, and the squares of it.
+__device__ __forceinline__ void subtract(const Rows<const data>& query, float (&square)[2], const Room& room, int low,
+                                         int n) {
+    square[0] = square[1] = 0;
+    #pragma unroll 4
+    for (int octet = 0; octet < OCTETS; octet++) {
+        Room::Four x = room.x(octet);
+        #pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int token = token_of(i / 2), column = 8 * octet + column_of() + i % 2;
+            x.x[i] = (token < n && column < K ? widened(query.at(low + token, column)) : 0.0f) - x.x[i];
+            square[i / 2] = fma(x.x[i], x.x[i], square[i / 2]);
+        }
+        room.x(octet) = x;
+    }
+    over_lanes(square);
+}
+// Numbers in registers and those in places change places.
+__device__ __forceinline__ void swap(Line& line, const Room& room) {
+    #pragma unroll
+    for (int n = 0; n < OCTETS; n++) {
+        const Room::Four x = room.x(n);
+        room.x(n) = {line[n].x[0], line[n].x[1], line[n].x[2], line[n].x[3]};
+        for (int i = 0; i < 4; i++) line[n].x[i] = x.x[i];
+    }
 }
 
 // Steps from x on, whose residual is `rest`, until what they carry along of it says that they are done.
-__device__ __forceinline__ void descend(Line& rest, Progress& now, const Room& room, const Chunk& all, int most,
-                                        float tolerance) {
+__device__ __forceinline__ void descend(Line& rest, Progress& now, const Room& room, const Chunk& all,
+                                        int most) {
     Direction p;
     Line product;
     #pragma unroll
-    for (int c = 0; c < BLOCKS; c++) left_of(p[c], rest[2 * c], rest[2 * c + 1]);
+    for (int c = 0; c < BLOCKS; c++) left_of(p.x[c], rest[2 * c], rest[2 * c + 1]);
     #pragma unroll 1
     while (now.any()) {
-        apply<2>(product, [&](int c) { return p[c]; }, [&](int n, int i) { return number_of(p, n, i); }, room, all);
+        apply<2>(product, p, room, all);
         float slope[2] = {}, size[2] = {}, image[2] = {}, length[2], next[2] = {}, reached[2] = {}, share[2];
         along_rows([&](int half, int n, int i) {
-            const float u = number_of(p, n, i), x = product[n].x[i];
+            const float u = p.number(n, i), x = product[n].x[i];
             slope[half] = fma(u, x, slope[half]), size[half] = fma(u, u, size[half]);
             image[half] = fma(x, x, image[half]);
         });
+        p.forget();
         over_lanes(slope), over_lanes(size), over_lanes(image);
         for (int half = 0; half < 2; half++) length[half] = now.active[half] ? now.error[half] / slope[half] : 0;
         #pragma unroll
@@ -189,30 +230,30 @@ __device__ __forceinline__ void descend(Line& rest, Progress& now, const Room& r
             #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const int half = i / 2;
-                x.x[i] = fma(length[half], number_of(p, n, i), x.x[i]);
+                x.x[i] = fma(length[half], p.number(n, i), x.x[i]);
                 float& r = rest[n].x[i];
                 if (now.active[half]) r = fma(-length[half], product[n].x[i], r);
                 next[half] = fma(r, r, next[half]), reached[half] = fma(x.x[i], x.x[i], reached[half]);
             }
             room.x(n) = x;
         }
+        p.forget();
         over_lanes(next), over_lanes(reached);
         for (int half = 0; half < 2; half++) {
             share[half] = now.active[half] ? next[half] / now.error[half] : 0;
             if (!now.active[half]) continue;
             now.error[half] = next[half], now.steps[half]++;
             now.steepest[half] = fmaxf(now.steepest[half], image[half] / size[half]);
-            const float wanted = tolerance * tolerance * now.start[half];
-            now.left[half] = !(EPSILON * EPSILON * now.steepest[half] * reached[half] <= wanted);
-            now.active[half] = !now.left[half] && next[half] > wanted && now.steps[half] < most;
+            now.left[half] = !(EPSILON * EPSILON * now.steepest[half] * reached[half] <= now.wanted[half]);
+            now.active[half] = !now.left[half] && next[half] > now.wanted[half] && now.steps[half] < most;
         }
         #pragma unroll
         for (int c = 0; c < BLOCKS; c++) {
             Sum moved[2];
             #pragma unroll
             for (int i = 0; i < 8; i++)
-                moved[i / 4].x[i % 4] = fma(share[i % 4 / 2], number_of(p, 2 * c + i / 4, i % 4), rest[2 * c + i / 4].x[i % 4]);
-            left_of(p[c], moved[0], moved[1]);
+                moved[i / 4].x[i % 4] = fma(share[i % 4 / 2], p.number(2 * c + i / 4, i % 4), rest[2 * c + i / 4].x[i % 4]);
+            left_of(p.x[c], moved[0], moved[1]);
         }
     }
 }
@@ -220,47 +261,51 @@ __device__ __forceinline__ void descend(Line& rest, Progress& now, const Room& r
 // x of this warp's tokens, of which the chunk that begins at token `low` has n, from zero.
 __device__ __forceinline__ void solve(Progress& now, const Arrays& at, int group, const Room& room, const Chunk& all,
                                       int low, int n, int most, float tolerance) {
-    Line rest;
-    bool open[2];
-    float asked[2] = {};
-    const auto query = at.query.of(group);
+    Line rest = {};
+    bool open[2], there[2] = {};
     now = {};
-    along_rows([&](int half, int octet, int i) {
-        const int token = token_of(half), column = 8 * octet + column_of() + i % 2;
-        float& x = rest[octet].x[i];
-        x = token < n && column < K ? widened(query.at(low + token, column)) : 0.0f;
-        asked[half] += fabs(x), now.start[half] = fma(x, x, now.start[half]);
-        if (i == 0) room.x(octet) = {};
-    });
-    over_lanes(asked), over_lanes(now.start);
+    #pragma unroll
+    for (int octet = 0; octet < OCTETS; octet++) room.x(octet) = {};
+    subtract(at.query.of(group), now.error, room, low, n);
+    swap(rest, room);
+    along_rows([&](int half, int octet, int i) { there[half] |= rest[octet].x[i] != 0; });
     for (int half = 0; half < 2; half++) {  // squares must not be lost, nor too large
-        now.left[half] = asked[half] != 0 && !(now.start[half] >= FAINT && now.start[half] * FAINT <= 1);
-        now.active[half] = open[half] = asked[half] != 0 && !now.left[half], now.error[half] = now.start[half];
+        const float start = now.error[half];
+        now.left[half] = any_of_row(there[half]) && !(start >= FAINT && start * FAINT <= 1);
+        now.active[half] = open[half] = start > 0 && !now.left[half];
+        now.wanted[half] = tolerance * tolerance * start;
     }
     #pragma unroll 1
-    while (now.any()) {
+    for (int round = 0; round < ROUNDS && now.any(); round++) {
         float error[2];
-        const float before[2] = {now.error[0], now.error[1]};
-        descend(rest, now, room, all, most, tolerance);
-        find_residual(rest, error, at, group, room, all, low, n);
+        descend(rest, now, room, all, most);
+        Solution x = {room};
+        apply<3>(rest, x, room, all);
+        swap(rest, room);
+        subtract(at.query.of(group), error, room, low, n);
+        swap(rest, room);
         for (int half = 0; half < 2; half++) {
             if (!open[half] || now.left[half]) continue;
-            now.error[half] = error[half];
-            open[half] = !(error[half] <= tolerance * tolerance * now.start[half]);
-            now.left[half] = open[half] && !(error[half] <= GAIN * GAIN * before[half] && now.steps[half] < most);
-            now.active[half] = open[half] && !now.left[half];
+            now.error[half] = error[half], open[half] = !(error[half] <= now.wanted[half]);
+            now.active[half] = open[half] && now.steps[half] < most;
         }
     }
+    for (int half = 0; half < 2; half++) now.left[half] |= open[half];
 }
 
 __device__ __forceinline__ void store(const Progress& now, const Rows<float>& to, const Rows<float>& residual,
-                                      const Room& room, int low, int n) {
-    along_rows([&](int half, int octet, int i) {
-        const int token = token_of(half), column = 8 * octet + column_of() + i % 2;
-        if (token < n && column < K) to.at(low + token, column) = room.x(octet).x[i];
-    });
+                                      const Room& room, int low, int n, float tolerance) {
+    #pragma unroll 1
+    for (int octet = 0; octet < OCTETS; octet++) {
+        const Room::Four x = room.x(octet);
+        #pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int token = token_of(i / 2), column = 8 * octet + column_of() + i % 2;
+            if (token < n && column < K) (&to.at(low + token, 0))[column] = x.x[i];  // an array of ours has its rows dense
+        }
+    }
     for (int half = 0; half < 2; half++) {
-        const float share = now.start[half] > 0 ? sqrt(now.error[half] / now.start[half]) : 0;
+        const float share = now.wanted[half] > 0 ? tolerance * sqrt(now.error[half] / now.wanted[half]) : 0;
         if (token_of(half) < n && threadIdx.x % 4 == 0)
             residual.at(low + token_of(half), 0) = now.left[half] ? float(TO_DO) : share;
     }
@@ -303,8 +348,7 @@ mesa_tensor(const data* q, const data* k, const gate* log_decay, const gate* bet
     const int which = blockIdx.x / blocks, piece = blockIdx.x % blocks;
     if (threadIdx.x == 0)
         at = {source_of(rows(k, table, axes, KEY, which), K),
-              {rows(log_decay, table, axes, GATE, which), rows(beta, table, axes, BETA, which), log_decay != nullptr,
-               beta != nullptr},
+              Gates::of(log_decay, beta, table, axes, GATE, which),
               rows(q, table, axes, Q, which), rows(x, table, axes, X, which),
               rows(residual, table, axes, RESIDUAL, which)};
     const auto fixed = rows(ridge, table, axes, RIDGE, which);
@@ -343,7 +387,7 @@ mesa_tensor(const data* q, const data* k, const gate* log_decay, const gate* bet
         for (int group = 0; group < groups; group++) {  // the queries that share this memory
             Progress now;
             solve(now, at, group, room, all, low, n, iterations, float(tolerance));
-            store(now, at.solution.of(group), at.residual.of(group), room, low, n);
+            store(now, at.solution.of(group), at.residual.of(group), room, low, n, float(tolerance));
         }
         __syncthreads();  // nobody is left at this H
         learn(room, all);

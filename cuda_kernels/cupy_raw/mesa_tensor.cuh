@@ -32,6 +32,12 @@ struct Gates {
     Rows<const gate> decay, weight;
     bool decays, weighted;
 
+    // The arrays are two of the table, the first of which is number `first`.
+    static __device__ __forceinline__ Gates of(const gate* log_decay, const gate* beta, const long long* table, int axes,
+                                               int first, int memory) {
+        return {rows(log_decay, table, axes, first, memory), rows(beta, table, axes, first + 1, memory),
+                log_decay != nullptr, beta != nullptr};
+    }
     // Whether nothing is left at a token of what came before, not even of a NaN, which zero times it would keep.
     __device__ __forceinline__ bool resets(int token) const { return decays && decay.at(token, 0) <= float(FAINTEST); }
 };
