@@ -135,13 +135,14 @@ mesa_recall(const float* x, const data* k, const data* v, const gate* log_decay,
         n = min(CHUNK, end - low);
         arrays.keys.bring(room.k, low, n, 0), arrays.values.bring(room.v, low, n, first_column);
         close_copies();
+        prefetch_rows(arrays.keys.rows, low + CHUNK, end, 0, K), prefetch_rows(arrays.point, low + CHUNK, end, 0, K);
+        prefetch_rows(arrays.values.rows, low + CHUNK, end, first_column, min(columns, first_column + PANEL));
         if (threadIdx.x < 32) find_decays(all, arrays.gates, low, n);
         finish_copies<0>();
         __syncthreads();  // pairs are there, and G is what the last chunk left
         look<true>(room.k, all), look<false>(room.v, all);
         __syncthreads();  // everyone knows which are not finite
         const int count = tokens_together(all, n);
-        __syncthreads();  // everyone has seen how many of them there are
         if (count < n) shorten(room.k, count), shorten(room.v, count);
         weigh(all, count), n = count;
         if (arrays.gates.resets(low))

@@ -371,13 +371,13 @@ mesa_tensor(const data* q, const data* k, const gate* log_decay, const gate* bet
         n = min(CHUNK, end - low);
         at.keys.bring(room.k, low, n, 0);
         close_copies();
+        prefetch_rows(at.keys.rows, low + CHUNK, end, 0, K), prefetch_rows(at.query, low + CHUNK, end, 0, K);
         if (threadIdx.x < 32) find_decays(all, at.gates, low, n);
         finish_copies<0>();
         __syncthreads();  // pairs are there, and H is what the last chunk left
         look<true>(room.k, all);
         __syncthreads();  // everyone knows which are not finite
         const int count = tokens_together(all, n);
-        __syncthreads();  // everyone has seen how many of them there are
         if (count < n) shorten(room.k, count);
         weigh(all, count), n = count;
         if (at.gates.resets(low))

@@ -27,6 +27,18 @@ __device__ __forceinline__ Source source_of(Rows<const data> rows, int columns) 
     return {rows, columns, in_vectors(rows)};
 }
 
+// Lines of memory that the next chunk will ask for go to the cache, by two threads for each token.
+#ifdef __CUDACC_RTC__
+__device__ __forceinline__ void prefetch(const void* line) { asm volatile("prefetch.global.L2 [%0];" :: "l"(line)); }
+#else
+inline void prefetch(const void*) {}
+#endif
+template <class T>
+__device__ __forceinline__ void prefetch_rows(const Rows<T>& from, int low, int end, int first, int last) {
+    const int token = low + threadIdx.x / 2, line = 128 / int(sizeof(T));
+    for (int j = first + threadIdx.x % 2 * line; j < last && token < end; j += 2 * line) prefetch(&from.at(token, j));
+}
+
 // The gates and the weights of a memory's pairs.
 struct Gates {
     Rows<const gate> decay, weight;
