@@ -23,7 +23,6 @@ THREADS = 32 * WARPS
 WIDEST = 128  # keys
 LEAST = 8 * CHUNK  # tokens of a piece
 TIGHTEST = 2.0**-20  # tolerance: three terms have an error of 2^-22 of |H| |x|
-TWO_TERMS = 2.0**-13  # tolerance: an error of 2^-17 of the solution is little beside what it leaves
 DECLARED = 4 << 10  # bytes of shared memory that a text declares itself
 TOGETHER = {"mesa_tensor": 2, "mesa_recall": 2}  # blocks of a multiprocessor
 HEADERS = ("tensor.cuh", "mesa_tensor.cuh")
@@ -128,14 +127,7 @@ def solve(
 
 
 def recall(
-    chosen: Plan,
-    sequences: Sequences,
-    x: Any,
-    pairs: dict[str, Any],
-    G: Any,
-    sums: Any,
-    types: Any,
-    tolerance: float,
+    chosen: Plan, sequences: Sequences, x: Any, pairs: dict[str, Any], G: Any, sums: Any, types: Any
 ) -> tuple[Any, Any]:
     """Answers, and G at the end."""
     (tokens, rows), columns = x.shape[-2:], pairs["v"][0].shape[-1]
@@ -143,8 +135,7 @@ def recall(
     arrays = {"x": (x, BOTH)} | pairs | {"G": (G, BOTH), "G_next": (G_next, BOTH), "o": (o, BOTH)}
     shared = 3 * 512 * (chosen.keys // 16) * (PANEL // 16) + tokens_of(chosen.keys) + tokens_of(PANEL)
     grid = Grid(chosen.pieces * chosen.value_panels, THREADS, shared)
-    terms = 2 if tolerance >= TWO_TERMS else 3
-    constants = chosen.constants(rows, POINT_TERMS=terms, TOGETHER=TOGETHER["mesa_recall"])
+    constants = chosen.constants(rows, TOGETHER=TOGETHER["mesa_recall"])
     numbers = chosen.sizes(tokens, columns) | {"pieces": chosen.pieces, "sums": sums}
     launch(RECALL, sequences, arrays, ("G_next", "o"), types, constants, grid, **numbers)
     return o, G_next

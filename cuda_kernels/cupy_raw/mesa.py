@@ -123,7 +123,7 @@ def in_floats(
     made = _tensor.solve(cut, sequences, q, pairs, ridge, H, sums, types, most, tolerance)
     rest = chosen._replace(pieces=cut.pieces, length=cut.length)
     solve_in_chunks(rest, sequences, q, pairs, ridge, H, made, "cg", iterations, tolerance)
-    o, G_next = _tensor.recall(cut, sequences, made["x"], pairs, G, sums, types, tolerance)
+    o, G_next = _tensor.recall(cut, sequences, made["x"], pairs, G, sums, types)
     return o, MesaState(G_next, made["H_next"])
 
 

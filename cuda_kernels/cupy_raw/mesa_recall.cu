@@ -1,12 +1,13 @@
 // What a memory recalls at the solutions of the Mesa layer, in products of bfloat16:  G = g_t G + beta_t k_t v_t^T,
-// o_t = G^T x_t: linear attention with x as the queries, of which POINT_TERMS terms count. G is a float, in three terms; a
-// block has one memory, PANEL of its columns and one piece of the sequence, a warp has 16 tokens of a chunk.
+// o_t = G^T x_t: linear attention with x as the queries. Both are floats, in three terms: where a ridge is small, an answer
+// is little beside what it is a sum of. A block has one memory, PANEL of its columns and one piece of the sequence, a warp
+// has 16 tokens of a chunk.
 
 enum { X, KEY, V, GATE, BETA, STATE, STATE_NEXT, O };
 
 constexpr int TILES = PANEL / 16, KEY_PANELS = (KEYS + PANEL - 1) / PANEL;
 typedef Sum Answers[PANEL / 8];
-typedef Left<data, POINT_TERMS> Point[BLOCKS];
+typedef Left<data, 3> Point[BLOCKS];
 
 struct Room {
     Terms<BLOCKS * TILES> memory;
@@ -57,7 +58,7 @@ __device__ __forceinline__ void recall(Answers& answers, const Point& x, const R
     for (int n = 0; n < TILES; n++)
         #pragma unroll
         for (int c = 0; c < BLOCKS; c++) {
-            Right<data, POINT_TERMS> right[2];
+            Right<data, 3> right[2];
             room.memory.template load<false>(right, c * TILES + n);
             for (int i = 0; i < 2; i++) multiply(answers[2 * n + i], x[c], right[i]);
             if (c % 2) __syncwarp();  // what the next ones need is not loaded before
@@ -82,7 +83,7 @@ __device__ __forceinline__ void recall(Answers& answers, const Point& x, const R
             float& score = scores[i / 4].x[i % 4];
             score = share == 0 ? 0.0f : share * score;
         }
-        Left<data, POINT_TERMS> shares;
+        Left<data, 3> shares;
         left_of(shares, scores[0], scores[1]);
         #pragma unroll
         for (int n = 0; n < TILES; n++) {
