@@ -1,8 +1,7 @@
-"""The Mesa layer in products of bfloat16, executed on the CPU: what single precision is enough for, and what is left."""
+"""The Mesa layer in products of bfloat16, executed on the CPU: what floats are enough for, and what is left."""
 
 import re
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import cudaemu
@@ -243,7 +242,7 @@ def spoilt():
 
 
 TEXTS = Path(_mesa_tensor.__file__).parent
-OWN = ("mesa_tensor.cu", "mesa_sums.cu", "mesa_recall.cu")
+OWN = ("mesa_tensor.cuh", "mesa_tensor.cu", "mesa_sums.cu", "mesa_recall.cu")
 
 
 @pytest.mark.slow

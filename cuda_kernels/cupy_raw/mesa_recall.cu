@@ -7,7 +7,14 @@ enum { X, KEY, V, GATE, BETA, STATE, STATE_NEXT, O };
 
 constexpr int TILES = PANEL / 16, KEY_PANELS = (KEYS + PANEL - 1) / PANEL;
 typedef Sum Answers[PANEL / 8];
-typedef Left<data, 3> Point[BLOCKS];
+
+// The points of a warp's tokens.
+struct Point {
+    static constexpr bool at_hand = true;
+    Left<data, 3> x[BLOCKS];
+
+    __device__ __forceinline__ const Left<data, 3>& matrix(int c) const { return x[c]; }
+};
 
 struct Room {
     Terms<BLOCKS * TILES> memory;
@@ -28,8 +35,6 @@ struct Arrays {
     Rows<data> answer;
 };
 
-__device__ __forceinline__ int token_of(int half) { return threadIdx.x / 32 * 16 + 8 * half + threadIdx.x % 32 / 4; }
-__device__ __forceinline__ int column_of() { return threadIdx.x % 4 * 2; }
 // use(i, j) for all numbers of G, by all threads.
 template <class Use>
 __device__ __forceinline__ void each_of_memory(Use use) {
@@ -37,7 +42,7 @@ __device__ __forceinline__ void each_of_memory(Use use) {
     for (int at = threadIdx.x; at < KEYS * PANEL; at += THREADS) use(at / PANEL, at % PANEL);
 }
 
-__device__ __forceinline__ void load(Point& x, const Rows<const float>& from, int low, int n) {
+__device__ __forceinline__ void load(Point& to, const Rows<const float>& from, int low, int n) {
     const float* row[2] = {&from.at(low + token_of(0), column_of()), &from.at(low + token_of(1), column_of())};
     const bool there[2] = {token_of(0) < n, token_of(1) < n};
     #pragma unroll
@@ -48,7 +53,7 @@ __device__ __forceinline__ void load(Point& x, const Rows<const float>& from, in
             const int half = i % 4 / 2, column = 16 * c + i / 4 * 8 + i % 2;  // an array of ours has its rows dense
             part[i / 4].x[i % 4] = there[half] && column + column_of() < K ? row[half][column] : 0.0f;
         }
-        left_of(x[c], part[0], part[1]);
+        left_of(to.x[c], part[0], part[1]);
     }
 }
 
@@ -60,38 +65,21 @@ __device__ __forceinline__ void recall(Answers& answers, const Point& x, const R
         for (int c = 0; c < BLOCKS; c++) {
             Right<data, 3> right[2];
             room.memory.template load<false>(right, c * TILES + n);
-            for (int i = 0; i < 2; i++) multiply(answers[2 * n + i], x[c], right[i]);
+            for (int i = 0; i < 2; i++) multiply(answers[2 * n + i], x.x[c], right[i]);
             if (c % 2) __syncwarp();  // what the next ones need is not loaded before
         }
-    const int token[2] = {token_of(0), token_of(1)};
-    const float high[2] = {all.high[token[0]], all.high[token[1]]}, low[2] = {all.low[token[0]], all.low[token[1]]};
     for (Sum& sum : answers)
-        for (int i = 0; i < 4; i++) sum.x[i] *= all.left[token[i / 2]];
-    #pragma unroll 1
-    for (int pairs = 0; pairs <= int(threadIdx.x / 32 * 16); pairs += 16) {
-        Sum scores[2] = {};
-        #pragma unroll
-        for (int c = 0; c < BLOCKS; c++) {
-            Right<data, 1> right[2];
-            load_right_transposed(right, room.k, pairs, 16 * c);
-            for (int i = 0; i < 2; i++) multiply(scores[i], x[c], right[i]);
+        for (int i = 0; i < 4; i++) sum.x[i] *= all.left[token_of(i / 2)];
+    attend<3>(answers, x, room.k, room.v, all);
+}
+__device__ __forceinline__ void store(const Answers& answers, const Rows<data>& to, int low, int n, int first_column,
+                                      int columns) {
+    #pragma unroll
+    for (int octet = 0; octet < PANEL / 8; octet++)
+        for (int i = 0; i < 4; i++) {
+            const int token = token_of(i / 2), column = first_column + 8 * octet + column_of() + i % 2;
+            if (token < n && column < columns) put(to.at(low + token, column), answers[octet].x[i]);
         }
-        #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            const int half = i % 4 / 2, pair = pairs + i / 4 * 8 + column_of() + i % 2;
-            const float share = share_of(all, token[half], high[half], low[half], pair);
-            float& score = scores[i / 4].x[i % 4];
-            score = share == 0 ? 0.0f : share * score;
-        }
-        Left<data, 3> shares;
-        left_of(shares, scores[0], scores[1]);
-        #pragma unroll
-        for (int n = 0; n < TILES; n++) {
-            Right<data, 1> right[2];
-            load_right(right, room.v, pairs, 16 * n);
-            for (int i = 0; i < 2; i++) multiply(answers[2 * n + i], shares, right[i]);
-        }
-    }
 }
 
 // G = left G + the pairs of the chunk.
@@ -107,6 +95,22 @@ __device__ __forceinline__ void learn(const Room& room, const Chunk& all) {
             room.memory.update(row * TILES + n, sums, all.left[CHUNK - 1]);
         }
     }
+}
+
+// Pairs of a chunk that begins at token `low`, and G as its first token finds it; how many tokens it has.
+__device__ __forceinline__ int load_chunk(const Room& room, Chunk& all, const Arrays& at, int low, int end,
+                                          int first_column) {
+    const int n = min(CHUNK, end - low);
+    at.keys.bring(room.k, low, n, 0), at.values.bring(room.v, low, n, first_column);
+    close_copies();
+    prefetch_rows(at.keys.rows, low + CHUNK, end, 0, K), prefetch_rows(at.point, low + CHUNK, end, 0, K);
+    prefetch_rows(at.values.rows, low + CHUNK, end, first_column, min(at.values.columns, first_column + PANEL));
+    if (threadIdx.x < 32) find_decays(all, at.gates, low, n);
+    finish_copies<0>();
+    __syncthreads();  // pairs are there, and G is what the last chunk left
+    if (at.gates.resets(low))
+        each_of_memory([&](int i, int j) { room.memory.set(i / 16 * TILES + j / 16, i % 16, j % 16, 0); });
+    return settle(all, n, room.k, room.v);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER)
@@ -133,21 +137,7 @@ mesa_recall(const float* x, const data* k, const data* v, const gate* log_decay,
     __syncthreads();  // arrays are known
     #pragma unroll 1
     for (int low = piece * length, end = min(tokens, low + length), n; low < end; low += n) {
-        n = min(CHUNK, end - low);
-        arrays.keys.bring(room.k, low, n, 0), arrays.values.bring(room.v, low, n, first_column);
-        close_copies();
-        prefetch_rows(arrays.keys.rows, low + CHUNK, end, 0, K), prefetch_rows(arrays.point, low + CHUNK, end, 0, K);
-        prefetch_rows(arrays.values.rows, low + CHUNK, end, first_column, min(columns, first_column + PANEL));
-        if (threadIdx.x < 32) find_decays(all, arrays.gates, low, n);
-        finish_copies<0>();
-        __syncthreads();  // pairs are there, and G is what the last chunk left
-        look<true>(room.k, all), look<false>(room.v, all);
-        __syncthreads();  // everyone knows which are not finite
-        const int count = tokens_together(all, n);
-        if (count < n) shorten(room.k, count), shorten(room.v, count);
-        weigh(all, count), n = count;
-        if (arrays.gates.resets(low))
-            each_of_memory([&](int i, int j) { room.memory.set(i / 16 * TILES + j / 16, i % 16, j % 16, 0); });
+        n = load_chunk(room, all, arrays, low, end, first_column);
         __syncthreads();  // what they weigh is there
         #pragma unroll 1
         for (int group = 0; group < groups; group++) {  // the points that share this memory
@@ -155,12 +145,7 @@ mesa_recall(const float* x, const data* k, const data* v, const gate* log_decay,
             Answers answers = {};
             load(x, arrays.point.of(group), low, n);
             recall(answers, x, room, all);
-            #pragma unroll
-            for (int n8 = 0; n8 < PANEL / 8; n8++)
-                for (int i = 0; i < 4; i++) {
-                    const int token = token_of(i / 2), column = first_column + 8 * n8 + column_of() + i % 2;
-                    if (token < n && column < columns) put(arrays.answer.of(group).at(low + token, column), answers[n8].x[i]);
-                }
+            store(answers, arrays.answer.of(group), low, n, first_column, columns);
         }
         __syncthreads();  // nobody is left at this G
         learn(room, all);

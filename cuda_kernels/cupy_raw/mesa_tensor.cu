@@ -56,8 +56,6 @@ struct Arrays {
 
 // ---- a warp's tokens ------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ int token_of(int half) { return threadIdx.x / 32 * 16 + 8 * half + threadIdx.x % 32 / 4; }
-__device__ __forceinline__ int column_of() { return threadIdx.x % 4 * 2; }
 // The numbers of a Line: use(half, n, i).
 template <class Use>
 __device__ __forceinline__ void along_rows(Use use) {
@@ -81,6 +79,7 @@ __device__ __forceinline__ bool any_of_row(bool any) {
 
 // A direction, in registers: two terms of it are all that counts.
 struct Direction {
+    static constexpr bool at_hand = true;  // in registers, whose numbers are fixed
     Left<data, 2> x[BLOCKS];
 
     __device__ __forceinline__ const Left<data, 2>& matrix(int c) const { return x[c]; }
@@ -99,6 +98,7 @@ struct Direction {
 };
 // A solution, in its place.
 struct Solution {
+    static constexpr bool at_hand = false;
     const Room& room;
 
     __device__ __forceinline__ Left<data, 3> matrix(int c) const {
@@ -112,18 +112,11 @@ struct Solution {
     __device__ __forceinline__ void forget() const {}
 };
 
-// sum += left right: sums of tensor cores are cut, which three terms are too good for.
-template <int TERMS, int N>
-__device__ __forceinline__ void add(Sum& sum, const Left<data, TERMS>& left, const Right<data, N>& right) {
-    if constexpr (TERMS == 2) multiply_onto(sum, left, right);
-    else multiply(sum, left, right);
-}
-
 // A p of every token. Of p, `matrix(c)` is 16 columns as a left matrix, `number(n, i)` one of its numbers.
 template <int TERMS, class Vector>
 __device__ __forceinline__ void apply(Line& product, Vector& p, const Room& room, const Chunk& all) {
     for (Sum& sum : product) sum = {};
-    #pragma unroll (TERMS == 2 ? BLOCKS : 1)
+    #pragma unroll (Vector::at_hand ? BLOCKS : 1)
     for (int c = 0; c < BLOCKS; c++) {
         const Left<data, TERMS> left = p.matrix(c);
         #pragma unroll
@@ -133,40 +126,13 @@ __device__ __forceinline__ void apply(Line& product, Vector& p, const Room& room
             for (int i = 0; i < 2; i++) add(product[2 * n + i], left, right[i]);
         }
     }
-    const int token[2] = {token_of(0), token_of(1)};
-    const float left[2] = {all.left[token[0]], all.left[token[1]]};
+    const float left[2] = {all.left[token_of(0)], all.left[token_of(1)]};
     along_rows([&](int half, int n, int i) {
         float& x = product[n].x[i];
         x = fma(left[half], x, room.ridge[8 * n + column_of() + i % 2] * p.number(n, i));
     });
     p.forget();
-    const float high[2] = {all.high[token[0]], all.high[token[1]]}, low[2] = {all.low[token[0]], all.low[token[1]]};
-    #pragma unroll 1
-    for (int pairs = 0; pairs <= int(threadIdx.x / 32 * 16); pairs += 16) {
-        Sum scores[2] = {};
-        #pragma unroll (TERMS == 2 ? BLOCKS : 1)
-        for (int c = 0; c < BLOCKS; c++) {
-            const Left<data, TERMS> left = p.matrix(c);
-            Right<data, 1> right[2];
-            load_right_transposed(right, room.k, pairs, 16 * c);
-            for (int i = 0; i < 2; i++) add(scores[i], left, right[i]);
-        }
-        #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            const int half = i % 4 / 2, pair = pairs + i / 4 * 8 + column_of() + i % 2;
-            const float share = share_of(all, token[half], high[half], low[half], pair);
-            float& x = scores[i / 4].x[i % 4];
-            x = share == 0 ? 0.0f : share * x;
-        }
-        Left<data, TERMS> shares;
-        left_of(shares, scores[0], scores[1]);
-        #pragma unroll
-        for (int n = 0; n < BLOCKS; n++) {
-            Right<data, 1> right[2];
-            load_right(right, room.k, pairs, 16 * n);
-            for (int i = 0; i < 2; i++) add(product[2 * n + i], shares, right[i]);
-        }
-    }
+    attend<TERMS>(product, p, room.k, room.k, all);
 }
 
 // Where the two tokens of a lane are.
@@ -205,40 +171,62 @@ __device__ __forceinline__ void swap(Line& line, const Room& room) {
     }
 }
 
-// Steps from x on, whose residual is `rest`, until what they carry along of it says that they are done.
-__device__ __forceinline__ void descend(Line& rest, Progress& now, const Room& room, const Chunk& all,
-                                        int most) {
-    Direction p;
-    Line product;
+// Of each row p.Ap, |p|^2 and |Ap|^2.
+__device__ __forceinline__ void measure(float (&slope)[2], float (&size)[2], float (&image)[2], Direction& p,
+                                        const Line& product) {
+    along_rows([&](int half, int n, int i) {
+        const float u = p.number(n, i), x = product[n].x[i];
+        slope[half] = fma(u, x, slope[half]), size[half] = fma(u, u, size[half]), image[half] = fma(x, x, image[half]);
+    });
+    p.forget();
+    over_lanes(slope), over_lanes(size), over_lanes(image);
+}
+// x and what is left of its right side after a step of so many p, and their squares; only rows that are active move.
+__device__ __forceinline__ void move(Line& rest, float (&next)[2], float (&reached)[2], const float (&length)[2],
+                                     Direction& p, const Line& product, const Progress& now, const Room& room) {
     #pragma unroll
-    for (int c = 0; c < BLOCKS; c++) left_of(p.x[c], rest[2 * c], rest[2 * c + 1]);
+    for (int n = 0; n < OCTETS; n++) {
+        Room::Four x = room.x(n);
+        #pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int half = i / 2;
+            x.x[i] = fma(length[half], p.number(n, i), x.x[i]);
+            float& r = rest[n].x[i];
+            if (now.active[half]) r = fma(-length[half], product[n].x[i], r);
+            next[half] = fma(r, r, next[half]), reached[half] = fma(x.x[i], x.x[i], reached[half]);
+        }
+        room.x(n) = x;
+    }
+    p.forget();
+    over_lanes(next), over_lanes(reached);
+}
+// p = rest + share p.
+__device__ __forceinline__ void turn(Direction& p, const Line& rest, const float (&share)[2]) {
+    #pragma unroll
+    for (int c = 0; c < BLOCKS; c++) {
+        Sum both[2];
+        #pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const int n = 2 * c + i / 4;
+            both[i / 4].x[i % 4] = fma(share[i % 4 / 2], p.number(n, i % 4), rest[n].x[i % 4]);
+        }
+        left_of(p.x[c], both[0], both[1]);
+    }
+}
+
+// Steps from x on, whose residual is `rest`, until what they carry along of it says that they are done.
+__device__ __forceinline__ void descend(Line& rest, Progress& now, const Room& room, const Chunk& all, int most) {
+    Direction p = {};
+    Line product;
+    float share[2] = {};
+    turn(p, rest, share);
     #pragma unroll 1
     while (now.any()) {
         apply<2>(product, p, room, all);
-        float slope[2] = {}, size[2] = {}, image[2] = {}, length[2], next[2] = {}, reached[2] = {}, share[2];
-        along_rows([&](int half, int n, int i) {
-            const float u = p.number(n, i), x = product[n].x[i];
-            slope[half] = fma(u, x, slope[half]), size[half] = fma(u, u, size[half]);
-            image[half] = fma(x, x, image[half]);
-        });
-        p.forget();
-        over_lanes(slope), over_lanes(size), over_lanes(image);
+        float slope[2] = {}, size[2] = {}, image[2] = {}, length[2], next[2] = {}, reached[2] = {};
+        measure(slope, size, image, p, product);
         for (int half = 0; half < 2; half++) length[half] = now.active[half] ? now.error[half] / slope[half] : 0;
-        #pragma unroll
-        for (int n = 0; n < OCTETS; n++) {
-            Room::Four x = room.x(n);
-            #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int half = i / 2;
-                x.x[i] = fma(length[half], p.number(n, i), x.x[i]);
-                float& r = rest[n].x[i];
-                if (now.active[half]) r = fma(-length[half], product[n].x[i], r);
-                next[half] = fma(r, r, next[half]), reached[half] = fma(x.x[i], x.x[i], reached[half]);
-            }
-            room.x(n) = x;
-        }
-        p.forget();
-        over_lanes(next), over_lanes(reached);
+        move(rest, next, reached, length, p, product, now, room);
         for (int half = 0; half < 2; half++) {
             share[half] = now.active[half] ? next[half] / now.error[half] : 0;
             if (!now.active[half]) continue;
@@ -247,14 +235,7 @@ __device__ __forceinline__ void descend(Line& rest, Progress& now, const Room& r
             now.left[half] = !(EPSILON * EPSILON * now.steepest[half] * reached[half] <= now.wanted[half]);
             now.active[half] = !now.left[half] && next[half] > now.wanted[half] && now.steps[half] < most;
         }
-        #pragma unroll
-        for (int c = 0; c < BLOCKS; c++) {
-            Sum moved[2];
-            #pragma unroll
-            for (int i = 0; i < 8; i++)
-                moved[i / 4].x[i % 4] = fma(share[i % 4 / 2], p.number(2 * c + i / 4, i % 4), rest[2 * c + i / 4].x[i % 4]);
-            left_of(p.x[c], moved[0], moved[1]);
-        }
+        turn(p, rest, share);
     }
 }
 
@@ -338,6 +319,32 @@ __device__ __forceinline__ void learn(const Room& room, const Chunk& all) {
     }
 }
 
+// H before a piece, from that before all pairs and what the earlier pieces add; and it is left to those who go on.
+__device__ __forceinline__ void begin(const Room& room, const Rows<const gate>& from, const Rows<float>& to,
+                                      const Sums& earlier, int piece) {
+    each_of_gram([&](int i, int j) {
+        const int row = min(i, j), column = max(i, j);
+        float number = column < K ? from.at(row, column) : 0.0f;
+        number = earlier.before(piece, number, row, column / PANEL, column % PANEL);
+        room.gram.set(Room::block(i / 16, j / 16), i % 16, j % 16, number);
+        if (i <= j && j < K) to.at(piece * K + i, j) = to.at(piece * K + j, i) = number;
+    });
+}
+
+// Pairs of a chunk that begins at token `low`, and H as its first token finds it; how many tokens it has.
+__device__ __forceinline__ int load_chunk(const Room& room, Chunk& all, const Arrays& at, int low, int end) {
+    const int n = min(CHUNK, end - low);
+    at.keys.bring(room.k, low, n, 0);
+    close_copies();
+    prefetch_rows(at.keys.rows, low + CHUNK, end, 0, K), prefetch_rows(at.query, low + CHUNK, end, 0, K);
+    if (threadIdx.x < 32) find_decays(all, at.gates, low, n);
+    finish_copies<0>();
+    __syncthreads();  // pairs are there, and H is what the last chunk left
+    if (at.gates.resets(low))
+        each_of_gram([&](int i, int j) { room.gram.set(Room::block(i / 16, j / 16), i % 16, j % 16, 0); });
+    return settle(all, n, room.k);
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER)
 mesa_tensor(const data* q, const data* k, const gate* log_decay, const gate* beta, const double* ridge, const gate* H,
             gate* H_next, float* starts, float* x, float* residual, const float* sums, const long long* table, int axes,
@@ -354,34 +361,12 @@ mesa_tensor(const data* q, const data* k, const gate* log_decay, const gate* bet
     const auto fixed = rows(ridge, table, axes, RIDGE, which);
 
     for (int i = threadIdx.x; i < KEYS; i += THREADS) room.ridge[i] = i < K ? float(fixed.at(0, i)) : 0.0f;
-    const auto start = rows(H, table, axes, STATE, which);
-    const auto seen = rows(starts, table, axes, STARTS, which);
-    const Sums earlier = {sums + size_t(which) * (pieces - 1) * panels * Sums::size, panels};
-    each_of_gram([&](int i, int j) {
-        const int row = min(i, j), column = max(i, j);
-        float number = column < K ? start.at(row, column) : 0.0f;
-        number = earlier.before(piece, number, row, column / PANEL, column % PANEL);
-        room.gram.set(Room::block(i / 16, j / 16), i % 16, j % 16, number);
-        if (i <= j && j < K) seen.at(piece * K + i, j) = seen.at(piece * K + j, i) = number;
-    });
-
+    begin(room, rows(H, table, axes, STATE, which), rows(starts, table, axes, STARTS, which),
+          {sums + size_t(which) * (pieces - 1) * panels * Sums::size, panels}, piece);
     __syncthreads();  // arrays are known
     #pragma unroll 1
     for (int low = piece * length, end = min(tokens, low + length), n; low < end; low += n) {
-        n = min(CHUNK, end - low);
-        at.keys.bring(room.k, low, n, 0);
-        close_copies();
-        prefetch_rows(at.keys.rows, low + CHUNK, end, 0, K), prefetch_rows(at.query, low + CHUNK, end, 0, K);
-        if (threadIdx.x < 32) find_decays(all, at.gates, low, n);
-        finish_copies<0>();
-        __syncthreads();  // pairs are there, and H is what the last chunk left
-        look<true>(room.k, all);
-        __syncthreads();  // everyone knows which are not finite
-        const int count = tokens_together(all, n);
-        if (count < n) shorten(room.k, count);
-        weigh(all, count), n = count;
-        if (at.gates.resets(low))
-            each_of_gram([&](int i, int j) { room.gram.set(Room::block(i / 16, j / 16), i % 16, j % 16, 0); });
+        n = load_chunk(room, all, at, low, end);
         __syncthreads();  // what they weigh is there
         #pragma unroll 1
         for (int group = 0; group < groups; group++) {  // the queries that share this memory

@@ -128,10 +128,15 @@ __device__ __forceinline__ void shorten(TileType tile, int count) {
         tile.at(i / TileType::columns, i % TileType::columns) = data{};
 }
 
-// What a pair weighs at a later token, zero at an earlier one; `token` is one of this lane's, of which it knows `high`
-// and `low`.
-__device__ __forceinline__ float share_of(const Chunk& all, int token, float high, float low, int pair) {
-    return pair <= token ? all.weight[pair] * exp2(high - all.high[pair] + (low - all.low[pair])) : 0.0f;
+// A chunk of n tokens whose gates and tiles are there: how many of them it has, and what these weigh.
+template <class... TileTypes>
+__device__ __forceinline__ int settle(Chunk& all, int n, Keys keys, TileTypes... others) {
+    look<true>(keys, all), (look<false>(others, all), ...);
+    __syncthreads();  // everyone knows which are not finite
+    const int count = tokens_together(all, n);
+    if (count < n) shorten(keys, count), (shorten(others, count), ...);
+    weigh(all, count);
+    return count;
 }
 
 // The transposed pairs of 16 columns, each weighed as it is at the end of the chunk, as left matrices.
@@ -149,6 +154,57 @@ __device__ __forceinline__ void multiply_pairs(Sum (&sums)[2], const Weighed& le
         Right<data, 1> pairs[2];
         load_right(pairs, right, 16 * t, column);
         for (int i = 0; i < 2; i++) multiply(sums[i], left[t], pairs[i]);
+    }
+}
+
+// ---- a warp's tokens ------------------------------------------------------------------------------------------------
+
+// Token and column of a lane's numbers 2 half and 2 half + 1 of a Sum; the second is in the next column.
+__device__ __forceinline__ int token_of(int half) { return threadIdx.x / 32 * 16 + 8 * half + threadIdx.x % 32 / 4; }
+__device__ __forceinline__ int column_of() { return threadIdx.x % 4 * 2; }
+
+// sum += left right: sums of tensor cores are cut, which three terms are too good for.
+template <int TERMS, int N>
+__device__ __forceinline__ void add(Sum& sum, const Left<data, TERMS>& left, const Right<data, N>& right) {
+    if constexpr (TERMS == 2) multiply_onto(sum, left, right);
+    else multiply(sum, left, right);
+}
+
+// Scores of 16 pairs from pair `first` on, each times what the pair weighs at the token, zero if that is earlier.
+__device__ __forceinline__ void weigh_scores(Sum (&scores)[2], const Chunk& all, int first) {
+    #pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const int token = token_of(i % 4 / 2), pair = first + i / 4 * 8 + column_of() + i % 2;
+        const float gone = all.high[token] - all.high[pair] + (all.low[token] - all.low[pair]);
+        const float share = pair <= token ? all.weight[pair] * exp2(gone) : 0.0f;
+        float& x = scores[i / 4].x[i % 4];
+        x = share == 0 ? 0.0f : share * x;
+    }
+}
+// sums += what the pairs of the chunk itself say at each token: their values by their scores with p, of which
+// `p.matrix(c)` is 16 columns as a left matrix.
+template <int TERMS, int COLUMNS, class Vector, class TileType>
+__device__ __forceinline__ void attend(Sum (&sums)[COLUMNS], const Vector& p, Keys keys, TileType values,
+                                       const Chunk& all) {
+    #pragma unroll 1
+    for (int pairs = 0; pairs <= int(threadIdx.x / 32 * 16); pairs += 16) {
+        Sum scores[2] = {};
+        #pragma unroll (Vector::at_hand ? BLOCKS : 1)
+        for (int c = 0; c < BLOCKS; c++) {
+            const Left<data, TERMS> left = p.matrix(c);
+            Right<data, 1> right[2];
+            load_right_transposed(right, keys, pairs, 16 * c);
+            for (int i = 0; i < 2; i++) add(scores[i], left, right[i]);
+        }
+        weigh_scores(scores, all, pairs);
+        Left<data, TERMS> shares;
+        left_of(shares, scores[0], scores[1]);
+        #pragma unroll
+        for (int n = 0; n < COLUMNS; n += 2) {
+            Right<data, 1> right[2];
+            load_right(right, values, pairs, 8 * n);
+            for (int i = 0; i < 2; i++) add(sums[n + i], shares, right[i]);
+        }
     }
 }
 
