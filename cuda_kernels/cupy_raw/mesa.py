@@ -8,7 +8,9 @@ that needs too many is solved token by token. ``recall_chunks.cu`` is linear att
 Chebyshev steps, keys of many channels and data in double precision go another way: ``gram.cu`` walks over the keys and
 leaves H at the start of each piece of tokens; the kernel of the solver has a block per piece; ``recall.cu`` walks over
 keys and values. Memory beside arrays and states: two matrices of the size of H per piece, three for ``cg``. All sums
-are in double precision. See ``ttr_np.solvers.mesa`` for the solvers and the sources.
+are in double precision, but for ``cg`` on 64 tokens of bfloat16 or more, up to a tolerance that floats can vouch for:
+these go through products of bfloat16, see ``_mesa_tensor``, and what is left of them goes on in chunks. See
+``ttr_np.solvers.mesa`` for the solvers and the sources.
 """
 
 from __future__ import annotations
@@ -169,19 +171,21 @@ def solve_in_chunks(
 ) -> None:
     """Solutions to ``made``: all of them, or those that ``mesa_tensor.cu`` has left, of which it then holds more."""
     tokens, rows, exact, blocks = *q.shape[-2:], solver == "exact", chosen.pieces * sequences.memories
+    rest = "starts" in made
     fallback = exact or (iterations is None and tolerance > 0)
     worst = np.zeros_like(H, shape=(*H.shape[:-2], chosen.pieces, 2), dtype=np.float64)
-    arrays = {"q": (q, BOTH)} | pairs | {"ridge": (ridge, COLUMN), "H": (H, BOTH), "H_next": (made["H_next"], BOTH)}
-    arrays |= {"worst_of_all": (worst, BOTH), "x": (made["x"], BOTH)}
-    arrays |= {"starts": (made.get("starts"), BOTH), "residual": (made.get("residual"), ROW)}
+    arrays = {"q": (q, BOTH)} | pairs | {"ridge": (ridge, COLUMN), "H": (H, BOTH)}
+    arrays |= {"H_next": (None if rest else made["H_next"], BOTH), "worst_of_all": (worst, BOTH)}
+    arrays |= {"x": (made["x"], BOTH), "starts": (made.get("starts"), BOTH), "residual": (made.get("residual"), ROW)}
     numbers = {"tokens": tokens, "columns": rows, "length": chosen.length, "pieces": chosen.pieces, "sums": sums}
     numbers |= {"column_blocks": chosen.column_blocks, "iterations": iterations or (STEPS if exact else 2) * rows}
     numbers |= {"tolerance": DONE if exact else tolerance, "eps": float(np.finfo(H.dtype).eps)}
     numbers["rooms"] = _launch.machine.scratch(4 * rows * rows * blocks) if fallback else None
     types = {"data": q.dtype, "gate": H.dtype, "real": np.float64, "answer": made["x"].dtype}
     constants = {"K": rows} | chosen.constants | {"EXACT": int(exact), "FALLBACK": int(fallback)}
-    constants["REST"] = int("starts" in made)
-    grid, written = _calls.Grid(chosen.pieces, chosen.threads, chosen.shared), ("H_next", "worst_of_all", "x")
+    constants["REST"] = int(rest)
+    grid, written = _calls.Grid(chosen.pieces, chosen.threads, chosen.shared), ("worst_of_all", "x")
+    written += () if rest else ("H_next",)
     launch(CHUNKS, sequences, arrays, written, types, constants, grid, **numbers)
     if not fallback:
         warn_of_limit(solver, worst, tolerance)
