@@ -112,7 +112,7 @@ def test_calls_of_all_kinds():
 
 
 def test_pieces_begin_where_the_last_ones_end():
-    arrays = pairs(1300, v=70)
+    arrays = pairs(1600, v=70, gates=1e-3)
     for more in ({}, {"initial_state": run("mesa", "numpy", pairs(50, 1, v=70))[1]}):
         with on_cpu("cupy", check=False) as machine:
             ttr_np.mesa(**arrays, **CG, **more, backend="cupy")
@@ -122,10 +122,10 @@ def test_pieces_begin_where_the_last_ones_end():
 
 @pytest.mark.parametrize("gate", [-np.inf, -1e4, -100.0])
 def test_a_reset_costs_the_gates_after_it_nothing(gate):
-    arrays = pairs(1100)
-    arrays["log_decay"][0, [20, 700, 730]] = gate
-    arrays["v"][0, 680:700] *= 100
-    is_as_good(arrays, check=False, **CG)
+    arrays = pairs(710)
+    arrays["log_decay"][0, 641:680] = gate  # nearly as much as there can be before the last tokens of a chunk
+    arrays["v"][0, 600:680] *= 100
+    is_as_good(arrays, check=False, ridge=1e-3, **CG | {"tolerance": None})
 
 
 def test_a_sequence_may_be_split_anywhere():
