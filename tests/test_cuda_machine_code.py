@@ -159,6 +159,33 @@ def test_chunks_of_least_squares_compile_within_their_budget(operator, options, 
         assert found.shared + asked <= 227 * 1024 + RESERVED[architecture], name
 
 
+# In products of bfloat16 a thread has three vectors of 16 tokens in registers, 192 numbers, for two blocks that share a
+# multiprocessor. What a chunk needs once waits on the stack, nothing of a step does.
+TENSOR_STACK = {
+    "mesa_sums": (0, 0, 0),
+    "mesa_tensor": (32, 32, 8),
+    "mesa_chunks": (0, 0, 0),  # of what is left
+    "mesa_recall": (8, 8, 16),
+}
+
+
+@pytest.mark.parametrize(
+    "architecture", [pytest.param(a, marks=pytest.mark.slow if a != "sm_90a" else ()) for a in ARCHITECTURES]
+)
+def test_mesa_in_products_of_bfloat16_compiles_within_its_budget(architecture):
+    def keep(text, name, *rest):
+        return name, (text, rest[-1])
+
+    data, number = formats()["bfloat16"], ARCHITECTURES.index(architecture)
+    texts = launched("cupy", "mesa", {"solver": "cg"}, data, keep, t=1200)
+    assert set(texts) == set(TENSOR_STACK)
+    for name, (text, asked) in texts.items():
+        found = nvrtc.needs(code_of(text, architecture))
+        assert found.stack <= TENSOR_STACK[name][number], name
+        together = 1 if name == "mesa_chunks" or architecture == "sm_80" else 2  # whose shared memory is smaller
+        assert together * (found.shared - RESERVED[architecture] + asked + 1024) <= 228 * 1024, name
+
+
 @pytest.mark.parametrize("operator, options", LAUNCHED[:1] + LAUNCHED[3:], ids=lambda x: str(x)[:30])
 def test_the_largest_keys_of_least_squares_fit(operator, options):
     arrays = draw(operator, np.random.default_rng(0), t=20, k=512, v=1)

@@ -8,7 +8,9 @@ that needs too many is solved token by token. ``recall_chunks.cu`` is linear att
 Chebyshev steps, keys of many channels and data in double precision go another way: ``gram.cu`` walks over the keys and
 leaves H at the start of each piece of tokens; the kernel of the solver has a block per piece; ``recall.cu`` walks over
 keys and values. Memory beside arrays and states: two matrices of the size of H per piece, three for ``cg``. All sums
-are in double precision. See ``ttr_np.solvers.mesa`` for the solvers and the sources.
+are in double precision, but for ``cg`` on 64 tokens of bfloat16 or more, up to a tolerance that floats can vouch for:
+these go through products of bfloat16, see ``_mesa_tensor``, and what is left of them goes on in chunks. See
+``ttr_np.solvers.mesa`` for the solvers and the sources.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from .._sequences import BOTH, COLUMN, ROW, Sequences
 from .._squares import warn_of_limit
 from . import _launch
 from . import _least_squares_chunks as _chunks
+from . import _mesa_tensor as _tensor
 from ._launch import Kernel, empty, even, launch, run
 
 __all__ = ["mesa", "refusal"]
@@ -90,7 +93,10 @@ def core(
     limits = {"iterations": iterations, "tolerance": tolerance_for(solver, iterations, tolerance, gate)}
     chosen = None if solver == "chebyshev" else _chunks.plan(q, v, sequences, bytes_of, NOTHING)
     if chosen is not None:
-        return in_chunks(chosen, sequences, q, _chunks.pairs_of(k, v, log_decay, beta), ridge, state, solver, **limits)
+        pairs, cut = _chunks.pairs_of(k, v, log_decay, beta), _tensor.plan(q, v, sequences, solver, limits["tolerance"])
+        if cut is not None:
+            return in_floats(cut, chosen, sequences, q, pairs, ridge, state, **limits)
+        return in_chunks(chosen, sequences, q, pairs, ridge, state, solver, **limits)
     return in_pieces(sequences, q, k, v, log_decay, beta, ridge, state, solver, **limits)
 
 
@@ -98,6 +104,29 @@ def bytes_of(keys: int) -> int:
     """Shared memory of a block in chunks, as the text lays it out."""
     vectors = 8 * (_chunks.CHUNK * (keys + 8) + keys // 16 * _chunks.CHUNK + keys)
     return _chunks.square(keys) + vectors + 2 * _chunks.PAIRS + _chunks.tokens_of(keys)
+
+
+def in_floats(
+    cut: _tensor.Plan,
+    chosen: _chunks.Plan,
+    sequences: Sequences,
+    q: Any,
+    pairs: Any,
+    ridge: Any,
+    state: MesaState,
+    iterations: int | None,
+    tolerance: float,
+) -> tuple[Any, MesaState]:
+    """Three launches, or four where the sequence is cut; the second finds solutions that the first has left."""
+    (G, H), rows = state, q.shape[-1]
+    types = {"data": q.dtype, "gate": G.dtype, "real": np.dtype(np.float32)}
+    sums = _tensor.sums_of(cut, sequences, pairs, types, rows)
+    most = iterations or 2 * rows
+    made = _tensor.solve(cut, sequences, q, pairs, ridge, H, sums, types, most, tolerance)
+    rest = chosen._replace(pieces=cut.pieces, length=cut.length)
+    solve_in_chunks(rest, sequences, q, pairs, ridge, H, made, "cg", iterations, tolerance)
+    o, G_next = _tensor.recall(cut, sequences, made["x"], pairs, G, sums, types)
+    return o, MesaState(G_next, made["H_next"])
 
 
 def in_chunks(
@@ -116,29 +145,50 @@ def in_chunks(
     types, sizes = {"data": q.dtype, "gate": G.dtype, "real": np.float64}, {"tokens": tokens, "columns": columns}
     sizes |= {"length": chosen.length, "pieces": chosen.pieces}
     sizes["sums"] = _chunks.sums_of(chosen, sequences, pairs, types, sizes | {"rows": rows})
-    constants, exact, blocks = {"K": rows} | chosen.constants, solver == "exact", chosen.pieces * sequences.memories
-    numbers = {"column_blocks": chosen.column_blocks, "iterations": iterations or (STEPS if exact else 2) * rows}
-    numbers |= {"tolerance": DONE if exact else tolerance, "eps": float(np.finfo(G.dtype).eps)}
-    fallback = exact or (iterations is None and tolerance > 0)
-    numbers["rooms"] = _launch.machine.scratch(4 * rows * rows * blocks) if fallback else None
+    made = {"H_next": _launch.alike(H), "x": empty(sequences, (tokens, rows), types["real"], G)}
+    solve_in_chunks(chosen, sequences, q, pairs, ridge, H, made, solver, iterations, tolerance, sizes["sums"])
 
-    x = empty(sequences, (tokens, rows), types["real"], G)
-    G_next, H_next = _launch.alike(G), _launch.alike(H)
-    worst = np.zeros_like(G, shape=(*G.shape[:-2], chosen.pieces, 2), dtype=np.float64)
-    arrays = {"q": (q, BOTH)} | pairs | {"ridge": (ridge, COLUMN), "H": (H, BOTH), "H_next": (H_next, BOTH)}
-    arrays |= {"worst": (worst, BOTH), "x": (x, BOTH)}
-    grid, written = _calls.Grid(chosen.pieces, chosen.threads, chosen.shared), ("H_next", "worst", "x")
-    what = constants | {"EXACT": int(exact), "FALLBACK": int(fallback)}
-    launch(CHUNKS, sequences, arrays, written, types, what, grid, **sizes, **numbers)
-    if not fallback:
-        warn_of_limit(solver, worst, tolerance)
-
-    o = empty(sequences, (tokens, columns), q.dtype, q)
-    arrays = {"x": (x, BOTH)} | pairs | {"G": (G, BOTH), "G_next": (G_next, BOTH), "o": (o, BOTH)}
+    o, G_next = empty(sequences, (tokens, columns), q.dtype, q), _launch.alike(G)
+    arrays = {"x": (made["x"], BOTH)} | pairs | {"G": (G, BOTH), "G_next": (G_next, BOTH), "o": (o, BOTH)}
     shared = _chunks.PAIRS + 3 * _chunks.tokens_of(chosen.keys) + _chunks.tokens_of(_chunks.VALUES)
     grid = chosen.grid(chosen.pieces)._replace(shared=shared)
-    launch(RECALL_CHUNKS, sequences, arrays, ("G_next", "o"), types, constants, grid, **sizes)
-    return o, MesaState(G_next, H_next)
+    launch(RECALL_CHUNKS, sequences, arrays, ("G_next", "o"), types, {"K": rows} | chosen.constants, grid, **sizes)
+    return o, MesaState(G_next, made["H_next"])
+
+
+def solve_in_chunks(
+    chosen: _chunks.Plan,
+    sequences: Sequences,
+    q: Any,
+    pairs: Any,
+    ridge: Any,
+    H: Any,
+    made: dict[str, Any],
+    solver: str,
+    iterations: int | None,
+    tolerance: float,
+    sums: Any = None,
+) -> None:
+    """Solutions to ``made``: all of them, or those that ``mesa_tensor.cu`` has left, of which it then holds more."""
+    tokens, rows, exact, blocks = *q.shape[-2:], solver == "exact", chosen.pieces * sequences.memories
+    rest = "starts" in made
+    fallback = exact or (iterations is None and tolerance > 0)
+    worst = np.zeros_like(H, shape=(*H.shape[:-2], chosen.pieces, 2), dtype=np.float64)
+    arrays = {"q": (q, BOTH)} | pairs | {"ridge": (ridge, COLUMN), "H": (H, BOTH)}
+    arrays |= {"H_next": (None if rest else made["H_next"], BOTH), "worst_of_all": (worst, BOTH)}
+    arrays |= {"x": (made["x"], BOTH), "starts": (made.get("starts"), BOTH), "residual": (made.get("residual"), ROW)}
+    numbers = {"tokens": tokens, "columns": rows, "length": chosen.length, "pieces": chosen.pieces, "sums": sums}
+    numbers |= {"column_blocks": chosen.column_blocks, "iterations": iterations or (STEPS if exact else 2) * rows}
+    numbers |= {"tolerance": DONE if exact else tolerance, "eps": float(np.finfo(H.dtype).eps)}
+    numbers["rooms"] = _launch.machine.scratch(4 * rows * rows * blocks) if fallback else None
+    types = {"data": q.dtype, "gate": H.dtype, "real": np.float64, "answer": made["x"].dtype}
+    constants = {"K": rows} | chosen.constants | {"EXACT": int(exact), "FALLBACK": int(fallback)}
+    constants["REST"] = int(rest)
+    grid, written = _calls.Grid(chosen.pieces, chosen.threads, chosen.shared), ("worst_of_all", "x")
+    written += () if rest else ("H_next",)
+    launch(CHUNKS, sequences, arrays, written, types, constants, grid, **numbers)
+    if not fallback:
+        warn_of_limit(solver, worst, tolerance)
 
 
 def in_pieces(

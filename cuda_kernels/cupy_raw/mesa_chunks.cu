@@ -7,9 +7,10 @@
 // of a token a warp has 16 numbers, in registers. All in double precision.
 //
 // EXACT: until nothing is left to solve, and never where an eigenvalue may be lost in the rounding of the caller's
-// numbers. FALLBACK: a chunk that is not done in so many steps is solved token by token.
+// numbers. FALLBACK: a chunk that is not done in so many steps is solved token by token. REST: of tokens that
+// mesa_tensor.cu has left, which has gone the same way and says where H was at the start of each piece.
 
-enum { Q, KEY, V, GATE, BETA, RIDGE, STATE, STATE_NEXT, WORST, X };
+enum { Q, KEY, V, GATE, BETA, RIDGE, STATE, STATE_NEXT, WORST, X, STARTS, RESIDUAL };
 
 constexpr int HALVES = KEYS > 64 ? 1 : 2, OWN = CHUNK / 8 / HALVES;  // tiles of 8 tokens that a warp has
 
@@ -220,10 +221,22 @@ __device__ __forceinline__ int load_chunk(const Room& room, Weights& all, const 
     return count;
 }
 
+// Whether the solution of a token is asked for.
+__device__ __forceinline__ bool asked(const Rows<const float>& residual, int token) {
+    return !REST || residual.at(token, 0) < 0;
+}
+// Whether that of one of n tokens is, the same for all threads.
+__device__ __forceinline__ bool any_asked(const Rows<const float>& residual, int low, int n, int groups) {
+    bool any = false;
+    for (int i = threadIdx.x; i < n * groups; i += THREADS) any |= asked(residual.of(i % groups), low + i / groups);
+    return __syncthreads_or(any);
+}
+
 // The solutions of the first n tokens of a chunk at once; whether one of them is not done.
-__device__ __forceinline__ bool solve_together(const Rows<const data>& query, const Rows<real>& solution,
-                                               const Room& room, const Weights& all, const Part& part, Progress& now,
-                                               int low, int n, int most, double tolerance) {
+__device__ __forceinline__ bool solve_together(const Rows<const data>& query, const Rows<answer>& solution,
+                                               const Rows<const float>& residual, const Room& room, const Weights& all,
+                                               const Part& part, Progress& now, int low, int n, int most,
+                                               double tolerance) {
     Sum own[OWN], rest[OWN];
     part.each([&](int key, int token, int tile, int i) {
         const bool there = part.there() && key < K && token < n;
@@ -232,23 +245,24 @@ __device__ __forceinline__ bool solve_together(const Rows<const data>& query, co
     const bool open = descend(own, rest, room, all, part, now, most, tolerance);
     part.each([&](int key, int token, int tile, int i) {
         const double left = sqrt(ratio(now.error[token], now.start[token]));
-        if (part.there() && key < K && token < n)
-            solution.at(low + token, key) = left - left == 0 ? own[tile].x[i] : not_a_number();
+        if (part.there() && key < K && token < n && asked(residual, low + token))
+            solution.at(low + token, key) = answer(left - left == 0 ? own[tile].x[i] : not_a_number());
     });
     return open;
 }
 // The largest residual among them.
-__device__ __forceinline__ double worst_of(const Progress& now, int n) {
-    double residual = 0;
+__device__ __forceinline__ double worst_of(const Progress& now, const Rows<const float>& residual, int low, int n) {
+    double worst = 0;
     for (int token = 0; token < n; token++)
-        residual = fmax(residual, sqrt(ratio(now.error[token], now.start[token])));
-    return residual;
+        if (asked(residual, low + token)) worst = fmax(worst, sqrt(ratio(now.error[token], now.start[token])));
+    return worst;
 }
 
 // The same, token by token, as mesa_exact.cu does it. `own` has room for H and for what solves with it.
-__device__ __forceinline__ void solve_one_by_one(const Rows<const data>& query, const Rows<real>& solution,
-                                                 const PairArrays& pairs, const Room& room, double* own, Vectors& alone,
-                                                 int low, int n, int groups, bool unbound, double eps) {
+__device__ __forceinline__ void solve_one_by_one(const Rows<const data>& query, const Rows<answer>& solution,
+                                                 const Rows<const float>& residual, const PairArrays& pairs,
+                                                 const Room& room, double* own, Vectors& alone, int low, int n, int groups,
+                                                 bool unbound, double eps) {
     double *const H = own, *const solver = own + K * K;
     each_of_square(K, [&](int i, int j) { H[i * K + j] = room.H.at(i, j); });
     for (int p = threadIdx.x; p < K; p += THREADS) alone.ridge[p] = room.ridge[p];
@@ -262,16 +276,17 @@ __device__ __forceinline__ void solve_one_by_one(const Rows<const data>& query, 
         for (int group = 0; group < groups; group++) {
             for (int p = threadIdx.x; p < K; p += THREADS) alone.right[p] = widened(query.of(group).at(t, p));
             solve(solver, alone, factored);
-            for (int p = threadIdx.x; p < K; p += THREADS) solution.of(group).at(t, p) = alone.x[p];
+            for (int p = threadIdx.x; p < K && asked(residual.of(group), t); p += THREADS)
+                solution.of(group).at(t, p) = answer(alone.x[p]);
         }
     }
 }
 
 extern "C" __global__ void __launch_bounds__(256, 1)
 mesa_chunks(const data* q, const data* k, const data* v, const gate* log_decay, const gate* beta, const real* ridge,
-            const gate* H, gate* H_next, real* worst, real* x, float* sums, float* rooms, const long long* table,
-            int axes, int tokens, int column_blocks, int length, int pieces, int groups, int blocks,
-            int iterations, double tolerance, double eps) {
+            const gate* H, gate* H_next, real* worst_of_all, answer* x, const float* starts, const float* residual,
+            float* sums, float* rooms, const long long* table, int axes, int tokens, int column_blocks, int length,
+            int pieces, int groups, int blocks, int iterations, double tolerance, double eps) {
     __shared__ Weights all;
     __shared__ Progress now;
     __shared__ PairArrays pairs;
@@ -281,14 +296,21 @@ mesa_chunks(const data* q, const data* k, const data* v, const gate* log_decay, 
     const int which = blockIdx.x / blocks, piece = blockIdx.x % blocks;
     const auto query = rows(q, table, axes, Q, which);
     const auto solution = rows(x, table, axes, X, which);
+    const auto residuals = rows(residual, table, axes, RESIDUAL, which);
     const auto fixed = rows(ridge, table, axes, RIDGE, which);
     double* const own_room = reinterpret_cast<double*>(rooms) + size_t(blockIdx.x) * 2 * K * K;
-    double residual = 0;
+    double worst = 0;
 
+    if (REST && !any_asked(residuals, piece * length, min(length, tokens - piece * length), groups)) return;
     if (threadIdx.x == 0) pairs = pairs_of(k, v, log_decay, beta, table, axes, KEY, which);
     for (int i = threadIdx.x; i < KEYS; i += THREADS) room.ridge[i] = i < K ? double(fixed.at(0, i)) : 1;
-    load_gram(room, rows(H, table, axes, STATE, which), reinterpret_cast<double*>(sums),
-              size_t(which) * column_blocks * (pieces - 1), piece);
+    if (REST) {
+        const auto start = rows(starts, table, axes, STARTS, which);
+        each_of_square(KEYS, [&](int i, int j) { room.H.at(i, j) = i < K && j < K ? start.at(piece * K + i, j) : 0.0f; });
+    } else {
+        load_gram(room, rows(H, table, axes, STATE, which), reinterpret_cast<double*>(sums),
+                  size_t(which) * column_blocks * (pieces - 1), piece);
+    }
     __syncthreads();  // places are known
     bool unbound = false;
     for (int i = 0; i < K; i++) unbound |= room.ridge[i] == 0;
@@ -298,24 +320,26 @@ mesa_chunks(const data* q, const data* k, const data* v, const gate* log_decay, 
         n = load_chunk(room, all, pairs, low, end);
         prefetch_tokens(query, low + CHUNK, end, 0, K);
         find_decays(room, all);
+        const bool wanted = !REST || any_asked(residuals, low, n, groups);
         bool solved = !EXACT || all_safe(room, all, eps);
         #pragma unroll 1
-        for (int group = 0; group < groups && solved; group++) {  // the queries that share this memory
-            const bool open = solve_together(query.of(group), solution.of(group), room, all, part, now, low, n,
+        for (int group = 0; group < groups && solved && wanted; group++) {  // the queries that share this memory
+            const auto left = residuals.of(group);
+            const bool open = solve_together(query.of(group), solution.of(group), left, room, all, part, now, low, n,
                                              iterations, tolerance);
             solved = !(FALLBACK && open);
-            if (solved) residual = fmax(residual, worst_of(now, n));
+            if (solved) worst = fmax(worst, worst_of(now, left, low, n));
         }
         if (FALLBACK && !solved)
-            solve_one_by_one(query, solution, pairs, room, own_room, alone, low, n, groups, unbound, eps);
+            solve_one_by_one(query, solution, residuals, pairs, room, own_room, alone, low, n, groups, unbound, eps);
         learn_chunk(room, all);
         __syncthreads();  // nobody is left at these pairs
     }
     if (threadIdx.x == 0) {
-        const auto report = rows(worst, table, axes, WORST, which);
-        report.at(piece, 0) = residual, report.at(piece, 1) = iterations;
+        const auto report = rows(worst_of_all, table, axes, WORST, which);
+        report.at(piece, 0) = worst, report.at(piece, 1) = iterations;
     }
-    if (piece < pieces - 1) return;
+    if (REST || piece < pieces - 1) return;
     const auto state_next = rows(H_next, table, axes, STATE_NEXT, which);
     each_of_square(K, [&](int i, int j) { state_next.at(i, j) = gate(room.H.at(i, j)); });
 }
