@@ -89,6 +89,7 @@ def table(monkeypatch: pytest.MonkeyPatch) -> dict[str, Stub]:
         "unknown": Stub(superpose, None, weights=None, regressor=None, optimizer=None, reason="nobody knows how"),
     }
     monkeypatch.setattr(ttr_np, "layers", layers, raising=False)
+    monkeypatch.setattr(sys.modules["ttr_np.text_recall"], "compile_ahead", lambda names: None)  # nobody calls a kernel
     return layers
 
 

@@ -8,11 +8,12 @@ import pytest
 
 from ttr_np.notation import OPERATORS
 
-LONG = 32768
-GIGABYTES = 0.75
+LONG = 16384
+GIGABYTES = 0.3  # one truth value for each pair of tokens is 0.27, a float 1.07
 
 # Quadratic operators run with one head so that the test ends; their memory does not depend on it.
 SHAPES = {
+    "dplr": ((4,), 64, {}),  # two arrays more than others
     "softmax_attention": ((1,), 64, {}),
     "local_polynomial": ((1,), 2, {}),
     "sparse_attention": ((1,), 4, {}),

@@ -17,6 +17,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bitset>
 #include <map>
 #include <numeric>
 #include <random>
@@ -95,9 +96,15 @@ struct Access {  // the last one of its kind to a byte; block 0: none yet
     uint32_t epoch;                                   // in the count of the thread, see Clock
 };
 
+struct Readers {  // of one byte since its last write: the last access of each thread, by its number
+    std::bitset<32 * WARPS> who;
+    std::vector<Access> accesses;
+};
+
 struct Cell {  // what is known of one byte
     Access write, read;
     bool set, under_way;  // a copy will write it at some time
+    uint16_t padding;     // cells are compared as bytes
     uint32_t time;        // of the write, see Thread::shown
 };
 
@@ -132,7 +139,7 @@ struct Machine {
     std::vector<Thread> threads;
     std::vector<Warp> warps;
     std::vector<Shadow> memory;
-    std::unordered_map<const Cell*, std::vector<Access>> readers;  // since the last write, see remember_reader
+    std::unordered_map<const Cell*, Readers> readers;  // since the last write, see remember_reader
     std::vector<int> order;
     std::mt19937_64 chance;
     Options options;
@@ -536,16 +543,28 @@ static void begin_block(uint64_t number, const unsigned* grid) {
     for (Thread& thread : machine.threads) prepare(thread);
 }
 
-// Every thread as far as it gets without the others.
+// Some threads as far as they get without the others; whether any of them did.
+static bool run_ready_threads(const int* first, const int* last) {
+    bool any = false;
+    for (bool again = true; again; any |= again) {
+        again = false;
+        for (const int* i = first; i < last; i++) {
+            if (machine.threads[size_t(*i)].state != READY) continue;
+            resume(machine.threads[size_t(*i)]);
+            again = true;
+        }
+    }
+    return any;
+}
+
+// Every thread, and one warp after another: the stacks of 32 threads stay in the caches, those of all do not.
 static void run_ready_threads() {
+    const int* order = machine.order.data();
     for (bool any = true; any;) {
         any = false;
         if (machine.options.order == RANDOM) std::shuffle(machine.order.begin(), machine.order.end(), machine.chance);
-        for (const int i : machine.order) {
-            if (machine.threads[size_t(i)].state != READY) continue;
-            resume(machine.threads[size_t(i)]);
-            any = true;
-        }
+        for (size_t i = 0; i < machine.order.size(); i += 32)
+            any |= run_ready_threads(order + i, order + std::min(i + 32, machine.order.size()));
     }
 }
 
@@ -770,8 +789,7 @@ static Access access_now() {
     return {machine.block, uint32_t(self.number), machine.interval, warp_interval, self.epoch};
 }
 
-static void remember_read(Access& read) {
-    const Access now = access_now();
+static void remember_read(Access& read, const Access& now) {
     if (read.block && read.block != machine.block) {
         read.block = read.thread = SEVERAL;
     } else if (!read.block || read.interval != machine.interval || read.thread == now.thread) {
@@ -784,11 +802,13 @@ static void remember_read(Access& read) {
 }
 
 // Where barriers have phases, several may read what one of them, who has heard from all, writes next: each is kept.
-static void remember_reader(std::vector<Access>& readers) {
-    const Access now = access_now();
-    for (Access& known : readers)
-        if (known.thread == now.thread) return void(known = now);
-    readers.push_back(now);
+static void remember_reader(Readers& readers, const Access& now) {
+    const size_t before = (readers.who << (readers.who.size() - now.thread)).count();
+    const auto place = readers.accesses.begin() + long(before);
+    if (readers.who[now.thread])
+        *place = now;
+    else
+        readers.accesses.insert(place, now), readers.who.set(now.thread);
 }
 
 // Whether somebody may still read what is written now. Readers before that are done with.
@@ -796,23 +816,24 @@ static bool still_read(const Cell& cell) {
     if (unordered(cell.read)) return true;
     const auto found = machine.readers.find(&cell);
     if (found == machine.readers.end()) return false;
-    const bool any = std::any_of(found->second.begin(), found->second.end(), unordered);
+    const std::vector<Access>& accesses = found->second.accesses;
+    const bool any = std::any_of(accesses.begin(), accesses.end(), unordered);
     machine.readers.erase(found);
     return any;
 }
 
-static void check_byte(Cell& cell, bool writes, int kind, long offset, int line, const void* from) {
+static void check_byte(Cell& cell, const Access& now, bool writes, int kind, long offset, int line, const void* from) {
     if (cell.under_way) fault_of_access(RACE, line, from, "a copy is still under way to", name_of(kind), offset);
     if (!writes && !cell.set) fault_of_access(UNSET, line, from, "read of unset", name_of(kind), offset);
     if (unordered(cell.write))
         fault_of_access(RACE, line, from, writes ? "write-write race in" : "read-write race in", name_of(kind), offset);
     if (writes && still_read(cell)) fault_of_access(RACE, line, from, "write-read race in", name_of(kind), offset);
     if (writes)
-        cell = {access_now(), {}, true, false, machine.time};
+        cell.write = now, cell.read = {}, cell.set = true, cell.time = machine.time;
     else if (kind == SHARED && !machine.phases.empty())
-        remember_reader(machine.readers[&cell]);
+        remember_reader(machine.readers[&cell], now);
     else
-        remember_read(cell.read);
+        remember_read(cell.read, now);
 }
 
 static bool private_to_thread(uint64_t at) {
@@ -840,7 +861,7 @@ static void check_uses(Shadow& shadow, long offset, int bytes, int line, const v
         Use& use = shadow.uses[size_t(place)];
         use.barrier = nullptr;
         if (use.under_way) fault_of_access(RACE, line, from, "a product still reads", "shared memory", offset);
-        for (int warp = 0; warp < WARPS; warp++) {
+        for (int warp = 0; warp < int(machine.warps.size()); warp++) {
             const auto [interval, epoch] = use.ends[size_t(warp)];
             if (interval != machine.interval || warp == self.warp || knows(self, uint32_t(warp * 32), epoch)) continue;
             fault_of_access(RACE, line, from, "write-read race in", "shared memory", offset);
@@ -857,11 +878,18 @@ static void check_access(const void* address, int bytes, bool writes, int line, 
     const Region& region = shadow->region;
     const long offset = long(at - region.begin);
     const char* what = name_of(region.kind);
-    if (at % uint64_t(bytes)) fault_of_access(ARITHMETIC, line, from, "misaligned access to", what, offset);
+    if (at & uint64_t(bytes - 1)) fault_of_access(ARITHMETIC, line, from, "misaligned access to", what, offset);
     if (writes && region.read_only) fault_of_access(BOUNDS, line, from, "write to read-only", what, offset);
     if (!shadow->cells) return;
     if (writes && !shadow->uses.empty()) check_uses(*shadow, offset, bytes, line, from);
-    for (int i = 0; i < bytes; i++) check_byte(shadow->cells[offset + i], writes, region.kind, offset + i, line, from);
+    const Access now = access_now();
+    Cell *cells = shadow->cells + offset, before = cells[0];
+    const bool followed = region.kind == SHARED && !machine.phases.empty();  // reader by reader
+    for (int i = 0; i < bytes; i++)
+        if (i && !followed && !memcmp(&cells[i], &before, sizeof before))
+            cells[i] = cells[0];  // what is true of the first byte is true of its like
+        else
+            check_byte(cells[i], now, writes, region.kind, offset + i, line, from);
 }
 
 void runner::note_read(const void* at, int bytes, int line) { check_access(at, bytes, false, line, nullptr); }
