@@ -446,6 +446,14 @@ def test_a_layer_without_such_weights_says_why():
             ttr_np.equivalent_kernel(name, np.eye(3), np.eye(3))
 
 
+@pytest.mark.parametrize("name", ["retnet", "lru"])
+def test_queries_and_keys_of_an_equivalent_kernel_are_looked_at(name):
+    with pytest.raises(ValueError, match="q needs axes"):
+        ttr_np.equivalent_kernel(name, np.ones(3), np.ones(3))
+    with pytest.raises(ValueError, match="axis 't' is 2 in k but 3 in q"):
+        ttr_np.equivalent_kernel(name, np.eye(3), np.eye(3)[:2])
+
+
 def test_attention_maps_and_smoothers_are_rows_of_weights():
     rng = np.random.default_rng(7)
     q, k = rng.standard_normal((2, 9, 4))

@@ -400,7 +400,8 @@ def test_a_call_that_fails_leaves_the_memory_as_it_was():
         ((np.ones((3, 4)),) * 2, {"log_decay": 1.0}, ValueError, "log_decay must be <= 0"),
         ((np.ones((3, 4)),) * 2, {"log_decay": np.zeros((5, 3))}, ValueError, "leading axes"),
         ((np.ones((3, 4)),) * 2, {"decay": 1.0}, TypeError, "no gate 'decay'"),
-        ((np.ma.ones((3, 4)),) * 2, {}, TypeError, "masked array"),
+        ((np.ones((3, 4)),) * 2, {"backend": "numpy"}, TypeError, "no gate 'backend'"),
+        ((np.ma.ones((3, 4)),) * 2, {}, TypeError, "k is a masked array"),
     ]
     for pairs, more, kind, message in wrong:
         with pytest.raises(kind, match=message):
@@ -423,6 +424,8 @@ def test_a_memory_keeps_its_precision():
     single = Memory(layer).memorize(*few)
     with pytest.raises(TypeError, match="k has dtype float64; this memory is float32"):
         single.memorize(k, v)
+    lists = single.copy().memorize(few[0].tolist(), few[1].tolist())  # numbers of no dtype take that of the memory
+    assert same(lists.state, single.copy().memorize(*few).state)
 
 
 def test_many_series_run_side_by_side_and_queries_may_be_grouped():
@@ -463,6 +466,18 @@ def test_copies_go_their_own_ways():
         assert not same(twin.state, memory.state)
     assert repr(memory.reset()) == "Memory('mesanet', empty)"
     memory.memorize(np.eye(2), np.eye(2))
+
+
+def test_a_memory_has_gates_of_its_own_and_looks_at_its_arguments_at_once():
+    log_decay = np.full(4, -0.1)
+    memory, k = Memory("gla", log_decay=log_decay), np.eye(4)
+    before = memory.memorize(k, k).copy().memorize(k, k).recall(k)
+    log_decay[:] = -5.0
+    assert np.array_equal(memory.memorize(k, k).recall(k), before)
+    with pytest.raises(ValueError, match="unknown backend 'none'"):
+        Memory("gla", backend="none")
+    with pytest.raises(TypeError, match="gla has no gate 'cu_seqlens'; it has log_decay"):
+        Memory("gla").memorize(k, k, cu_seqlens=[0, 2, 4])
 
 
 @pytest.mark.parametrize("name", BY_DEFINITION + IMPOSSIBLE)

@@ -183,6 +183,7 @@ def test_grouped_queries_share_one_memory():
     ("given", "error", "words"),
     [
         ({"operator": "nothing"}, ValueError, "unknown operator 'nothing'"),
+        ({"operator": ttr_np.layers["kda"]}, TypeError, "operator is Layer.*; a stream needs the name of an operator"),
         ({"q": (2,), "k": (3,), "v": (1,), "beta": ()}, ValueError, "axis 'k' is 3 in k but 2 in q"),
         ({"q": (2,), "k": (2,), "v": (1,)}, TypeError, "beta is missing"),
         ({"k": (2,), "v": (1,), "beta": (), "log_decay": ()}, TypeError, "q is missing"),
@@ -213,6 +214,15 @@ def test_copies_and_pickles_are_streams_of_their_own(backend):
     assert step([1, 0], [1, 0], [4], 1.0) == 8
 
 
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+def test_arrays_that_do_not_change_are_the_streams_own(backend):
+    weight = np.ones((2, 3))
+    step = ttr_np.Stream("short_convolution", x=(3,), weight=weight, backend=backend)
+    assert repr(step) == f"Stream('short_convolution', x=(3,), float64, backend='{backend}')"
+    weight[:] = 7.0
+    assert np.array_equal(step(np.ones(3)), np.ones(3))
+
+
 def test_the_backend_is_chosen_once():
     with ttr_np.use_backend("numpy"):
         step = ttr_np.Stream("kernel_ridge", q=(2,), k=(2,), v=(1,))
@@ -228,6 +238,8 @@ def test_an_output_that_cannot_take_the_answer_leaves_the_memory_as_it_was():
     step = ttr_np.Stream("linear_attention", q=(1,), k=(1,), v=(1,))
     with pytest.raises(TypeError, match="out has dtype int64; the answer has float64"):
         step([1], [1], [1], out=np.zeros(1, np.int64))
+    with pytest.raises(TypeError, match="out is a list; it needs an array"):
+        step([1], [1], [1], out=[0.0])
     with pytest.raises(TypeError, match="got 3 arrays and log_decay"):
         step([1], [1], [1], log_decay=-1.0)
     with pytest.raises(TypeError, match="q has dtype int64"):

@@ -28,6 +28,7 @@ __all__ = [
     "check_arguments",
     "check_gates",
     "on_device",
+    "own",
     "run",
     "through_dlpack",
 ]
@@ -105,6 +106,11 @@ def as_numpy(x: Any) -> np.ndarray:
     """Any array or list as a NumPy array."""
     x = through_dlpack(x)
     return x.get() if on_device(x) else np.asarray(x)
+
+
+def own(x: Any) -> Any:
+    """A copy of an array or a list, which the caller may overwrite; anything else as it is."""
+    return x.copy() if hasattr(x, "copy") else x
 
 
 def at_home(x: Any) -> Any:

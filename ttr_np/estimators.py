@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from . import selection
+from .calling import as_array
 from .conventions import Regressor, is_number, not_fitted, with_intercept
-from .layers import Layer, as_float, layers, own_memory
+from .layers import Layer, check_data, layers, own_memory
 from .memories import L2Retention, Squared
 from .memories import Linear as LinearMemory
 from .memory import Memory
@@ -741,6 +742,8 @@ def equivalent_kernel(layer: str | Layer, q: Any, k: Any, *, backend: Any = None
     NotImplementedError
         If the layer's answers are not linear in the values (networks, layer norms, sign steps), or if each channel of a
         value has weights of its own.
+    TypeError, ValueError
+        If queries and keys are no arrays of real numbers, or do not fit.
 
     Notes
     -----
@@ -759,7 +762,8 @@ def equivalent_kernel(layer: str | Layer, q: Any, k: Any, *, backend: Any = None
            [0.25, 0.5 , 1.  ]])
     """
     layer = linear_in_values(layers[layer] if isinstance(layer, str) else layer)
-    q, k = (as_float(x) for x in (q, k))
+    q, k = as_array("q", q), as_array("k", k)
+    check_data(layer, {"q": q, "k": k})
     k = k.reshape((1,) * (q.ndim - k.ndim) + k.shape)
     v = np.eye(k.shape[-2], dtype=np.result_type(k, np.float32))
     if layer.data == ("x",):

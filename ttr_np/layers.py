@@ -300,7 +300,7 @@ def check_data(layer: Layer, data: dict[str, Any]) -> None:
             raise TypeError(f"{name} is complex ({x.dtype}); {layer.name} takes real numbers")
     if "steps" in layer.gates:  # several pairs per token
         check(q=data["q"])
-        check(k=data["k"], v=data["v"])
+        check(**{name: x for name, x in data.items() if name != "q"})
     else:
         check(**data)
 

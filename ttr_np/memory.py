@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import memory_file, merging
-from .backends import home, home_of
-from .calling import as_numpy, check_mask, on_device
-from .layers import Layer, as_float, layers
+from .backends import home, home_of, validated
+from .calling import as_array, as_numpy, check_mask, on_device, own
+from .layers import Layer, layers
 from .notation import OPERATORS
 
 __all__ = ["Memory"]
@@ -56,14 +56,17 @@ class Memory:
         If there is no such layer.
     TypeError
         If the layer is none, or has no such gate.
+    ValueError
+        If there is no such backend.
     NotImplementedError
         If the layer has no state (it runs by its definition, or not at all), or ``mergeable`` and it does not merge;
         the message says why.
 
     Notes
     -----
-    The first piece decides leading axes, sizes and dtype of all. A call that raises leaves the memory as it was. A
-    memory is where its arrays are: NumPy's (and anything else that speaks DLPack) on the CPU, CuPy's on their GPU.
+    The first piece decides leading axes, sizes and dtype of all; lists take that dtype. A call that raises leaves the
+    memory as it was. A memory is where its arrays are: NumPy's (and anything else that speaks DLPack) on the CPU, and
+    CuPy's on their GPU.
 
     Memory and time per token do not grow, but for the layers that keep their pairs (softmax attention, local
     regression, kernel ridge and their kin): those keep what they can still see, all of the past or a ``window``.
@@ -91,8 +94,9 @@ class Memory:
             raise NotImplementedError(f"{self.layer.name} has no state to keep: {self.layer.reason}")
         if mergeable and merging.why_not(self.layer):
             raise NotImplementedError(f"memories of {self.layer.name} do not merge: {merging.why_not(self.layer)}")
-        self.backend, self.mergeable, self.gates = backend, bool(mergeable), gates
         check_gates(self.layer, gates)
+        self.backend = None if backend is None else validated(backend)
+        self.mergeable, self.gates = bool(mergeable), {name: own(x) for name, x in gates.items()}
         self.reset()
 
     def reset(self) -> Memory:
@@ -223,7 +227,9 @@ class Memory:
         place = home_of(dict(zip(names, given, strict=True)))
         if arrays_in(self._state) and place.device != self.device:
             raise TypeError(f"this memory is on {self.device}, the arrays are on {place.device}: move it with .to()")
-        data = {name: as_float(x) for name, x in zip(names, given, strict=True)}
+        if self._shape is not None:  # lists take the dtype of the memory
+            given = tuple(x if hasattr(x, "dtype") else np.asarray(x, self._shape.dtype) for x in given)
+        data = {name: as_array(name, x) for name, x in zip(names, given, strict=True)}
         for name, x in data.items():
             if x.ndim < 2:
                 raise ValueError(f"{name} needs axes (..., t, size), got shape {x.shape}")
@@ -234,6 +240,7 @@ class Memory:
 
     def _run(self, data: dict[str, Any], mask: Any, gates: dict[str, Any]) -> tuple[Any, Any]:
         """The layer from the present state: answers and the state after."""
+        check_gates(self.layer, gates)
         given = [data[name] for name in self.layer.data]
         common = {"initial_state": self._state, "output_final_state": True, "mask": mask, "backend": self.backend}
         return self.layer(*given, **common, **self.gates | gates)

@@ -19,7 +19,7 @@ import numpy as np
 
 from . import operators
 from .backends import BACKENDS, ON_GPU, call, chosen, home_of, resolve
-from .calling import as_array, as_numpy, on_device
+from .calling import as_array, as_numpy, on_device, own
 from .launching import Launches, send
 from .notation import ARRAYS, GATES, OPERATORS
 
@@ -117,6 +117,8 @@ class Stream:
         backend: Any = None,
         **given: Any,
     ) -> None:
+        if not isinstance(operator, str):
+            raise TypeError(f"operator is {type(operator).__name__}; a stream needs the name of an operator")
         if operator not in OPERATORS:
             raise ValueError(f"unknown operator {operator!r}; the operators are {', '.join(OPERATORS)}")
         self.operator, self.dtype = operator, checked_dtype(dtype)
@@ -148,6 +150,10 @@ class Stream:
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles are made anew around a copy of the state: arrays of another stream are not theirs."""
         return again, (self.operator, self._made_of | {"initial_state": self.state})
+
+    def __repr__(self) -> str:
+        token = ", ".join(f"{name}={self._made_of[name]}" for name in self.names)
+        return f"Stream({self.operator!r}, {token}, {self.dtype}, backend={self._backend!r})"
 
     @property
     def _compute(self) -> np.dtype:
@@ -319,7 +325,7 @@ def declared(operator: str, given: Mapping[str, Any]) -> tuple[list[str], dict[s
         if given.get(name) is None:
             what = "the shape of one token" if has_time(name) else "the array itself"
             raise TypeError(f"{name} is missing: a stream of {operator} needs {what}")
-    others = {name: x for name, x in given.items() if name not in names and not (name in ARRAYS and x is None)}
+    others = {name: own(x) for name, x in given.items() if name not in names and not (name in ARRAYS and x is None)}
     return names, {name: given[name] for name in names}, others
 
 
@@ -406,7 +412,9 @@ def usual(name: str, x: Any) -> bool:
 
 def check_out(out: Any, shape: tuple[int, ...], dtype: np.dtype) -> None:
     """An array that can take the answer."""
-    if not (isinstance(out, np.ndarray) or on_device(out)) or out.shape != shape:
+    if not (isinstance(out, np.ndarray) or on_device(out)):
+        raise TypeError(f"out is a {type(out).__name__}; it needs an array")
+    if out.shape != shape:
         raise ValueError(f"out has shape {np.shape(out)}; the answer has {shape}")
     if not np.can_cast(dtype, out.dtype, "same_kind"):
         raise TypeError(f"out has dtype {out.dtype}; the answer has {dtype}")
