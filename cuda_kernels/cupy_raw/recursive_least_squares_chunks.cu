@@ -15,8 +15,6 @@
 
 enum { Q, KEY, V, GATE, BETA, STATE, COVARIANCE, STATE_NEXT, COVARIANCE_NEXT, BAD, O };
 
-constexpr double SURE = 1e8;  // condition of H, at least, from which on its inverse has too few digits
-
 // What a block keeps in shared memory.
 struct Room {
     Square P;
@@ -44,48 +42,6 @@ struct Places {
     double information;  // trace of H before all pairs
 };
 
-__device__ double trace(const Square& A) {
-    double total = 0;
-    for (int i = threadIdx.x % 32; i < K; i += 32) total += A.at(i, i);
-    return over_warp(total);
-}
-
-// A = A^-1 for a symmetric A, pivot by pivot; false if one is not positive. Nothing is searched for: A is definite. Rows
-// and columns are left in `lines`, for two pivots in turn; a thread has the same columns every time.
-__device__ bool invert(const Square& A, double* lines) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    #pragma unroll 1
-    for (int p = 0; p < K; p++) {
-        double *row = lines + p % 2 * 2 * KEYS, *column = row + KEYS;
-        __syncthreads();  // A is what pivot p - 1 left
-        for (int i = threadIdx.x; i < KEYS; i += THREADS) row[i] = A.at(p, i), column[i] = A.at(i, p);
-        __syncthreads();  // its row and its column are there
-        const double pivot = row[p], share = 1 / pivot;
-        if (!(pivot > 0)) return false;
-        double along[(KEYS + 31) / 32];
-        #pragma unroll
-        for (int m = 0; m < (KEYS + 31) / 32; m++) {
-            const int j = min(lane + 32 * m, KEYS - 1);
-            along[m] = j == p ? share : share * row[j];
-        }
-        #pragma unroll 4
-        for (int i = warp; i < KEYS; i += WARPS) {
-            const double factor = -column[i];
-            #pragma unroll
-            for (int m = 0; m < (KEYS + 31) / 32; m++) {
-                const int j = lane + 32 * m;
-                if (KEYS % 32 && j >= KEYS) continue;
-                double& x = A.at(i, j);
-                x = i == p ? along[m] : fma(factor, along[m], j == p ? 0 : x);
-            }
-        }
-    }
-    __syncthreads();  // A is whole
-    each_of_square(K, [&](int i, int j) { if (j > i) A.at(i, j) = A.at(j, i); });
-    __syncthreads();  // and symmetric
-    return true;
-}
-
 // No eigenvalue of P above `largest` or `ratio` times the smallest. X is K x K.
 __device__ void cap(const Square& P, double* X, double largest, double ratio) {
     __shared__ double values[K];
@@ -110,31 +66,6 @@ __device__ void cap(const Square& P, double* X, double largest, double ratio) {
         P.at(i, j) = sum;
     });
     __syncthreads();  // P is there
-}
-
-// P as the caller gave it; whether it is symmetric up to rounding.
-__device__ bool load_covariance(const Square& P, Rows<const gate> from, double eps) {
-    __shared__ double sizes[WARPS], gaps[WARPS];
-    double size = 0, gap = 0;
-    each_of_square(KEYS, [&](int i, int j) {
-        const bool there = i < K && j < K;
-        const double x = there ? double(from.at(i, j)) : 0;
-        P.at(i, j) = x, size = fmax(size, fabs(x));
-        if (there) gap = fmax(gap, fabs(x - double(from.at(j, i))));
-    });
-    for (int distance = 1; distance < 32; distance *= 2) {
-        size = fmax(size, __shfl_xor_sync(0xffffffffu, size, distance));
-        gap = fmax(gap, __shfl_xor_sync(0xffffffffu, gap, distance));
-    }
-    if (threadIdx.x % 32 == 0) sizes[threadIdx.x / 32] = size, gaps[threadIdx.x / 32] = gap;
-    __syncthreads();  // the largest is among them
-    for (int i = 0; i < WARPS; i++) size = fmax(size, sizes[i]), gap = fmax(gap, gaps[i]);
-    return gap <= 1000 * eps * size;
-}
-__device__ bool finite(const Square& P) {
-    double total = 0;
-    each_of_square(K, [&](int i, int j) { total += P.at(i, j) - P.at(i, j); });
-    return over_block(total) == 0;
 }
 
 // ---- a chunk ----------------------------------------------------------------------------------------------------------
@@ -420,11 +351,19 @@ __device__ __forceinline__ void store_covariance(const Square& P, const Known& k
     each_of_square(K, [&](int i, int j) { to.at(i, j) = known.moved ? gate(P.at(i, j)) : given.at(i, j); });
 }
 
+// Whether a block of recursive_least_squares_tensor.cu has given this memory up.
+__device__ __forceinline__ bool in_doubt(const float* doubts, int blocks) {
+    bool any = false;
+    for (int i = 0; i < blocks; i++) any |= doubts[blockIdx.x / blocks * blocks + i] != 0;
+    return any;
+}
+
 extern "C" __global__ void __launch_bounds__(256, 1)
 recursive_least_squares_chunks(const data* q, const data* k, const data* v, const gate* log_decay, const gate* beta,
-                               const gate* S, const gate* P, gate* S_next, gate* P_next, bool* bad_next, data* o,
-                               float* sums, float* rooms, const long long* table, int axes, int tokens, int columns,
-                               int length, int pieces, int groups, int blocks, double limit, double eps) {
+                               const gate* S, const gate* P, gate* S_end, gate* P_end, bool* bad_next, data* answers,
+                               float* sums, float* rooms, float* doubts, const long long* table, int axes, int tokens,
+                               int columns, int length, int pieces, int groups, int blocks, double limit, double eps) {
+    if (doubts && !in_doubt(doubts, blocks)) return;
     __shared__ Weights all;
     __shared__ Places at;
     const Room room(dynamic_shared(), all);
@@ -432,7 +371,7 @@ recursive_least_squares_chunks(const data* q, const data* k, const data* v, cons
     const int which = blockIdx.x / blocks, column_block = blockIdx.x % blocks / pieces, piece = blockIdx.x % pieces;
     const int warp = threadIdx.x / 32, first = column_block * VALUES + 16 * warp;
     if (threadIdx.x == 0) {
-        at.query = rows(q, table, axes, Q, which), at.answer = rows(o, table, axes, O, which);
+        at.query = rows(q, table, axes, Q, which), at.answer = rows(answers, table, axes, O, which);
         at.pairs = pairs_of(k, v, log_decay, beta, table, axes, KEY, which);
         at.state = rows(S, table, axes, STATE, which), at.covariance = rows(P, table, axes, COVARIANCE, which);
         at.begin = at.first = piece * length;
@@ -465,8 +404,8 @@ recursive_least_squares_chunks(const data* q, const data* k, const data* v, cons
     }
 
     if (piece < pieces - 1) return;
-    memory.store(rows(S_next, table, axes, STATE_NEXT, which), first, columns);
+    memory.store(rows(S_end, table, axes, STATE_NEXT, which), first, columns);
     if (column_block > 0) return;
     __syncthreads();  // P is there
-    store_covariance(room.P, known, at.covariance, rows(P_next, table, axes, COVARIANCE_NEXT, which), own_room, limit);
+    store_covariance(room.P, known, at.covariance, rows(P_end, table, axes, COVARIANCE_NEXT, which), own_room, limit);
 }
