@@ -119,8 +119,9 @@ def in_single_precision(
 
 def tensor_bytes(keys: int) -> int:
     """Shared memory of a block in single precision, as the text lays it out."""
-    wide = keys + 8
-    return 6 * wide * (keys + 3 * _chunks.CHUNK) + 8 * _chunks.CHUNK * wide + 8 * _chunks.CHUNK * (_chunks.CHUNK + 2)
+    chunk, wide = _chunks.CHUNK, keys + 8
+    place, pairs = 6 * chunk * wide, 8 * chunk * (chunk + 2)
+    return 6 * keys * wide + place + 2 * max(place, pairs, 2 * chunk * (_chunks.VALUES + 8)) + 8 * chunk * wide + pairs
 
 
 def one_by_one(

@@ -34,20 +34,27 @@ struct Weights {
     double left[CHUNK];  // of what was known before the chunk, once this pair has come
 };
 
+// Bytes of a place for Y and for B, in which others lie at other times.
+__device__ constexpr int most(int x, int y) { return x > y ? x : y; }
+constexpr int PLACE = most(3 * Tile<bfloat16, CHUNK, KEYS>::bytes, most(Pairs::bytes, Tile<bfloat16, CHUNK, VALUES>::bytes));
+
 // What a block keeps in shared memory.
 struct Room {
     Split<3, KEYS, KEYS> R;
     Split<3, CHUNK, KEYS> W, Y, B;
     Tile<bfloat16, CHUNK, KEYS> k, q;
     Tile<float, CHUNK, KEYS> A;
-    Pairs gram;      // in the place of Y, and of B where there are few keys
+    Tile<bfloat16, CHUNK, VALUES> v;  // in the place of B
+    Pairs gram;                       // in the place of Y
     Pairs inverses;  // L^-1 and, transposed, one column further, (L + diag(left)^1/2)^-1
     Split<2, CHUNK, CHUNK> scores;  // in the same place
 
     __device__ __forceinline__ explicit Room(unsigned char* at) {
         R = split_of<3, KEYS, KEYS>(at), W = split_of<3, CHUNK, KEYS>(at);
-        gram.begin = reinterpret_cast<double*>(at);
-        Y = split_of<3, CHUNK, KEYS>(at), B = split_of<3, CHUNK, KEYS>(at);
+        unsigned char *lower = at, *upper = at + PLACE;
+        gram.begin = reinterpret_cast<double*>(at), Y = split_of<3, CHUNK, KEYS>(lower);
+        v.begin = reinterpret_cast<bfloat16*>(upper), B = split_of<3, CHUNK, KEYS>(upper);
+        at += 2 * PLACE;
         k = tile_of<Tile<bfloat16, CHUNK, KEYS>>(at), q = tile_of<Tile<bfloat16, CHUNK, KEYS>>(at);
         A = tile_of<Tile<float, CHUNK, KEYS>>(at);
         inverses.begin = reinterpret_cast<double*>(at);
@@ -65,12 +72,13 @@ struct Shared {
     bool moved;          // whether anything was learnt or forgotten
 };
 
-// Where arrays lie.
+// Where arrays lie. In shared memory, because registers are for the solution.
 struct Places {
     Rows<const data> query, key, value;
     Rows<const gate> decay, weight;
     Rows<data> answer;
     bool decays, weighted;
+    int begin, end, first, columns;  // tokens and value columns of this block
 };
 
 __device__ __forceinline__ int warp_of() { return threadIdx.x / 32; }
@@ -90,6 +98,38 @@ __device__ __forceinline__ void read_two(const Split<TERMS, R, C>& x, int i, int
         low += a, high += b;
     }
 }
+// A number that is longer than a float, x + rest: three terms have room for some bits more. R is rounded chunk after
+// chunk, and where nothing else happens to it that is all its error.
+struct Long {
+    float x, rest;
+
+    __device__ __forceinline__ void take_off(float y) {
+        const float sum = x - y, taken = sum - x;
+        rest += (x - (sum - taken)) - (y + taken), x = sum;
+    }
+    __device__ __forceinline__ void multiply(float y, float y_rest) {
+        const float product = x * y;
+        rest = fmaf(rest, y, fmaf(x, y_rest, fmaf(x, y, -product))), x = product;
+    }
+};
+template <int R, int C>
+__device__ __forceinline__ void read_long(const Split<3, R, C>& from, int i, int j, Long& low, Long& high) {
+    float a, b;
+    read_two(from.term[0], i, j, low.x, high.x);
+    read_two(from.term[1], i, j, a, b);
+    read_two(from.term[2], i, j, low.rest, high.rest);
+    low.x += a, high.x += b;
+}
+template <int R, int C>
+__device__ __forceinline__ void set_long(const Split<3, R, C>& to, int i, int j, Long low, Long high) {
+    #pragma unroll
+    for (int n = 0; n < 3; n++) {
+        if (n == 1) low.x += low.rest, high.x += high.rest;
+        const unsigned both = packed<bfloat16>(low.x, high.x);
+        *reinterpret_cast<unsigned*>(&to.term[n].at(i, j)) = both;
+        low.x -= low_of<bfloat16>(both), high.x -= high_of<bfloat16>(both);
+    }
+}
 // 16 columns of 16 rows.
 template <int TERMS, int R, int C>
 __device__ __forceinline__ void store_two(const Split<TERMS, R, C>& to, Sum (&sums)[2], int row, int column) {
@@ -103,8 +143,8 @@ __device__ __forceinline__ void store_two(const Split<TERMS, R, C>& to, Sum (&su
 // ---- a chunk arrives ---------------------------------------------------------------------------------------------------
 
 // Weights of the chunk that begins at token `low`, by one warp.
-__device__ __forceinline__ void load_weights(Weights& to, const Places& at, int low, int n) {
-    const int lane = threadIdx.x % 32;
+__device__ __forceinline__ void load_weights(Weights& to, const Places& at, int low) {
+    const int lane = threadIdx.x % 32, n = at.end - low;
     const float weight = lane < n ? at.weighted ? at.weight.at(low + lane, 0) : 1 : 0;
     double total = at.decays && lane < n ? fmax(double(at.decay.at(low + lane, 0)), double(FAINTEST)) : 0;
     for (int distance = 1; distance < 32; distance *= 2) {
@@ -216,16 +256,21 @@ __device__ __forceinline__ void invert_factor(const Room& room, const Weights& w
 }
 
 // B = L^-1 A or Y = (L + diag(left)^1/2)^-1 A, 16 columns by each warp.
-__device__ __forceinline__ void find_factor(const Room& room, const Split<3, CHUNK, KEYS>& to, bool with_roots) {
+__device__ __forceinline__ void find_factor(const Room& room, bool with_roots) {
+    unsigned char* at = reinterpret_cast<unsigned char*>(room.Y.term[0].begin) + (with_roots ? 0 : PLACE);
+    const Split<3, CHUNK, KEYS> to = split_of<3, CHUNK, KEYS>(at);
     const int line = threadIdx.x % 32 / 4, pair = threadIdx.x % 4 * 2, column = 16 * warp_of();
+    const double* const from = room.inverses.begin + with_roots;
+    const int down = with_roots ? 1 : Pairs::stride, along = with_roots ? Pairs::stride : 1;
     const auto inverse = [&](int i, int j) {
-        return j <= i ? with_roots ? room.inverses.at(j, i + 1) : room.inverses.at(i, j) : 0;
+        const double x = from[i * down + j * along];
+        return j <= i ? x : 0;
     };
-    #pragma unroll
+    #pragma unroll 1
     for (int half = 0; half < HALVES; half++) {
         const int row = 16 * half + line;
         double sums[2][4] = {};
-        #pragma unroll
+        #pragma unroll 1
         for (int token = 0; token < 16 * half + 16; token += 8) {
             const int inner = token + pair;
             const double left[4] = {inverse(row, inner), inverse(row + 8, inner), inverse(row, inner + 1),
@@ -248,7 +293,7 @@ __device__ __forceinline__ void find_factor(const Room& room, const Split<3, CHU
 __device__ __forceinline__ void whiten_keys(const Room& room) {
     const int column = 16 * warp_of();
     Sum sums[HALVES][2] = {};
-    #pragma unroll 2
+    #pragma unroll 1
     for (int inner = 0; inner < KEYS; inner += 16) {
         Right<bfloat16, 3> right[2];
         load_right_transposed(right, room.R, column, inner);
@@ -267,7 +312,7 @@ __device__ __forceinline__ void whiten_keys(const Room& room) {
 __device__ __forceinline__ double learn(const Room& room, double left) {
     const int row = 16 * warp_of();
     const double factor = 1 / sqrt(left);
-    const float most = float(factor), rest = float(factor - most);
+    const float main = float(factor), rest = float(factor - main);
     Left<bfloat16, 3> known[HALVES];
     for (int half = 0; half < HALVES; half++) load_left_transposed(known[half], room.W, 16 * half, row);
     float size = 0;
@@ -283,12 +328,12 @@ __device__ __forceinline__ double learn(const Room& room, double left) {
         #pragma unroll
         for (int n = 0; n < 2; n++)
             each_pair(sums[n], [&](int i, int j, float low, float high) {
-                float near, far;
-                read_two(room.R, row + i, column + 8 * n + j, near, far);
-                near -= low, far -= high;
-                near = fmaf(near, most, near * rest), far = fmaf(far, most, far * rest);
-                size = fmaf(near, near, fmaf(far, far, size));
-                room.R.set_two(row + i, column + 8 * n + j, near, far);
+                Long near, far;
+                read_long(room.R, row + i, column + 8 * n + j, near, far);
+                near.take_off(low), far.take_off(high);
+                near.multiply(main, rest), far.multiply(main, rest);
+                size = fmaf(near.x, near.x, fmaf(far.x, far.x, size));
+                set_long(room.R, row + i, column + 8 * n + j, near, far);
             });
     }
     return over_warp(size);
@@ -345,13 +390,14 @@ struct Memory {
         Left<bfloat16, 3> left[HALVES];
         for (int half = 0; half < HALVES; half++) left_of(left[half], errors[2 * half], errors[2 * half + 1]);
         #pragma unroll
-        for (int n = 0; n < OCTETS; n += 2)
+        for (int n = 0; n < OCTETS; n += 2) {
             #pragma unroll
             for (int half = 0; half < HALVES; half++) {
                 Right<bfloat16, 3> right[2];
                 load_right(right, W, 16 * half, 8 * n);
                 for (int m = 0; m < 2; m++) multiply(own[n + m], left[half], right[m]);
             }
+        }
     }
 };
 
@@ -361,9 +407,11 @@ __device__ __forceinline__ void whiten(Answers& errors, const Pairs& inverses) {
     #pragma unroll
     for (int half = HALVES - 1; half >= 0; half--) {
         Sum sums[2] = {};
+        #pragma unroll
         for (int inner = 0; inner <= half; inner++) {
             Left<bfloat16, 3> left;
             Right<bfloat16, 3> right[2];
+            __syncwarp();  // not all is loaded at once
             left_of(left, errors[2 * inner], errors[2 * inner + 1]);
             make_right(right, [&](int i, int j, int, bool) {
                 const int token = 16 * half + j, other = 16 * inner + i;
@@ -376,32 +424,32 @@ __device__ __forceinline__ void whiten(Answers& errors, const Pairs& inverses) {
 }
 
 // What is missed at the tokens of a chunk, weighted, in the place of what is recalled; true where that is no number.
-__device__ __forceinline__ bool find_errors(Answers& errors, const Weights& weights,
-                                            const float (&values)[CHUNK / 8][4]) {
+__device__ __forceinline__ bool find_errors(Answers& errors, const Room& room, const Weights& weights) {
     bool bad = false;
-    for (int tile = 0; tile < CHUNK / 8; tile++)
-        for (int i = 0; i < 4; i++) {
-            const float root = weights.root[8 * tile + threadIdx.x % 4 * 2 + i % 2];
-            const float x = root != 0 ? root * (values[tile][i] - errors[tile].x[i]) : 0;
-            errors[tile].x[i] = x, bad |= x - x != 0;
+    #pragma unroll
+    for (int half = 0; half < HALVES; half++) {
+        Left<bfloat16, 1> values;
+        load_left_transposed(values, room.v, 16 * half, 16 * warp_of());
+        #pragma unroll
+        for (int m = 0; m < 4; m++) {
+            Sum& sum = errors[2 * half + m / 2];
+            const int token = 16 * half + m / 2 * 8 + threadIdx.x % 4 * 2, i = m % 2 * 2;
+            const unsigned both = values.x[0][m];
+            const float near = weights.root[token], far = weights.root[token + 1];
+            sum.x[i] = near != 0 ? near * (low_of<bfloat16>(both) - sum.x[i]) : 0;
+            sum.x[i + 1] = far != 0 ? far * (high_of<bfloat16>(both) - sum.x[i + 1]) : 0;
+            bad |= sum.x[i] - sum.x[i] != 0 || sum.x[i + 1] - sum.x[i + 1] != 0;
         }
+    }
     return bad;
 }
-__device__ __forceinline__ void load_values(float (&values)[CHUNK / 8][4], const Rows<const data>& from, int low, int n,
-                                            int first, int columns) {
-    const int line = threadIdx.x % 32 / 4, pair = threadIdx.x % 4 * 2;
-    #pragma unroll
-    for (int tile = 0; tile < CHUNK / 8; tile++)
-        #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const int token = 8 * tile + pair + i % 2, column = first + line + i / 2 * 8;
-            values[tile][i] = token < n && column < columns ? widened(from.at(low + token, column)) : 0;
-        }
-}
-
 // O = Q S + tril(Q W^T) E, of which the first is in `answers`, to the array.
-__device__ __forceinline__ void answer(Answers& answers, const Answers& errors, const Room& room, const Rows<data>& to,
-                                       int low, int n, int first, int columns) {
+__device__ __forceinline__ void answer(Answers& answers, const Answers& errors, const Room& room, const Places& places,
+                                       int low) {
+    const int pair = threadIdx.x % 4 * 2, n = places.end - low, column = 16 * warp_of() + threadIdx.x % 32 / 4;
+    const bool near = column < places.columns, far = column + 8 < places.columns;
+    const Rows<data>& to = places.answer;
+    data* at = &to.at(low + pair, places.first + column);
     #pragma unroll
     for (int half = 0; half < HALVES; half++) {
         for (int inner = 0; inner <= half; inner++) {
@@ -411,11 +459,13 @@ __device__ __forceinline__ void answer(Answers& answers, const Answers& errors, 
             load_right_transposed(right, room.scores, 16 * half, 16 * inner);
             for (int m = 0; m < 2; m++) multiply(answers[2 * half + m], left, right[m]);
         }
-        for (int m = 0; m < 2; m++)
-            each(answers[2 * half + m], [&](int i, int j, float x) {
-                const int token = 16 * half + 8 * m + j, column = first + i;
-                if (token < n && column < columns) put(to.at(low + token, column), x);
-            });
+        #pragma unroll
+        for (int m = 0; m < 2; m++, at += 7 * to.row)
+            for (int i = 0; i < 2; i++, at += i < 2 ? to.row : 0) {
+                if (16 * half + 8 * m + pair + i >= n) continue;
+                if (near) put(at[0], answers[2 * half + m].x[i]);
+                if (far) put(at[8 * to.column], answers[2 * half + m].x[i + 2]);
+            }
     }
 }
 
@@ -507,15 +557,17 @@ recursive_least_squares_tensor(const data* q, const data* k, const data* v, cons
     __shared__ Shared all;
     __shared__ Places at;
     const Room room(dynamic_shared());
-    const int which = blockIdx.x / blocks, column_block = blockIdx.x % blocks / pieces, piece = blockIdx.x % pieces;
-    const int warp = warp_of(), first = column_block * VALUES + 16 * warp, end = min(tokens, (piece + 1) * length);
+    const int warp = warp_of();
     const bool worker = warp < WARPS, keeper = warp < BLOCKS;  // of values, and of keys
-    float* const from = begun + size_t(blockIdx.x) * BEGUN;
+    const float* const from = begun + size_t(blockIdx.x) * BEGUN;
     if (threadIdx.x == 0) {
+        const int which = blockIdx.x / blocks, piece = blockIdx.x % pieces;
         at.query = rows(q, table, axes, Q, which), at.key = rows(k, table, axes, KEY, which);
         at.value = rows(v, table, axes, V, which), at.answer = rows(o, table, axes, O, which);
         at.decay = rows(log_decay, table, axes, GATE, which), at.weight = rows(beta, table, axes, BETA, which);
         at.decays = log_decay != nullptr, at.weighted = beta != nullptr;
+        at.begin = piece * length, at.end = min(tokens, (piece + 1) * length);
+        at.first = blockIdx.x % blocks / pieces * VALUES, at.columns = min(columns - at.first, VALUES);
         doubts[blockIdx.x] = from[0] == 0;
     }
     if (from[0] == 0) return;
@@ -524,69 +576,75 @@ recursive_least_squares_tensor(const data* q, const data* k, const data* v, cons
     __syncthreads();  // places are known
 
     const auto bring = [&](const Tile<bfloat16, CHUNK, KEYS>& to, const Rows<const data>& rows, int low) {
-        fetch<THREADS>(to, rows, low, 0, min(CHUNK, end - low), K, in_vectors(rows));
+        fetch<THREADS>(to, rows, low, 0, min(CHUNK, at.end - low), K, in_vectors(rows));
         close_copies();
     };
-    bring(room.k, at.key, piece * length);
-    bring(room.q, at.query, piece * length);
-    if (warp == WARPS) load_weights(all.weights[0], at, piece * length, min(CHUNK, end - piece * length));
+    const auto bring_values = [&](int low) {
+        fetch<THREADS>(room.v, at.value, low, at.first, min(CHUNK, at.end - low), at.columns, in_vectors(at.value));
+        close_copies();
+    };
+    bring(room.k, at.key, at.begin);
+    bring(room.q, at.query, at.begin);
+    bring_values(at.begin);
+    if (warp == WARPS) load_weights(all.weights[at.begin / CHUNK % 2], at, at.begin);
     finish_copies<0>();
     __syncthreads();  // the first keys, their weights and R are there
 
-    Answers errors;
+    Answers errors = {}, answers;
     #pragma unroll 1
-    for (int low = piece * length, turn = 0;; low += CHUNK, turn ^= 1) {
-        if (worker && low > piece * length) memory.learn(errors, room.W);
-        if (low >= end) break;
-        const int n = min(CHUNK, end - low);
-        const Weights& weights = all.weights[turn];
-        if (keeper) meet_keys(room, weights);
-        if (!worker) find_energies(room, weights, all.energy);
-        __syncthreads();  // A and energies are there, and nobody is left at Y
-        if (worker) meet_pairs(room, weights);
-        finish_copies<0>();
-        __syncthreads();  // what is to be inverted and queries are there
-
-        bool doubt = false;
-        Answers answers = {};
-        if (worker) {
-            float values[CHUNK / 8][4];
-            load_values(values, at.value, low, n, first, columns);
-            for (Sum& sum : errors) sum = {};
-            memory.recall(errors, answers, room);
-            doubt = find_errors(errors, weights, values);
-        } else {
-            if (warp == WARPS) doubt = look(room, all, weights, n, limit);
-            invert_factor(room, weights, all.factors[warp - WARPS], warp > WARPS);
+    for (int low = at.begin;; low += CHUNK) {
+        const Weights& weights = all.weights[low / CHUNK % 2];
+        if (low < at.end) {
+            if (keeper) meet_keys(room, weights);
+            if (!worker) find_energies(room, weights, all.energy);
+            __syncthreads();  // A and energies are there, and nobody is left at Y
+            if (worker) meet_pairs(room, weights);
+            finish_copies<0>();
+            __syncthreads();  // what is to be inverted and queries are there
         }
-        if (__syncthreads_or(doubt)) {  // inverses are there, and nobody is left at W and at keys
+        bool doubt = false;
+        if (worker) {
+            if (low > at.begin) memory.learn(errors, room.W);  // of the chunk before
+            if (low >= at.end) break;
+            for (int i = 0; i < CHUNK / 8; i++) errors[i] = answers[i] = {};
+            memory.recall(errors, answers, room);
+            doubt = find_errors(errors, room, weights);
+        } else {
+            if (low >= at.end) break;
+            if (warp == WARPS) doubt = look(room, all, weights, at.end - low, limit);
+            invert_factor(room, weights, all.factors[warp - WARPS], warp > WARPS);
+            memory = {};  // these warps have none, and need its registers
+            for (int i = 0; i < CHUNK / 8; i++) errors[i] = answers[i] = {};
+        }
+        if (__syncthreads_or(doubt)) {  // inverses are there, and nobody is left at W, keys and values
             if (threadIdx.x == 0) doubts[blockIdx.x] = 1;
             return;
         }
 
         bring(room.k, at.key, low + CHUNK);
         #pragma unroll 1
-        for (int both = 0; both < 2 * keeper; both++) find_factor(room, both ? room.Y : room.B, both != 0);
+        for (int both = 0; both < 2 * keeper; both++) find_factor(room, both != 0);
         if (worker) whiten(errors, room.inverses);
-        if (warp == WARPS) load_weights(all.weights[turn ^ 1], at, low + CHUNK, min(CHUNK, end - low - CHUNK));
+        if (warp == WARPS) load_weights(all.weights[(low / CHUNK + 1) % 2], at, low + CHUNK);
         __syncthreads();  // B and Y are there, and nobody is left at inverses
         if (keeper) whiten_keys(room);
-        __syncthreads();  // whitened keys are there
+        __syncthreads();  // whitened keys are there, and nobody is left at B
+        bring_values(low + CHUNK);
         if (keeper) {
             const double size = learn(room, weights.left[CHUNK - 1]);
             if (threadIdx.x % 32 == 0) all.sizes[warp] = size;
         }
         if (!worker) score(room);
         finish_copies<0>();
-        __syncthreads();  // scores, R and the next keys are there
-        if (worker) answer(answers, errors, room, at.answer, low, n, first, columns);
-
+        __syncthreads();  // scores, R, the next keys and values are there
+        if (worker) answer(answers, errors, room, at, low);
         bring(room.q, at.query, low + CHUNK);
     }
     finish_copies<0>();
-    if (piece < pieces - 1) return;
-    if (worker) store(memory, rows(S_next, table, axes, STATE_NEXT, which), first, columns);
-    if (column_block > 0) return;
+    const int which = blockIdx.x / blocks;
+    if (at.end < tokens) return;
+    if (worker) store(memory, rows(S_next, table, axes, STATE_NEXT, which), at.first + 16 * warp, columns);
+    if (at.first > 0) return;
     const Rows<const gate> given = rows(P, table, axes, COVARIANCE, which);
     const Rows<gate> to = rows(P_next, table, axes, COVARIANCE_NEXT, which);
     if (!store_covariance(room, all, given, to, limit) && threadIdx.x == 0) doubts[blockIdx.x] = 1;
