@@ -80,11 +80,11 @@ def in_chunks(
     grid, room = chosen.grid(chosen.pieces), chosen.keys * _chunks.VALUES  # of double precision, for each block
     scalars |= {"rooms": _launch.machine.scratch(2 * room * grid.blocks * sequences.memories)}
     scalars |= {"limit": limit(S.dtype), "eps": float(np.finfo(S.dtype).eps)}
-    constants = {"K": rows, "ROOM": room} | chosen.constants
-    doubts = in_single_precision(chosen, sequences, arrays, results, types, constants, scalars)
+    constants = {"K": rows, "ROOM": room, "BEGUN": 4 + chosen.keys * (chosen.keys + _chunks.VALUES)} | chosen.constants
+    scalars |= in_single_precision(chosen, sequences, arrays, results, types, constants, scalars)
     arrays |= {"S_end": (S_next, BOTH), "P_end": (P_next, BOTH), "bad_next": (bad, COLUMN), "answers": (o, BOTH)}
     written = ("S_end", "P_end", "bad_next", "answers")  # not all are written, so they go there too
-    launch(CHUNKS, sequences, arrays, written, types, constants, grid, doubts=doubts, **scalars)
+    launch(CHUNKS, sequences, arrays, written, types, constants, grid, **scalars)
     refuse_covariance(bad, P)
     return o, RecursiveLeastSquaresState(S_next, P_next)
 
@@ -97,24 +97,23 @@ def in_single_precision(
     types: dict[str, Any],
     constants: dict[str, int],
     scalars: dict[str, Any],
-) -> Any:
-    """Two launches for data of bfloat16, and which blocks were not sure of their digits; None where there is no room."""
+) -> dict[str, Any]:
+    """Two launches for data of bfloat16: what blocks began with, and what they leave to do; None where there is no room."""
     shared = tensor_bytes(chosen.keys)
     narrow = types["data"].name == "bfloat16" and sequences.groups == 1
     if not narrow or shared + TENSOR_DECLARED > _launch.machine.device().shared:
-        return None
-    each = 4 + chosen.keys * (chosen.keys + _chunks.VALUES)  # numbers that a block begins with
+        return {"begun": None, "doubts": None}
     blocks = chosen.pieces * chosen.column_blocks
-    begun = _launch.machine.scratch(each * blocks * sequences.memories)
-    doubts = _launch.machine.scratch(blocks * sequences.memories)
+    sizes = {"begun": constants["BEGUN"], "doubts": 1}  # of each block
+    left = {name: _launch.machine.scratch(size * blocks * sequences.memories) for name, size in sizes.items()}
     before = {name: arrays[name] for name in ("S", "P")}
-    constants, scalars = constants | {"BEGUN": each, "MOST": MOST}, scalars | {"begun": begun, "doubts": doubts}
+    constants, scalars = constants | {"MOST": MOST}, scalars | left
     grid = Grid(blocks, chosen.threads, _chunks.square(chosen.keys) + 32 * chosen.keys)
     launch(BEGIN, sequences, before, (), types, constants, grid, **scalars)
     own = {name: x for name, x in arrays.items() if name != "S"} | results
     grid = Grid(blocks, TENSOR_THREADS, shared)
     launch(TENSOR, sequences, own, tuple(results), types, constants, grid, **scalars)
-    return doubts
+    return left
 
 
 def tensor_bytes(keys: int) -> int:

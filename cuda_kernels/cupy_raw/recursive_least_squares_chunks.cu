@@ -351,19 +351,30 @@ __device__ __forceinline__ void store_covariance(const Square& P, const Known& k
     each_of_square(K, [&](int i, int j) { to.at(i, j) = known.moved ? gate(P.at(i, j)) : given.at(i, j); });
 }
 
-// Whether a block of recursive_least_squares_tensor.cu has given this memory up.
-__device__ __forceinline__ bool in_doubt(const float* doubts, int blocks) {
-    bool any = false;
-    for (int i = 0; i < blocks; i++) any |= doubts[blockIdx.x / blocks * blocks + i] != 0;
-    return any;
+// What is left of this memory to do.
+__device__ __forceinline__ float left_to_do(const float* doubts, int blocks) {
+    float most = 0;
+    for (int i = 0; i < blocks; i++) most = fmaxf(most, doubts[blockIdx.x / blocks * blocks + i]);
+    return most;
+}
+// P = R R^T, of R transposed.
+__device__ __forceinline__ void multiply_root(const Square& P, const float* root) {
+    each_of_square(K, [&](int i, int j) {
+        double sum = 0;
+        #pragma unroll 4
+        for (int m = 0; m < K; m++) sum = fma(double(root[m * KEYS + i]), double(root[m * KEYS + j]), sum);
+        P.at(i, j) = sum;
+    });
+    __syncthreads();  // P is there
 }
 
 extern "C" __global__ void __launch_bounds__(256, 1)
 recursive_least_squares_chunks(const data* q, const data* k, const data* v, const gate* log_decay, const gate* beta,
                                const gate* S, const gate* P, gate* S_end, gate* P_end, bool* bad_next, data* answers,
-                               float* sums, float* rooms, float* doubts, const long long* table, int axes, int tokens,
-                               int columns, int length, int pieces, int groups, int blocks, double limit, double eps) {
-    if (doubts && !in_doubt(doubts, blocks)) return;
+                               float* sums, float* rooms, float* begun, float* doubts, const long long* table, int axes,
+                               int tokens, int columns, int length, int pieces, int groups, int blocks, double limit, double eps) {
+    const float doubt = doubts ? left_to_do(doubts, blocks) : REDO;
+    if (doubt == 0) return;
     __shared__ Weights all;
     __shared__ Places at;
     const Room room(dynamic_shared(), all);
@@ -380,6 +391,13 @@ recursive_least_squares_chunks(const data* q, const data* k, const data* v, cons
     const Sums earlier(reinterpret_cast<double*>(sums), size_t(blockIdx.x / pieces) * (pieces - 1));
     __syncthreads();  // places are known
 
+    if (doubt == CAP) {
+        if (piece < pieces - 1 || column_block > 0) return;
+        const float* const root = begun + size_t(blockIdx.x) * BEGUN;
+        multiply_root(room.P, root + 4);
+        const Rows<gate> to = rows(P_end, table, axes, COVARIANCE_NEXT, which);
+        return store_covariance(room.P, {root[2], true}, at.covariance, to, own_room, limit);
+    }
     const bool even = load_covariance(room.P, at.covariance, eps), whole = finite(room.P);
     if (whole && !(even && invert(room.P, room.W.begin))) {
         if (threadIdx.x == 0 && piece == 0) rows(bad_next, table, axes, BAD, which).at(0, 0) = true;

@@ -11,7 +11,8 @@
 // Eight warps have the keys and the value columns, 16 of each; two others invert L and L + diag(left)^1/2 while those
 // bring S up to date, which nothing waits for. What single precision does not hold to the digits that are promised is
 // given up, and recursive_least_squares_chunks.cu solves that memory in double precision: keys of which P knows next to
-// nothing, so that A is large; a P that has to be capped; numbers that are not finite.
+// nothing, so that A is large; a P that has to be capped before a pair; numbers that are not finite. Where only the P that
+// the caller gets may have to be capped, that kernel finds the root of it in the place of what this one began with.
 
 enum { Q, KEY, V, GATE, BETA, COVARIANCE, STATE_NEXT, COVARIANCE_NEXT, O };
 
@@ -559,7 +560,7 @@ recursive_least_squares_tensor(const data* q, const data* k, const data* v, cons
     const Room room(dynamic_shared());
     const int warp = warp_of();
     const bool worker = warp < WARPS, keeper = warp < BLOCKS;  // of values, and of keys
-    const float* const from = begun + size_t(blockIdx.x) * BEGUN;
+    float* const from = begun + size_t(blockIdx.x) * BEGUN;
     if (threadIdx.x == 0) {
         const int which = blockIdx.x / blocks, piece = blockIdx.x % pieces;
         at.query = rows(q, table, axes, Q, which), at.key = rows(k, table, axes, KEY, which);
@@ -568,7 +569,7 @@ recursive_least_squares_tensor(const data* q, const data* k, const data* v, cons
         at.decays = log_decay != nullptr, at.weighted = beta != nullptr;
         at.begin = piece * length, at.end = min(tokens, (piece + 1) * length);
         at.first = blockIdx.x % blocks / pieces * VALUES, at.columns = min(columns - at.first, VALUES);
-        doubts[blockIdx.x] = from[0] == 0;
+        doubts[blockIdx.x] = from[0] == 0 ? REDO : 0;
     }
     if (from[0] == 0) return;
     Memory memory;
@@ -617,7 +618,7 @@ recursive_least_squares_tensor(const data* q, const data* k, const data* v, cons
             for (int i = 0; i < CHUNK / 8; i++) errors[i] = answers[i] = {};
         }
         if (__syncthreads_or(doubt)) {  // inverses are there, and nobody is left at W, keys and values
-            if (threadIdx.x == 0) doubts[blockIdx.x] = 1;
+            if (threadIdx.x == 0) doubts[blockIdx.x] = REDO;
             return;
         }
 
@@ -647,5 +648,7 @@ recursive_least_squares_tensor(const data* q, const data* k, const data* v, cons
     if (at.first > 0) return;
     const Rows<const gate> given = rows(P, table, axes, COVARIANCE, which);
     const Rows<gate> to = rows(P_next, table, axes, COVARIANCE_NEXT, which);
-    if (!store_covariance(room, all, given, to, limit) && threadIdx.x == 0) doubts[blockIdx.x] = 1;
+    if (store_covariance(room, all, given, to, limit)) return;
+    for (int i = threadIdx.x; i < KEYS * KEYS; i += THREADS) from[4 + i] = room.R.at(i % KEYS, i / KEYS);
+    if (threadIdx.x == 0) from[2] = float(all.information), doubts[blockIdx.x] = CAP;
 }
