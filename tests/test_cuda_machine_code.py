@@ -146,6 +146,8 @@ CHUNK_STACK = {
     "recursive_least_squares_chunks": (368, 328, 56),
     "mesa_chunks": (0, 0, 0),
     "recall_chunks": (24, 144, 0),
+    "least_squares_begin": (0, 0, 0),
+    "recursive_least_squares_tensor": (0, 40, 0),
 }
 
 
@@ -154,10 +156,26 @@ CHUNK_STACK = {
 )
 @pytest.mark.parametrize("operator, options", CHUNKED, ids=lambda x: str(x)[:30])
 def test_chunks_of_least_squares_compile_within_their_budget(operator, options, architecture):
-    def keep(text, name, *rest):
-        return name, (text, rest[-1])
+    within_their_budget(launched("cupy", operator, options, np.float32, text_and_room, t=1200), architecture)
 
-    for name, (text, asked) in launched("cupy", operator, options, np.float32, keep, t=1200).items():
+
+@pytest.mark.parametrize(
+    "architecture", [pytest.param(a, marks=pytest.mark.slow if a != "sm_90a" else ()) for a in ARCHITECTURES]
+)
+def test_least_squares_of_16_bits_compile_within_their_budget(architecture):
+    texts = launched("cupy", "recursive_least_squares", {}, formats()["bfloat16"], text_and_room, t=1200)
+    new = {name: texts[name] for name in ("least_squares_begin", "recursive_least_squares_tensor")}
+    within_their_budget(new, architecture)
+
+
+def text_and_room(text, name, *rest):
+    """What a launch compiles, and the shared memory that it asks for."""
+    return name, (text, rest[-1])
+
+
+def within_their_budget(texts, architecture):
+    """No more stack than is written down, and no more shared memory than there is."""
+    for name, (text, asked) in texts.items():
         found = nvrtc.needs(code_of(text, architecture))
         assert found.stack <= CHUNK_STACK[name][ARCHITECTURES.index(architecture)], name
         assert found.shared + asked <= 227 * 1024 + RESERVED[architecture], name

@@ -98,7 +98,7 @@ def in_single_precision(
     constants: dict[str, int],
     scalars: dict[str, Any],
 ) -> dict[str, Any]:
-    """Two launches for data of bfloat16: what blocks began with, and what they leave to do; None where there is no room."""
+    """Two launches for data of bfloat16, of which blocks keep what they began with and what they leave to do."""
     shared = tensor_bytes(chosen.keys)
     narrow = types["data"].name == "bfloat16" and sequences.groups == 1
     if not narrow or shared + TENSOR_DECLARED > _launch.machine.device().shared:

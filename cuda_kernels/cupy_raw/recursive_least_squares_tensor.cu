@@ -314,17 +314,17 @@ __device__ __forceinline__ double learn(const Room& room, double left) {
     const int row = 16 * warp_of();
     const double factor = 1 / sqrt(left);
     const float main = float(factor), rest = float(factor - main);
-    Left<bfloat16, 3> known[HALVES];
-    for (int half = 0; half < HALVES; half++) load_left_transposed(known[half], room.W, 16 * half, row);
     float size = 0;
     #pragma unroll 1
     for (int column = 0; column < KEYS; column += 16) {
         Sum sums[2] = {};
         #pragma unroll
         for (int half = 0; half < HALVES; half++) {
+            Left<bfloat16, 3> known;  // loaded anew: registers are for the solution
             Right<bfloat16, 3> right[2];
+            load_left_transposed(known, room.W, 16 * half, row);
             load_right(right, room.Y, 16 * half, column);
-            for (int n = 0; n < 2; n++) multiply(sums[n], known[half], right[n]);
+            for (int n = 0; n < 2; n++) multiply(sums[n], known, right[n]);
         }
         #pragma unroll
         for (int n = 0; n < 2; n++)
@@ -508,15 +508,13 @@ __device__ __forceinline__ void begin_piece(Memory& memory, const Room& room, Sh
 }
 
 __device__ __forceinline__ void store(const Memory& memory, const Rows<gate>& to, int first, int columns) {
-    const int line = threadIdx.x % 32 / 4, pair = threadIdx.x % 4 * 2;
+    const int column = first + threadIdx.x % 32 / 4, pair = threadIdx.x % 4 * 2;
+    gate* at = &to.at(pair, column);
     #pragma unroll
-    for (int n = 0; n < OCTETS; n++) {
-        for (int i = 0; i < 4; i++) {
-            const int key = 8 * n + pair + i % 2, column = first + line + i / 2 * 8;
-            if (key < K && column < columns) to.at(key, column) = memory.own[n].x[i];
-        }
-        __syncwarp();  // not all addresses are found at once
-    }
+    for (int n = 0; n < OCTETS; n++, at += 8 * to.row)
+        for (int i = 0; i < 4; i++)
+            if (8 * n + pair + i % 2 < K && column + i / 2 * 8 < columns)
+                at[i % 2 * to.row + i / 2 * 8 * to.column] = memory.own[n].x[i];
 }
 
 // P = R R^T, or as the caller gave it where nothing has moved; whether its condition is one that the caller's numbers hold.
@@ -568,7 +566,7 @@ recursive_least_squares_tensor(const data* q, const data* k, const data* v, cons
         at.decay = rows(log_decay, table, axes, GATE, which), at.weight = rows(beta, table, axes, BETA, which);
         at.decays = log_decay != nullptr, at.weighted = beta != nullptr;
         at.begin = piece * length, at.end = min(tokens, (piece + 1) * length);
-        at.first = blockIdx.x % blocks / pieces * VALUES, at.columns = min(columns - at.first, VALUES);
+        at.first = blockIdx.x % blocks / pieces * VALUES, at.columns = min(columns, at.first + VALUES) - at.first;
         doubts[blockIdx.x] = from[0] == 0 ? REDO : 0;
     }
     if (from[0] == 0) return;
