@@ -33,7 +33,8 @@ TENSOR = Kernel("recursive_least_squares_tensor", "blocks.cuh", "caps.cuh", "mma
 SOLUTION = Kernel("innovations")
 TENSOR_THREADS = 32 * (_chunks.WARPS + 2)
 TENSOR_DECLARED = 3 << 10  # bytes of shared memory that the text declares itself
-MOST = 4096  # times the weight of a pair that P is before it: beyond, single precision has too few digits
+MANY = 256  # tokens: single precision token by token, as the solver takes fewer, has more digits than in chunks
+MOST = 256  # times the weight of a pair that P is before it: beyond, single precision has too few digits
 
 
 def recursive_least_squares(
@@ -100,7 +101,7 @@ def in_single_precision(
 ) -> dict[str, Any]:
     """Two launches for data of bfloat16, of which blocks keep what they began with and what they leave to do."""
     shared = tensor_bytes(chosen.keys)
-    narrow = types["data"].name == "bfloat16" and sequences.groups == 1
+    narrow = types["data"].name == "bfloat16" and sequences.groups == 1 and scalars["tokens"] >= MANY
     if not narrow or shared + TENSOR_DECLARED > _launch.machine.device().shared:
         return {"begun": None, "doubts": None}
     blocks = chosen.pieces * chosen.column_blocks
