@@ -146,8 +146,8 @@ def in_doubles(arrays, monkeypatch, **options):
     return result
 
 
-def tiny_ridge(arrays):
-    return {"ridge": 1e-6}
+def small_ridge(arrays):
+    return {"ridge": 2e-3}
 
 
 def bad_key(arrays):
@@ -156,8 +156,8 @@ def bad_key(arrays):
 
 
 def bad_value(arrays):
-    arrays["v"][1, 40, 2] = np.nan
-    arrays["beta"][1, 40] = 1
+    arrays["v"][1, 68, 2] = np.nan  # in the last chunk: no later one sees what becomes of it
+    arrays["beta"][1, 68] = 1
 
 
 def strong_gates(arrays):
@@ -170,7 +170,7 @@ def bad_covariance(arrays):
     return {"initial_state": state}
 
 
-@pytest.mark.parametrize("change", [tiny_ridge, bad_key, bad_value, strong_gates, bad_covariance])
+@pytest.mark.parametrize("change", [small_ridge, bad_key, bad_value, strong_gates, bad_covariance])
 def test_what_has_too_few_digits_is_solved_in_double_precision(change, monkeypatch):
     """That memory alone, and to the same bits as without the first try."""
     arrays = pairs(70, lead=(3,))
@@ -178,7 +178,7 @@ def test_what_has_too_few_digits_is_solved_in_double_precision(change, monkeypat
     with np.errstate(invalid="ignore"):
         o, state, left = on_tensor_cores(arrays, **options)
         wanted, end = in_doubles(arrays, monkeypatch, **options)
-    mine = slice(None) if change is tiny_ridge else slice(1, 2)
+    mine = slice(None) if change is small_ridge else slice(1, 2)
     assert (left[mine] == 2).all() and np.sum(left == 2) == len(left[mine])
     for x, y in ((o, wanted), *zip(state, end, strict=True)):
         sentences.same_bits(x[mine].astype(float), y[mine].astype(float))
