@@ -365,14 +365,14 @@ __device__ __forceinline__ void multiply_root(const Square& P, const float* root
         for (int m = 0; m < K; m++) sum = fma(double(root[m * KEYS + i]), double(root[m * KEYS + j]), sum);
         P.at(i, j) = sum;
     });
-    __syncthreads();  // P is there
 }
 
 extern "C" __global__ void __launch_bounds__(256, 1)
 recursive_least_squares_chunks(const data* q, const data* k, const data* v, const gate* log_decay, const gate* beta,
                                const gate* S, const gate* P, gate* S_end, gate* P_end, bool* bad_next, data* answers,
                                float* sums, float* rooms, float* begun, float* doubts, const long long* table, int axes,
-                               int tokens, int columns, int length, int pieces, int groups, int blocks, double limit, double eps) {
+                               int tokens, int columns, int length, int pieces, int groups, int blocks,
+                               double limit, double eps) {
     const float doubt = doubts ? left_to_do(doubts, blocks) : REDO;
     if (doubt == 0) return;
     __shared__ Weights all;
@@ -391,38 +391,37 @@ recursive_least_squares_chunks(const data* q, const data* k, const data* v, cons
     const Sums earlier(reinterpret_cast<double*>(sums), size_t(blockIdx.x / pieces) * (pieces - 1));
     __syncthreads();  // places are known
 
-    if (doubt == CAP) {
-        if (piece < pieces - 1 || column_block > 0) return;
-        const float* const root = begun + size_t(blockIdx.x) * BEGUN;
-        multiply_root(room.P, root + 4);
-        const Rows<gate> to = rows(P_end, table, axes, COVARIANCE_NEXT, which);
-        return store_covariance(room.P, {root[2], true}, at.covariance, to, own_room, limit);
-    }
-    const bool even = load_covariance(room.P, at.covariance, eps), whole = finite(room.P);
-    if (whole && !(even && invert(room.P, room.W.begin))) {
-        if (threadIdx.x == 0 && piece == 0) rows(bad_next, table, axes, BAD, which).at(0, 0) = true;
-        return;
-    }
-    Known known = {trace(room.P), !whole};
-    if (threadIdx.x == 0) at.information = known.information;
-    for (int p = 0; p < piece; p++) known.moved |= Sums(earlier.begin, p).moved() != 0;
-    memory.load(at.state, first, columns);
-    __syncthreads();  // everyone knows the information
-    begin_piece(memory, room, known, at, earlier, piece, whole, own_room, first, columns, eps);
+    Known known = {0, true};
+    if (doubt == REDO) {
+        const bool even = load_covariance(room.P, at.covariance, eps), whole = finite(room.P);
+        if (whole && !(even && invert(room.P, room.W.begin))) {
+            if (threadIdx.x == 0 && piece == 0) rows(bad_next, table, axes, BAD, which).at(0, 0) = true;
+            return;
+        }
+        known = {trace(room.P), !whole};
+        if (threadIdx.x == 0) at.information = known.information;
+        for (int p = 0; p < piece; p++) known.moved |= Sums(earlier.begin, p).moved() != 0;
+        memory.load(at.state, first, columns);
+        __syncthreads();  // everyone knows the information
+        begin_piece(memory, room, known, at, earlier, piece, whole, own_room, first, columns, eps);
 
-    #pragma unroll 1
-    for (int low = at.begin, end = min(tokens, (piece + 1) * length), n; low < end; low += n) {
-        n = load_chunk(room, known, at, low, end, column_block * VALUES, columns, own_room, limit);
-        const double left = all.left[n - 1];
-        Sum errors[CHUNK / 8] = {}, answers[CHUNK / 8] = {};
-        innovate(errors, answers, memory, room, at, low, n, first, columns);
-        answer_all(answers, errors, memory, room, at, low, n, groups, first, columns);
-        learn(memory, errors, room.W);
-        learn(room, 1 / left);
+        #pragma unroll 1
+        for (int low = at.begin, end = min(tokens, (piece + 1) * length), n; low < end; low += n) {
+            n = load_chunk(room, known, at, low, end, column_block * VALUES, columns, own_room, limit);
+            const double left = all.left[n - 1];
+            Sum errors[CHUNK / 8] = {}, answers[CHUNK / 8] = {};
+            innovate(errors, answers, memory, room, at, low, n, first, columns);
+            answer_all(answers, errors, memory, room, at, low, n, groups, first, columns);
+            learn(memory, errors, room.W);
+            learn(room, 1 / left);
+        }
+    } else if (piece == pieces - 1 && column_block == 0) {
+        const float* const root = begun + size_t(blockIdx.x) * BEGUN;
+        multiply_root(room.P, root + 4), known.information = root[2];
     }
 
     if (piece < pieces - 1) return;
-    memory.store(rows(S_end, table, axes, STATE_NEXT, which), first, columns);
+    if (doubt == REDO) memory.store(rows(S_end, table, axes, STATE_NEXT, which), first, columns);
     if (column_block > 0) return;
     __syncthreads();  // P is there
     store_covariance(room.P, known, at.covariance, rows(P_end, table, axes, COVARIANCE_NEXT, which), own_room, limit);

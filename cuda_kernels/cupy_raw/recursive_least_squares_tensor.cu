@@ -37,7 +37,8 @@ struct Weights {
 
 // Bytes of a place for Y and for B, in which others lie at other times.
 __device__ constexpr int most(int x, int y) { return x > y ? x : y; }
-constexpr int PLACE = most(3 * Tile<bfloat16, CHUNK, KEYS>::bytes, most(Pairs::bytes, Tile<bfloat16, CHUNK, VALUES>::bytes));
+constexpr int BESIDE = most(Pairs::bytes, Tile<bfloat16, CHUNK, VALUES>::bytes);
+constexpr int PLACE = most(3 * Tile<bfloat16, CHUNK, KEYS>::bytes, BESIDE);
 
 // What a block keeps in shared memory.
 struct Room {
