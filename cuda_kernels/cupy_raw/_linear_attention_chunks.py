@@ -105,4 +105,7 @@ def workspace(chosen: Plan, sequences: Sequences, normalize: bool) -> dict[str, 
     stored = sequences.memories * (chosen.pieces - 1)
     names = {"sums": chosen.column_blocks * chosen.sizes.values * chosen.sizes.keys}
     names |= {"piece_decays": chosen.sizes.keys * (chosen.gate != "none"), "z_sums": chosen.sizes.keys * normalize}
-    return {name: _launch.machine.scratch(stored * each) if stored * each else None for name, each in names.items()}
+    return {
+        name: _launch.machine.scratch(stored * each) if stored * each else None
+        for name, each in names.items()
+    }
