@@ -135,13 +135,15 @@ def test_texts_of_least_squares_compile_within_their_budget(operator, options, a
 
 
 # In chunks a thread has 64 numbers of the solution, all of them 16 x 128 numbers of 64 bits; what does not fit beside
-# them is addresses.
+# them is addresses. In single precision what does not fit are counters, and two of those numbers for a moment.
 CHUNKED = [("recursive_least_squares", {}), ("mesa", {"solver": "exact"}), ("mesa", {"solver": "cg"})]
 CHUNK_STACK = {
     "pair_sums": (40, 24, 40),
     "recursive_least_squares_chunks": (368, 328, 56),
     "mesa_chunks": (0, 0, 0),
     "recall_chunks": (24, 144, 0),
+    "least_squares_begin": (0, 0, 0),
+    "recursive_least_squares_tensor": (48, 40, 56),
 }
 
 
@@ -150,10 +152,26 @@ CHUNK_STACK = {
 )
 @pytest.mark.parametrize("operator, options", CHUNKED, ids=lambda x: str(x)[:30])
 def test_chunks_of_least_squares_compile_within_their_budget(operator, options, architecture):
-    def keep(text, name, *rest):
-        return name, (text, rest[-1])
+    within_their_budget(launched("cupy", operator, options, np.float32, text_and_room, t=1200), architecture)
 
-    for name, (text, asked) in launched("cupy", operator, options, np.float32, keep, t=1200).items():
+
+@pytest.mark.parametrize(
+    "architecture", [pytest.param(a, marks=pytest.mark.slow if a != "sm_90a" else ()) for a in ARCHITECTURES]
+)
+def test_least_squares_of_16_bits_compile_within_their_budget(architecture):
+    texts = launched("cupy", "recursive_least_squares", {}, formats()["bfloat16"], text_and_room, t=1200)
+    new = {name: texts[name] for name in ("least_squares_begin", "recursive_least_squares_tensor")}
+    within_their_budget(new, architecture)
+
+
+def text_and_room(text, name, *rest):
+    """What a launch compiles, and the shared memory that it asks for."""
+    return name, (text, rest[-1])
+
+
+def within_their_budget(texts, architecture):
+    """No more stack than is written down, and no more shared memory than there is."""
+    for name, (text, asked) in texts.items():
         found = nvrtc.needs(code_of(text, architecture))
         assert found.stack <= CHUNK_STACK[name][ARCHITECTURES.index(architecture)], name
         assert found.shared + asked <= 227 * 1024 + RESERVED[architecture], name

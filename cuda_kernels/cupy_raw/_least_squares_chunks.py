@@ -18,14 +18,14 @@ from .._sequences import BOTH, ROW, Sequences
 from . import _launch
 from ._launch import Kernel, launch
 
-__all__ = ["HEADERS", "PAIRS", "VALUES", "Plan", "pairs_of", "plan", "square", "sums_of", "tokens_of"]
+__all__ = ["CHUNK", "HEADERS", "PAIRS", "VALUES", "WARPS", "Plan", "pairs_of", "plan", "square", "sums_of", "tokens_of"]
 
 CHUNK, WARPS = 32, 8  # tokens, warps of a block
 VALUES, THREADS = 16 * WARPS, 32 * WARPS
 WIDEST = 128  # keys: P of more does not fit in shared memory
 LEAST = 8 * CHUNK  # tokens of a piece: a piece begins with a matrix inverted
 DECLARED = 12 << 10  # bytes of shared memory that a text may declare itself
-HEADERS = ("blocks.cuh", "doubles.cuh", "least_squares.cuh")
+HEADERS = ("blocks.cuh", "mma_f64.cuh", "doubles.cuh", "least_squares.cuh")
 SUMS = Kernel("pair_sums", *HEADERS)
 
 

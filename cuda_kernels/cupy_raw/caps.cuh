@@ -6,3 +6,6 @@ constexpr double LARGEST = 1e28, SLACK = 16;
 __device__ double largest_before(double energy, double limit) {
     return fmin(LARGEST, limit / fmax(energy, limit / LARGEST));
 }
+
+// What recursive_least_squares_tensor.cu leaves to double precision of a memory, the greatest of what its blocks say.
+constexpr float CAP = 1, REDO = 2;  // the cap at the end, everything

@@ -27,7 +27,7 @@ __all__ = ["local_polynomial", "refusal"]
 
 FIT = Kernel("local_polynomial", "pairs.cuh", "neighbours.cuh")
 LINE = Kernel("local_line", "pairs.cuh", "neighbours.cuh")
-LINES = Kernel("local_lines", "pairs.cuh", "doubles.cuh")
+LINES = Kernel("local_lines", "pairs.cuh", "mma_f64.cuh", "doubles.cuh")
 LINES_IN_FLOATS = Kernel("local_lines_tensor", "pairs.cuh", "tensor.cuh")
 COLUMNS = 128  # of the values that share one line
 SMOOTH = (EXPONENTIAL, NAMES.index("gaussian"))  # kernels whose weights need no exact distance

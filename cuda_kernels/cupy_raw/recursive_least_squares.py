@@ -17,7 +17,7 @@ import numpy as np
 from ttr_np.notation import RecursiveLeastSquaresState
 from ttr_np.solvers.recursive_least_squares import FAINTEST, check_ridge, check_weights, limit, start
 
-from .._calls import split
+from .._calls import Grid, split
 from .._sequences import BOTH, COLUMN, ROW, Sequences
 from .._squares import few, refuse_covariance, together
 from . import _launch
@@ -27,8 +27,14 @@ from ._launch import Kernel, empty, even, launch, run
 __all__ = ["recursive_least_squares"]
 
 CHAIN = Kernel("recursive_least_squares", "blocks.cuh", "factors.cuh", "caps.cuh")
-CHUNKS = Kernel("recursive_least_squares_chunks", *_chunks.HEADERS, "factors.cuh", "caps.cuh")
+CHUNKS = Kernel("recursive_least_squares_chunks", *_chunks.HEADERS, "covariance.cuh", "factors.cuh", "caps.cuh")
+BEGIN = Kernel("least_squares_begin", *_chunks.HEADERS, "covariance.cuh")
+TENSOR = Kernel("recursive_least_squares_tensor", "blocks.cuh", "caps.cuh", "mma_f64.cuh", "tensor.cuh")
 SOLUTION = Kernel("innovations")
+TENSOR_THREADS = 32 * (_chunks.WARPS + 2)
+TENSOR_DECLARED = 3 << 10  # bytes of shared memory that the text declares itself
+MANY = 256  # tokens: single precision token by token, as the solver takes fewer, has more digits than in chunks
+MOST = 256  # times the weight of a pair that P is before it: beyond, single precision has too few digits
 
 
 def recursive_least_squares(
@@ -69,16 +75,53 @@ def in_chunks(
     S_next, P_next = _launch.alike(S), _launch.alike(P)
     bad = np.zeros_like(P, shape=(*P.shape[:-2], 1), dtype=bool)
     o = empty(sequences, (tokens, columns), q.dtype, q)
-    arrays = {"q": (q, BOTH)} | pairs | {"S": (S, BOTH), "P": (P, BOTH), "S_next": (S_next, BOTH)}
-    arrays |= {"P_next": (P_next, BOTH), "bad_next": (bad, COLUMN), "o": (o, BOTH)}
+    arrays = {"q": (q, BOTH)} | pairs | {"S": (S, BOTH), "P": (P, BOTH)}
+    results = {"S_next": (S_next, BOTH), "P_next": (P_next, BOTH), "o": (o, BOTH)}
     scalars = sizes | {"length": chosen.length, "pieces": chosen.pieces, "sums": sums}
     grid, room = chosen.grid(chosen.pieces), chosen.keys * _chunks.VALUES  # of double precision, for each block
     scalars |= {"rooms": _launch.machine.scratch(2 * room * grid.blocks * sequences.memories)}
     scalars |= {"limit": limit(S.dtype), "eps": float(np.finfo(S.dtype).eps)}
-    written, constants = ("S_next", "P_next", "bad_next", "o"), {"K": rows, "ROOM": room} | chosen.constants
+    constants = {"K": rows, "ROOM": room, "BEGUN": 4 + chosen.keys * (chosen.keys + _chunks.VALUES)} | chosen.constants
+    scalars |= in_single_precision(chosen, sequences, arrays, results, types, constants, scalars)
+    arrays |= {"S_end": (S_next, BOTH), "P_end": (P_next, BOTH), "bad_next": (bad, COLUMN), "answers": (o, BOTH)}
+    written = ("S_end", "P_end", "bad_next", "answers")  # not all are written, so they go there too
     launch(CHUNKS, sequences, arrays, written, types, constants, grid, **scalars)
     refuse_covariance(bad, P)
     return o, RecursiveLeastSquaresState(S_next, P_next)
+
+
+def in_single_precision(
+    chosen: _chunks.Plan,
+    sequences: Sequences,
+    arrays: dict[str, Any],
+    results: dict[str, Any],
+    types: dict[str, Any],
+    constants: dict[str, int],
+    scalars: dict[str, Any],
+) -> dict[str, Any]:
+    """Two launches for data of bfloat16, of which blocks keep what they began with and what they leave to do."""
+    shared = tensor_bytes(chosen.keys)
+    narrow = types["data"].name == "bfloat16" and sequences.groups == 1 and scalars["tokens"] >= MANY
+    if not narrow or shared + TENSOR_DECLARED > _launch.machine.device().shared:
+        return {"begun": None, "doubts": None}
+    blocks = chosen.pieces * chosen.column_blocks
+    sizes = {"begun": constants["BEGUN"], "doubts": 1}  # of each block
+    left = {name: _launch.machine.scratch(size * blocks * sequences.memories) for name, size in sizes.items()}
+    before = {name: arrays[name] for name in ("S", "P")}
+    constants, scalars = constants | {"MOST": MOST}, scalars | left
+    grid = Grid(blocks, chosen.threads, _chunks.square(chosen.keys) + 32 * chosen.keys)
+    launch(BEGIN, sequences, before, (), types, constants, grid, **scalars)
+    own = {name: x for name, x in arrays.items() if name != "S"} | results
+    grid = Grid(blocks, TENSOR_THREADS, shared)
+    launch(TENSOR, sequences, own, tuple(results), types, constants, grid, **scalars)
+    return left
+
+
+def tensor_bytes(keys: int) -> int:
+    """Shared memory of a block in single precision, as the text lays it out."""
+    chunk, wide = _chunks.CHUNK, keys + 8
+    place, pairs = 6 * chunk * wide, 8 * chunk * (chunk + 2)
+    return 6 * keys * wide + place + 2 * max(place, pairs, 2 * chunk * (_chunks.VALUES + 8)) + 8 * chunk * wide + pairs
 
 
 def one_by_one(

@@ -15,8 +15,6 @@
 
 enum { Q, KEY, V, GATE, BETA, STATE, COVARIANCE, STATE_NEXT, COVARIANCE_NEXT, BAD, O };
 
-constexpr double SURE = 1e8;  // condition of H, at least, from which on its inverse has too few digits
-
 // What a block keeps in shared memory.
 struct Room {
     Square P;
@@ -44,48 +42,6 @@ struct Places {
     double information;  // trace of H before all pairs
 };
 
-__device__ double trace(const Square& A) {
-    double total = 0;
-    for (int i = threadIdx.x % 32; i < K; i += 32) total += A.at(i, i);
-    return over_warp(total);
-}
-
-// A = A^-1 for a symmetric A, pivot by pivot; false if one is not positive. Nothing is searched for: A is definite. Rows
-// and columns are left in `lines`, for two pivots in turn; a thread has the same columns every time.
-__device__ bool invert(const Square& A, double* lines) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    #pragma unroll 1
-    for (int p = 0; p < K; p++) {
-        double *row = lines + p % 2 * 2 * KEYS, *column = row + KEYS;
-        __syncthreads();  // A is what pivot p - 1 left
-        for (int i = threadIdx.x; i < KEYS; i += THREADS) row[i] = A.at(p, i), column[i] = A.at(i, p);
-        __syncthreads();  // its row and its column are there
-        const double pivot = row[p], share = 1 / pivot;
-        if (!(pivot > 0)) return false;
-        double along[(KEYS + 31) / 32];
-        #pragma unroll
-        for (int m = 0; m < (KEYS + 31) / 32; m++) {
-            const int j = min(lane + 32 * m, KEYS - 1);
-            along[m] = j == p ? share : share * row[j];
-        }
-        #pragma unroll 4
-        for (int i = warp; i < KEYS; i += WARPS) {
-            const double factor = -column[i];
-            #pragma unroll
-            for (int m = 0; m < (KEYS + 31) / 32; m++) {
-                const int j = lane + 32 * m;
-                if (KEYS % 32 && j >= KEYS) continue;
-                double& x = A.at(i, j);
-                x = i == p ? along[m] : fma(factor, along[m], j == p ? 0 : x);
-            }
-        }
-    }
-    __syncthreads();  // A is whole
-    each_of_square(K, [&](int i, int j) { if (j > i) A.at(i, j) = A.at(j, i); });
-    __syncthreads();  // and symmetric
-    return true;
-}
-
 // No eigenvalue of P above `largest` or `ratio` times the smallest. X is K x K.
 __device__ void cap(const Square& P, double* X, double largest, double ratio) {
     __shared__ double values[K];
@@ -110,31 +66,6 @@ __device__ void cap(const Square& P, double* X, double largest, double ratio) {
         P.at(i, j) = sum;
     });
     __syncthreads();  // P is there
-}
-
-// P as the caller gave it; whether it is symmetric up to rounding.
-__device__ bool load_covariance(const Square& P, Rows<const gate> from, double eps) {
-    __shared__ double sizes[WARPS], gaps[WARPS];
-    double size = 0, gap = 0;
-    each_of_square(KEYS, [&](int i, int j) {
-        const bool there = i < K && j < K;
-        const double x = there ? double(from.at(i, j)) : 0;
-        P.at(i, j) = x, size = fmax(size, fabs(x));
-        if (there) gap = fmax(gap, fabs(x - double(from.at(j, i))));
-    });
-    for (int distance = 1; distance < 32; distance *= 2) {
-        size = fmax(size, __shfl_xor_sync(0xffffffffu, size, distance));
-        gap = fmax(gap, __shfl_xor_sync(0xffffffffu, gap, distance));
-    }
-    if (threadIdx.x % 32 == 0) sizes[threadIdx.x / 32] = size, gaps[threadIdx.x / 32] = gap;
-    __syncthreads();  // the largest is among them
-    for (int i = 0; i < WARPS; i++) size = fmax(size, sizes[i]), gap = fmax(gap, gaps[i]);
-    return gap <= 1000 * eps * size;
-}
-__device__ bool finite(const Square& P) {
-    double total = 0;
-    each_of_square(K, [&](int i, int j) { total += P.at(i, j) - P.at(i, j); });
-    return over_block(total) == 0;
 }
 
 // ---- a chunk ----------------------------------------------------------------------------------------------------------
@@ -420,11 +351,30 @@ __device__ __forceinline__ void store_covariance(const Square& P, const Known& k
     each_of_square(K, [&](int i, int j) { to.at(i, j) = known.moved ? gate(P.at(i, j)) : given.at(i, j); });
 }
 
+// What is left of this memory to do.
+__device__ __forceinline__ float left_to_do(const float* doubts, int blocks) {
+    float most = 0;
+    for (int i = 0; i < blocks; i++) most = fmaxf(most, doubts[blockIdx.x / blocks * blocks + i]);
+    return most;
+}
+// P = R R^T, of R transposed.
+__device__ __forceinline__ void multiply_root(const Square& P, const float* root) {
+    each_of_square(K, [&](int i, int j) {
+        double sum = 0;
+        #pragma unroll 4
+        for (int m = 0; m < K; m++) sum = fma(double(root[m * KEYS + i]), double(root[m * KEYS + j]), sum);
+        P.at(i, j) = sum;
+    });
+}
+
 extern "C" __global__ void __launch_bounds__(256, 1)
 recursive_least_squares_chunks(const data* q, const data* k, const data* v, const gate* log_decay, const gate* beta,
-                               const gate* S, const gate* P, gate* S_next, gate* P_next, bool* bad_next, data* o,
-                               float* sums, float* rooms, const long long* table, int axes, int tokens, int columns,
-                               int length, int pieces, int groups, int blocks, double limit, double eps) {
+                               const gate* S, const gate* P, gate* S_end, gate* P_end, bool* bad_next, data* answers,
+                               float* sums, float* rooms, float* begun, float* doubts, const long long* table, int axes,
+                               int tokens, int columns, int length, int pieces, int groups, int blocks,
+                               double limit, double eps) {
+    const float doubt = doubts ? left_to_do(doubts, blocks) : REDO;
+    if (doubt == 0) return;
     __shared__ Weights all;
     __shared__ Places at;
     const Room room(dynamic_shared(), all);
@@ -432,7 +382,7 @@ recursive_least_squares_chunks(const data* q, const data* k, const data* v, cons
     const int which = blockIdx.x / blocks, column_block = blockIdx.x % blocks / pieces, piece = blockIdx.x % pieces;
     const int warp = threadIdx.x / 32, first = column_block * VALUES + 16 * warp;
     if (threadIdx.x == 0) {
-        at.query = rows(q, table, axes, Q, which), at.answer = rows(o, table, axes, O, which);
+        at.query = rows(q, table, axes, Q, which), at.answer = rows(answers, table, axes, O, which);
         at.pairs = pairs_of(k, v, log_decay, beta, table, axes, KEY, which);
         at.state = rows(S, table, axes, STATE, which), at.covariance = rows(P, table, axes, COVARIANCE, which);
         at.begin = at.first = piece * length;
@@ -441,32 +391,38 @@ recursive_least_squares_chunks(const data* q, const data* k, const data* v, cons
     const Sums earlier(reinterpret_cast<double*>(sums), size_t(blockIdx.x / pieces) * (pieces - 1));
     __syncthreads();  // places are known
 
-    const bool even = load_covariance(room.P, at.covariance, eps), whole = finite(room.P);
-    if (whole && !(even && invert(room.P, room.W.begin))) {
-        if (threadIdx.x == 0 && piece == 0) rows(bad_next, table, axes, BAD, which).at(0, 0) = true;
-        return;
-    }
-    Known known = {trace(room.P), !whole};
-    if (threadIdx.x == 0) at.information = known.information;
-    for (int p = 0; p < piece; p++) known.moved |= Sums(earlier.begin, p).moved() != 0;
-    memory.load(at.state, first, columns);
-    __syncthreads();  // everyone knows the information
-    begin_piece(memory, room, known, at, earlier, piece, whole, own_room, first, columns, eps);
+    Known known = {0, true};
+    if (doubt == REDO) {
+        const bool even = load_covariance(room.P, at.covariance, eps), whole = finite(room.P);
+        if (whole && !(even && invert(room.P, room.W.begin))) {
+            if (threadIdx.x == 0 && piece == 0) rows(bad_next, table, axes, BAD, which).at(0, 0) = true;
+            return;
+        }
+        known = {trace(room.P), !whole};
+        if (threadIdx.x == 0) at.information = known.information;
+        for (int p = 0; p < piece; p++) known.moved |= Sums(earlier.begin, p).moved() != 0;
+        memory.load(at.state, first, columns);
+        __syncthreads();  // everyone knows the information
+        begin_piece(memory, room, known, at, earlier, piece, whole, own_room, first, columns, eps);
 
-    #pragma unroll 1
-    for (int low = at.begin, end = min(tokens, (piece + 1) * length), n; low < end; low += n) {
-        n = load_chunk(room, known, at, low, end, column_block * VALUES, columns, own_room, limit);
-        const double left = all.left[n - 1];
-        Sum errors[CHUNK / 8] = {}, answers[CHUNK / 8] = {};
-        innovate(errors, answers, memory, room, at, low, n, first, columns);
-        answer_all(answers, errors, memory, room, at, low, n, groups, first, columns);
-        learn(memory, errors, room.W);
-        learn(room, 1 / left);
+        #pragma unroll 1
+        for (int low = at.begin, end = min(tokens, (piece + 1) * length), n; low < end; low += n) {
+            n = load_chunk(room, known, at, low, end, column_block * VALUES, columns, own_room, limit);
+            const double left = all.left[n - 1];
+            Sum errors[CHUNK / 8] = {}, answers[CHUNK / 8] = {};
+            innovate(errors, answers, memory, room, at, low, n, first, columns);
+            answer_all(answers, errors, memory, room, at, low, n, groups, first, columns);
+            learn(memory, errors, room.W);
+            learn(room, 1 / left);
+        }
+    } else if (piece == pieces - 1 && column_block == 0) {
+        const float* const root = begun + size_t(blockIdx.x) * BEGUN;
+        multiply_root(room.P, root + 4), known.information = root[2];
     }
 
     if (piece < pieces - 1) return;
-    memory.store(rows(S_next, table, axes, STATE_NEXT, which), first, columns);
+    if (doubt == REDO) memory.store(rows(S_end, table, axes, STATE_NEXT, which), first, columns);
     if (column_block > 0) return;
     __syncthreads();  // P is there
-    store_covariance(room.P, known, at.covariance, rows(P_next, table, axes, COVARIANCE_NEXT, which), own_room, limit);
+    store_covariance(room.P, known, at.covariance, rows(P_end, table, axes, COVARIANCE_NEXT, which), own_room, limit);
 }
