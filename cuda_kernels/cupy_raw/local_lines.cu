@@ -61,6 +61,13 @@ struct Shared {
         const long long place = seen.place(pair);
         return place >= 0 && place >= oldest[row];
     }
+    // The same of two neighbours in every eight pairs, a bit for each.
+    __device__ __forceinline__ unsigned look(int row, int pair) const {
+        unsigned bits = 0;
+        #pragma unroll 4
+        for (int n = 0; n < 2 * OCTETS; n++) bits |= unsigned(sees(row, pair + n / 2 * 8 + n % 2)) << n;
+        return bits;
+    }
     // What the gates have left of a tile's pairs for a row, and then the gates of all that is newer than the next tile.
     __device__ __forceinline__ void age(int row, int start) {
         double total = since[row];
@@ -174,7 +181,10 @@ __device__ __forceinline__ double logit_of_bad(const Shared& all, const narrow* 
 __device__ __forceinline__ void find_logits(Scores& score, const Room& room, const Shared& all, int start, bool plain,
                                             bool spoilt) {
     multiply(score, room.queries, room.keys);
-    each_score(score, [&](int, int row, int j, double& x) {
+    unsigned seen[2] = {~0u, ~0u};
+    if (!plain)
+        for (int half = 0; half < 2; half++) seen[half] = all.look(row_of(half), start + column_of());
+    each_score(score, [&](int half, int row, int j, double& x) {
         if (KIND == GAUSSIAN) {
             const double square = fma(-2.0, x - all.offsets[j], all.lengths[row] + all.norms[j]);
             x = square < 0 ? 0 : square;
@@ -182,7 +192,7 @@ __device__ __forceinline__ void find_logits(Scores& score, const Room& room, con
         x = log_kernel(KIND, x, all.width);
         if (spoilt && all.bad[j]) x = logit_of_bad(all, &room.queries.at(row, 0), start + j);
         if (GATED) x = all.biases[j][row] == -infinite() ? -infinite() : x + all.biases[j][row];
-        if (!plain && !all.sees(row, start + j)) x = -infinite();
+        if (!(seen[half] >> (j / 8 * 2 + j % 2) & 1)) x = -infinite();
     });
 }
 // Not worth more digits than the answer has.
@@ -200,16 +210,23 @@ __device__ __forceinline__ void along_rows(Use use) {
 // A value that is not finite turns to NaN those answers that see it, and no others.
 __device__ __forceinline__ void spoil(Sum (&sum)[KD / 8], const Shared& all, int start, int low, int columns) {
     #pragma unroll 1
-    for (int j = 0; j < PAIRS && start + j < all.seen.pairs; j++)
+    for (int j = 0; j < PAIRS && start + j < all.seen.pairs; j++) {
+        bool seen[2];
+        for (int half = 0; half < 2; half++) {
+            const int row = row_of(half);
+            seen[half] = all.sees(row, start + j) && !(GATED && all.biases[j][row] == -infinite());
+        }
+        int column = low + column_of();
+        const stored* at = &all.value.at(start + j, column);
         #pragma unroll
-        for (int n = 0; n < KD / 8; n++)
-            for (int i = 0; i < 4; i++) {
-                const int row = row_of(i / 2), column = low + 8 * n + column_of() + i % 2;
-                if (column >= columns || !all.sees(row, start + j)) continue;
-                if (GATED && all.biases[j][row] == -infinite()) continue;
-                const double x = double(widened(all.value.at(start + j, column)));
-                sum[n].x[i] += x - x;
+        for (int n = 0; n < KD / 8; n++, column += 8, at += 8 * all.value.column)
+            for (int i = 0; i < 2; i++) {
+                if (column + i >= columns) continue;
+                const double x = double(widened(at[i * all.value.column]));
+                for (int half = 0; half < 2; half++)
+                    if (seen[half]) sum[n].x[2 * half + i] += x - x;
             }
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -310,12 +327,17 @@ local_lines(const data* q, const stored* k, const stored* v, const long long* po
             continue;
         }
         if (mode == ANSWERS) {
-            along_rows([&](int half, int r, int c, int n, int i) {
-                const int row = first + r;
-                if ((REST ? !all.wanted[r] : row >= end_of_rows) || column + c >= columns) return;
-                const double x = total[half] == 0 ? sum[n].x[i] : sum[n].x[i] / total[half];
-                put(out.of(row % groups).at(row / groups, column + c), x);
-            });
+            along_rows([&](int half, int row, int c, int n, int i) { room.residuals.at(row, c) = sum[n].x[i]; });
+            for (int half = 0; half < 2; half++)
+                if (threadIdx.x % 4 == 0) room.along.at(row_of(half), 0) = total[half];
+            __syncwarp();  // the rows of this warp are there
+            #pragma unroll 2
+            for (int i = threadIdx.x % 32; i < 16 * KD; i += 32) {
+                const int r = 16 * warp + i / KD, c = i % KD, row = first + r;
+                if ((REST ? !all.wanted[r] : row >= end_of_rows) || column + c >= columns) continue;
+                const double whole = room.along.at(r, 0), x = room.residuals.at(r, c);
+                put(out.of(row % groups).at(row / groups, column + c), whole == 0 ? x : x / whole);
+            }
             column += KD;
             if (column >= columns) break;
             continue;

@@ -226,12 +226,13 @@ local_lines_tensor(const data* q, const data* k, const data* v, const long long*
         const bool there = row < end_of_rows;
         sight.last[half] = !there ? -1 : causal ? step : pairs - 1;
         sight.oldest[half] = there && window ? seen.memorised(step) - window : 0;
+        const data* at = &asked.of(row % groups).at(step, column_of());
         #pragma unroll
-        for (int c = 0; c < KD / 8; c++) {
+        for (int c = 0; c < KD / 8; c++, at += 8 * asked.column) {
             const int column = 8 * c + column_of();
             data x[2] = {};
             for (int i = 0; i < 2; i++)
-                if (there && column + i < D) x[i] = asked.of(row % groups).at(step, column + i);
+                if (there && column + i < D) x[i] = at[i * asked.column];
             query[c / 2].x[0][half + c % 2 * 2] = x[0].bits | unsigned(x[1].bits) << 16;
         }
     }
@@ -380,11 +381,19 @@ local_lines_tensor(const data* q, const data* k, const data* v, const long long*
             gather(sum, moved, value);
         });
         over_lanes(total);
-        along_rows([&](int half, int n, int i) {
-            const int row = first + row_of(half), at = column + 8 * n + column_of() + i % 2;
-            if (row >= end_of_rows || at >= columns || left[half]) return;
-            put(out.of(row % groups).at(row / groups, at), total[half] == 0 ? real(0) : sum[n].x[i] / total[half]);
-        });
+        along_rows([&](int half, int n, int i) { rest.at(n, i) = sum[n].x[i]; });
+        for (int half = 0; half < 2; half++) {
+            const int row = first + row_of(half);
+            if (row >= end_of_rows || left[half]) continue;
+            const Rows<data> answer = out.of(row % groups);
+            #pragma unroll 2
+            for (int n = 0; n < OCTETS; n++)
+                for (int i = 2 * half; i < 2 * half + 2; i++) {
+                    const int at = column + 8 * n + column_of() + i % 2;
+                    const real x = total[half] == 0 ? real(0) : rest.at(n, i) / total[half];
+                    if (at < columns) put(answer.at(row / groups, at), x);
+                }
+        }
     }
     const auto left_over = rows(residual, table, axes, RESIDUAL, memory);
     for (int half = 0; half < 2; half++) {
