@@ -291,6 +291,7 @@ mesa_chunks(const data* q, const data* k, const data* v, const gate* log_decay, 
               size_t(which) * column_blocks * (pieces - 1), piece);
     __syncthreads();  // places are known
     bool unbound = false;
+    #pragma unroll 4
     for (int i = 0; i < K; i++) unbound |= room.ridge[i] == 0;
 
     #pragma unroll 1

@@ -76,6 +76,7 @@ def in_chunks(
     scalars |= {"rooms": _launch.machine.scratch(2 * room * grid.blocks * sequences.memories)}
     scalars |= {"limit": limit(S.dtype), "eps": float(np.finfo(S.dtype).eps)}
     written, constants = ("S_next", "P_next", "bad_next", "o"), {"K": rows, "ROOM": room} | chosen.constants
+    constants["GROUPED"] = int(sequences.groups > 1)
     launch(CHUNKS, sequences, arrays, written, types, constants, grid, **scalars)
     refuse_covariance(bad, P)
     return o, RecursiveLeastSquaresState(S_next, P_next)
