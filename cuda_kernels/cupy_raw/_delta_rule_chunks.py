@@ -164,6 +164,7 @@ def correct(
     given = {key: (x, owns.get(key, BOTH)) for key, x in (arrays | {"S": None, "S_next": None, "o": o}).items()}
     constants = {"K": q.shape[-1], "KEYS": chosen.keys, "CHUNK": chosen.chunk, "GATE": GATES[gate]}
     constants |= {"ERASE": int(arrays["erase_key"] is not None), "DATA_TERMS": terms.data, "SUM_TERMS": terms.sums}
+    constants["GROUPED"] = int(sequences.groups > 1)
     each = numbers_of_a_record(chosen, terms, v.shape[-1], sequences.groups) * sequences.memories
     part = part_of(tokens, chosen.chunk, each) if each else tokens
     records = _launch.machine.scratch(each * -(-part // chosen.chunk))

@@ -131,6 +131,7 @@ __device__ __forceinline__ void put_pair(bfloat16* to, int numbers, float low, f
 template <bool AFTER>
 __device__ __forceinline__ Vector<float, 2> over_blocks(const Room& room, int block, int key) {
     Vector<float, 2> decay = {1, 1};
+    #pragma unroll 1
     for (int other = AFTER ? BLOCKS - 1 : 0; other != block; other += AFTER ? -1 : 1) {
         const auto more = Vector<float, 2>::at(room.whole + other * KEYS + key);
         for (int side = 0; side < 2; side++) decay.x[side] *= more.x[side];
@@ -474,7 +475,7 @@ delta_rule_prepare(const data* q, const data* k, const data* v, const real* beta
         __syncthreads();  // all that is inverted is there
         #pragma unroll 1
         for (int group = 0; group < groups; group++) {
-            if (group) {
+            if (GROUPED && group) {
                 __syncthreads();  // nobody is left at the last queries
                 bring(room.raw_q, places[Q].of(q).of(group), some);
                 close_copies();

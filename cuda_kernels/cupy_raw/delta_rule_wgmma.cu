@@ -199,6 +199,20 @@ __device__ __forceinline__ void each_total(Totals& x, const Self& self, Use use)
     for (int i = 0; i < VALUES / 2; i++)
         use(16 * self.warp + self.line + i / 2 % 2 * 8, i / 4 * 8 + self.pair + i % 2, x[i]);
 }
+// The same with the place of a state's number, and whether it is there; places are found from each other.
+template <class T, class Use>
+__device__ __forceinline__ void each_place(Totals& x, const Self& self, const Rows<T>& state, int key, int column,
+                                           int columns, Use use) {
+    key += 16 * self.warp + self.line, column += self.pair;
+    T* at = &state.at(key, column);
+    const long long down = 8 * state.row;
+    #pragma unroll
+    for (int i = 0; i < VALUES / 2; i++) {
+        const bool there = key + i / 2 % 2 * 8 < K && column + i / 4 * 8 + i % 2 < columns;
+        use(x[i], at + (i / 2 % 2 * down + i % 2 * state.column), there);
+        if (i % 4 == 3) at += 8 * state.column;
+    }
+}
 __device__ __forceinline__ float total(const Sums& sum, int i) { return sum[i] + sum[i + VALUES / 2]; }
 
 // Both terms of 64 rows, where products take them.
@@ -437,17 +451,15 @@ __device__ __forceinline__ void consume(const Consumer<READS>& consumer, const r
     const Self& self = consumer.self;
     const int first_key = 64 * READS, first = walks.first_column;
     Totals state;
-    each_total(state, self, [&](int row, int j, float& x) {
-        const real* const at = place_of(walks.state.of(S), first_key + row, first + j, walks.columns);
-        x = at ? *at : 0;
-    });
+    each_place(state, self, walks.state.of(S), first_key, first, walks.columns,
+               [](float& x, const real* at, bool there) { x = there ? *at : 0; });
     consumer.lay_out(state);
     #pragma unroll 1
     for (int n = 0; n < walks.chunks; n++) consumer.take(state, n);
-    each_total(state, self, [&](int row, int j, float& x) {
-        real* const at = place_of(walks.state_next.of(S_next), first_key + row, first + j, walks.columns);
-        if (at) *at = x;
-    });
+    each_place(state, self, walks.state_next.of(S_next), first_key, first, walks.columns,
+               [](float& x, real* at, bool there) {
+                   if (there) *at = x;
+               });
 }
 
 extern "C" __global__ void __launch_bounds__(PRODUCERS + 32 * WARPS, 1)

@@ -158,31 +158,45 @@ __device__ __forceinline__ void each_tile(Use use) {
 struct Memory {
     Sum own[OCTETS];
 
-    // use(key, column of the warp, x). Not all addresses are found at once, for they would need all registers.
-    template <class Use>
-    __device__ __forceinline__ void each_number(Use use) {
+    // use(x, where it is, whether there is such a place), for columns from `first` on of an array that has so many.
+    // Addresses are found from each other, and not all at once, for they would need all registers.
+    template <class T, class Use>
+    __device__ __forceinline__ void each_number(const Rows<T>& array, int first, int columns, Use use) {
+        const int column = first + threadIdx.x % 32 / 4, pair = threadIdx.x % 4 * 2;
+        T* at = &array.at(pair, column);
+        const long long across = 8 * array.column, down = 8 * array.row;
         #pragma unroll
-        for (int n = 0; n < OCTETS; n++) {
-            each(own[n], [&](int column, int key, double& x) { use(8 * n + key, column, x); });
+        for (int n = 0; n < OCTETS; n++, at += down) {
+            #pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const bool there = (K == KEYS || 8 * n + pair + i % 2 < K) && column + i / 2 * 8 < columns;
+                use(own[n].x[i], at + (i / 2 * across + i % 2 * array.row), there);
+            }
             __syncwarp();
         }
     }
-    // Columns from `first` on of an array that has so many, zeros beyond; and back.
+    // From an array, with zeros beyond it; and back.
     __device__ __forceinline__ void load(const Rows<const gate>& from, int first, int columns) {
-        each_number([&](int key, int column, double& x) {
-            x = key < K && first + column < columns ? double(from.at(key, first + column)) : 0;
-        });
+        each_number(from, first, columns, [](double& x, const gate* at, bool there) { x = there ? double(*at) : 0; });
     }
     __device__ __forceinline__ void store(const Rows<gate>& to, int first, int columns) {
-        each_number([&](int key, int column, double& x) {
-            if (key < K && first + column < columns) to.at(key, first + column) = gate(x);
+        each_number(to, first, columns, [](double& x, gate* at, bool there) {
+            if (there) *at = gate(x);
         });
     }
-    // own M, for a symmetric M, of numbers that have been left in `room`.
-    __device__ __forceinline__ void multiply(const Square& M, double* room) {
+    // All numbers to `room`, and back; and own M, for a symmetric M, of those that were left there.
+    __device__ __forceinline__ void leave(double* room) const {
         Sum* const rows = reinterpret_cast<Sum*>(room) + threadIdx.x;
         #pragma unroll
         for (int n = 0; n < OCTETS; n++) rows[n * THREADS] = own[n];
+    }
+    __device__ __forceinline__ void take(const double* room) {
+        const Sum* const rows = reinterpret_cast<const Sum*>(room) + threadIdx.x;
+        #pragma unroll
+        for (int n = 0; n < OCTETS; n++) own[n] = rows[n * THREADS];
+    }
+    __device__ __forceinline__ void multiply(const Square& M, const double* room) {
+        const Sum* const rows = reinterpret_cast<const Sum*>(room) + threadIdx.x;
         #pragma unroll
         for (int n = 0; n < OCTETS; n++) {
             Sum sum = {};

@@ -30,6 +30,7 @@ __device__ bool take_root(const Square& P, double* column) {
 // digits enough.
 __device__ __forceinline__ bool begin_later(Memory& memory, const Square& H, double& information, const Sums& earlier,
                                             int piece, double* lines, double* own_room) {
+    memory.leave(own_room);
     memory.multiply(H, own_room);
     #pragma unroll 1
     for (int p = 0; p < piece; p++) {
@@ -41,6 +42,7 @@ __device__ __forceinline__ bool begin_later(Memory& memory, const Square& H, dou
     __syncthreads();  // H of all of them is there
     information = trace(H);
     if (!(invert(H, lines) && trace(H) * information < SURE)) return false;
+    memory.leave(own_room);
     memory.multiply(H, own_room);
     return true;
 }

@@ -313,6 +313,7 @@ mesa_chunks(const data* q, const data* k, const data* v, const gate* log_decay, 
     }
     __syncthreads();  // places are known
     bool unbound = false;
+    #pragma unroll 4
     for (int i = 0; i < K; i++) unbound |= room.ridge[i] == 0;
 
     #pragma unroll 1

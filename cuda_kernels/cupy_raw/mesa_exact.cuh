@@ -28,6 +28,7 @@ __device__ bool safe(const real* H, const Vectors& all, real eps) {
 __device__ void tame(const real* H, Vectors& all) {
     __syncthreads();  // units are there
     real largest = 0;
+    #pragma unroll 4
     for (int p = 0; p < K; p++)
         largest = fmax(largest, (H[p * K + p] + all.ridge[p]) * all.units[p] * all.units[p]);
     const real factor = largest > 0 && largest - largest == 0 ? ldexp(real(1), -(ilogb(largest) / 2)) : real(1);
@@ -48,6 +49,7 @@ __device__ bool diagonalise(real* A, const real* H, Vectors& all, real eps) {
     }
     __syncthreads();  // the largest is among them
     real largest = 0, cut = 0;
+    #pragma unroll 4
     for (int i = 0; i < K; i++) largest = fmax(largest, all.values[i]);
     for (int i = 0; i < K; i++) {
         const bool none = !(all.values[i] > K * eps * largest);
@@ -63,6 +65,7 @@ __device__ bool diagonalise(real* A, const real* H, Vectors& all, real eps) {
 // Units in which the matrix has a unit diagonal; or, `by_ridge`, those in which all ridges are the same.
 __device__ void measure(const real* H, Vectors& all, bool by_ridge) {
     real largest = 0;
+    #pragma unroll 4
     for (int p = 0; p < K; p++) largest = fmax(largest, all.ridge[p]);
     for (int p = threadIdx.x; p < K; p += blockDim.x)
         all.units[p] = by_ridge ? sqrt(largest / all.ridge[p]) : 1 / sqrt(H[p * K + p] + all.ridge[p]);

@@ -34,6 +34,7 @@ __device__ void cap(real* R, real* X, double largest, double ratio) {
     }
     __syncthreads();  // the smallest is among them
     double smallest = values[0];
+    #pragma unroll 4
     for (int i = 1; i < K; i++) smallest = fmin(smallest, values[i]);
     largest = fmin(largest, ratio * smallest);
     for (int i = 0; i < K; i++)

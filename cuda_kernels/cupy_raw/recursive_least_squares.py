@@ -82,6 +82,7 @@ def in_chunks(
     scalars |= {"rooms": _launch.machine.scratch(2 * room * grid.blocks * sequences.memories)}
     scalars |= {"limit": limit(S.dtype), "eps": float(np.finfo(S.dtype).eps)}
     constants = {"K": rows, "ROOM": room, "BEGUN": 4 + chosen.keys * (chosen.keys + _chunks.VALUES)} | chosen.constants
+    constants["GROUPED"] = int(sequences.groups > 1)
     scalars |= in_single_precision(chosen, sequences, arrays, results, types, constants, scalars)
     arrays |= {"S_end": (S_next, BOTH), "P_end": (P_next, BOTH), "bad_next": (bad, COLUMN), "answers": (o, BOTH)}
     written = ("S_end", "P_end", "bad_next", "answers")  # not all are written, so they go there too

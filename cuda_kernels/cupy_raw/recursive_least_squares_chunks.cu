@@ -32,14 +32,20 @@ struct Room {
     }
 };
 
+// What is known of all pairs so far.
+struct Known {
+    double information;  // trace of H; infinite once a cap has acted
+    bool moved;          // whether anything was learnt or forgotten
+};
+
 // Where arrays lie, and where a piece begins. In shared memory, because registers are for the solution.
 struct Places {
     PairArrays pairs;
     Rows<const data> query;
     Rows<data> answer;
     Rows<const gate> state, covariance;
-    int begin, first;    // token that this block begins with, and the first of its piece
-    double information;  // trace of H before all pairs
+    int begin, first;  // token that this block begins with, and the first of its piece
+    Known known;       // before that token
 };
 
 // No eigenvalue of P above `largest` or `ratio` times the smallest. X is K x K.
@@ -55,14 +61,19 @@ __device__ void cap(const Square& P, double* X, double largest, double ratio) {
     }
     __syncthreads();  // the smallest is among them
     double smallest = values[0];
+    #pragma unroll 4
     for (int i = 1; i < K; i++) smallest = fmin(smallest, values[i]);
     largest = fmin(largest, ratio * smallest);
+    __syncthreads();  // everyone has seen the values
+    for (int i = threadIdx.x; i < K; i += THREADS) {
+        const double value = values[i];
+        values[i] = value > 0 ? fmin(value, largest) / value / value : 0;
+    }
+    __syncthreads();  // what is left of squares of eigenvectors is there
     each_of_square(K, [&](int i, int j) {
         double sum = 0;
-        for (int m = 0; m < K; m++) {
-            const double value = values[m], share = value > 0 ? fmin(value, largest) / value / value : 0;
-            sum = fma(share * X[m * K + i], X[m * K + j], sum);
-        }
+        #pragma unroll 4
+        for (int m = 0; m < K; m++) sum = fma(values[m] * X[m * K + i], X[m * K + j], sum);
         P.at(i, j) = sum;
     });
     __syncthreads();  // P is there
@@ -232,44 +243,57 @@ __device__ __forceinline__ void learn(Memory& memory, const Sum (&errors)[CHUNK 
 
 // ---- the walk ---------------------------------------------------------------------------------------------------------
 
-// What is known of all pairs so far.
-struct Known {
-    double information;  // trace of H; infinite once a cap has acted
-    bool moved;          // whether anything was learnt or forgotten
-};
-
 // The memory and P before a piece, from the sums of the pairs before it, where H has digits enough; whether it has. P is
 // H = P^-1 before all pairs at first.
 __device__ __forceinline__ bool begin_from_sums(Memory& memory, const Room& room, Known& known, const Sums& earlier,
                                                 int piece, double* own_room) {
-    memory.multiply(room.P, own_room);
     #pragma unroll 1
-    for (int p = 0; p < piece; p++) {
-        const Sums sum(earlier.begin, p);
-        sum.add_to(memory);
-        __syncthreads();  // nobody is left at H
-        sum.add_to(room.P);
+    for (bool solved = false;; solved = true) {  // by H, then by P
+        memory.multiply(room.P, own_room);
+        if (solved) return true;
+        #pragma unroll 1
+        for (int p = 0; p < piece; p++) {
+            const Sums sum(earlier.begin, p);
+            sum.add_to(memory);
+            __syncthreads();  // nobody is left at H
+            sum.add_to(room.P);
+        }
+        memory.leave(own_room);
+        __syncthreads();  // H is there
+        known.information = trace(room.P);
+        if (!(invert(room.P, room.W.begin) && trace(room.P) * known.information < SURE)) return false;
     }
-    __syncthreads();  // H is there
-    known.information = trace(room.P);
-    if (!(invert(room.P, room.W.begin) && trace(room.P) * known.information < SURE)) return false;
-    memory.multiply(room.P, own_room);
-    return true;
 }
 
-// The memory and P before a piece. Where the sums of earlier pairs do not tell, it begins with the first of all tokens,
-// and with P as the caller gave it.
-__device__ __forceinline__ void begin_piece(Memory& memory, const Room& room, Known& known, Places& at,
-                                            const Sums& earlier, int piece, bool whole, double* own_room, int first,
-                                            int columns, double eps) {
-    if (known.moved && whole) {
-        if (begin_from_sums(memory, room, known, earlier, piece, own_room)) return;
+// P and what is known before a piece, with the memory left in `own_room`; false if P is not a covariance. Where the sums
+// of earlier pairs do not tell, a piece begins with the first of all tokens, and with P as the caller gave it. A function
+// of its own, which takes no registers from the walk, and from the compiler half its time.
+__device__ __noinline__ bool begin_piece(Weights& all, Places& at, Sums earlier, int piece, double* own_room, int first,
+                                         int columns, double eps) {
+    const Room room(dynamic_shared(), all);
+    const bool even = load_covariance(room.P, at.covariance, eps), whole = finite(room.P);
+    if (whole && !(even && invert(room.P, room.W.begin))) return false;
+    const double information = trace(room.P);
+    Known known = {information, !whole};
+    for (int p = 0; p < piece; p++) known.moved |= Sums(earlier.begin, p).moved() != 0;
+    __syncthreads();  // everyone knows the information
+    Memory memory;
+    bool begun = false;
+    #pragma unroll 1
+    for (bool told = known.moved && whole; !begun; told = false) {
+        memory.load(at.state, first, columns);
+        memory.leave(own_room);
+        if (!told) break;
+        begun = begin_from_sums(memory, room, known, earlier, piece, own_room);
+        if (!begun) known.information = information;
         __syncthreads();  // nobody is left at H
-        memory.load(at.state, first, columns), known.information = at.information;
-        if (threadIdx.x == 0) at.begin = 0;
     }
-    load_covariance(room.P, at.covariance, eps);
+    if (begun) memory.leave(own_room);
+    if (!begun) load_covariance(room.P, at.covariance, eps);
     each_of_square(K, [&](int i, int j) { if (!whole) room.P.at(i, j) = not_a_number(); });
+    if (threadIdx.x == 0) at.known = known, at.begin = known.moved && whole && !begun ? 0 : at.first;
+    __syncthreads();  // all of it is there
+    return true;
 }
 
 // How many of n tokens make a chunk: it ends where a cap has to act on P, which acts here before the first one, and
@@ -329,7 +353,7 @@ __device__ __forceinline__ void answer_all(Sum (&answers)[CHUNK / 8], const Sum 
                                            int groups, int first, int columns) {
     #pragma unroll 1
     for (int group = 0; group < groups; group++) {  // the queries that share this memory
-        if (group) {
+        if (GROUPED && group) {
             load_rows(room.q, at.query.of(group), low, n);
             __syncthreads();  // these queries are there
             for (Sum& sum : answers) sum = {};
@@ -378,32 +402,27 @@ recursive_least_squares_chunks(const data* q, const data* k, const data* v, cons
     __shared__ Weights all;
     __shared__ Places at;
     const Room room(dynamic_shared(), all);
-    Memory memory;
     const int which = blockIdx.x / blocks, column_block = blockIdx.x % blocks / pieces, piece = blockIdx.x % pieces;
     const int warp = threadIdx.x / 32, first = column_block * VALUES + 16 * warp;
     if (threadIdx.x == 0) {
         at.query = rows(q, table, axes, Q, which), at.answer = rows(answers, table, axes, O, which);
         at.pairs = pairs_of(k, v, log_decay, beta, table, axes, KEY, which);
         at.state = rows(S, table, axes, STATE, which), at.covariance = rows(P, table, axes, COVARIANCE, which);
-        at.begin = at.first = piece * length;
+        at.first = piece * length;
     }
     double* const own_room = reinterpret_cast<double*>(rooms) + size_t(blockIdx.x) * ROOM;
     const Sums earlier(reinterpret_cast<double*>(sums), size_t(blockIdx.x / pieces) * (pieces - 1));
     __syncthreads();  // places are known
 
+    Memory memory;
     Known known = {0, true};
     if (doubt == REDO) {
-        const bool even = load_covariance(room.P, at.covariance, eps), whole = finite(room.P);
-        if (whole && !(even && invert(room.P, room.W.begin))) {
+        if (!begin_piece(all, at, earlier, piece, own_room, first, columns, eps)) {
             if (threadIdx.x == 0 && piece == 0) rows(bad_next, table, axes, BAD, which).at(0, 0) = true;
             return;
         }
-        known = {trace(room.P), !whole};
-        if (threadIdx.x == 0) at.information = known.information;
-        for (int p = 0; p < piece; p++) known.moved |= Sums(earlier.begin, p).moved() != 0;
-        memory.load(at.state, first, columns);
-        __syncthreads();  // everyone knows the information
-        begin_piece(memory, room, known, at, earlier, piece, whole, own_room, first, columns, eps);
+        memory.take(own_room);
+        known = at.known;
 
         #pragma unroll 1
         for (int low = at.begin, end = min(tokens, (piece + 1) * length), n; low < end; low += n) {

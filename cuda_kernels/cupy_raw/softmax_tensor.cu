@@ -390,18 +390,18 @@ __device__ __forceinline__ Sight sight_of(const Pairs& pairs, int row, int group
 __device__ __forceinline__ void write(const Rows<data>& out, int step, const Sum* answer, int half, real weight,
                                       int first, int columns) {
     const real share = weight != 0 ? 1 / weight : real(1);
-    struct alignas(2 * sizeof(data)) Two {
-        data x[2];
-    };
     const bool twos = out.column == 1 && (size_t)out.begin % 4 == 0 && out.row % 2 == 0 && columns % 2 == 0;
+    const int whole = twos ? columns : 0, single = twos ? 0 : columns;  // columns that are written so
+    int column = first + threadIdx.x % 4 * 2;
+    data* at = &out.at(step, column);
     #pragma unroll
-    for (int n = 0; n < VD / 8; n++) {
-        const int column = first + n * 8 + threadIdx.x % 4 * 2;
-        Two two;
-        for (int i = 0; i < 2; i++) put(two.x[i], number(answer[n].x[2 * half + i] * share));
-        if (twos && column < columns) reinterpret_cast<Two&>(out.at(step, column)) = two;
-        for (int i = 0; i < 2; i++)
-            if (!twos && column + i < columns) out.at(step, column + i) = two.x[i];
+    for (int n = 0; n < VD / 8; n++, column += 8, at += 8 * out.column) {
+        real x[2];
+        for (int i = 0; i < 2; i++) x[i] = answer[n].x[2 * half + i] * share, x[i] = fma(x[i], real(0), x[i]);
+        const unsigned both = packed<data>(x[0], x[1]);  // of infinities, which became NaN
+        if (column < whole) *reinterpret_cast<unsigned*>(at) = both;
+        if (column < single) at->bits = both & 0xffff;
+        if (column + 1 < single) at[out.column].bits = both >> 16;
     }
 }
 

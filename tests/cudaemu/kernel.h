@@ -7,6 +7,7 @@
 #define __global__
 #define __device__
 #define __forceinline__ inline
+#define __noinline__
 #define __launch_bounds__(...)
 #define __restrict__
 #define __shared__ static __attribute__((section("runner_shared")))  // blocks run one after another: one copy is enough
