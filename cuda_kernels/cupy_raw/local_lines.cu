@@ -181,10 +181,7 @@ __device__ __forceinline__ double logit_of_bad(const Shared& all, const narrow* 
 __device__ __forceinline__ void find_logits(Scores& score, const Room& room, const Shared& all, int start, bool plain,
                                             bool spoilt) {
     multiply(score, room.queries, room.keys);
-    unsigned seen[2] = {~0u, ~0u};
-    if (!plain)
-        for (int half = 0; half < 2; half++) seen[half] = all.look(row_of(half), start + column_of());
-    each_score(score, [&](int half, int row, int j, double& x) {
+    each_score(score, [&](int, int row, int j, double& x) {
         if (KIND == GAUSSIAN) {
             const double square = fma(-2.0, x - all.offsets[j], all.lengths[row] + all.norms[j]);
             x = square < 0 ? 0 : square;
@@ -192,6 +189,11 @@ __device__ __forceinline__ void find_logits(Scores& score, const Room& room, con
         x = log_kernel(KIND, x, all.width);
         if (spoilt && all.bad[j]) x = logit_of_bad(all, &room.queries.at(row, 0), start + j);
         if (GATED) x = all.biases[j][row] == -infinite() ? -infinite() : x + all.biases[j][row];
+    });
+    if (plain) return;
+    unsigned seen[2];
+    for (int half = 0; half < 2; half++) seen[half] = all.look(row_of(half), start + column_of());
+    each_score(score, [&](int half, int, int j, double& x) {
         if (!(seen[half] >> (j / 8 * 2 + j % 2) & 1)) x = -infinite();
     });
 }
