@@ -523,6 +523,6 @@ softmax_tensor(const data* q, const data* k, const data* v, const long long* pos
         const int m = r / 2, half = r % 2, row = own_first + 16 * m + 8 * half + lane / 4;
         if (row < groups * tokens)
             write(out.of(row % groups), row / groups, softmax.answer[m], half, softmax.weight[m].x[2 * half],
-                  first_column, columns);
+                  block.values.first, columns);  // which the walk need not keep in a register
     }
 }
