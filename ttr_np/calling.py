@@ -166,7 +166,8 @@ def shared(name: str, x: Any) -> Any:
         x = through_dlpack(x)
         if on_device(x) or isinstance(x, np.ndarray):
             return x
-        return np.from_dlpack(x) if hasattr(x, "__dlpack__") and not np.isscalar(x) else np.asarray(x)
+        takes = str(getattr(x, "dtype", "")) != "bfloat16"  # NumPy does not by DLPack
+        return np.from_dlpack(x) if takes and hasattr(x, "__dlpack__") and not np.isscalar(x) else np.asarray(x)
     except (BufferError, RuntimeError) as problem:  # a dtype of its own, or a tensor that keeps its gradient
         raise TypeError(f"{name} cannot be shared with NumPy: {problem}") from problem
 

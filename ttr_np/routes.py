@@ -105,7 +105,7 @@ def mlstm(layer: Any, run: Run, p: dict[str, Any], state: Any) -> tuple[Any, Any
 def rwkv4(layer: Any, run: Run, p: dict[str, Any], state: Any) -> tuple[Any, Any]:
     """Numerator and denominator of a weighted mean per channel, both relative to the largest weight so far."""
     (*_, keys), (*_, values) = p["k"].shape, p["v"].shape
-    if keys != values:
+    if values not in (keys, 1):  # one value serves all channels
         raise ValueError(f"rwkv4 weighs each channel by itself: axis 'k' is {keys} but axis 'v' is {values}")
     memory, before = Carried() if state is None else state
     k, v = frozen(p, p["k"], -np.inf), frozen(p, p["v"])

@@ -543,28 +543,16 @@ static void begin_block(uint64_t number, const unsigned* grid) {
     for (Thread& thread : machine.threads) prepare(thread);
 }
 
-// Some threads as far as they get without the others; whether any of them did.
-static bool run_ready_threads(const int* first, const int* last) {
-    bool any = false;
-    for (bool again = true; again; any |= again) {
-        again = false;
-        for (const int* i = first; i < last; i++) {
-            if (machine.threads[size_t(*i)].state != READY) continue;
-            resume(machine.threads[size_t(*i)]);
-            again = true;
-        }
-    }
-    return any;
-}
-
-// Every thread, and one warp after another: the stacks of 32 threads stay in the caches, those of all do not.
+// Every thread as far as it gets without the others.
 static void run_ready_threads() {
-    const int* order = machine.order.data();
     for (bool any = true; any;) {
         any = false;
         if (machine.options.order == RANDOM) std::shuffle(machine.order.begin(), machine.order.end(), machine.chance);
-        for (size_t i = 0; i < machine.order.size(); i += 32)
-            any |= run_ready_threads(order + i, order + std::min(i + 32, machine.order.size()));
+        for (const int i : machine.order) {
+            if (machine.threads[size_t(i)].state != READY) continue;
+            resume(machine.threads[size_t(i)]);
+            any = true;
+        }
     }
 }
 
