@@ -727,6 +727,18 @@ def test_keys_fade_by_channel_and_a_channel_that_is_reset_says_nothing(form):
     close(call(getattr(wall_attention, form), "wall_attention", x | {"log_decay": gates[..., 0]}), same)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_channel_that_is_reset_says_nothing_of_a_bad_key(bad, form):
+    x = problem("wall_attention", np.random.default_rng(42), gated=False)
+    gates = np.zeros((T, 2))
+    gates[20, 1] = -np.inf
+    good = call(getattr(wall_attention, form), "wall_attention", x | {"log_decay": gates})
+    x["k"][5, 1] = bad
+    o = call(getattr(wall_attention, form), "wall_attention", x | {"log_decay": gates})
+    assert not np.isfinite(o[5:20]).all()  # minus infinity is a logit like any other
+    close(o[20:], good[20:])
+
+
 def test_values_are_corrected_under_keys_of_their_own(form):
     x = problem("delta_attention", np.random.default_rng(40))
     x["erase_key"] = np.random.default_rng(41).standard_normal((T, 2))

@@ -8,19 +8,37 @@ The cache itself (``positions``, ``append``, ``join``) asks of arrays only what 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
+from itertools import chain
 from operator import index
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..notation import CacheState
-from ._chunks import NO_PAST
+from ._chunks import NO_PAST, in_chunks, output_like
 from ._room import grown
 
-__all__ = ["Past", "View", "append", "attend", "block_of", "check_options", "empty_cache", "masked", "mix", "past_of"]
+__all__ = [
+    "Past",
+    "View",
+    "answers",
+    "append",
+    "attend",
+    "block_of",
+    "cache_in_chunks",
+    "cached",
+    "check_options",
+    "empty_cache",
+    "masked",
+    "mix",
+    "own_pairs",
+    "past_of",
+]
+
+PAIRS = 1024  # cached keys that a chunk of queries meets at a time
 
 
 def check_options(q: Any, log_decay: Any, causal: bool, window: int | None, sinks: int = 0) -> None:
@@ -337,3 +355,38 @@ def attend(scored: Iterable[tuple[np.ndarray, np.ndarray]], shape: tuple[int, ..
         value = kept[..., None] * value + mix(p, v, logits)
         top = higher
     return Mean(np.divide(value, weight[..., None], out=value, where=weight[..., None] != 0), top, weight)
+
+
+def cached(q: np.ndarray, state: CacheState) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Logits and values of the cached pairs, in blocks."""
+    for low in range(0, state.k.shape[-2], PAIRS):
+        here = slice(low, low + PAIRS)
+        logits = q @ np.swapaxes(state.k[..., here, :], -1, -2)
+        yield np.where((state.position[..., here] < 0)[..., None, :], -np.inf, logits), state.v[..., here, :]
+
+
+def own_pairs(logits: np.ndarray, mask: np.ndarray | None, newest: int = 0) -> np.ndarray:
+    """Logits of a chunk's own pairs, -inf after the newest that a query sees: 0 is its own, -1 that before."""
+    seen = np.tri(logits.shape[-1], k=newest, dtype=bool)
+    return np.where(seen if mask is None else seen & mask[..., None, :], logits, -np.inf)
+
+
+def answers(q: np.ndarray, own: np.ndarray, v: np.ndarray, state: CacheState) -> np.ndarray:
+    """Softmax mean of a chunk's own values, by their logits, and of the cached ones, as queries find them."""
+    shape = np.broadcast_shapes(q.shape[:-2], state.k.shape[:-2]) + (q.shape[-2], v.shape[-1])
+    return attend(chain([(own, v)], cached(q, state)), shape, state.v.dtype).value
+
+
+def cache_in_chunks(
+    step: Any,
+    recurrent: Any,
+    arrays: Mapping[str, Any],
+    axes: Mapping[str, int],
+    state: CacheState,
+    size: int,
+) -> tuple[np.ndarray, CacheState]:
+    """A cache whose pairs change as it grows, chunk by chunk: see ``_chunks.in_chunks``."""
+    q, k, v = (arrays[name] for name in "qkv")
+    if not q.shape[-2]:
+        state = append(state, k, v, None, arrays["mask"])  # the caller's arrays are never returned
+    return in_chunks(step, recurrent, arrays, axes, output_like(q, v, state.k), state, size)

@@ -18,9 +18,8 @@ import numpy as np
 
 from ..calling import run
 from ..notation import CacheState
-from ._cache import append, attend, empty_cache
-from ._chunks import in_chunks, output_like, products, unit_lower_inverse
-from .path_attention import cached, scored
+from ._cache import answers, append, attend, cache_in_chunks, cached, empty_cache, own_pairs
+from ._chunks import output_like, products, unit_lower_inverse
 from .softmax_attention import average, scale_of
 
 __all__ = ["chunked", "delta_attention", "recurrent"]
@@ -71,13 +70,12 @@ def chunked(
     state: CacheState,
 ) -> tuple[np.ndarray, CacheState]:
     """Chunks of c tokens: their values are corrected together, then asked. Cost: O(t^2 (k + v))."""
-    return in_chunks(
+    return cache_in_chunks(
         partial(chunk, scale=scale),
         partial(recurrent, scale=scale),
         {"q": q, "k": k, "v": v, "beta": beta, "erase_key": erase_key, "mask": mask},
         {"q": -2, "k": -2, "v": -2, "beta": -1, "erase_key": -2, "mask": -1},
-        output_like(q, v, state.k),
-        state if q.shape[-2] else append(state, k, v, None, mask),  # the caller's arrays are never returned
+        state,
         64,
     )
 
@@ -96,22 +94,15 @@ def chunk(
     factor = scale_of(scale, q)
     u = corrected(factor * (k if erase_key is None else erase_key), k, v, beta, mask, state)
     q = factor * q
-    shape = np.broadcast_shapes(q.shape[:-2], state.k.shape[:-2]) + u.shape[-2:]
-    o = attend(scored(q, logits_of(q, k, mask, 0), u, state), shape, state.v.dtype).value
+    o = answers(q, own_pairs(products(q, k, None), mask), u, state)
     return o, append(state, k, u, None, mask)
-
-
-def logits_of(x: np.ndarray, k: np.ndarray, mask: np.ndarray | None, newest: int) -> np.ndarray:
-    """x . k of the pairs up to the newest that each step sees, 0 for its own and -1 for that before; else -inf."""
-    seen = np.tri(x.shape[-2], k=newest, dtype=bool)
-    return np.where(seen if mask is None else seen & mask[..., None, :], products(x, k, None), -np.inf)
 
 
 def corrected(
     p: np.ndarray, k: np.ndarray, v: np.ndarray, beta: np.ndarray, mask: np.ndarray | None, state: CacheState
 ) -> np.ndarray:
     """Values of a chunk without what the pairs before each of them recall under its key p."""
-    own = logits_of(p, k, mask, -1)
+    own = own_pairs(products(p, k, None), mask, newest=-1)
     shape = np.broadcast_shapes(p.shape[:-2], state.v.shape[:-2]) + v.shape[-2:]
     past = attend(cached(p, state), shape, state.v.dtype)
     top = np.maximum(past.top, own.max(axis=-1, initial=-np.inf))

@@ -18,13 +18,11 @@ import numpy as np
 
 from ..calling import run
 from ..notation import CacheState
-from ._cache import append, attend, empty_cache
-from ._chunks import in_chunks, output_like, products, unit_lower_inverse
+from ._cache import answers, append, cache_in_chunks, empty_cache, own_pairs
+from ._chunks import output_like, products, unit_lower_inverse
 from .softmax_attention import average, scale_of
 
-__all__ = ["cached", "chunked", "path_attention", "recurrent", "scored"]
-
-PAIRS = 1024  # cached keys that a chunk of queries meets at a time
+__all__ = ["chunked", "path_attention", "recurrent"]
 
 
 def path_attention(q: Any, k: Any, v: Any, beta: Any, w: Any, *, scale: float | None = None, **common: Any) -> Any:
@@ -71,13 +69,12 @@ def chunked(
     state: CacheState,
 ) -> tuple[np.ndarray, CacheState]:
     """Chunks of c queries against all cached keys, which the chunk's product then moves. Cost: O(t^2 (k + v))."""
-    return in_chunks(
+    return cache_in_chunks(
         partial(chunk, scale=scale),
         partial(recurrent, scale=scale),
         {"q": q, "k": k, "v": v, "beta": beta, "w": w, "mask": mask},
         {"q": -2, "k": -2, "v": -2, "beta": -1, "w": -2, "mask": -1},
-        output_like(q, v, state.k),
-        state if q.shape[-2] else append(state, k, v, None, mask),  # the caller's arrays are never returned
+        state,
         64,
     )
 
@@ -98,24 +95,7 @@ def chunk(
     removed = T @ along
     q = scale_of(scale, q) * q
     reads = products(q, w, None)
-    own = np.where(np.tri(q.shape[-2], dtype=bool), products(q, k, None) - reads @ removed, -np.inf)
-    own = own if mask is None else np.where(mask[..., None, :], own, -np.inf)
-    back = q - reads @ T @ w
-    shape = np.broadcast_shapes(q.shape[:-2], state.k.shape[:-2]) + (q.shape[-2], v.shape[-1])
-    o = attend(scored(back, own, v, state), shape, state.v.dtype).value
+    own = own_pairs(products(q, k, None) - reads @ removed, mask)
+    o = answers(q - reads @ T @ w, own, v, state)
     state = state._replace(k=state.k - (state.k @ np.swapaxes(w, -1, -2)) @ np.swapaxes(T, -1, -2) @ w)
     return o, append(state, k - np.swapaxes(removed, -1, -2) @ w, v, None, mask)
-
-
-def scored(back: np.ndarray, own: np.ndarray, v: np.ndarray, state: CacheState) -> Any:
-    """Logits and values, the chunk's own pairs first, then the cached ones."""
-    yield own, v
-    yield from cached(back, state)
-
-
-def cached(q: np.ndarray, state: CacheState) -> Any:
-    """Logits and values of the cached pairs, in blocks."""
-    for low in range(0, state.k.shape[-2], PAIRS):
-        here = slice(low, low + PAIRS)
-        logits = q @ np.swapaxes(state.k[..., here, :], -1, -2)
-        yield np.where((state.position[..., here] < 0)[..., None, :], -np.inf, logits), state.v[..., here, :]

@@ -18,9 +18,8 @@ import numpy as np
 
 from ..calling import run
 from ..notation import CacheState
-from ._cache import append, attend, empty_cache
-from ._chunks import gates_of, in_chunks, output_like, products
-from .path_attention import scored
+from ._cache import answers, append, cache_in_chunks, empty_cache, own_pairs
+from ._chunks import gates_of, kept, output_like, products
 from .softmax_attention import average, scale_of
 
 __all__ = ["chunked", "recurrent", "wall_attention"]
@@ -49,7 +48,7 @@ def recurrent(
     for t in range(q.shape[-2]):
         now = (..., slice(t, t + 1), slice(None))
         if gates is not None:
-            state = state._replace(k=state.k * np.exp(gates[now]).astype(state.k.dtype))
+            state = state._replace(k=kept(np.exp(gates[now]).astype(state.k.dtype), state.k))
         state = append(state, k[now], v[now], None, None if mask is None else mask[..., t : t + 1])
         o[..., t, :] = average(scale_of(scale, q) * q[..., t, :], state)
     return o, state
@@ -68,13 +67,12 @@ def chunked(
 ) -> tuple[np.ndarray, CacheState]:
     """Chunks of c queries against all cached keys, which then fade by the chunk's decay. Cost: O(t^2 (k + v))."""
     per_channel = log_decay is not None and log_decay.ndim == q.ndim
-    return in_chunks(
+    return cache_in_chunks(
         partial(chunk, scale=scale),
         partial(recurrent, scale=scale),
         {"q": q, "k": k, "v": v, "log_decay": log_decay, "mask": mask},
         {"q": -2, "k": -2, "v": -2, "log_decay": -2 if per_channel else -1, "mask": -1},
-        output_like(q, v, state.k),
-        state if q.shape[-2] else append(state, k, v, None, mask),  # the caller's arrays are never returned
+        state,
         16 if per_channel else 64,
     )
 
@@ -91,12 +89,8 @@ def chunk(
     """One chunk: queries fade back to its start for the cached keys, keys fade to its end."""
     gates = None if log_decay is None else gates_of(log_decay, log_decay.ndim == q.ndim)
     q = scale_of(scale, q) * q
-    own = products(q, k, None if gates is None else gates.pairs)
-    own = np.where(np.tri(q.shape[-2], dtype=bool), own, -np.inf)
-    own = own if mask is None else np.where(mask[..., None, :], own, -np.inf)
-    back = q if gates is None else q * gates.since
-    shape = np.broadcast_shapes(q.shape[:-2], state.k.shape[:-2]) + (q.shape[-2], v.shape[-1])
-    o = attend(scored(back, own, v, state), shape, state.v.dtype).value
+    own = own_pairs(products(q, k, None if gates is None else gates.pairs), mask)
+    o = answers(q if gates is None else q * gates.since, own, v, state)
     if gates is not None:
-        state, k = state._replace(k=state.k * gates.since[..., -1:, :]), k * gates.to_end
+        state, k = state._replace(k=kept(gates.since[..., -1:, :], state.k)), kept(gates.to_end, k)
     return o, append(state, k, v, None, mask)
