@@ -9,6 +9,7 @@ import pytest
 import test_operators as sentences
 from cudaemu import needed
 from cudaemu.machines import on_cpu
+from numpy.testing import assert_allclose
 from test_cuda_kernels import by_the_runner
 from test_cuda_squares import barriers, inputs, run
 
@@ -100,6 +101,23 @@ def test_data_of_16_bits_give_the_answers_of_the_solver(operator, options):
     sentences.close(o.astype(float), wanted.astype(float), 2e-2)
     for x, y in zip(state, end, strict=True):
         sentences.close(x, y, 1e-5)
+
+
+def test_what_is_not_symmetric_does_not_grow():
+    """No pair teaches anything of it, and decays let it grow: by a cap, or in the covariance that is given."""
+    rng, t = np.random.default_rng(0), 900
+    k = rng.standard_normal((t, 3)) @ rng.standard_normal((3, 16)) + 0.03 * rng.standard_normal((t, 16))
+    arrays = {"q": rng.standard_normal((t, 16)), "k": k / np.linalg.norm(k, axis=-1, keepdims=True)}
+    arrays |= {"v": rng.standard_normal((t, 2)), "log_decay": -0.2 * np.abs(rng.standard_normal(t))}
+    arrays |= {"beta": rng.uniform(size=t)}
+    arrays = {name: x.astype(np.float32) for name, x in arrays.items()}
+    state = run("recursive_least_squares", "numpy", arrays)[1]
+    state.P[0, 1] += 1e-6 * state.P.max()
+    for options in ({"ridge": 1e-5}, {"initial_state": state}):
+        end = run("recursive_least_squares", "numpy", arrays, **options)[1]
+        o, after = run("recursive_least_squares", "cupy", arrays, check=False, **options)
+        assert_allclose(after.S, end.S, rtol=0, atol=1e-4 * np.abs(end.S).max())
+        assert np.isfinite(o).all() and np.isfinite(after.P).all()
 
 
 @each

@@ -44,15 +44,15 @@ __device__ bool invert(const Square& A, double* lines) {
     return true;
 }
 
-// P as the caller gave it; whether it is symmetric up to rounding.
+// P as the caller gave it, made symmetric; whether it is up to rounding. Pairs teach nothing of what P is not symmetric
+// by, and every decay lets that grow: the least of it ends, hundreds of tokens later, in a P that is not positive.
 __device__ bool load_covariance(const Square& P, Rows<const gate> from, double eps) {
     __shared__ double sizes[WARPS], gaps[WARPS];
     double size = 0, gap = 0;
     each_of_square(KEYS, [&](int i, int j) {
         const bool there = i < K && j < K;
-        const double x = there ? double(from.at(i, j)) : 0;
-        P.at(i, j) = x, size = fmax(size, fabs(x));
-        if (there) gap = fmax(gap, fabs(x - double(from.at(j, i))));
+        const double x = there ? double(from.at(i, j)) : 0, across = there ? double(from.at(j, i)) : 0;
+        P.at(i, j) = (x + across) / 2, size = fmax(size, fabs(x)), gap = fmax(gap, fabs(x - across));
     });
     for (int distance = 1; distance < 32; distance *= 2) {
         size = fmax(size, __shfl_xor_sync(0xffffffffu, size, distance));

@@ -33,7 +33,7 @@ TENSOR = Kernel("recursive_least_squares_tensor", "blocks.cuh", "caps.cuh", "mma
 SOLUTION = Kernel("innovations")
 TENSOR_THREADS = 32 * (_chunks.WARPS + 2)
 TENSOR_DECLARED = 3 << 10  # bytes of shared memory that the text declares itself
-MANY = 256  # tokens: single precision token by token, as the solver takes fewer, has more digits than in chunks
+MANY = 1024  # tokens: of fewer, which cost little, some memories would lose more digits than the solver does
 MOST = 256  # times the weight of a pair that P is before it: beyond, single precision has too few digits
 
 

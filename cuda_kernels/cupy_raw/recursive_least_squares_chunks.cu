@@ -71,9 +71,10 @@ __device__ void cap(const Square& P, double* X, double largest, double ratio) {
     }
     __syncthreads();  // what is left of squares of eigenvectors is there
     each_of_square(K, [&](int i, int j) {
+        const int row = max(i, j), column = min(i, j);  // to the last bit symmetric, see load_covariance
         double sum = 0;
         #pragma unroll 4
-        for (int m = 0; m < K; m++) sum = fma(values[m] * X[m * K + i], X[m * K + j], sum);
+        for (int m = 0; m < K; m++) sum = fma(values[m] * X[m * K + row], X[m * K + column], sum);
         P.at(i, j) = sum;
     });
     __syncthreads();  // P is there
