@@ -38,6 +38,8 @@ __all__ = [
 PARTS = 2  # vectors of a row
 ROWS, FEW, LINE = *((12, 8) if WIDE else (6, 4)), PARTS * BYTES
 
+READ, NEAR, DATA = 0, 2, 1  # the second cache: the first is full of panels
+
 full, lower, triangle, upper = 0, 1, 2, 4  # see multiply; upper | triangle is both
 
 
@@ -251,17 +253,33 @@ class Tile(Vectors):
         """Pointers to the first numbers of the rows."""
         return [row_of(self.builder, base, i, m, step) for i in range(self.rows)]
 
-    def add_products(self, a: Any, a_step: Any, a_column: Any, b: Any, b_step: Any, m: Any, depth: Any) -> None:
-        """Add the products of some rows of a with b."""
+    def add_products(
+        self, a: Any, a_step: Any, a_column: Any, b: Any, b_step: Any, m: Any, depth: Any, soon: Any = None
+    ) -> None:
+        """Add the products of some rows of a with b, and ask for what is read soon."""
         builder, word = self.builder, ir.IntType(64)
         a_rows = self.rows_of(a, m, a_step)
         with cgutils.for_range(builder, depth, intp=word) as loop:
+            if soon is not None:
+                self.ask(*soon, loop.index)
             b_row = builder.gep(b, [builder.mul(loop.index, b_step)])
             loaded = [self.load(b_row, j) for j in range(PARTS)]
             for i, a_i in enumerate(a_rows):
                 factor = self.everywhere(builder.load(builder.gep(a_i, [builder.mul(loop.index, a_column)])))
                 for j, b_j in enumerate(loaded):
                     self.accumulate(self.sums[i, j], factor, b_j)
+
+    def ask(self, rows: Any, count: Any, start: Any, step: Any) -> None:
+        """ask for the lines ``start`` bytes behind two of some addresses, the last of them if there are no more."""
+        builder, byte, word = self.builder, ir.IntType(8).as_pointer(), ir.IntType(64)
+        kind = ir.FunctionType(ir.VoidType(), [byte, *[ir.IntType(32)] * 3])
+        fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        last = builder.sub(count, word(1))
+        for i in range(2):
+            index = builder.add(builder.mul(step, word(2)), word(i))
+            index = builder.select(builder.icmp_signed("<", index, last), index, last)
+            place = builder.add(builder.load(builder.gep(rows, [index])), start)
+            builder.call(fetch, [builder.inttoptr(place, byte), *(ir.IntType(32)(x) for x in (READ, NEAR, DATA))])
 
     def scale_rows(self, factors: Any, m: Any) -> None:
         """Multiply every row by a factor of its own."""
@@ -308,15 +326,16 @@ def answer_tile_of(rows: int, o: Any) -> Any:
     like, index = o.dtype, types.intp
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        o, o_step, q, q_step, q_column, S, S_step, depth, since, scores, scores_step, v, v_step, m, n, scale = args
+        o, o_step, q, q_step, q_column, S, S_step, depth, since, scores, scores_step, v, v_step, m, n, scale = args[:-3]
         sums = Tile(builder, like, rows)
-        sums.add_products(q, q_step, q_column, S, S_step, m, depth)
+        sums.add_products(q, q_step, q_column, S, S_step, m, depth, args[-3:])
         sums.scale_rows(since, m)
         sums.add_products(scores, scores_step, ir.IntType(64)(1), v, v_step, m, n)
         sums.give(o, o_step, m, scale)
         return context.get_dummy_value()
 
     kinds = [o, index, o, index, index, o, index, index, o, o, index, o, index, index, index, like]
+    kinds += [types.CPointer(types.intp), index, index]
     return types.void(*kinds), codegen
 
 
@@ -334,7 +353,8 @@ def last_tile(typingctx, c, c_step, a, a_row, a_column, b, b_step, m, depth, alp
 
 @intrinsic
 def answer_tile(
-    typingctx, o, o_step, q, q_row, q_column, S, S_step, k, since, scores, scores_step, v, v_step, m, n, scale
+    typingctx, o, o_step, q, q_row, q_column, S, S_step, k, since, scores, scores_step, v, v_step, m, n, scale, rows,
+    count, line
 ):
     """A tile of ROWS answers."""
     return answer_tile_of(ROWS, o)
@@ -342,7 +362,8 @@ def answer_tile(
 
 @intrinsic
 def last_answer_tile(
-    typingctx, o, o_step, q, q_row, q_column, S, S_step, k, since, scores, scores_step, v, v_step, m, n, scale
+    typingctx, o, o_step, q, q_row, q_column, S, S_step, k, since, scores, scores_step, v, v_step, m, n, scale, rows,
+    count, line
 ):
     """A tile of FEW answers."""
     return answer_tile_of(FEW, o)
@@ -391,7 +412,7 @@ def multiply(c, a, b, m, n, depth, alpha, beta, shape):
 
 
 @inner
-def answers(o, q, S, since, scores, v, n, columns, k, scale):
+def answers(o, q, S, since, scores, v, n, columns, k, scale, soon):
     """o_i = scale (since_i q_i S + sum_{j <= i} scores_ij v_j), for n rows of some columns: every sum in one go.
 
     Parameters
@@ -404,9 +425,11 @@ def answers(o, q, S, since, scores, v, n, columns, k, scale):
         Panels, ``(k, columns)``, ``(n, n)`` and ``(n, columns)``; above the diagonal of scores are zeros.
     since
         A row of factors.
+    soon
+        ``Soon``: with every tile, one more line of these rows is asked for.
     """
     apart()
-    size = lanes(scale)
+    size, line = lanes(scale), 0
     for j in range(0, columns, size):
         i = 0
         while i < n:
@@ -419,24 +442,24 @@ def answers(o, q, S, since, scores, v, n, columns, k, scale):
             if few:
                 last_answer_tile(
                     o_ij, o.step, q_i, q.step, q.column, S_j, S.step, k, since_i, scores_i, scores.step, v_j, v.step,
-                    m, deep, scale,
+                    m, deep, scale, soon.rows, soon.count, 64 * line,
                 )  # fmt: skip
             else:
                 answer_tile(
                     o_ij, o.step, q_i, q.step, q.column, S_j, S.step, k, since_i, scores_i, scores.step, v_j, v.step,
-                    m, deep, scale,
+                    m, deep, scale, soon.rows, soon.count, 64 * line,
                 )  # fmt: skip
-            i += rows
+            i, line = i + rows, min(line + 1, soon.lines - 1)
 
 
 @inner
-def give(o, low, start, panel, q, S, since, scores, v, n, columns, k, scale):
+def give(o, low, start, panel, q, S, since, scores, v, n, columns, k, scale, soon):
     """``answers`` into rows and columns of a matrix from some on; a panel helps where whole tiles do not fit."""
     if columns % lanes(scale) == 0:
         here = Matrix(move(row(o, low), start), o.step, 1)
-        answers(here, q, S, since, scores, v, n, columns, k, scale)
+        answers(here, q, S, since, scores, v, n, columns, k, scale, soon)
     else:
-        answers(panel, q, S, since, scores, v, n, columns, k, scale)
+        answers(panel, q, S, since, scores, v, n, columns, k, scale, soon)
         store(o, low, n, start, columns, panel)
 
 

@@ -72,12 +72,14 @@ from ._panels import (
     triangle,
 )
 from ._sequences import NO_GATES, PER_CHANNEL, PER_STEP, column_blocks, lay_out
+from ._soon import note, notebook, notes_shape, soon
 from ._steps import learn_rows, recall_rows, shares
 from ._threads import share
 
 __all__ = ["delta_rule"]
 
 CHUNK = 32  # whole blocks of 16, whole tiles of 4 and 6 or of 8 and 12 rows; longer ones take more products
+MATRICES = 6  # that a chunk reads and writes rows of: keys, values, erase keys, gates, queries, answers
 Q, K, V, BETA, GATE, ERASE, STATE, O = range(8)
 
 
@@ -173,12 +175,13 @@ class Room(NamedTuple):
     answers: Any  # c x v
     pairs: Any  # c x c: decays
     since: Any  # 1 x (c + 1): decays
+    soon: Any  # addresses of rows
 
 
 def shapes(k: int, v: int, c: int, gates: int) -> list[tuple[int, int]]:
     """Shapes of the panels of ``Room`` and, behind them, of ``Channels``."""
     room = [(k, v), (k * meetings(c), c), (c, k), (c, v), (c, k), (c, k), (c, k), (c, c), (c, v), (c, c), (1, c + 1)]
-    return room + channel_shapes(c, k if gates == PER_CHANNEL else 0)
+    return room + channel_shapes(c, k if gates == PER_CHANNEL else 0) + [notes_shape(c, MATRICES)]
 
 
 @compiled
@@ -187,7 +190,7 @@ def kernel(table, places, steps, sizes, scale_, first, last):
     room = Room(
         panel(table, 0, scale_), panel(table, 1, scale_), panel(table, 2, scale_), panel(table, 3, scale_),
         panel(table, 4, scale_), panel(table, 5, scale_), panel(table, 6, scale_), panel(table, 7, scale_),
-        panel(table, 8, scale_), panel(table, 9, scale_), panel(table, 10, scale_),
+        panel(table, 8, scale_), panel(table, 9, scale_), panel(table, 10, scale_), notebook(table, len(table) - 1),
     )  # fmt: skip
     decays, unit = channels_of(table, 11, scale_), 1
     for number in range(first, last):
@@ -394,12 +397,27 @@ def run_chunk(places, steps, sizes, job, room, decays, state, low, high, scale_)
             past = score(sizes, below(q, low), room, decays, n, scale_)
             give(
                 o, low, job.start, room.answers, past, room.S, move(row(room.since, 0), 1), room.scores, room.errors, n,
-                job.columns, sizes.k, scale_,
+                job.columns, sizes.k, scale_, next_rows(sizes, job, room, q, o, low + n, n, scale_),
             )  # fmt: skip
         memorise(sizes, job, room, decays, n, scale_)
         if spoilt:
             run_spoilt(places, steps, sizes, job, room, state, low, low + n, scale_)
     run_tokens(places, steps, sizes, job, room, low + n, high, scale_)
+
+
+@inner
+def next_rows(sizes, job, room, q, o, low, n, like):
+    """What the next chunk reads and writes."""
+    rows, whole = room.soon, 0
+    count = note(rows, 0, job.k, whole, low, n)
+    count = note(rows, count, job.v, job.start, low, n)
+    if sizes.erases:
+        count = note(rows, count, job.erase, whole, low, n)
+    if sizes.gates == PER_CHANNEL:
+        count = note(rows, count, job.gates, whole, low, n)
+    count = note(rows, count, q, whole, low, n)
+    count = note(rows, count, o, job.start, low, n)
+    return soon(rows, count, max(sizes.k, job.columns), like)
 
 
 @inner
@@ -424,7 +442,7 @@ def in_place(room, state, start):
     S = Matrix(move(state.data, start), state.step, state.column)
     return Room(
         S, room.keys, room.carried, room.errors, room.past, room.rows, room.queries, room.scores, room.answers,
-        room.pairs, room.since,
+        room.pairs, room.since, room.soon,
     )  # fmt: skip
 
 

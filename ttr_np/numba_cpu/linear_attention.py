@@ -58,12 +58,14 @@ from ._panels import (
     triangle,
 )
 from ._sequences import NO_GATES, PER_CHANNEL, PER_STEP, column_blocks, lay_out
+from ._soon import note, notebook, notes_shape, soon
 from ._steps import learn_rows, recall_rows, shares
 from ._threads import share
 
 __all__ = ["linear_attention"]
 
 CHUNK = 32  # whole blocks of 16, whole tiles of 4 and 6 or of 8 and 12 rows; longer ones take more products
+MATRICES = 5  # that a chunk reads and writes rows of: keys, values, gates, queries, answers
 Q, K, V, GATE, BONUS, STATE, Z, Z_NEXT, O = range(9)
 
 
@@ -162,13 +164,14 @@ class Room(NamedTuple):
     answers: Any  # c x v
     pairs: Any  # c x c: decays
     since: Any  # 1 x (c + 1): decays
+    soon: Any  # addresses of rows
 
 
 def shapes(k: int, v: int, c: int, gates: int) -> list[tuple[int, int]]:
     """Shapes of the panels of ``Room`` and, behind them, of ``Channels``."""
     room = [(k, v), (3, k), (k * meetings(c), c), (c, k), (c, v), (c, k), (c, k), (c, k)]
     room += [(c, c), (c, v), (c, c), (1, c + 1)]
-    return room + channel_shapes(c, k if gates == PER_CHANNEL else 0)
+    return room + channel_shapes(c, k if gates == PER_CHANNEL else 0) + [notes_shape(c, MATRICES)]
 
 
 @compiled
@@ -179,6 +182,7 @@ def kernel(table, places, steps, sizes, scale, first, last):
         panel(table, 0, scale), panel(table, 1, scale), panel(table, 2, scale), panel(table, 3, scale),
         panel(table, 4, scale), panel(table, 5, scale), panel(table, 6, scale), panel(table, 7, scale),
         panel(table, 8, scale), panel(table, 9, scale), panel(table, 10, scale), panel(table, 11, scale),
+        notebook(table, len(table) - 1),
     )  # fmt: skip
     decays = channels_of(table, 12, scale)
     for number in range(first, last):
@@ -282,7 +286,7 @@ def in_place(room, z, state, start):
     S = Matrix(move(state.data, start), state.step, state.column)
     return Room(
         S, z, room.keys, room.carried, room.values, room.past, room.rows, room.queries, room.scores, room.answers,
-        room.pairs, room.since,
+        room.pairs, room.since, room.soon,
     )  # fmt: skip
 
 
@@ -335,14 +339,27 @@ def answer(sizes, job, reader, room, decays, low, n, scale):
     if sizes.late:
         for i in range(n):
             row(room.scores, i)[i] = own(q, below(job.k, low), reader.bonus, i, k, scale)
-    since = move(row(room.since, 0), 1 - sizes.late)
+    since, ahead = move(row(room.since, 0), 1 - sizes.late), next_rows(sizes, job, reader, room, low + n, n, scale)
     if sizes.normalize:
-        answers(room.answers, past, room.S, since, room.scores, room.values, n, columns, k, scale)
+        answers(room.answers, past, room.S, since, room.scores, room.values, n, columns, k, scale, ahead)
         divide(sizes, q, room, n, columns, scale)
         store(reader.o, low, n, job.start, columns, room.answers)
     else:
         start, values = job.start, room.values
-        give(reader.o, low, start, room.answers, past, room.S, since, room.scores, values, n, columns, k, scale)
+        give(reader.o, low, start, room.answers, past, room.S, since, room.scores, values, n, columns, k, scale, ahead)
+
+
+@inner
+def next_rows(sizes, job, reader, room, low, n, like):
+    """What the next chunk reads and writes."""
+    rows, whole = room.soon, 0
+    count = note(rows, 0, job.k, whole, low, n)
+    count = note(rows, count, job.v, job.start, low, n)
+    if sizes.gates == PER_CHANNEL:
+        count = note(rows, count, job.gates, whole, low, n)
+    count = note(rows, count, reader.q, whole, low, n)
+    count = note(rows, count, reader.o, job.start, low, n)
+    return soon(rows, count, max(sizes.k, job.columns), like)
 
 
 @inner
