@@ -270,7 +270,7 @@ class Tile(Vectors):
                     self.accumulate(self.sums[i, j], factor, b_j)
 
     def ask(self, rows: Any, count: Any, start: Any, step: Any) -> None:
-        """ask for the lines ``start`` bytes behind two of some addresses, the last of them if there are no more."""
+        """Ask for the lines ``start`` bytes behind two of some addresses, the last of them if there are no more."""
         builder, byte, word = self.builder, ir.IntType(8).as_pointer(), ir.IntType(64)
         kind = ir.FunctionType(ir.VoidType(), [byte, *[ir.IntType(32)] * 3])
         fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
@@ -412,6 +412,15 @@ def multiply(c, a, b, m, n, depth, alpha, beta, shape):
 
 
 @inner
+def part(soon, tile, tiles):
+    """What one of so many tiles asks for: the first row, how many, and the byte from which a line is wanted."""
+    sharers = max(tiles // soon.lines, 1)  # of a line of all rows
+    size = (soon.count + sharers - 1) // sharers
+    first = min(tile % sharers * size, soon.count - 1)
+    return move(soon.rows, first), min(size, soon.count - first), 64 * min(tile // sharers, soon.lines - 1)
+
+
+@inner
 def answers(o, q, S, since, scores, v, n, columns, k, scale, soon):
     """o_i = scale (since_i q_i S + sum_{j <= i} scores_ij v_j), for n rows of some columns: every sum in one go.
 
@@ -426,10 +435,11 @@ def answers(o, q, S, since, scores, v, n, columns, k, scale, soon):
     since
         A row of factors.
     soon
-        ``Soon``: with every tile, one more line of these rows is asked for.
+        ``Soon``: the lines of these rows are asked for, by each tile some.
     """
     apart()
-    size, line = lanes(scale), 0
+    size, number = lanes(scale), 0
+    tiles = (columns + size - 1) // size * ((n + ROWS - 1) // ROWS)
     for j in range(0, columns, size):
         i = 0
         while i < n:
@@ -439,17 +449,18 @@ def answers(o, q, S, since, scores, v, n, columns, k, scale, soon):
             m, deep = min(rows, left), min(i + rows, n)
             o_ij, S_j, v_j = move(o.data, i * o.step + j), move(S.data, j), move(v.data, j)
             q_i, since_i, scores_i = row(q, i), move(since, i), row(scores, i)
+            asked, count, line = part(soon, number, tiles)
             if few:
                 last_answer_tile(
                     o_ij, o.step, q_i, q.step, q.column, S_j, S.step, k, since_i, scores_i, scores.step, v_j, v.step,
-                    m, deep, scale, soon.rows, soon.count, 64 * line,
+                    m, deep, scale, asked, count, line,
                 )  # fmt: skip
             else:
                 answer_tile(
                     o_ij, o.step, q_i, q.step, q.column, S_j, S.step, k, since_i, scores_i, scores.step, v_j, v.step,
-                    m, deep, scale, soon.rows, soon.count, 64 * line,
+                    m, deep, scale, asked, count, line,
                 )  # fmt: skip
-            i, line = i + rows, min(line + 1, soon.lines - 1)
+            i, number = i + rows, number + 1
 
 
 @inner
