@@ -510,8 +510,8 @@ def load_transposed(into, x, low, n, columns):
         source, rows = row(x, low + start), min(size, n - start)
         if rows == size:
             transpose_squares(move(into.data, start), into.step, source, x.step, done // size)
-        for i in range(rows):
-            since = done if rows == size else 0
+        since = done if rows == size else 0
+        for i in range(rows if since < columns else 0):
             target = move(into.data, since * into.step + start + i)
             spread(target, into.step, move(source, i * x.step + since * x.column), x.column, columns - since)
 
@@ -554,8 +554,11 @@ def clean_within(x, low, high, columns, gates, bound):
     """The same with a bound of one's own."""
     apart()
     bad = np.int32(0)
-    for i in range(low, high):
-        bad += count_bad(row(x, i), x.column, columns, bound)
+    if x.column == 1 and x.step == columns:
+        bad += count_bad_of(row(x, low), (high - low) * columns, bound)
+    else:
+        for i in range(low, high):
+            bad += count_bad(row(x, i), x.column, columns, bound)
     return high if bad == 0 else first_bad(x, low, high, columns, gates, bound)
 
 
