@@ -9,7 +9,7 @@ import pytest
 
 import ttr_np
 from ttr_np.notation import draw
-from ttr_np.numba_cpu import _compile, _gates, _panels
+from ttr_np.numba_cpu import _compile, _gates, _panels, _soon
 
 OPERATORS = ("linear_attention", "delta_rule", "dplr")
 GATES = {"plain": None, "per step": False, "per channel": True}
@@ -60,6 +60,12 @@ def solve(table, m, n, like):
     _panels.solve_unit_lower(_panels.panel(table, 1, like), _panels.panel(table, 0, like), m, n, like)
 
 
+@numba.njit
+def asked(place, count, lines, tile, tiles):
+    rows, number, start = _panels.part(_soon.Soon(_panels.pointer(place, place), count, lines), tile, tiles)
+    return [(rows[i], start) for i in range(number)]
+
+
 def scratch(*matrices):
     """Panels that hold copies of matrices, with NaN around them; the views into them, and the table for kernels."""
     room, table = _panels.panels(matrices[0].dtype, [x.shape for x in matrices])
@@ -87,6 +93,18 @@ def test_a_product_of_panels_is_the_product(dtype, m, n, depth):
         (view, *_), table, _room = scratch(old, a, b)
         product(table, m, n, depth, dtype(alpha), dtype(beta), _panels.full)
         np.testing.assert_allclose(view, alpha * a @ b + (beta * c if beta else 0), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 6, 7, 24, 96])
+@pytest.mark.parametrize("lines", [1, 4, 5, 8])
+@pytest.mark.parametrize("count", [1, 3, 96, 128])
+def test_tiles_ask_for_every_line_of_the_next_rows_in_turn(count, lines, tiles):
+    addresses = np.arange(count)
+    found = [pair for tile in range(tiles) for pair in asked(addresses.ctypes.data, count, lines, tile, tiles)]
+    wanted = {(row, 64 * line) for row in range(count) for line in range(min(lines, tiles))}
+    assert set(found) == wanted
+    if lines <= tiles:
+        assert len(found) <= 2 * len(wanted) + tiles  # what is left when all is asked for is the last line once more
 
 
 @pytest.mark.parametrize("m", [1, 5, 6, 7, 12, 31, 64])

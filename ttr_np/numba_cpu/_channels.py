@@ -20,6 +20,7 @@ from ._compile import apart, inner
 from ._gates import NO_PAST, exp, exponentials
 from ._panels import (
     ROWS,
+    Matrix,
     add_scaled,
     below,
     copy,
@@ -32,7 +33,7 @@ from ._panels import (
     panel,
     real,
     row,
-    times,
+    times_rows,
 )
 from ._vectors import Vectors, row_of
 
@@ -105,8 +106,8 @@ def channel_decays(gates, low, n, k, decays, like):
             before = row(decays.since, i)
         add_scaled(total, one, over, k)
         exponentials(over, k)
-        for i in range(last - 2, first - 1, -1):
-            times(row(decays.until, i), row(decays.until, i + 1), row(decays.step, i + 1), k)
+        until = upwards(decays.until, last - 1)
+        times_rows(below(until, 1), until, upwards(decays.step, last - 1), last - 1 - first, k)
     start = row(decays.start, (n + BLOCK - 1) // BLOCK)
     copy(start, total, k)
     exponentials(start, k)
@@ -136,6 +137,18 @@ def decay_row(step, since, before, over, gate, n):
 
 
 @inner
+def upwards(x, i):
+    """The rows of a panel from one on, backwards."""
+    return Matrix(row(x, i), -x.step, x.column)
+
+
+@inner
+def everywhere(x, i):
+    """A panel all of whose rows are one row of another."""
+    return Matrix(row(x, i), 0, x.column)
+
+
+@inner
 def carry_keys(met, carried, keys, n, k, decays):
     """Carry the keys of a chunk from block to block, as all its queries will meet them.
 
@@ -153,10 +166,9 @@ def carry_keys(met, carried, keys, n, k, decays):
         block = first // BLOCK
         if first:
             load_transposed(below(met, (block - 1) * k), carried, 0, first, k)
-        for j in range(first):
-            times(row(carried, j), row(carried, j), row(decays.block, block), k)
-        for j in range(first, min(first + BLOCK, n)):
-            times(row(carried, j), row(keys, j), row(decays.until, j), k)
+        times_rows(carried, carried, everywhere(decays.block, block), first, k)
+        here = below(carried, first)
+        times_rows(here, below(keys, first), below(decays.until, first), min(BLOCK, n - first), k)
 
 
 @inner
@@ -179,12 +191,10 @@ def channel_products(scores, past, met, x, keys, n, k, decays, late, like):
     apart()
     for first in range(0, n, BLOCK):
         m, block = min(BLOCK, n - first), first // BLOCK
-        for i in range(first, first + m):
-            if late and i == first:
-                copy(row(decays.rows, 0), row(x, i), k)
-            else:
-                times(row(decays.rows, i - first), row(x, i), row(decays.since, i - late), k)
-            times(row(past, i), row(decays.rows, i - first), row(decays.start, block), k)
+        if late:
+            copy(row(decays.rows, 0), row(x, first), k)
+        times_rows(below(decays.rows, late), below(x, first + late), below(decays.since, first), m - late, k)
+        times_rows(below(past, first), decays.rows, everywhere(decays.start, block), m, k)
         if first:
             earlier = below(met, (block - 1) * k)
             multiply(below(scores, first), decays.rows, earlier, m, first, k, real(like, 1), real(like, 0), full)

@@ -30,7 +30,7 @@ __all__ = [
     "ROWS", "Matrix", "add_scaled", "answers", "below", "clean_until", "clean_within", "copy", "count_bad_of", "dot",
     "fill", "finite", "full", "gather", "give", "lanes", "load", "load_transposed", "lower", "matrix", "most", "move",
     "multiply", "panel", "panels", "pointer", "real", "row", "scale", "scale_rows", "solve_unit_lower", "store",
-    "times", "transposed", "triangle", "upper",
+    "times", "times_rows", "transposed", "triangle", "upper",
 ]  # fmt: skip
 
 # One tile of a product is held in registers: ROWS x LINE bytes of sums, which hide the latency of multiply-add. Tiles
@@ -180,6 +180,30 @@ def times(y, x, z, n):
     apart()
     for j in range(n):
         y[j] = x[j] * z[j]
+
+
+@intrinsic
+def rows_times(typingctx, y, y_step, x, x_step, z, z_step, n, columns):
+    """y_i = x_i z_i for n rows of whole vectors; with a step of 0 one row stands for all."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        *rows, n, columns = args
+        vectors, word = Vectors(builder, signature.args[0].dtype), ir.IntType(64)
+        count = builder.udiv(builder.add(columns, word(vectors.count - 1)), word(vectors.count))
+        with cgutils.for_range(builder, n, intp=word) as i:
+            y, x, z = (builder.gep(rows[j], [builder.mul(i.index, rows[j + 1])]) for j in (0, 2, 4))
+            with cgutils.for_range(builder, count, intp=word) as j:
+                vectors.store(builder.fmul(vectors.load(x, j.index), vectors.load(z, j.index)), y, j.index)
+        return context.get_dummy_value()
+
+    return types.void(y, types.intp, y, types.intp, y, types.intp, types.intp, types.intp), codegen
+
+
+@inner
+def times_rows(y, x, z, n, columns):
+    """y = x z for the first rows of panels, one after the other."""
+    apart()
+    rows_times(y.data, y.step, x.data, x.step, z.data, z.step, n, columns)
 
 
 @inner
