@@ -20,7 +20,7 @@ from numba.extending import intrinsic
 
 from ._compile import apart, inner
 from ._panels import gather, matrix, move, row
-from ._vectors import BYTES, Vectors, per_vector
+from ._vectors import BYTES, Vectors, ask_line, per_vector
 
 __all__ = [
     "CHAINS",
@@ -200,10 +200,7 @@ def ask_for(typingctx: Any, x: Any) -> Any:
     """Ask for the cache line of a number without waiting for it; any address will do."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        word, line = ir.IntType(32), ir.IntType(8).as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [line, word, word, word])
-        prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(prefetch, [builder.bitcast(args[0], line), word(0), word(3), word(1)])
+        ask_line(builder, args[0], 1)
         return context.get_dummy_value()
 
     return types.void(x), codegen

@@ -24,7 +24,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ._compile import apart, inner
-from ._vectors import BYTES, WIDE, Vectors, per_vector, row_of
+from ._vectors import BYTES, WIDE, Vectors, ask_line, per_vector, row_of
 
 __all__ = [
     "ROWS", "Matrix", "add_scaled", "answers", "below", "clean_until", "clean_within", "copy", "count_bad_of", "dot",
@@ -37,8 +37,6 @@ __all__ = [
 # of FEW rows end a product where whole ones would be half empty: 64 rows are 4 x 12 + 2 x 8.
 PARTS = 2  # vectors of a row
 ROWS, FEW, LINE = *((12, 8) if WIDE else (6, 4)), PARTS * BYTES
-
-READ, NEAR, DATA = 0, 2, 1  # the second cache: the first is full of panels
 
 full, lower, triangle, upper = 0, 1, 2, 4  # see multiply; upper | triangle is both
 
@@ -295,15 +293,13 @@ class Tile(Vectors):
 
     def ask(self, rows: Any, count: Any, start: Any, step: Any) -> None:
         """Ask for the lines ``start`` bytes behind two of some addresses, the last of them if there are no more."""
-        builder, byte, word = self.builder, ir.IntType(8).as_pointer(), ir.IntType(64)
-        kind = ir.FunctionType(ir.VoidType(), [byte, *[ir.IntType(32)] * 3])
-        fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder, word = self.builder, ir.IntType(64)
         last = builder.sub(count, word(1))
         for i in range(2):
             index = builder.add(builder.mul(step, word(2)), word(i))
             index = builder.select(builder.icmp_signed("<", index, last), index, last)
             place = builder.add(builder.load(builder.gep(rows, [index])), start)
-            builder.call(fetch, [builder.inttoptr(place, byte), *(ir.IntType(32)(x) for x in (READ, NEAR, DATA))])
+            ask_line(builder, builder.inttoptr(place, self.type.as_pointer()), 2)  # the first is full of panels
 
     def scale_rows(self, factors: Any, m: Any) -> None:
         """Multiply every row by a factor of its own."""

@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-__all__ = ["BYTES", "WIDE", "Held", "Vectors", "per_vector", "plus", "repeat", "row_of"]
+__all__ = ["BYTES", "WIDE", "Held", "Vectors", "ask_line", "per_vector", "plus", "repeat", "row_of"]
 
 WIDE = binding.get_host_cpu_features().get("avx512f", False)
 BYTES = 64 if WIDE else 32  # of a register
@@ -33,6 +33,15 @@ def per_vector(typingctx: Any, like: Any) -> Any:
 def plus(typingctx: Any, x: Any, y: Any) -> Any:
     """x + y, rounded here: sums of it have the order in which they are written."""
     return x(x, x), lambda context, builder, signature, args: builder.fadd(*args)
+
+
+def ask_line(builder: Any, place: Any, cache: int) -> None:
+    """Ask for a line of memory, to be read from the first or second cache, without waiting; any address will do."""
+    word, line = ir.IntType(32), ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [line, word, word, word])
+    prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    read, data = word(0), word(1)
+    builder.call(prefetch, [builder.bitcast(place, line), read, word(4 - cache), data])
 
 
 def row_of(builder: Any, base: Any, i: int, rows: Any, step: Any) -> Any:
