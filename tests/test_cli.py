@@ -50,6 +50,8 @@ class Stub:
     optimizer: str | None = "one step"
     paper: str = "Author et al. (2020), arXiv:2006.16236"
     gates: dict[str, Any] = field(default_factory=dict)
+    carries: tuple[str, ...] = ()
+    route: Any = None
 
     def __call__(self, q: Any, k: Any, v: Any, **common: Any) -> Any:
         return self.answer(q, k, v)
@@ -575,6 +577,14 @@ def test_layers_as_json_is_the_table(table, capsys):
     assert [entry["name"] for entry in entries] == list(table)
     assert entries[1]["gates"] == {"beta": "sigmoid(x)"}
     assert entries[-1]["operator"] is None and entries[-1]["weights"] == "-"
+
+
+def test_layers_as_json_says_where_each_runs_and_whether_its_memories_merge(capsys):
+    assert main(["layers", "--json"]) == 0
+    entries = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
+    assert entries["kda"]["backends"] == ["numpy", "numba", "numba-cuda", "cupy"]
+    assert entries["affine_projection"]["backends"] == ["numpy"] and entries["hla"]["backends"] == []
+    assert entries["kda"]["why_not_merged"] == "" and "pairs" in entries["qknorm"]["why_not_merged"]
 
 
 def test_config_says_what_a_bug_report_needs(capsys):

@@ -14,6 +14,8 @@ from typing import Any
 
 import ttr_np
 
+from ..backends import BACKENDS, has_operator
+from ..merging import why_not
 from .table import aligned
 
 __all__ = ["entries", "markdown"]
@@ -29,7 +31,11 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 
 def entries() -> list[dict[str, Any]]:
-    """Every layer of the table in plain types."""
+    """Every layer of the table in plain types: its choices, and what can be done with it.
+
+    ``backends`` have a kernel for its operator, whether or not they can run here; ``why_not_merged`` is empty where two
+    memories merge into one.
+    """
     return [
         {
             "name": name,
@@ -39,6 +45,8 @@ def entries() -> list[dict[str, Any]]:
             "data": list(layer.data),
             "paper": layer.paper,
             "reason": layer.reason,
+            "backends": [backend for backend in BACKENDS if layer.operator and has_operator(backend, layer.operator)],
+            "why_not_merged": why_not(layer),
         }
         for name, layer in ttr_np.layers.items()
     ]
