@@ -27,8 +27,10 @@ __all__ = [
     "as_numpy",
     "check_arguments",
     "check_gates",
+    "check_number",
     "on_device",
     "own",
+    "promises",
     "run",
     "through_dlpack",
 ]
@@ -42,6 +44,7 @@ LIMITS = {  # what gates promise: decays shrink, steps lead forward, shares are 
     "log_decay": (-inf, 0.0),
     "A": (-inf, 0.0),
     "delta": (0.0, inf),
+    "rate": (0.0, inf),
     "step_size": (0.0, inf),
     "momentum": (0.0, 1.0),
     "weight_decay": (0.0, 1.0),
