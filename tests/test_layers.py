@@ -361,3 +361,11 @@ def test_keys_without_channels_are_refused(name):
     ]
     with pytest.raises(ValueError, match=rf"^axis 'k' is 0 in q; {name} needs keys of size 1 or more"):
         layer(*data)
+
+
+def test_a_decay_that_is_not_a_number_is_not_lost():
+    layer, decay = ttr_np.layers["mlstm"], np.full(6, -0.1)
+    decay[3] = np.nan
+    o = layer(*inputs(layer, np.random.default_rng(0), 6), log_decay=decay, backend="numpy")
+    np.testing.assert_array_equal(np.isnan(o).all(axis=1), np.arange(6) >= 3)
+    assert np.isfinite(o[:3]).all()

@@ -83,9 +83,9 @@ def running_maximum(log_decay: Any, log_input: Any, start: Any) -> Any:
 def stabilized(log_decay: Any, log_input: Any, before: Any) -> tuple[Any, Any, Any]:
     """Decays and inputs relative to the largest weight so far, both at most 1, and that weight's log."""
     m = running_maximum(log_decay, log_input, before)
-    finite = np.where(np.isfinite(m), m, 0.0)
+    finite = np.where(m == -np.inf, 0.0, m)  # nothing yet; a NaN stays one
     last = np.concatenate([np.asarray(before)[..., None] + np.zeros(m.shape[:-1] + (1,)), m[..., :-1]], axis=-1)
-    decay = np.where(np.isfinite(last), np.minimum(log_decay + np.where(np.isfinite(last), last, 0) - finite, 0), 0.0)
+    decay = np.where(last == -np.inf, 0.0, np.minimum(log_decay + np.where(last == -np.inf, 0.0, last) - finite, 0.0))
     return decay, np.exp(log_input - finite), m
 
 
