@@ -369,3 +369,50 @@ def test_a_decay_that_is_not_a_number_is_not_lost():
     o = layer(*inputs(layer, np.random.default_rng(0), 6), log_decay=decay, backend="numpy")
     np.testing.assert_array_equal(np.isnan(o).all(axis=1), np.arange(6) >= 3)
     assert np.isfinite(o[:3]).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mask_or_boundaries_that_do_not_fit_are_named(name):
+    layer = ttr_np.layers[name]
+    data = inputs(layer, np.random.default_rng(0), 6)
+    for mask in ("abc", np.ones(6)):
+        with pytest.raises(TypeError, match="^mask has dtype"):
+            layer(*data, mask=mask)
+    for bad in ({}, {"cu_seqlens": [0, 2, 6]}):
+        with pytest.raises(ValueError, match="^axis 't' is 7 in mask but 6 in [qx]"):
+            layer(*data, mask=np.ones(7, bool), **bad)
+    with pytest.raises(ValueError, match="^cu_seqlens must be a 1-d array of integers"):
+        layer(*data, cu_seqlens="ab")
+    with pytest.raises(ValueError, match="^cu_seqlens must run from 0 to t = 6, it runs from 0 to 5"):
+        layer(*data, cu_seqlens=[0, 5])
+
+
+def test_a_gate_that_is_longer_than_packed_sequences_is_refused():
+    layer = ttr_np.layers["mlstm"]
+    data = inputs(layer, np.random.default_rng(0), 6)
+    with pytest.raises(ValueError, match=r"^log_decay has shape \(7,\)"):
+        layer(*data, log_decay=np.full(7, -0.1), cu_seqlens=[0, 2, 6])
+
+
+@pytest.mark.parametrize(
+    "name", ["mlstm", "rwkv4", "gateloop", "mamba3", "cosformer", "gsa", "preconditioned_kda", "gated_oja"]
+)
+def test_a_state_that_is_no_pair_is_named(name):
+    layer = ttr_np.layers[name]
+    data = inputs(layer, np.random.default_rng(0), 6)
+    for state, words in (
+        (3, "of type int"),
+        (np.zeros((4, 4)), "of type ndarray"),
+        ((1, 2, 3), "of type tuple with 3 parts"),
+    ):
+        with pytest.raises(TypeError, match=f"^initial_state is {words}; it needs both parts"):
+            layer(*data, initial_state=state)
+
+
+@pytest.mark.parametrize("name", BY_DEFINITION)
+def test_a_definition_answers_in_the_dtype_of_its_data(name):
+    layer = ttr_np.layers[name]
+    data = inputs(layer, np.random.default_rng(0), 6)
+    o = layer(*(x.astype(np.float32) for x in data))
+    assert o.dtype == np.float32
+    np.testing.assert_allclose(o, layer(*data), rtol=1e-3, atol=1e-4)

@@ -27,6 +27,7 @@ __all__ = [
     "as_numpy",
     "check_arguments",
     "check_gates",
+    "check_mask",
     "check_number",
     "on_device",
     "own",

@@ -21,6 +21,7 @@ from .calling import (
     as_numpy,
     check_boundaries,
     check_gates,
+    check_mask,
     check_number,
     moved,
     on_device,
@@ -245,19 +246,18 @@ class Layer:
         """
         if self.operator is None:
             return self.by_definition(data, gates, initial_state, output_final_state, cu_seqlens, mask)
+        p = self.problem(*data, **gates)
+        cu_seqlens = None if cu_seqlens is None else check_boundaries(cu_seqlens, p[self.data[0]].shape[-2])
+        mask = None if mask is None else moved(p, fitting_mask(self, p, mask))
         if self.carries and cu_seqlens is not None:
             return self.by_sequence(data, gates, cu_seqlens, mask, initial_state, output_final_state, backend)
-        p = self.problem(*data, **gates)
-        p |= {"mask": None if mask is None else moved(p, mask), "cu_seqlens": cu_seqlens}
+        p |= {"mask": mask, "cu_seqlens": cu_seqlens}
         o, state = self.route(self, partial(self.run, p, backend), p, initial_state)
         o = self.answer(o, p).astype(np.result_type(*(as_float(x).dtype for x in data)), copy=False)
         return (o, state) if output_final_state else o
 
-    def by_sequence(
-        self, data: Any, gates: Any, cu_seqlens: Any, mask: Any, states: Any, final: bool, backend: Any
-    ) -> Any:
+    def by_sequence(self, data: Any, gates: Any, bounds: Any, mask: Any, states: Any, final: bool, backend: Any) -> Any:
         """Packed sequences one by one, for layers that keep more than operators' states; states are then a list."""
-        bounds = check_boundaries(cu_seqlens, as_float(data[0]).shape[-2])
         if states is not None and len(states) != len(bounds) - 1:
             raise ValueError(f"initial_state needs a state for each of {len(bounds) - 1} sequences, got {len(states)}")
         outputs, after = [], []
@@ -267,7 +267,7 @@ class Layer:
                 **{name: self.piece(name, x, low, high) for name, x in gates.items()},
                 initial_state=None if states is None else states[i],
                 output_final_state=True,
-                mask=None if mask is None else as_numpy(mask)[..., low:high],
+                mask=None if mask is None else mask[..., low:high],
                 backend=backend,
             )
             outputs.append(o)
@@ -300,7 +300,7 @@ class Layer:
             raise NotImplementedError(f"{self.name} cannot run yet: {self.reason}")
         if state is not None or final or cu_seqlens is not None or mask is not None:
             raise NotImplementedError(f"{self.name} runs by its definition, without states or masks: {self.reason}")
-        return recall(self, *data, **gates)
+        return recall(self, *data, **gates).astype(np.result_type(*(as_float(x).dtype for x in data)), copy=False)
 
     def __str__(self) -> str:
         return self.name
@@ -324,6 +324,13 @@ def check_data(layer: Layer, data: dict[str, Any]) -> None:
         check(**{name: x for name, x in data.items() if name != "q"})
     else:
         check(**data)
+
+
+def fitting_mask(layer: Layer, p: Mapping[str, Any], mask: Any) -> Any:
+    """A mask that is one and fits the inputs; what a route does with it would hide both."""
+    mask = check_mask(mask)
+    check(**{name: p[name] for name in layer.data if name == "q" or "steps" not in layer.gates}, mask=mask)
+    return mask
 
 
 def as_float(x: Any) -> Any:
