@@ -247,11 +247,9 @@ class Layer:
         if self.operator is None:
             return self.by_definition(data, gates, initial_state, output_final_state, cu_seqlens, mask)
         p = self.problem(*data, **gates)
-        cu_seqlens = None if cu_seqlens is None else check_boundaries(cu_seqlens, p[self.data[0]].shape[-2])
-        mask = None if mask is None else moved(p, fitting_mask(self, p, mask))
+        p |= tokens_of(self, p, mask, cu_seqlens)
         if self.carries and cu_seqlens is not None:
-            return self.by_sequence(data, gates, cu_seqlens, mask, initial_state, output_final_state, backend)
-        p |= {"mask": mask, "cu_seqlens": cu_seqlens}
+            return self.by_sequence(data, gates, p["cu_seqlens"], p["mask"], initial_state, output_final_state, backend)
         o, state = self.route(self, partial(self.run, p, backend), p, initial_state)
         o = self.answer(o, p).astype(np.result_type(*(as_float(x).dtype for x in data)), copy=False)
         return (o, state) if output_final_state else o
@@ -326,11 +324,15 @@ def check_data(layer: Layer, data: dict[str, Any]) -> None:
         check(**data)
 
 
-def fitting_mask(layer: Layer, p: Mapping[str, Any], mask: Any) -> Any:
-    """A mask that is one and fits the inputs; what a route does with it would hide both."""
-    mask = check_mask(mask)
-    check(**{name: p[name] for name in layer.data if name == "q" or "steps" not in layer.gates}, mask=mask)
-    return mask
+def tokens_of(layer: Layer, p: Mapping[str, Any], mask: Any, cu_seqlens: Any) -> dict[str, Any]:
+    """Mask and boundaries that are such and fit the inputs; what a route does with them would hide both."""
+    if mask is not None:
+        mask = check_mask(mask)
+        check(**{name: p[name] for name in layer.data if name == "q" or "steps" not in layer.gates}, mask=mask)
+        mask = moved(p, mask)
+    if cu_seqlens is not None:
+        cu_seqlens = check_boundaries(cu_seqlens, p[layer.data[0]].shape[-2])
+    return {"mask": mask, "cu_seqlens": cu_seqlens}
 
 
 def as_float(x: Any) -> Any:
