@@ -298,3 +298,121 @@ def test_no_packed_sequence_at_all_and_a_wrong_number_of_states(name):
     data = inputs(layer, np.random.default_rng(0), 5)
     with pytest.raises(ValueError, match="a state for each of 2 sequences, got 1"):
         layer(*data, cu_seqlens=[0, 2, 5], initial_state=[None])
+
+
+ARRAYS_TOO = {"ridge", "process_noise", "measurement_noise"}  # options of which operators take arrays
+
+
+def wrong(name, default, axes):
+    """What a gate or an option cannot be."""
+    yield from ("a", object(), {}, np.full((3, 5, 7, 11), 0.1))
+    if name != "readout":
+        yield 1j
+    if axes:
+        yield np.zeros((6, 4), bool)
+    if axes and axes not in ("t m", "t l"):  # any number of slots and levels
+        yield np.full(13, -0.1)
+    if not axes and name not in ARRAYS_TOO:
+        yield from (np.nan, True, [0.1, 0.2])
+    if type(default) is int:
+        yield 1.5
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES + BY_DEFINITION if ttr_np.layers[name].gates])
+def test_a_gate_or_option_that_is_no_number_or_does_not_fit_is_named(name):
+    layer = ttr_np.layers[name]
+    data = inputs(layer, np.random.default_rng(0), 6)
+    for gate, (default, _, axes) in layer.gates.items():
+        for x in wrong(gate, default, axes):
+            with pytest.raises((TypeError, ValueError), match=rf"^(axis '\w' is \d+ in )?.*\b{gate}\b"):
+                layer(*data, **{gate: x})
+
+
+@pytest.mark.parametrize(
+    ("name", "gate", "x", "words"),
+    [
+        ("mamba1", "skip", np.ones((2, 4)), r"skip has shape \(2, 4\), which does not broadcast to \(..., 1 v\)"),
+        ("lru", "nu", np.ones(5), r"nu has shape \(5,\), which does not broadcast to \(..., 1 d\) = \(1, 4\)"),
+        ("s4d", "readout", np.ones(3), r"readout has shape \(3,\), needs \(n\) = \(16,\)"),
+        ("soft", "landmarks", np.ones((7, 5)), r"landmarks has shape \(7, 5\), needs \(m k\) = \(7, 4\)"),
+        ("soft", "landmarks", np.full((7, 4), np.nan), "landmarks must be finite; they hold nan"),
+        ("soft", "bandwidth", 0.0, "bandwidth must be positive, got 0.0"),
+        ("hgrn2", "lower_bound", [0.1, 0.2, 0.3], r"lower_bound has shape \(3,\), which does not broadcast"),
+        ("hgrn2", "lower_bound", 1.5, r"lower_bound must lie in \[0, 1\]; it is 1.5"),
+        ("deltaproduct", "steps", 0, "steps must be at least 1; it is 0"),
+        ("mamba2", "delta", -1.0, r"delta must be >= 0 everywhere; it is -1.0 at \(0,\)"),
+        ("mamba3", "rate", -1.0, r"rate must be >= 0 everywhere; it is -1.0 at \(0,\)"),
+        ("gla", "log_decay", np.zeros((2, 2, 6, 4)), "log_decay has 4 axes; beside q, k, v it has at most 2"),
+        ("omeganet", "beta", np.ones((2, 6)), "beta has 2 axes; beside q, k, v it has at most 1"),
+    ],
+)
+def test_what_is_wrong_with_a_gate_or_option_is_said(name, gate, x, words):
+    layer = ttr_np.layers[name]
+    with pytest.raises(ValueError, match=words):
+        layer(*inputs(layer, np.random.default_rng(0), 6), **{gate: x})
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES + BY_DEFINITION if "k" in ttr_np.layers[name].data])
+def test_keys_without_channels_are_refused(name):
+    layer = ttr_np.layers[name]
+    data = [
+        x[:, :0] if size in ("q", "k") else x
+        for size, x in zip(layer.data, inputs(layer, np.random.default_rng(0), 6), strict=True)
+    ]
+    with pytest.raises(ValueError, match=rf"^axis 'k' is 0 in q; {name} needs keys of size 1 or more"):
+        layer(*data)
+
+
+def test_a_decay_that_is_not_a_number_is_not_lost():
+    layer, decay = ttr_np.layers["mlstm"], np.full(6, -0.1)
+    decay[3] = np.nan
+    o = layer(*inputs(layer, np.random.default_rng(0), 6), log_decay=decay, backend="numpy")
+    np.testing.assert_array_equal(np.isnan(o).all(axis=1), np.arange(6) >= 3)
+    assert np.isfinite(o[:3]).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mask_or_boundaries_that_do_not_fit_are_named(name):
+    layer = ttr_np.layers[name]
+    data = inputs(layer, np.random.default_rng(0), 6)
+    for mask in ("abc", np.ones(6)):
+        with pytest.raises(TypeError, match="^mask has dtype"):
+            layer(*data, mask=mask)
+    for bad in ({}, {"cu_seqlens": [0, 2, 6]}):
+        with pytest.raises(ValueError, match="^axis 't' is 7 in mask but 6 in [qx]"):
+            layer(*data, mask=np.ones(7, bool), **bad)
+    with pytest.raises(ValueError, match="^cu_seqlens must be a 1-d array of integers"):
+        layer(*data, cu_seqlens="ab")
+    with pytest.raises(ValueError, match="^cu_seqlens must run from 0 to t = 6, it runs from 0 to 5"):
+        layer(*data, cu_seqlens=[0, 5])
+
+
+def test_a_gate_that_is_longer_than_packed_sequences_is_refused():
+    layer = ttr_np.layers["mlstm"]
+    data = inputs(layer, np.random.default_rng(0), 6)
+    with pytest.raises(ValueError, match=r"^log_decay has shape \(7,\)"):
+        layer(*data, log_decay=np.full(7, -0.1), cu_seqlens=[0, 2, 6])
+
+
+@pytest.mark.parametrize(
+    "name", ["mlstm", "rwkv4", "gateloop", "mamba3", "cosformer", "gsa", "preconditioned_kda", "gated_oja"]
+)
+def test_a_state_that_is_no_pair_is_named(name):
+    layer = ttr_np.layers[name]
+    data = inputs(layer, np.random.default_rng(0), 6)
+    for state, words in (
+        (3, "of type int"),
+        (np.zeros((4, 4)), "of type ndarray"),
+        ((1, 2, 3), "of type tuple with 3 parts"),
+    ):
+        with pytest.raises(TypeError, match=f"^initial_state is {words}; it needs both parts"):
+            layer(*data, initial_state=state)
+
+
+@pytest.mark.parametrize("name", BY_DEFINITION)
+def test_a_definition_answers_in_the_dtype_of_its_data(name):
+    layer = ttr_np.layers[name]
+    data = inputs(layer, np.random.default_rng(0), 6)
+    o = layer(*(x.astype(np.float32) for x in data))
+    assert o.dtype == np.float32
+    np.testing.assert_allclose(o, layer(*data), rtol=1e-3, atol=1e-4)

@@ -762,6 +762,8 @@ def test_the_ridge_of_mesa_is_named():
     for bad in ("a", None, True):
         with pytest.raises(TypeError, match="^ridge has dtype"):
             door("mesa", drawn("mesa"), ridge=bad)
+    with pytest.raises(TypeError, match="^ridge is complex"):
+        door("mesa", drawn("mesa"), ridge=1j)
 
 
 def test_numbers_of_numpy_are_numbers():

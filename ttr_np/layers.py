@@ -15,7 +15,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import features, operators, routes
-from .calling import HALF, as_array, as_numpy, check_boundaries, moved
+from .calling import (
+    HALF,
+    as_array,
+    as_numpy,
+    check_boundaries,
+    check_gates,
+    check_mask,
+    check_number,
+    moved,
+    on_device,
+    promises,
+)
 from .framework import recall
 from .memories import MLP, EntropyRetention, Huber, LqRetention, PNorm
 from .memories import Linear as LinearMemory
@@ -70,6 +81,15 @@ __all__ = ["Gate", "Layer", "Table", "layers"]
 
 
 PRECISE = GATES | {"input_gate", "log_input", "mix", "nu", "theta", "readout"}  # never rounded to the dtype of the data
+OPTION_LIMITS = {  # of options that only layers know
+    "lower_bound": (0, 1),
+    "steps": (1, np.inf),
+    "window": (1, np.inf),
+    "modes": (0, np.inf),
+    "seed": (0, np.inf),
+    "step_length": (0, np.inf),
+    "share": (0, np.inf),
+}
 
 
 class Gate(NamedTuple):
@@ -184,7 +204,7 @@ class Layer:
         check_data(self, p)
         dtype = np.result_type(*(x.dtype for x in p.values()))
         for name, gate in self.gates.items():
-            x = expand(name, gates[name] if gates.get(name) is not None else gate.default, gate.axes, p)
+            x = expand(self, name, gates[name] if gates.get(name) is not None else gate.default, p)
             p[name] = x if name in PRECISE or not gate.axes else x.astype(dtype, copy=False)
         return p if self.pose is None else self.pose(p)
 
@@ -226,19 +246,16 @@ class Layer:
         """
         if self.operator is None:
             return self.by_definition(data, gates, initial_state, output_final_state, cu_seqlens, mask)
-        if self.carries and cu_seqlens is not None:
-            return self.by_sequence(data, gates, cu_seqlens, mask, initial_state, output_final_state, backend)
         p = self.problem(*data, **gates)
-        p |= {"mask": None if mask is None else moved(p, mask), "cu_seqlens": cu_seqlens}
+        p |= tokens_of(self, p, mask, cu_seqlens)
+        if self.carries and cu_seqlens is not None:
+            return self.by_sequence(data, gates, p["cu_seqlens"], p["mask"], initial_state, output_final_state, backend)
         o, state = self.route(self, partial(self.run, p, backend), p, initial_state)
         o = self.answer(o, p).astype(np.result_type(*(as_float(x).dtype for x in data)), copy=False)
         return (o, state) if output_final_state else o
 
-    def by_sequence(
-        self, data: Any, gates: Any, cu_seqlens: Any, mask: Any, states: Any, final: bool, backend: Any
-    ) -> Any:
+    def by_sequence(self, data: Any, gates: Any, bounds: Any, mask: Any, states: Any, final: bool, backend: Any) -> Any:
         """Packed sequences one by one, for layers that keep more than operators' states; states are then a list."""
-        bounds = check_boundaries(cu_seqlens, as_float(data[0]).shape[-2])
         if states is not None and len(states) != len(bounds) - 1:
             raise ValueError(f"initial_state needs a state for each of {len(bounds) - 1} sequences, got {len(states)}")
         outputs, after = [], []
@@ -248,7 +265,7 @@ class Layer:
                 **{name: self.piece(name, x, low, high) for name, x in gates.items()},
                 initial_state=None if states is None else states[i],
                 output_final_state=True,
-                mask=None if mask is None else as_numpy(mask)[..., low:high],
+                mask=None if mask is None else mask[..., low:high],
                 backend=backend,
             )
             outputs.append(o)
@@ -281,7 +298,7 @@ class Layer:
             raise NotImplementedError(f"{self.name} cannot run yet: {self.reason}")
         if state is not None or final or cu_seqlens is not None or mask is not None:
             raise NotImplementedError(f"{self.name} runs by its definition, without states or masks: {self.reason}")
-        return recall(self, *data, **gates)
+        return recall(self, *data, **gates).astype(np.result_type(*(as_float(x).dtype for x in data)), copy=False)
 
     def __str__(self) -> str:
         return self.name
@@ -298,11 +315,24 @@ def check_data(layer: Layer, data: dict[str, Any]) -> None:
     for name, x in data.items():
         if x.dtype.kind == "c" and name != "x":
             raise TypeError(f"{name} is complex ({x.dtype}); {layer.name} takes real numbers")
+        if name in ("q", "k") and x.shape[-1:] == (0,):  # no scale, no feature map
+            raise ValueError(f"axis 'k' is 0 in {name}; {layer.name} needs keys of size 1 or more")
     if "steps" in layer.gates:  # several pairs per token
         check(q=data["q"])
         check(**{name: x for name, x in data.items() if name != "q"})
     else:
         check(**data)
+
+
+def tokens_of(layer: Layer, p: Mapping[str, Any], mask: Any, cu_seqlens: Any) -> dict[str, Any]:
+    """Mask and boundaries that are such and fit the inputs; what a route does with them would hide both."""
+    if mask is not None:
+        mask = check_mask(mask)
+        check(**{name: p[name] for name in layer.data if name == "q" or "steps" not in layer.gates}, mask=mask)
+        mask = moved(p, mask)
+    if cu_seqlens is not None:
+        cu_seqlens = check_boundaries(cu_seqlens, p[layer.data[0]].shape[-2])
+    return {"mask": mask, "cu_seqlens": cu_seqlens}
 
 
 def as_float(x: Any) -> Any:
@@ -316,38 +346,103 @@ def at_least_single(x: Any) -> Any:
     return x.astype(np.float32) if x.dtype.name in HALF else x
 
 
-def expand(name: str, value: Any, axes: str, p: dict[str, Any]) -> Any:
+def expand(layer: Layer, name: str, value: Any, p: dict[str, Any]) -> Any:
     """A gate with all its axes: a number holds everywhere, an array broadcasts (``(h, 1)`` is one number per head).
 
     Raises
     ------
-    ValueError
-        If an array does not broadcast to the gate's axes.
+    TypeError, ValueError
+        If a gate or an option is no real number where it has to be, or an array does not broadcast to the gate's axes.
     """
     if callable(value):
         value = value(p)
         value = moved(p, value) if np.ndim(value) else value
+    axes = tuple(layer.gates[name].axes.split())
     if not axes:
+        check_option(layer, name, value, p)
         return value
+    value = as_array(name, value)
+    if value.dtype.kind == "c" and name != "readout":
+        raise TypeError(f"{name} is complex ({value.dtype}); {layer.name} takes real numbers")
+    sizes = sizes_of(value, axes, p)
+    full = tuple(sizes.get(axis, 1) for axis in axes)
+    lead = (p["k"] if "k" in p else p["x"]).shape[:-2] if axes[0] in "ts" else ()
+    if value.ndim == 0:
+        return moved(p, np.full(lead + full, value))
+    if axes[0] != "t":
+        check_fixed(layer, name, value, full, p)
+        return value
+    if any(axis not in sizes for axis in axes):
+        return value
+    check_broadcasts(name, value, lead, axes, full)
+    check_leading(layer, name, value, axes, p)
+    return np.broadcast_to(value, np.broadcast_shapes(value.shape, lead + full))
+
+
+def sizes_of(value: Any, axes: tuple[str, ...], p: Mapping[str, Any]) -> dict[str, int]:
+    """Sizes of the axes that a gate may have, as far as the problem, or the gate itself, knows them."""
     like, asked = (p[x] for x in (("k", "q") if "k" in p else ("x", "x")))
     sizes = {"t": asked.shape[-2], "s": like.shape[-2], "k": like.shape[-1], "d": like.shape[-1]}
     sizes["p"] = (like.shape[-1] + 1) // 2  # pairs of channels
     sizes["v"] = p["v"].shape[-1] if "v" in p else like.shape[-1]
-    value = as_float(value)
-    sizes["m"] = value.shape[-1] if value.ndim and value.shape[-1] > 1 else like.shape[-1]  # slots: any number
-    full = tuple(sizes.get(axis, 1) for axis in axes.split())
-    lead = like.shape[:-2] if axes[0] in "ts" else ()
-    if value.ndim == 0:
-        return moved(p, np.full(lead + full, value))
-    if axes[0] != "t" or any(axis not in sizes for axis in axes.split()):
-        return value
+    if axes == ("m", "k"):
+        sizes["m"] = value.shape[0] if value.ndim else 1  # landmarks: any number
+    else:
+        sizes["m"] = value.shape[-1] if value.ndim and value.shape[-1] > 1 else like.shape[-1]  # slots: any number
+    return sizes | ({"n": p["modes"]} if "modes" in p else {})
+
+
+def check_broadcasts(name: str, value: Any, lead: tuple[int, ...], axes: tuple[str, ...], full: Any) -> None:
+    """A gate broadcasts to its axes; what comes before them is its own affair."""
     try:
         shape = np.broadcast_shapes(value.shape, lead + full)
     except ValueError:
         shape = ()
     if shape[-len(full) :] != full:
-        raise ValueError(f"{name} has shape {value.shape}, which does not broadcast to (..., {axes}) = {lead + full}")
-    return np.broadcast_to(value, shape)
+        words = f"which does not broadcast to (..., {' '.join(axes)}) = {lead + full}"
+        raise ValueError(f"{name} has shape {value.shape}, {words}")
+
+
+def check_leading(layer: Layer, name: str, value: Any, axes: tuple[str, ...], p: Mapping[str, Any]) -> None:
+    """A definition knows one sequence, and decays are told apart by their number of axes: no gate brings more."""
+    most = max(p[x].ndim - 2 for x in layer.data) + len(axes)
+    if value.ndim > most and (layer.operator is None or name == "log_decay" and "q" in p):
+        raise ValueError(f"{name} has {value.ndim} axes; beside {', '.join(layer.data)} it has at most {most}")
+
+
+def check_fixed(layer: Layer, name: str, value: Any, full: tuple[int, ...], p: Mapping[str, Any]) -> None:
+    """A gate without a time axis fits; one that the operator takes under its name is refused there."""
+    if layer.operator is not None and name in promises(getattr(operators, layer.operator)):
+        return
+    axes = tuple(layer.gates[name].axes.split())
+    if axes in (("n",), ("m", "k")):
+        if value.shape != full:
+            raise ValueError(f"{name} has shape {value.shape}, needs ({' '.join(axes)}) = {full}")
+    else:
+        lead = np.broadcast_shapes(*(p[x].shape[:-2] for x in layer.data))
+        check_broadcasts(name, value, lead, ("1", *axes), (1, *full))
+
+
+def check_option(layer: Layer, name: str, value: Any, p: Mapping[str, Any]) -> None:
+    """An option is one number, in its range if only the layer knows it; one that may be an array the operator refuses.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the option and its value.
+    """
+    known = {} if layer.operator is None else promises(getattr(operators, layer.operator))
+    if name in known and not known[name][1]:
+        return
+    if name == "lower_bound" and np.ndim(value):  # may also be one number per channel
+        value = as_array(name, value)
+        check_broadcasts(name, value, (), ("t", "k"), p["k"].shape)
+    else:
+        check_number(name, value, "int" if type(layer.gates[name].default) is int else "float")
+    low, high = (-np.inf, np.inf) if name in known else OPTION_LIMITS.get(name, (-np.inf, np.inf))
+    if not np.all((value >= low) & (value <= high)):
+        words = f"be at least {low}" if high == np.inf else f"lie in [{low}, {high}]"
+        raise ValueError(f"{name} must {words}; it is {value}")
 
 
 # ---- gates that many lines share -------------------------------------------------------------------------------------
@@ -452,6 +547,8 @@ def repeated_steps(p: dict[str, Any]) -> dict[str, Any]:
 
 def discretized(p: dict[str, Any]) -> dict[str, Any]:
     """Mamba-2 and Mamba-3: the step length is how long the memory decays."""
+    if not any(on_device(p[name]) for name in ("delta", "rate")):  # a GPU is not waited for: the operator looks
+        check_gates({name: p[name] for name in ("delta", "rate")})
     return changed(p, log_decay=-p["delta"] * p["rate"])
 
 
@@ -531,6 +628,10 @@ def s5_answer(o: Any, p: Mapping[str, Any]) -> Any:
 def nystrom(p: dict[str, Any]) -> dict[str, Any]:
     """Features in which a Gaussian kernel is an inner product, exact at the landmarks: kappa(x, L) kappa(L, L)^-1/2."""
     landmarks = np.asarray(p["landmarks"], np.float64)
+    if not np.all(np.isfinite(landmarks)):
+        raise ValueError(f"landmarks must be finite; they hold {landmarks[~np.isfinite(landmarks)][0]}")
+    if not p["bandwidth"] > 0:
+        raise ValueError(f"bandwidth must be positive, got {p['bandwidth']}")
     values, vectors = np.linalg.eigh(gaussian(landmarks, landmarks, p["bandwidth"]))
     keep = values > 1e-10 * values.max()
     root = vectors[:, keep] / np.sqrt(values[keep])
@@ -683,7 +784,7 @@ LINES: list[Layer] = [
         Exact(),
         "linear_attention",
         "Qin et al. 2022, arXiv:2202.08791",
-        {"length": Gate(65536, "fixed, at least the length of the longest sequence", "")},
+        {"length": Gate(65536.0, "fixed, at least the length of the longest sequence", "")},
         route=routes.cosine_positions,
         carries=True,
     ),

@@ -24,6 +24,24 @@ class Carried(NamedTuple):
     carry: Any = None
 
 
+def parts(state: Any) -> Any:
+    """The two parts of a layer's state, None at the start.
+
+    Raises
+    ------
+    TypeError
+        If it is not such a pair.
+    """
+    if state is None:
+        return None, None
+    if not isinstance(state, (tuple, list)) or len(state) != 2:
+        words = f"of type {type(state).__name__}" + (
+            f" with {len(state)} parts" if isinstance(state, (tuple, list)) else ""
+        )
+        raise TypeError(f"initial_state is {words}; it needs both parts that output_final_state=True gives")
+    return state
+
+
 def unchanged(x: Any) -> Any:
     """No feature map."""
     return x
@@ -83,15 +101,15 @@ def running_maximum(log_decay: Any, log_input: Any, start: Any) -> Any:
 def stabilized(log_decay: Any, log_input: Any, before: Any) -> tuple[Any, Any, Any]:
     """Decays and inputs relative to the largest weight so far, both at most 1, and that weight's log."""
     m = running_maximum(log_decay, log_input, before)
-    finite = np.where(np.isfinite(m), m, 0.0)
+    finite = np.where(m == -np.inf, 0.0, m)  # nothing yet; a NaN stays one
     last = np.concatenate([np.asarray(before)[..., None] + np.zeros(m.shape[:-1] + (1,)), m[..., :-1]], axis=-1)
-    decay = np.where(np.isfinite(last), np.minimum(log_decay + np.where(np.isfinite(last), last, 0) - finite, 0), 0.0)
+    decay = np.where(last == -np.inf, 0.0, np.minimum(log_decay + np.where(last == -np.inf, 0.0, last) - finite, 0.0))
     return decay, np.exp(log_input - finite), m
 
 
 def mlstm(layer: Any, run: Run, p: dict[str, Any], state: Any) -> tuple[Any, Any]:
     """Exponential input gates, kept finite by the running maximum; the last value column is the normaliser."""
-    memory, before = Carried() if state is None else state
+    memory, before = parts(state)
     before = np.full(np.shape(p["log_input"])[:-1], -np.inf) if before is None else before
     decay, weight, m = stabilized(frozen(p, p["log_decay"]), frozen(p, p["log_input"], -np.inf), before)
     v = np.concatenate([p["v"], np.ones_like(p["v"][..., :1])], axis=-1)
@@ -107,7 +125,7 @@ def rwkv4(layer: Any, run: Run, p: dict[str, Any], state: Any) -> tuple[Any, Any
     (*_, keys), (*_, values) = p["k"].shape, p["v"].shape
     if values not in (keys, 1):  # one value serves all channels
         raise ValueError(f"rwkv4 weighs each channel by itself: axis 'k' is {keys} but axis 'v' is {values}")
-    memory, before = Carried() if state is None else state
+    memory, before = parts(state)
     k, v = frozen(p, p["k"], -np.inf), frozen(p, p["v"])
     channels_first = np.swapaxes(k, -1, -2)
     before = np.full(channels_first.shape[:-1], -np.inf) if before is None else before
@@ -131,7 +149,7 @@ def rwkv4(layer: Any, run: Run, p: dict[str, Any], state: Any) -> tuple[Any, Any
 
 def rotating(layer: Any, run: Run, p: dict[str, Any], state: Any) -> tuple[Any, Any]:
     """A complex decay as two real halves: the angle turned so far goes into queries and keys."""
-    memory, before = Carried() if state is None else state
+    memory, before = parts(state)
     angle = np.cumsum(frozen(p, p["phase"]), axis=-2) + (0.0 if before is None else before[..., None, :])
     turns = np.concatenate([np.cos(angle), np.sin(angle)], axis=-1).astype(p["q"].dtype)
     q, k = (np.concatenate([x, x], axis=-1) * turns for x in (p["q"], p["k"]))
@@ -175,7 +193,7 @@ def in_turn(first: Any, second: Any, axis: int) -> Any:
 
 def trapezoid(layer: Any, run: Run, p: dict[str, Any], state: Any) -> tuple[Any, Any]:
     """Mamba-3: a token adds what its step is worth to the pair before, then decays, then writes its own."""
-    memory, carry = Carried() if state is None else state
+    memory, carry = parts(state)
     angle, last_k, last_v = (None, None, None) if carry is None else carry
     phase = frozen(p, p["phase"])
     start = np.zeros_like(phase, shape=phase.shape[:-2] + (1, phase.shape[-1]))
@@ -200,7 +218,7 @@ def cosine_positions(layer: Any, run: Run, p: dict[str, Any], state: Any) -> tup
     """cosFormer: the cosine of a distance is a sum of products of positions."""
     from .features import cosformer_features
 
-    memory, before = Carried() if state is None else state
+    memory, before = parts(state)
     seen = np.ones(p["k"].shape[:-1]) if p.get("mask") is None else p["mask"] + np.zeros(p["k"].shape[:-1])
     before = np.zeros(seen.shape[:-1]) if before is None else before
     position = before[..., None] + np.cumsum(seen, axis=-1) - seen
@@ -211,7 +229,7 @@ def cosine_positions(layer: Any, run: Run, p: dict[str, Any], state: Any) -> tup
 
 def slots(layer: Any, run: Run, p: dict[str, Any], state: Any) -> tuple[Any, Any]:
     """GSA: one pass over the keys of every slot, a softmax over slots, one pass over their values."""
-    first, second = state or (None, None)
+    first, second = parts(state)
     write = np.asarray(p["write"], p["k"].dtype)
     over_slots = {"mask": None if p.get("mask") is None else p["mask"][..., None, :]}
     over_keys = {}
@@ -292,7 +310,7 @@ def in_context_rate(layer: Any, run: Run, p: dict[str, Any], state: Any) -> tupl
 
 def preconditioned(layer: Any, run: Run, p: dict[str, Any], state: Any) -> tuple[Any, Any]:
     """Keys are written through the inverse of their own running second moment, and erased as they are."""
-    first, second = state or (None, None)
+    first, second = parts(state)
     beta = np.asarray(p["beta"])[..., None]
     squares = (beta * np.square(p["k"])).astype(p["k"].dtype)
     per_channel = p["log_decay"] if np.ndim(p["log_decay"]) == np.ndim(p["k"]) else p["log_decay"][..., None]
@@ -361,7 +379,7 @@ def oja(layer: Any, run: Run, p: dict[str, Any], state: Any) -> tuple[Any, Any]:
 
     Every token comes twice: once to read what the decayed memory knows of its value, once to correct it.
     """
-    first, second = state or (None, None)
+    first, second = parts(state)
     mask, bounds, gate = p.get("mask"), p.get("cu_seqlens"), p["log_decay"]
     known, first = run(
         layer.operator,

@@ -92,6 +92,8 @@ def check_options(k: Any, ridge: Any, solver: str, iterations: Any, tolerance: A
     if np.ndim(ridge) and np.shape(ridge)[-1] != np.shape(k)[-1]:
         raise ValueError(f"axis 'k' is {np.shape(ridge)[-1]} in ridge but {np.shape(k)[-1]} in k")
     ridge = as_array("ridge", ridge)
+    if ridge.dtype.kind == "c":
+        raise TypeError(f"ridge is complex ({ridge.dtype}); mesa takes real numbers")
     refuse("ridge", np.isfinite(ridge) & (ridge >= 0), ridge, None, "must be finite and >= 0")
     if solver == "chebyshev":
         refuse("ridge", ridge > 0, ridge, None, "must be > 0 for solver 'chebyshev'")
