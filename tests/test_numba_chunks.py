@@ -175,6 +175,16 @@ def test_constant_slow_decay_does_not_drift(operator, gate):
     assert error(kernel(operator, arrays), exact) <= 2 * error(solver(operator, arrays), exact)
 
 
+@pytest.mark.parametrize("memories", [1, 21])
+def test_slow_decay_of_memories_of_few_outputs_does_not_drift(memories):
+    arrays = inputs("delta_rule", "per step", lead=(memories,), dtype=np.float32, t=4096, k=8, v=1)
+    arrays |= {"beta": arrays["beta"] / 100, "log_decay": np.full_like(arrays["log_decay"], -1e-4)}
+    start = np.ones((memories, 8, 1), np.float32)
+    exact = solver("delta_rule", {name: x.astype(np.float64) for name, x in arrays.items()}, initial_state=start)
+    found, plain = (f("delta_rule", arrays, initial_state=start) for f in (kernel, solver))
+    assert error(found, exact) <= 4 * error(plain, exact)
+
+
 @every_operator
 @every_gate
 @pytest.mark.parametrize("steep", [-np.inf, -1e30, -1e4])

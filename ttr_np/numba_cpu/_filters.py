@@ -39,6 +39,7 @@ class Tokens(NamedTuple):
     v: Series
     beta: Series
     decays: Series
+    rests: Series  # of their rounding
     q: Series
     o: Series
 
@@ -57,13 +58,15 @@ class Weights(Held):
         self.each(lambda i: vectors.accumulate(total, vectors.load(x, i), self.get(i)))
         return spread_sum(vectors, vectors.builder.load(total))
 
-    def forget(self, decay: Any) -> None:
-        """w = decay w; nothing is left of anything, NaN included, where the decay is 0."""
+    def forget(self, decay: Any, rest: Any) -> None:
+        """w = (decay + rest) w; nothing is left of anything, NaN included, where the decay is 0."""
         vectors, builder = self.vectors, self.vectors.builder
         gone, decay = builder.fcmp_ordered("==", decay, decay.type(0.0)), vectors.everywhere(decay)
+        rest = vectors.everywhere(rest)
 
         def scale(i: Any) -> None:
-            self.put(builder.select(gone, vectors.constant(0.0), builder.fmul(decay, self.get(i))), i)
+            left = vectors.multiply_add(decay, self.get(i), vectors.multiply(rest, self.get(i)))
+            self.put(builder.select(gone, vectors.constant(0.0), left), i)
 
         self.each(scale)
 
@@ -102,7 +105,7 @@ def learn_token(weights: Weights, lines: Lines, i: Any) -> None:
     vectors, builder = weights.vectors, weights.vectors.builder
     gated = builder.icmp_signed("!=", lines.series["decays"].step, ir.IntType(64)(0))
     with builder.if_then(gated):
-        weights.forget(lines.number("decays", i))
+        weights.forget(lines.number("decays", i), lines.number("rests", i))
     told = weights.dot(lines.at("erase", i))
     v, beta = (vectors.everywhere(lines.number(name, i)) for name in ("v", "beta"))
     weights.learn(builder.fmul(beta, builder.fsub(v, told)), lines.at("k", i))

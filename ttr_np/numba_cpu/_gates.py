@@ -16,7 +16,7 @@ from numba.extending import overload
 from ._compile import apart, inner
 from ._panels import ROWS, fill, lanes, move, real, row, times
 
-__all__ = ["exp", "exponentials", "step_decays", "weigh"]
+__all__ = ["exp", "exponentials", "split_exponentials", "step_decays", "weigh"]
 
 NO_PAST = -1e30  # stands for log 0: sums of it stay numbers, and its exponential is 0
 
@@ -66,6 +66,16 @@ def exponentials(x, n):
     apart()
     for j in range(n):
         x[j] = exp(x[j])
+
+
+@inner
+def split_exponentials(x, rests, n):
+    """x = e^x, and what its rounding left out: a slow decay rounded is another one, thousands of tokens later."""
+    apart()
+    for j in range(n):
+        exact = exp(np.float64(x[j]))
+        x[j] = real(x[j], exact)
+        rests[j] = real(x[j], exact - x[j])
 
 
 @inner

@@ -278,14 +278,30 @@ def collect_numbers(into, places, steps, which, here, low, rows, like):
             into[i * here.lanes + lane] = row(x, low + i)[0]
 
 
+@intrinsic
+def decay_side(typingctx: Any, S: Any, decays: Any, rests: Any, n: Any) -> Any:
+    """S = (decay + rest) S in every lane."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        S, decays, rests, n = args
+        vectors, word = Vectors(builder, signature.args[0].dtype), ir.IntType(64)
+        decay, rest = vectors.load(decays, word(0)), vectors.load(rests, word(0))
+        with cgutils.for_range(builder, n, intp=word) as loop:
+            old = vectors.load(S, loop.index)
+            vectors.store(vectors.multiply_add(decay, old, vectors.multiply(rest, old)), S, loop.index)
+        return context.get_dummy_value()
+
+    return types.void(S, S, S, types.intp), codegen
+
+
 @inner
-def forget_lanes(S, decays, n, lanes):
+def forget_lanes(S, decays, rests, n, lanes):
     """Decay n vectors, each lane by its own; a full reset forgets even a NaN."""
     apart()
     for lane in range(lanes):
         for i in range(n if decays[lane] == 0 else 0):
             S[i * lanes + lane] = decays[lane]
-    scale_lanes(S, decays, n, lanes)
+    decay_side(S, decays, rests, n)
 
 
 @inner

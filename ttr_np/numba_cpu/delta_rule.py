@@ -28,7 +28,7 @@ from ._channels import (
 )
 from ._compile import apart, inner, spliced
 from ._filters import Series, Tokens, walk
-from ._gates import exponentials, step_decays, weigh
+from ._gates import split_exponentials, step_decays, weigh
 from ._lanes import (
     CHAINS,
     NARROW,
@@ -123,7 +123,7 @@ def core(
     if w <= NARROW and gates != PER_CHANNEL:
         tokens, deep, lanes = max(1, TOKENS // max(groups, 1)), -(-d // CHAINS) * CHAINS, widths(S.dtype)
         few = Sizes(t, d, w, min(tokens, max(t, 1)), 1, w, gates, erase_key is not None)
-        numbers = w * deep + few.chunk * ((2 + groups) * deep + (1 + groups) * w + 2)
+        numbers = w * deep + few.chunk * ((2 + groups) * deep + (1 + groups) * w + 3)
         jobs, cost, scratch = jobs_of(memories, S.dtype), 3 * t * d * w * memories, (S.dtype, [(1, numbers * lanes)])
         share(narrow, jobs, cost, scratch, layout, few, S.dtype.type(scale))
         return o, DeltaRuleState(S)
@@ -215,6 +215,7 @@ class Lines(NamedTuple):
     v: Any
     beta: Any
     gates: Any  # decays
+    rests: Any  # of their rounding
     q: Any  # of each group of queries
     told: Any
 
@@ -228,8 +229,9 @@ def lines_of(room, sizes, groups, lanes):
     v = move(erase, padded(sizes.k) * tokens)
     beta = move(v, sizes.v * tokens)
     gates = move(beta, tokens)
-    q = move(gates, tokens)
-    return Lines(room, k, erase, v, beta, gates, q, move(q, groups * padded(sizes.k) * tokens))
+    rests = move(gates, tokens)
+    q = move(rests, tokens)
+    return Lines(room, k, erase, v, beta, gates, rests, q, move(q, groups * padded(sizes.k) * tokens))
 
 
 @compiled
@@ -302,6 +304,7 @@ def tokens_there(places, steps, sizes, memory, j, like):
         Series(move(pointer(places[V, memory, 0], like), j * steps[V, 1]), steps[V, 0], 0),
         Series(pointer(places[BETA, memory, 0], like), steps[BETA, 0], 0),
         Series(pointer(places[GATE, memory, 0], like), 0, 0),
+        Series(pointer(places[GATE, memory, 0], like), 0, 0),
         Series(pointer(places[Q, memory, 0], like), steps[Q, 0], 0),
         Series(move(pointer(places[O, memory, 0], like), j), sizes.v, 0),
     )
@@ -318,6 +321,7 @@ def tokens_here(lines, sizes, j):
         Series(move(lines.v, j), w, 0),
         Series(lines.beta, unit, 0),
         Series(lines.gates, unit if sizes.gates else 0, 0),
+        Series(lines.rests, unit if sizes.gates else 0, 0),
         Series(lines.q, deep, sizes.chunk * deep),
         Series(move(lines.told, j), w, sizes.chunk * w),
     )
@@ -335,7 +339,7 @@ def take_tokens(lines, places, steps, sizes, here, start, rows, like):
         collect(lines.erase, places, steps, ERASE, here, 0, start, rows, sizes.k, deep, like)
     if sizes.gates:
         collect_numbers(lines.gates, places, steps, GATE, here, start, rows, like)
-        exponentials(lines.gates, rows * here.lanes)
+        split_exponentials(lines.gates, lines.rests, rows * here.lanes)
     for group in range(places.shape[2]):
         q = move(lines.q, group * sizes.chunk * deep * here.lanes)
         collect(q, places, steps, Q, here, group, start, rows, sizes.k, deep, like)
@@ -349,7 +353,7 @@ def learn_lanes(lines, sizes, groups, i, lanes):
     erase = move(lines.erase, i * deep * lanes) if sizes.erases else k
     v, beta = move(lines.v, i * w * lanes), move(lines.beta, i * lanes)
     if sizes.gates:
-        forget_lanes(lines.S, move(lines.gates, i * lanes), w * deep, lanes)
+        forget_lanes(lines.S, move(lines.gates, i * lanes), move(lines.rests, i * lanes), w * deep, lanes)
     recall_lanes(told, lines.S, erase, deep, w, lanes)
     for j in range(w):
         error = move(told, j * lanes)

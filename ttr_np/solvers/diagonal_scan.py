@@ -77,12 +77,15 @@ def in_blocks(x: np.ndarray) -> np.ndarray:
 
 
 def scan_blocks(x: np.ndarray, decay: np.ndarray, o: np.ndarray, h: np.ndarray) -> np.ndarray:
-    """Fill ``o (..., blocks, c, d)`` and return the state at the end; ``decay`` becomes its own running product."""
+    """Fill ``o (..., blocks, c, d)`` and return the state at the end; ``decay`` becomes its own running product.
+
+    No product is written straight beside what it reads: NumPy 2.0.0 and 2.0.1 round complex ones differently there.
+    """
     o[..., 0, :] = x[..., 0, :]
     for i in range(1, BLOCK):
-        np.multiply(decay[..., i, :], o[..., i - 1, :], out=o[..., i, :])
+        o[..., i, :] = decay[..., i, :] * o[..., i - 1, :]
         o[..., i, :] += x[..., i, :]
-        decay[..., i, :] *= decay[..., i - 1, :]
+        decay[..., i, :] = decay[..., i, :] * decay[..., i - 1, :]
     for block in range(o.shape[-3]):
         o[..., block, :, :] += decay[..., block, :, :] * h[..., None, :]
         h = o[..., block, -1, :]
