@@ -34,10 +34,9 @@ def parts(state: Any) -> Any:
     """
     if state is None:
         return None, None
-    if not isinstance(state, (tuple, list)) or len(state) != 2:
-        words = f"of type {type(state).__name__}" + (
-            f" with {len(state)} parts" if isinstance(state, (tuple, list)) else ""
-        )
+    many = isinstance(state, (tuple, list))
+    if not many or len(state) != 2:
+        words = f"of type {type(state).__name__}" + (f" with {len(state)} parts" if many else "")
         raise TypeError(f"initial_state is {words}; it needs both parts that output_final_state=True gives")
     return state
 

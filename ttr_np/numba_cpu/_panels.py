@@ -24,7 +24,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ._compile import apart, inner
-from ._vectors import BYTES, WIDE, Vectors, ask_line, per_vector, row_of
+from ._vectors import BYTES, CACHE_LINE, WIDE, Vectors, ask_line, per_vector, row_of
 
 __all__ = [
     "ROWS", "Matrix", "add_scaled", "answers", "below", "clean_until", "clean_within", "copy", "count_bad_of", "dot",
@@ -50,21 +50,21 @@ class Matrix(NamedTuple):
 
 
 def panels(dtype: np.dtype, shapes: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Scratch of one thread, and a table of its panels: ``(panels, 2)``, address and row step of each.
+    """Scratch of one thread, zeros, and a table of its panels: ``(panels, 2)``, address and row step of each.
 
     Rows an even number of cache lines apart would fight for the same few places of a cache.
     """
     numbers, places = plan(dtype, tuple(shapes))
     room, table = np.zeros(numbers, dtype), places.copy()
     start = room.__array_interface__["data"][0]
-    table[:, 0] += start + -start % 64
+    table[:, 0] += start + -start % CACHE_LINE
     return room, table
 
 
 @lru_cache(1000)
 def plan(dtype: np.dtype, shapes: tuple[tuple[int, int], ...]) -> tuple[int, np.ndarray]:
     """How many numbers of scratch, and the table of its panels, as if it started at address 0."""
-    line, tile_width = 64 // dtype.itemsize, LINE // dtype.itemsize
+    line, tile_width = CACHE_LINE // dtype.itemsize, LINE // dtype.itemsize
     steps = [-(-columns // tile_width) * tile_width for _, columns in shapes]
     steps = [step + line * (step // line % 2 == 0) for step in steps]
     ends = np.cumsum([0] + [rows * step for (rows, _), step in zip(shapes, steps, strict=True)])
@@ -436,8 +436,8 @@ def part(soon, tile, tiles):
     """What one of so many tiles asks for: the first row, how many, and the byte from which a line is wanted."""
     sharers = max(tiles // soon.lines, 1)  # of a line of all rows
     size = (soon.count + sharers - 1) // sharers
-    first = min(tile % sharers * size, soon.count - 1)
-    return move(soon.rows, first), min(size, soon.count - first), 64 * min(tile // sharers, soon.lines - 1)
+    first, line = min(tile % sharers * size, soon.count - 1), min(tile // sharers, soon.lines - 1)
+    return move(soon.rows, first), min(size, soon.count - first), CACHE_LINE * line
 
 
 @inner

@@ -16,15 +16,13 @@ from numba.extending import intrinsic
 
 from ._compile import apart, inner
 from ._panels import move, pointer, row
-from ._vectors import BYTES, per_vector
+from ._vectors import BYTES, CACHE_LINE, per_vector
 
 __all__ = ["Soon", "note", "notebook", "notes_shape", "soon"]
 
-LINE = 64  # bytes of a cache
-
 
 class Soon(NamedTuple):
-    """What is asked for: with every tile of answers, the next line of every row."""
+    """What is asked for, see ``_panels.part``."""
 
     rows: Any  # their addresses
     count: Any  # at least 1: products do not ask whether there is one
@@ -32,7 +30,7 @@ class Soon(NamedTuple):
 
 
 def notes_shape(chunk: int, matrices: int) -> tuple[int, int]:
-    """Shape of the panel that holds the addresses of a chunk's rows, wherever numbers have half their size."""
+    """Shape of the panel that holds the addresses of a chunk's rows: numbers may have half the size of an address."""
     return 1, 2 * max(1, chunk * matrices)
 
 
@@ -64,5 +62,5 @@ def note(rows, count, x, start, low, n):
 @inner
 def soon(rows, count, columns, like):
     """What is asked for of a list of rows of some numbers."""
-    line = per_vector(like) * np.intp(LINE // BYTES)
+    line = per_vector(like) * np.intp(CACHE_LINE // BYTES)
     return Soon(rows, max(count, 1), (columns + line - 1) // line)

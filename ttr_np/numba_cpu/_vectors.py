@@ -15,10 +15,11 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-__all__ = ["BYTES", "WIDE", "Held", "Vectors", "ask_line", "per_vector", "plus", "repeat", "row_of"]
+__all__ = ["BYTES", "CACHE_LINE", "WIDE", "Held", "Vectors", "ask_line", "per_vector", "plus", "repeat", "row_of"]
 
 WIDE = binding.get_host_cpu_features().get("avx512f", False)
 BYTES = 64 if WIDE else 32  # of a register
+CACHE_LINE = 64  # bytes
 
 
 @intrinsic
