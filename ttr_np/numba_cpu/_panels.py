@@ -24,7 +24,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ._compile import apart, inner
-from ._vectors import BYTES, CACHE_LINE, WIDE, Vectors, ask_line, per_vector, row_of
+from ._vectors import BYTES, CACHE_LINE, WIDE, Vectors, ask_line, per_vector, repeat, row_of
 
 __all__ = [
     "ROWS", "Matrix", "add_scaled", "answers", "below", "clean_until", "clean_within", "copy", "count_bad_of", "dot",
@@ -37,6 +37,7 @@ __all__ = [
 # of FEW rows end a product where whole ones would be half empty: 64 rows are 4 x 12 + 2 x 8.
 PARTS = 2  # vectors of a row
 ROWS, FEW, LINE = *((12, 8) if WIDE else (6, 4)), PARTS * BYTES
+ASKED, EVERY = (2, 1) if WIDE else (1, 2)  # lines that a tile asks for in so many steps, those of twelve cycles each
 
 full, lower, triangle, upper = 0, 1, 2, 4  # see multiply; upper | triangle is both
 
@@ -280,23 +281,31 @@ class Tile(Vectors):
     ) -> None:
         """Add the products of some rows of a with b, and ask for what is read soon."""
         builder, word = self.builder, ir.IntType(64)
-        a_rows = self.rows_of(a, m, a_step)
-        with cgutils.for_range(builder, depth, intp=word) as loop:
-            if soon is not None:
-                self.ask(*soon, loop.index)
-            b_row = builder.gep(b, [builder.mul(loop.index, b_step)])
+        a_rows, since = self.rows_of(a, m, a_step), word(0)
+
+        def add(step: Any) -> None:
+            b_row = builder.gep(b, [builder.mul(step, b_step)])
             loaded = [self.load(b_row, j) for j in range(PARTS)]
             for i, a_i in enumerate(a_rows):
-                factor = self.everywhere(builder.load(builder.gep(a_i, [builder.mul(loop.index, a_column)])))
+                factor = self.everywhere(builder.load(builder.gep(a_i, [builder.mul(step, a_column)])))
                 for j, b_j in enumerate(loaded):
                     self.accumulate(self.sums[i, j], factor, b_j)
 
-    def ask(self, rows: Any, count: Any, start: Any, step: Any) -> None:
-        """Ask for the lines ``start`` bytes behind two of some addresses, the last of them if there are no more."""
+        if soon is not None:
+            turns = builder.udiv(depth, word(EVERY))
+            with cgutils.for_range(builder, turns, intp=word) as loop:
+                self.ask(*soon, loop.index)
+                for i in range(EVERY):
+                    add(builder.add(builder.mul(loop.index, word(EVERY)), word(i)))
+            since = builder.mul(turns, word(EVERY))
+        repeat(builder, since, depth, add)
+
+    def ask(self, rows: Any, count: Any, start: Any, turn: Any) -> None:
+        """Ask for the lines ``start`` bytes behind the next of some addresses, the last of them if there are no more."""
         builder, word = self.builder, ir.IntType(64)
         last = builder.sub(count, word(1))
-        for i in range(2):
-            index = builder.add(builder.mul(step, word(2)), word(i))
+        for i in range(ASKED):
+            index = builder.add(builder.mul(turn, word(ASKED)), word(i))
             index = builder.select(builder.icmp_signed("<", index, last), index, last)
             place = builder.add(builder.load(builder.gep(rows, [index])), start)
             ask_line(builder, builder.inttoptr(place, self.type.as_pointer()), 2)  # the first is full of panels
@@ -415,7 +424,7 @@ def multiply(c, a, b, m, n, depth, alpha, beta, shape):
     apart()
     size = lanes(alpha)
     for j in range(0, n, size):
-        i = j // ROWS * ROWS if shape & triangle else 0
+        i = j if shape & triangle else 0
         while i < m:
             left = m - i
             few = left <= FEW or ROWS < left <= 2 * FEW
