@@ -18,6 +18,7 @@ from numba.extending import intrinsic
 
 from ._compile import apart, inner
 from ._gates import NO_PAST, exp, exponentials
+from ._lanes import in_fours
 from ._panels import (
     ROWS,
     Matrix,
@@ -35,7 +36,7 @@ from ._panels import (
     row,
     times_rows,
 )
-from ._vectors import Vectors, row_of
+from ._vectors import WIDE, Vectors, row_of
 
 __all__ = [
     "Channels",
@@ -49,6 +50,9 @@ __all__ = [
 ]
 
 BLOCK = 16
+FOUR = 4  # rows whose pairs meet step by step
+FAR = 4 if WIDE else 2  # earlier keys that meet four rows at once, as many as sums fit the registers
+KEPT = FOUR + 1 + BLOCK
 
 
 class Channels(NamedTuple):
@@ -61,7 +65,9 @@ class Channels(NamedTuple):
     start: Any  # (blocks + 1) x k: from the chunk's start to a block's start; the last one over the chunk
     rows: Any  # BLOCK x k: left factors at the start of their block
     total: Any  # 1 x k: log decays since the chunk's start
-    met: Any  # BLOCK x BLOCK: products of one block, keys by rows
+    met: Any  # BLOCK x BLOCK, its rows one behind the other: products of one block
+    room: Any  # KEPT x k, see ``Block``
+
 
 
 def meetings(c: int) -> int:
@@ -72,7 +78,7 @@ def meetings(c: int) -> int:
 def channel_shapes(c: int, k: int) -> list[tuple[int, int]]:
     """Shapes of the panels of ``Channels``."""
     blocks = -(-c // BLOCK)
-    return [(c, k), (c, k), (c, k), (blocks, k), (blocks + 1, k), (BLOCK, k), (1, k), (BLOCK, BLOCK)]
+    return [(c, k), (c, k), (c, k), (blocks, k), (blocks + 1, k), (BLOCK, k), (1, k), (BLOCK, BLOCK), (KEPT, k)]
 
 
 @inner
@@ -81,6 +87,7 @@ def channels_of(table, i, like):
     return Channels(
         panel(table, i, like), panel(table, i + 1, like), panel(table, i + 2, like), panel(table, i + 3, like),
         panel(table, i + 4, like), panel(table, i + 5, like), panel(table, i + 6, like), panel(table, i + 7, like),
+        panel(table, i + 8, like),
     )  # fmt: skip
 
 
@@ -205,50 +212,126 @@ def channel_products(scores, past, met, x, keys, n, k, decays, late, like):
 def multiply_block(scores, x, keys, first, last, n, k, decays, late, like):
     """Products of the pairs of one block: each key decays step by step and meets the left factors on its way."""
     apart()
-    m, met, steps = last - first - late, decays.met, below(decays.step, first)
+    m, met, room, steps = last - first - late, row(decays.met, 0), row(decays.room, 0), below(decays.step, first)
+    if late:
+        fill(move(row(scores, first), first), real(like, 0), min(ROWS, n - first))
     if m > 0:
         asking, known = below(x, first + late), below(keys, first)
-        meet(met.data, met.step, asking.data, asking.step, known.data, known.step, steps.data, steps.step, m, k)
-    for i in range(first, last):
-        line, end = row(scores, i), i + 1 - late
-        for j in range(first, end):
-            line[j] = row(met, j - first)[i - late - first]
-        fill(move(line, end), real(like, 0), min(i + ROWS, n) - end)
+        meet(met, asking.data, known.data, steps.data, steps.step, room, m, k)  # panels of one width have one step
+        write_block(move(row(scores, first + late), first), scores.step, met, m, n - first)
+
 
 
 class Block(Vectors):
-    """Rows of a block in code: left factors, keys, decays; those from m on repeat the last one."""
+    """A block in code, FOUR rows after FOUR: left factors, keys and decays, rows from m on repeating the last one.
 
-    def __init__(self, builder: Any, like: Any, m: Any, *rows: tuple[Any, Any]) -> None:
+    Few loops of many terms: written out for every key, they would be read from memory more slowly than they run.
+    Vector v of what is kept stands in ``room``, KEPT vectors for each: left factors and the decay over them, see LEFT
+    and OVER, and from PAST on the keys of the block, decayed as far as it has come.
+    """
+
+    LEFT, OVER, PAST = 0, FOUR, FOUR + 1
+
+    def __init__(self, builder: Any, like: Any, room: Any, met: Any, k: Any) -> None:
         super().__init__(builder, like)
-        places = [[row_of(builder, base, i, m, step) for i in range(BLOCK)] for base, step in rows]
-        self.x, self.keys, self.steps = places
+        self.room, self.met, word = room, met, ir.IntType(64)
+        self.vectors = builder.udiv(builder.add(k, word(self.count - 1)), word(self.count))
 
-    def products(self, j: int, vectors: Any) -> list[Any]:
-        """Sums, place by place, of key j decayed up to each row times that row; zero before it."""
-        totals = self.totals(BLOCK)
-        with cgutils.for_range(self.builder, vectors, intp=ir.IntType(64)) as loop:
-            way = self.load(self.keys[j], loop.index)
-            for i in range(j, BLOCK):
-                way = self.builder.fmul(way, self.load(self.steps[i], loop.index)) if i > j else way
-                self.accumulate(totals[i], way, self.load(self.x[i], loop.index))
-        return [self.builder.load(total) for total in totals]
+    def each(self) -> Any:
+        """A loop over the vectors of a row."""
+        return cgutils.for_range(self.builder, self.vectors, intp=ir.IntType(64))
+
+    def place(self, v: Any, i: Any) -> Any:
+        """Of number i of what is kept for vector v."""
+        word = ir.IntType(64)
+        return self.builder.add(self.builder.mul(v, word(KEPT)), word(i) if isinstance(i, int) else i)
+
+    def near(self, x: list[Any], keys: list[Any], steps: list[Any], first: Any) -> list[Any]:
+        """Sums, place by place, of four keys decayed step by step up to each of four rows times that row."""
+        totals = {(i, j): self.totals(1)[0] for i in range(FOUR) for j in range(i + 1)}
+        with self.each() as loop:
+            ways, since, v = [], self.constant(1.0), loop.index
+            for i in range(FOUR):
+                left, step = self.load(x[i], v), self.load(steps[i], v)
+                ways = [self.multiply(way, step) for way in ways] + [self.load(keys[i], v)]
+                for j, way in enumerate(ways):
+                    self.accumulate(totals[i, j], way, left)
+                since = self.multiply(since, step)
+                self.store(self.multiply(since, left), self.room, self.place(v, self.LEFT + i))
+            self.store(since, self.room, self.place(v, self.OVER))
+            for j, way in enumerate(ways):
+                self.store(way, self.room, self.place(v, in_fours(self.builder, first, self.PAST + j)))
+        zero = self.constant(0.0)
+        return [
+            self.builder.load(totals[i, j]) if j <= i else zero for i in range(FOUR) for j in range(FOUR)
+        ]
+
+    def far(self, first: Any) -> list[Any]:
+        """The same of some earlier keys, from ``first`` on, at the start of the four rows; they go to the end."""
+        totals = [self.totals(FAR) for _ in range(FOUR)]
+        with self.each() as loop:
+            v = loop.index
+            places = [self.place(v, self.builder.add(first, ir.IntType(64)(self.PAST + j))) for j in range(FAR)]
+            keys = [self.load(self.room, place) for place in places]
+            for i, line in enumerate(totals):
+                left = self.load(self.room, self.place(v, self.LEFT + i))
+                for total, key in zip(line, keys, strict=True):
+                    self.accumulate(total, key, left)
+            over = self.load(self.room, self.place(v, self.OVER))
+            for place, key in zip(places, keys, strict=True):
+                self.store(self.multiply(key, over), self.room, place)
+        return [self.builder.load(total) for line in totals for total in line]
+
+    def give(self, sums: list[Any], row: Any, column: Any) -> None:
+        """Write the numbers that are sums of vectors: four rows of them, from a row and a column on."""
+        builder, word, wide = self.builder, ir.IntType(64), len(sums) // FOUR
+        kind = ir.VectorType(self.number, wide).as_pointer()
+        for start in range(0, len(sums), self.count):
+            numbers = self.sums_across(sums[start : start + self.count])
+            for i in range(0, self.count, wide):
+                line = builder.add(row, word((start + i) // wide))
+                place = builder.gep(self.met, [builder.add(builder.mul(line, word(BLOCK)), column)])
+                part = self.shuffle(numbers, numbers, list(range(i, i + wide)))
+                builder.store(part, builder.bitcast(place, kind), align=self.bits // 8)
 
 
 @intrinsic
-def meet(typingctx, met, met_step, x, x_step, keys, keys_step, steps, steps_step, m, k):
-    """met[j, i] = x_i . (key j times the decays of the steps after j up to i), for j <= i < m <= BLOCK."""
+def meet(typingctx, met, x, keys, steps, step, room, m, k):
+    """met[i, j] = x_i . (key j times the decays of the steps after j up to i), for j <= i < m; above it zeros.
+
+    Pairs of the same four rows meet step by step, others at the start of the four of the later one. The rows of x,
+    keys and steps are ``step`` apart, those of met BLOCK; for ``room`` see ``Block``.
+    """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        met, met_step, x, x_step, keys, keys_step, steps, steps_step, m, k = args
-        block = Block(builder, signature.args[0].dtype, m, (x, x_step), (keys, keys_step), (steps, steps_step))
-        word, count = ir.IntType(64), block.count
-        vectors = builder.udiv(builder.add(k, word(count - 1)), word(count))
-        for j in range(BLOCK):
-            sums, line = block.products(j, vectors), builder.gep(met, [builder.mul(word(j), met_step)])
-            for i in range(j // count * count, BLOCK, count):
-                block.store_to(block.sums_across(sums[i : i + count]), line, word(i))
+        met, *bases, step, room, m, k = args
+        block, word = Block(builder, signature.args[0].dtype, room, met, k), ir.IntType(64)
+        fours = builder.udiv(builder.add(m, word(FOUR - 1)), word(FOUR))
+        with cgutils.for_range(builder, fours, intp=word) as loop:
+            at = [in_fours(builder, loop.index, i) for i in range(FOUR)]
+            rows = [[row_of(builder, base, i, m, step) for i in at] for base in bases]
+            block.give(block.near(*rows, loop.index), at[0], at[0])
+            with cgutils.for_range_slice(builder, word(0), at[0], word(FAR), intp=word) as (first, _):
+                block.give(block.far(first), at[0], first)
         return context.get_dummy_value()
 
-    word = types.intp
-    return types.void(met, word, met, word, met, word, met, word, word, word), codegen
+    return types.void(met, met, met, met, types.intp, met, types.intp, types.intp), codegen
+
+
+@intrinsic
+def write_block(typingctx, scores, step, met, rows, columns):
+    """Some rows of ``met`` into scores, behind them zeros: as many columns as scores have, up to two blocks of them."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        scores, step, met, rows, columns = args
+        vectors, word = Vectors(builder, signature.args[0].dtype), ir.IntType(64)
+        wanted = builder.udiv(builder.add(columns, word(vectors.count - 1)), word(vectors.count))
+        with cgutils.for_range(builder, rows, intp=word) as i:
+            line, source = (builder.gep(x, [builder.mul(i.index, n)]) for x, n in ((scores, step), (met, word(BLOCK))))
+            for j in range(2 * BLOCK // vectors.count):
+                with builder.if_then(builder.icmp_signed("<", word(j), wanted)):
+                    there = j < BLOCK // vectors.count
+                    vectors.store(vectors.load(source, j) if there else vectors.constant(0.0), line, j)
+        return context.get_dummy_value()
+
+    return types.void(scores, types.intp, scores, types.intp, types.intp), codegen

@@ -274,7 +274,7 @@ class Tile(Vectors):
 
     def rows_of(self, base: Any, m: Any, step: Any) -> list[Any]:
         """Pointers to the first numbers of the rows."""
-        return [row_of(self.builder, base, i, m, step) for i in range(self.rows)]
+        return [row_of(self.builder, base, ir.IntType(64)(i), m, step) for i in range(self.rows)]
 
     def add_products(
         self, a: Any, a_step: Any, a_column: Any, b: Any, b_step: Any, m: Any, depth: Any, soon: Any = None
@@ -301,7 +301,7 @@ class Tile(Vectors):
         repeat(builder, since, depth, add)
 
     def ask(self, rows: Any, count: Any, start: Any, turn: Any) -> None:
-        """Ask for the lines ``start`` bytes behind the next of some addresses, the last of them if there are no more."""
+        """Ask for the lines ``start`` bytes behind the next of some addresses, the last if there are no more."""
         builder, word = self.builder, ir.IntType(64)
         last = builder.sub(count, word(1))
         for i in range(ASKED):

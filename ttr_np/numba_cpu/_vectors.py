@@ -45,11 +45,10 @@ def ask_line(builder: Any, place: Any, cache: int) -> None:
     builder.call(prefetch, [builder.bitcast(place, line), read, word(4 - cache), data])
 
 
-def row_of(builder: Any, base: Any, i: int, rows: Any, step: Any) -> Any:
+def row_of(builder: Any, base: Any, i: Any, rows: Any, step: Any) -> Any:
     """Pointer to row i of some; rows that are not there repeat the last one."""
-    word = ir.IntType(64)
-    last = builder.sub(rows, word(1))
-    there = builder.select(builder.icmp_signed("<", word(i), last), word(i), last)
+    last = builder.sub(rows, ir.IntType(64)(1))
+    there = builder.select(builder.icmp_signed("<", i, last), i, last)
     return builder.gep(base, [builder.mul(there, step)])
 
 
