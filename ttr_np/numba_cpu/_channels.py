@@ -17,7 +17,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ._compile import apart, inner
-from ._gates import NO_PAST, exp, exponentials
+from ._gates import NO_PAST, exponentials
 from ._lanes import in_fours
 from ._panels import (
     ROWS,
@@ -99,22 +99,19 @@ def channel_decays(gates, low, n, k, decays, like):
     fill(total, zero, k)
     for first in range(0, n, BLOCK):
         last, block = min(first + BLOCK, n), first // BLOCK
-        over, start, before = row(decays.block, block), row(decays.start, block), row(decays.until, last - 1)
+        over, start, steps = row(decays.block, block), row(decays.start, block), below(decays.step, first)
         copy(start, total, k)
         exponentials(start, k)
         fill(over, zero, k)
-        fill(before, one, k)
         for i in range(first, last):
-            step, gate = row(decays.step, i), row(gates, low + i)
-            if gates.column != 1:
-                gather(step, gate, gates.column, k)
-                gate = step
-            decay_row(step, row(decays.since, i), before, over, gate, k)
-            before = row(decays.since, i)
+            step = row(decays.step, i)
+            gather(step, row(gates, low + i), gates.column, k)
+            add_logs(over, step, k)
+            exponentials(step, k)
         add_scaled(total, one, over, k)
         exponentials(over, k)
-        until = upwards(decays.until, last - 1)
-        times_rows(below(until, 1), until, upwards(decays.step, last - 1), last - 1 - first, k)
+        since, until = row(decays.since, first), row(decays.until, first)
+        run_up_and_down(since, until, steps.data, steps.step, last - first, k)
     start = row(decays.start, (n + BLOCK - 1) // BLOCK)
     copy(start, total, k)
     exponentials(start, k)
@@ -132,21 +129,34 @@ def forgets(since, decays, n, k, per_channel):
 
 
 @inner
-def decay_row(step, since, before, over, gate, n):
-    """Decays of one step, those since the start of its block, and its log decays added to those of the block."""
+def add_logs(over, logs, n):
+    """Log decays of one step added to those of its block: sums of them stay numbers."""
     apart()
     for j in range(n):
-        log = max(gate[j], real(gate[j], NO_PAST))
-        over[j] += log
-        decay = exp(log)
-        step[j] = decay
-        since[j] = before[j] * decay
+        over[j] += max(logs[j], real(logs[j], NO_PAST))
 
 
-@inner
-def upwards(x, i):
-    """The rows of a panel from one on, backwards."""
-    return Matrix(row(x, i), -x.step, x.column)
+@intrinsic
+def run_up_and_down(typingctx, since, until, steps, step, rows, k):
+    """Products of the steps up to each row, its own with them, and of those behind it; all rows as far apart."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        since, until, steps, step, rows, k = args
+        vectors, word = Vectors(builder, signature.args[0].dtype), ir.IntType(64)
+        with cgutils.for_range(builder, vectors.holding(k), intp=word) as loop:
+            up, down = vectors.totals(2, 1.0)
+            with cgutils.for_range(builder, rows, intp=word) as i:
+                there = builder.mul(i.index, step)
+                back = builder.mul(builder.sub(builder.sub(rows, word(1)), i.index), step)
+                product = vectors.multiply(builder.load(up), vectors.load(builder.gep(steps, [there]), loop.index))
+                vectors.store(product, builder.gep(since, [there]), loop.index)
+                builder.store(product, up)
+                vectors.store(builder.load(down), builder.gep(until, [back]), loop.index)
+                step_back = vectors.load(builder.gep(steps, [back]), loop.index)
+                builder.store(vectors.multiply(builder.load(down), step_back), down)
+        return context.get_dummy_value()
+
+    return types.void(since, since, since, *[types.intp] * 3), codegen
 
 
 @inner
@@ -234,8 +244,8 @@ class Block(Vectors):
 
     def __init__(self, builder: Any, like: Any, room: Any, met: Any, k: Any) -> None:
         super().__init__(builder, like)
-        self.room, self.met, word = room, met, ir.IntType(64)
-        self.vectors = builder.udiv(builder.add(k, word(self.count - 1)), word(self.count))
+        self.room, self.met = room, met
+        self.vectors = self.holding(k)
 
     def each(self) -> Any:
         """A loop over the vectors of a row."""
@@ -325,7 +335,7 @@ def write_block(typingctx, scores, step, met, rows, columns):
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         scores, step, met, rows, columns = args
         vectors, word = Vectors(builder, signature.args[0].dtype), ir.IntType(64)
-        wanted = builder.udiv(builder.add(columns, word(vectors.count - 1)), word(vectors.count))
+        wanted = vectors.holding(columns)
         with cgutils.for_range(builder, rows, intp=word) as i:
             line, source = (builder.gep(x, [builder.mul(i.index, n)]) for x, n in ((scores, step), (met, word(BLOCK))))
             for j in range(2 * BLOCK // vectors.count):

@@ -188,7 +188,7 @@ def rows_times(typingctx, y, y_step, x, x_step, z, z_step, n, columns):
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         *rows, n, columns = args
         vectors, word = Vectors(builder, signature.args[0].dtype), ir.IntType(64)
-        count = builder.udiv(builder.add(columns, word(vectors.count - 1)), word(vectors.count))
+        count = vectors.holding(columns)
         with cgutils.for_range(builder, n, intp=word) as i:
             y, x, z = (builder.gep(rows[j], [builder.mul(i.index, rows[j + 1])]) for j in (0, 2, 4))
             with cgutils.for_range(builder, count, intp=word) as j:

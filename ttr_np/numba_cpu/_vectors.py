@@ -112,11 +112,16 @@ class Vectors:
         first = self.builder.insert_element(undefined, x, word(0))
         return self.shuffle(first, undefined, [0] * self.count)
 
-    def totals(self, count: int) -> list[Any]:
-        """Sums that start at zero, in registers of their own."""
+    def holding(self, n: Any) -> Any:
+        """How many vectors hold n numbers."""
+        word = ir.IntType(64)
+        return self.builder.udiv(self.builder.add(n, word(self.count - 1)), word(self.count))
+
+    def totals(self, count: int, start: float = 0.0) -> list[Any]:
+        """Sums, or products, in registers of their own."""
         totals = [cgutils.alloca_once(self.builder, self.type) for _ in range(count)]
         for total in totals:
-            self.builder.store(self.constant(0.0), total)
+            self.builder.store(self.constant(start), total)
         return totals
 
     # ---- arithmetic
