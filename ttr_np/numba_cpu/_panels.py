@@ -359,8 +359,10 @@ def answer_tile_of(rows: int, o: Any) -> Any:
         sums = Tile(builder, like, rows)
         sums.add_products(q, q_step, q_column, S, S_step, m, depth, args[-3:])
         sums.scale_rows(since, m)
-        sums.add_products(scores, scores_step, ir.IntType(64)(1), v, v_step, m, n)
         sums.give(o, o_step, m, scale)
+        own = Tile(builder, like, rows)  # sums of their own: added to those of the past, terms would lose digits
+        own.add_products(scores, scores_step, ir.IntType(64)(1), v, v_step, m, n)
+        own.give_onto(o, o_step, m, scale, ir.Constant(own.number, 1.0))
         return context.get_dummy_value()
 
     kinds = [o, index, o, index, index, o, index, index, o, o, index, o, index, index, index, like]
@@ -451,7 +453,7 @@ def part(soon, tile, tiles):
 
 @inner
 def answers(o, q, S, since, scores, v, n, columns, k, scale, soon):
-    """o_i = scale (since_i q_i S + sum_{j <= i} scores_ij v_j), for n rows of some columns: every sum in one go.
+    """o_i = scale since_i q_i S + scale sum_{j <= i} scores_ij v_j, for n rows of some columns.
 
     Parameters
     ----------
