@@ -107,20 +107,22 @@ def weights_side(typingctx, U, D, k, grow, shrink, variance, blocks):
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         U, D, k, grow, shrink, variance, blocks = args
         vectors, word = Vectors(builder, signature.args[0].dtype), ir.IntType(64)
-        before = cgutils.alloca_once_value(builder, vectors.constant(1.0))
+        total, share = vectors.totals(2, 1.0)  # a, and one over it
         with cgutils.for_range(builder, blocks, intp=word) as loop:
             f = products_side(vectors, U, k, loop.index)
             at = [in_fours(builder, loop.index, i) for i in range(CHAINS)]
             old = [vectors.load(D, i) for i in at]
             g = [vectors.multiply(x, y) for x, y in zip(old, f, strict=True)]
             terms = [vectors.multiply(x, y) for x, y in zip(f, g, strict=True)]
-            a = variances_side(vectors, terms, builder.load(before))
+            a = variances_side(vectors, terms, builder.load(total))
+            over = [builder.load(share), *(builder.fdiv(vectors.constant(1.0), x) for x in a[1:])]
             for i in range(CHAINS):
                 vectors.store(g[i], grow, at[i])
-                vectors.store(builder.fdiv(builder.fneg(f[i]), a[i]), shrink, at[i])
-                vectors.store(vectors.multiply(old[i], builder.fdiv(a[i], a[i + 1])), D, at[i])
-            builder.store(a[CHAINS], before)
-        vectors.store(builder.load(before), variance, word(0))
+                vectors.store(vectors.multiply(builder.fneg(f[i]), over[i]), shrink, at[i])
+                vectors.store(vectors.multiply(old[i], vectors.multiply(a[i], over[i + 1])), D, at[i])
+            builder.store(a[CHAINS], total)
+            builder.store(over[CHAINS], share)
+        vectors.store(builder.load(total), variance, word(0))
         return context.get_dummy_value()
 
     return types.void(U, D, k, grow, shrink, variance, types.intp), codegen
@@ -176,17 +178,19 @@ def learn_factors_alone(vectors: Vectors, U: Any, D: Any, k: Any, sums: Held) ->
 
     A block of columns is turned as soon as its weights are known: those of the next do not wait for it.
     """
-    builder, total = vectors.builder, cgutils.alloca_once(vectors.builder, vectors.type)
-    builder.store(vectors.constant(1.0), total)
+    builder, (total, share) = vectors.builder, vectors.totals(2, 1.0)  # a, and one over it
     sums.each(lambda i: sums.put(vectors.constant(0.0), i))
 
     def learn(block: Any) -> None:
         f, old = products_alone(vectors, U, k, block), vectors.load(D, block)
         g = vectors.multiply(old, f)
         before, after, last = variances_alone(vectors, vectors.multiply(f, g), builder.load(total))
-        vectors.store(vectors.multiply(old, builder.fdiv(before, after)), D, block)
+        over_after = builder.fdiv(vectors.constant(1.0), after)
+        over_before = vectors.shuffle(over_after, builder.load(share), [4, 0, 1, 2])
+        vectors.store(vectors.multiply(old, vectors.multiply(before, over_after)), D, block)
         builder.store(last, total)
-        turn_alone(vectors, U, sums, block, (g, builder.fdiv(builder.fneg(f), before)))
+        builder.store(vectors.shuffle(over_after, over_after, [3, 3, 3, 3]), share)
+        turn_alone(vectors, U, sums, block, (g, vectors.multiply(builder.fneg(f), over_before)))
 
     sums.each(learn)
     return builder.load(total)
