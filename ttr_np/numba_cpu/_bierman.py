@@ -21,11 +21,12 @@ from numba.extending import intrinsic
 
 from ._compile import inner
 from ._lanes import CHAINS, in_fours, padded, spread_sum
-from ._vectors import Held, Vectors, repeat
+from ._vectors import WIDE, Held, Vectors, repeat
 
 __all__ = ["Pairs", "learn_factors", "learn_pairs", "numbers_of", "place_of"]
 
 WRITTEN_OUT = (1, 2, 4)  # blocks of keys whose sums stay in registers
+COLUMNS = CHAINS if WIDE else CHAINS // 2  # of a block whose sums, CHAINS each, stay in registers
 
 
 def numbers_of(d: int) -> int:
@@ -51,17 +52,22 @@ def tile_at(builder: Any, i: Any, j: Any) -> Any:
 
 def products_side(vectors: Vectors, U: Any, k: Any, block: Any) -> list[Any]:
     """f of the columns of one block, a vector of sequences for each."""
+    return [f for first in range(0, CHAINS, COLUMNS) for f in columns_side(vectors, U, k, block, first)]
+
+
+def columns_side(vectors: Vectors, U: Any, k: Any, block: Any, first: int) -> list[Any]:
+    """f of COLUMNS columns of one block, from the first of them on."""
     builder, word = vectors.builder, ir.IntType(64)
-    totals = vectors.totals(CHAINS * CHAINS)
-    first = tile_at(builder, word(0), block)
+    totals = vectors.totals(COLUMNS * CHAINS)
+    start = builder.add(tile_at(builder, word(0), block), word(first * CHAINS))
     with cgutils.for_range(builder, builder.add(block, word(1)), intp=word) as loop:
         keys = [vectors.load(k, in_fours(builder, loop.index, r)) for r in range(CHAINS)]
-        tile = builder.add(first, builder.mul(loop.index, word(CHAINS * CHAINS)))
+        tile = builder.add(start, builder.mul(loop.index, word(CHAINS * CHAINS)))
         for i, total in enumerate(totals):
             u = vectors.load(U, builder.add(tile, word(i)))
             vectors.accumulate(total, u, keys[i % CHAINS])
     sums = [builder.load(total) for total in totals]
-    while len(sums) > CHAINS:
+    while len(sums) > COLUMNS:
         sums = [vectors.add(one, other) for one, other in zip(sums[::2], sums[1::2], strict=True)]
     return sums
 

@@ -20,7 +20,7 @@ from numba.extending import intrinsic
 
 from ._compile import apart, inner
 from ._panels import gather, matrix, move, row
-from ._vectors import BYTES, Vectors, ask_line, per_vector
+from ._vectors import BYTES, Vectors, ask_line, per_line, per_vector
 
 __all__ = [
     "CHAINS",
@@ -32,12 +32,14 @@ __all__ = [
     "collect",
     "collect_numbers",
     "dot_lanes",
+    "foretell_side",
     "forget_lanes",
     "give_answers",
     "give_state",
     "group_of",
     "in_fours",
     "jobs_of",
+    "learn_side",
     "padded",
     "recall_lanes",
     "scale_lanes",
@@ -136,6 +138,35 @@ def dot_side(typingctx: Any, into: Any, x: Any, y: Any, n: Any) -> Any:
 
 
 @intrinsic
+def foretell_side(typingctx: Any, error: Any, x: Any, y: Any, n: Any) -> Any:
+    """error = error - x . y in every lane, for n vectors each, n a multiple of CHAINS."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        error, x, y, n = args
+        vectors = Vectors(builder, signature.args[0].dtype)
+        vectors.store(builder.fsub(vectors.load(error, 0), sum_of(vectors, x, y, n)), error, 0)
+        return context.get_dummy_value()
+
+    return types.void(error, error, error, types.intp), codegen
+
+
+@intrinsic
+def learn_side(typingctx: Any, y: Any, error: Any, variance: Any, x: Any, n: Any) -> Any:
+    """y = y + error / variance x in every lane, for n vectors."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        y, error, variance, x, n = args
+        vectors = Vectors(builder, signature.args[0].dtype)
+        factor = builder.fdiv(vectors.load(error, 0), vectors.load(variance, 0))
+        with cgutils.for_range(builder, n, intp=ir.IntType(64)) as loop:
+            total = vectors.multiply_add(factor, vectors.load(x, loop.index), vectors.load(y, loop.index))
+            vectors.store(total, y, loop.index)
+        return context.get_dummy_value()
+
+    return types.void(y, y, y, y, types.intp), codegen
+
+
+@intrinsic
 def dot_alone(typingctx: Any, x: Any, y: Any, n: Any) -> Any:
     """x . y for one sequence: the sums of ``dot_side``."""
 
@@ -212,7 +243,7 @@ def ask_ahead(places, steps, which, here, i, n, like):
     apart()
     for lane in range(here.count):
         start = row(matrix(places[which, here.first + lane, 0], steps[which, 0], steps[which, 1], like), i)
-        for p in range(0, n, per_vector(like)):
+        for p in range(0, n, per_line(like)):
             ask_for(move(start, p * steps[which, 1]))
 
 

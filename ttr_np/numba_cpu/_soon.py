@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
 from ._compile import apart, inner
 from ._panels import move, pointer, row
-from ._vectors import BYTES, CACHE_LINE, per_vector
+from ._vectors import per_line
 
 __all__ = ["Soon", "note", "notebook", "notes_shape", "soon"]
 
@@ -62,5 +61,5 @@ def note(rows, count, x, start, low, n):
 @inner
 def soon(rows, count, columns, like):
     """What is asked for of a list of rows of some numbers."""
-    line = per_vector(like) * np.intp(CACHE_LINE // BYTES)
+    line = per_line(like)
     return Soon(rows, max(count, 1), (columns + line - 1) // line)

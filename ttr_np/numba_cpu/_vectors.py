@@ -15,7 +15,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-__all__ = ["BYTES", "CACHE_LINE", "WIDE", "Held", "Vectors", "ask_line", "per_vector", "plus", "repeat", "row_of"]
+__all__ = [
+    "BYTES", "CACHE_LINE", "WIDE", "Held", "Vectors", "ask_line", "per_line", "per_vector", "plus", "repeat", "row_of",
+]  # fmt: skip
 
 WIDE = binding.get_host_cpu_features().get("avx512f", False)
 BYTES = 64 if WIDE else 32  # of a register
@@ -27,6 +29,14 @@ def per_vector(typingctx: Any, like: Any) -> Any:
     """Numbers in a register."""
     return types.intp(like), lambda context, builder, signature, args: context.get_constant(
         types.intp, BYTES * 8 // like.bitwidth
+    )
+
+
+@intrinsic
+def per_line(typingctx: Any, like: Any) -> Any:
+    """Numbers in a cache line."""
+    return types.intp(like), lambda context, builder, signature, args: context.get_constant(
+        types.intp, CACHE_LINE * 8 // like.bitwidth
     )
 
 

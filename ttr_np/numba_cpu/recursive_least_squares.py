@@ -30,15 +30,16 @@ from ._lanes import (
     CHAINS,
     NARROW,
     TOKENS,
-    add_lanes,
     ask_ahead,
     collect,
     collect_numbers,
     dot_lanes,
+    foretell_side,
     give_answers,
     give_state,
     group_of,
     jobs_of,
+    learn_side,
     padded,
     recall_lanes,
     scale_lanes,
@@ -220,9 +221,8 @@ class Lines(NamedTuple):
     told: Any
 
 
-# Vectors of Lines.numbers: bound of the mean eigenvalue of P, trace of P^-1, variance of an innovation, what is
-# told to a key.
-SIZE, INFORMATION, VARIANCE, TOLD = range(4)
+# Vectors of Lines.numbers: bound of the mean eigenvalue of P, trace of P^-1, variance of an innovation.
+SIZE, INFORMATION, VARIANCE = range(3)
 
 
 @inner
@@ -385,15 +385,16 @@ def learn_tokens(lines, places, steps, here, since, rows, sizes, room, limit):
     (_, d, w, tokens), lanes, groups = sizes, here.lanes, places.shape[2]
     gated = places[GATE, 0, 0] != 0
     calm = not gated and small_enough(lines, rows, lanes, limit)
-    if calm and lanes == 1:
+    if calm:
         inform(lines, 0, rows, lanes)
+    if calm and lanes == 1:
         learn_pairs(pairs_of(lines, 0, d, w), rows, tokens, groups, w, d)
         return
     for i in range(rows):
         if gated:
             decay_lanes(lines, i, d, lanes)
-        inform(lines, i, 1, lanes)
         if not calm:
+            inform(lines, i, 1, lanes)
             cap_lanes(lines, i, room, d, lanes, limit)
         if lanes == 1:
             learn_pairs(pairs_of(lines, i, d, w), 1, tokens, groups, w, d)
@@ -405,11 +406,10 @@ def learn_tokens(lines, places, steps, here, since, rows, sizes, room, limit):
 @inner
 def inform(lines, first, rows, lanes):
     """Add some energies to the traces of P^-1, one after the other whatever the lanes."""
-    for lane in range(lanes):
-        total = lines.numbers[INFORMATION * lanes + lane]
-        for i in range(first, first + rows):
-            total = plus(total, lines.energy[i * lanes + lane])
-        lines.numbers[INFORMATION * lanes + lane] = total
+    totals = move(lines.numbers, INFORMATION * lanes)
+    for i in range(first, first + rows):
+        for lane in range(lanes):
+            totals[lane] = plus(totals[lane], lines.energy[i * lanes + lane])
 
 
 @inner
@@ -495,27 +495,14 @@ def learn_lanes(lines, i, sizes, groups, lanes):
     (_, d, w, tokens) = sizes
     deep, variance = padded(d), move(lines.numbers, VARIANCE * lanes)
     k, v = move(lines.k, i * deep * lanes), move(lines.v, i * w * lanes)
-    foretell(lines, k, v, deep, w, lanes)  # first, so that it need not wait for the factors
+    for j in range(w):  # first, so that it need not wait for the factors
+        foretell_side(move(v, j * lanes), k, move(lines.S, j * deep * lanes), deep)
     learn_factors(lines.U, lines.D, k, lines.gain, lines.grow, lines.shrink, variance, d)
     for j in range(w):
-        error = move(v, j * lanes)
-        for lane in range(lanes):
-            error[lane] /= variance[lane]
-        add_lanes(move(lines.S, j * deep * lanes), error, lines.gain, deep)
+        learn_side(move(lines.S, j * deep * lanes), move(v, j * lanes), variance, lines.gain, deep)
     for group in range(groups):
         at = group * tokens + i
         recall_lanes(move(lines.told, at * w * lanes), lines.S, move(lines.q, at * deep * lanes), deep, w, lanes)
-
-
-@inner
-def foretell(lines, k, v, deep, w, lanes):
-    """Values less what the memories say to their keys."""
-    told = move(lines.numbers, TOLD * lanes)
-    for j in range(w):
-        error = move(v, j * lanes)
-        dot_lanes(told, k, move(lines.S, j * deep * lanes), deep, lanes)
-        for lane in range(lanes):
-            error[lane] -= told[lane]
 
 
 @inner
