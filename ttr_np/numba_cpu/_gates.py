@@ -108,10 +108,10 @@ def step_decays(gates, low, n, pairs, since, like):
         since[i + 1] = total
         added(row(pairs, i), row(pairs, i - 1), gate, i)
         row(pairs, i)[i] = real(like, 0)
-    whole = (n + lanes(like)) // lanes(like) * lanes(like)  # of n + 1 numbers; what stands behind them is never read
+    size = lanes(like)  # of whole vectors; what stands behind the last number is never read
     for i in range(n):
-        exponentials(row(pairs, i), min(whole, pairs.step))
-    exponentials(since, whole)
+        exponentials(row(pairs, i), (i + size) // size * size)
+    exponentials(since, (n + size) // size * size)
 
 
 @inner
