@@ -37,7 +37,7 @@ __all__ = [
 # of FEW rows end a product where whole ones would be half empty: 64 rows are 4 x 12 + 2 x 8.
 PARTS = 2  # vectors of a row
 ROWS, FEW, LINE = *((12, 8) if WIDE else (6, 4)), PARTS * BYTES
-ASKED, EVERY = (2, 1) if WIDE else (1, 2)  # lines that a tile asks for in so many steps, those of twelve cycles each
+ASKED, EVERY = (2, 1) if WIDE else (1, 2)  # lines that a tile asks for in so many steps: one every dozen cycles
 
 full, lower, triangle, upper = 0, 1, 2, 4  # see multiply; upper | triangle is both
 

@@ -1,8 +1,8 @@
 """Rows that come next, asked for from memory while something else is computed.
 
 A kernel that reads a chunk and then computes with it waits for memory first and leaves it idle afterwards. So products
-ask for a few cache lines at every step: two of them arrive while a tile is multiplied and added once. Nothing that is
-asked for changes a number, and addresses that are nobody's do no harm: the rows behind the last are asked for, too.
+ask for a cache line every dozen cycles, in which one arrives. Nothing that is asked for changes a number, and addresses
+that are nobody's do no harm: the rows behind the last are asked for, too.
 """
 
 from __future__ import annotations
