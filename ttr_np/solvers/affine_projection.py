@@ -29,12 +29,17 @@ __all__ = ["affine_projection", "recurrent"]
 
 def affine_projection(q: Any, k: Any, v: Any, beta: Any, *, order: int = 2, ridge: float = 0.0, **common: Any) -> Any:
     """Affine projection; see ``ttr_np.affine_projection``."""
+    check_options(order, ridge)
+    arrays = {"q": q, "k": k, "v": v, "beta": beta}
+    return run(recurrent, "affine_projection", arrays, {"ridge": float(ridge)}, start=partial(start, order), **common)
+
+
+def check_options(order: int, ridge: float) -> None:
+    """At least one pair is fitted, and no ridge is negative."""
     if index(order) < 1:
         raise ValueError(f"order must be at least 1, got {order}")
     if np.ndim(ridge) or not 0 <= ridge < np.inf:
         raise ValueError(f"ridge must be a finite number >= 0, got {ridge}")
-    arrays = {"q": q, "k": k, "v": v, "beta": beta}
-    return run(recurrent, "affine_projection", arrays, {"ridge": float(ridge)}, start=partial(start, order), **common)
 
 
 def start(order: int, operator: str, lead: tuple[int, ...], sizes: dict[str, int], dtype: Any) -> AffineProjectionState:
