@@ -583,7 +583,7 @@ def test_layers_as_json_says_where_each_runs_and_whether_its_memories_merge(caps
     assert main(["layers", "--json"]) == 0
     entries = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
     assert entries["kda"]["backends"] == ["numpy", "numba", "numba-cuda", "cupy"]
-    assert entries["affine_projection"]["backends"] == ["numpy"] and entries["hla"]["backends"] == []
+    assert entries["affine_projection"]["backends"] == ["numpy", "numba"] and entries["hla"]["backends"] == []
     assert entries["kda"]["why_not_merged"] == "" and "pairs" in entries["qknorm"]["why_not_merged"]
 
 

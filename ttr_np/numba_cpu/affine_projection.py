@@ -21,8 +21,7 @@ from ..solvers._chunks import output_like
 from ..solvers.affine_projection import check_options, start
 from ._cache import compiled
 from ._compile import apart, inner
-from ._panels import add_scaled, below, copy, dot, fill, finite, gather, load, load_transposed, matrix, panel, real, row
-from ._panels import store as store_rows
+from ._panels import add_scaled, below, count_bad_of, fill, gather, load, matrix, most, move, panel, real, row, store
 from ._sequences import lay_out
 from ._threads import share
 
@@ -132,7 +131,7 @@ def is_seen(places, steps, memory, i, like):
 def take(room, places, memory, d, w, p, like):
     """A memory and the pairs it still needs into scratch."""
     apart()
-    load_transposed(room.S, matrix(places[STATE, memory, 0], w, 1, like), 0, d, w)
+    turn(room.S, matrix(places[STATE, memory, 0], w, 1, like), d, w)
     load(room.keys, matrix(places[PAST_KEYS, memory, 0], d, 1, like), 0, p - 1, 0, d)
     load(room.values, matrix(places[PAST_VALUES, memory, 0], w, 1, like), 0, p - 1, 0, w)
     for i in range(p - 1):
@@ -140,12 +139,21 @@ def take(room, places, memory, d, w, p, like):
 
 
 @inner
+def turn(into, x, rows, columns):
+    """The rows of x as columns."""
+    apart()
+    for i in range(rows):
+        for j in range(columns):
+            row(into, j)[i] = row(x, i)[j]
+
+
+@inner
 def give(room, places, memory, first, d, w, p, like):
     """What ``take`` took, as it is now."""
     apart()
-    load_transposed(matrix(places[STATE, memory, 0], w, 1, like), room.S, 0, w, d)
-    store_rows(matrix(places[PAST_KEYS, memory, 0], d, 1, like), 0, p - 1, 0, d, below(room.keys, first))
-    store_rows(matrix(places[PAST_VALUES, memory, 0], w, 1, like), 0, p - 1, 0, w, below(room.values, first))
+    turn(matrix(places[STATE, memory, 0], w, 1, like), room.S, w, d)
+    store(matrix(places[PAST_KEYS, memory, 0], d, 1, like), 0, p - 1, 0, d, below(room.keys, first))
+    store(matrix(places[PAST_VALUES, memory, 0], w, 1, like), 0, p - 1, 0, w, below(room.values, first))
 
 
 @inner
@@ -161,10 +169,8 @@ def move_to_front(room, first, d, w, p):
 def append(room, places, steps, memory, i, to, d, w, p, like):
     """The pair of one token, and its products with those before it."""
     apart()
-    key, value = (
-        matrix(places[KEY, memory, 0], steps[KEY, 0], steps[KEY, 1], like),
-        matrix(places[VALUE, memory, 0], steps[VALUE, 0], steps[VALUE, 1], like),
-    )
+    key = matrix(places[KEY, memory, 0], steps[KEY, 0], steps[KEY, 1], like)
+    value = matrix(places[VALUE, memory, 0], steps[VALUE, 0], steps[VALUE, 1], like)
     gather(row(room.keys, to), row(key, i), key.column, d)
     gather(row(room.values, to), row(value, i), value.column, w)
     meet(room, to, p, d, like)
@@ -173,8 +179,18 @@ def append(room, places, steps, memory, i, to, d, w, p, like):
 @inner
 def meet(room, i, count, d, like):
     """The products of a key with itself and so many less one before it."""
-    for j in range(count):
-        row(room.band, i)[j] = dot(row(room.keys, i), row(room.keys, i - j), d, like)
+    dots(row(room.band, i), row(room.keys, i), -room.keys.step, row(room.keys, i), count, d, like)
+
+
+@inner
+def dots(into, x, step, y, n, d, like):
+    """The products of y with n rows, so many numbers apart."""
+    apart()
+    for i in range(n):
+        x_i, total = move(x, i * step), real(like, 0)
+        for m in range(d):
+            total += x_i[m] * y[m]
+        into[i] = total
 
 
 @inner
@@ -184,16 +200,23 @@ def weigh(room, first, p, ridge, eps):
     if factorise(room, first, p, ridge, eps):
         fill(room.weights, real(ridge, 1), p)
     else:
-        for i in range(p):
-            for j in range(i + 1):
-                number = row(room.band, first + i)[i - j]
-                row(room.gram, i)[j] = number
-                row(room.gram, j)[i] = number
-        if finite(room.gram, p, p, ridge):
+        if spread(room.gram, room.band, first, p, ridge):
             diagonalise(room.gram, room.F, p, eps)
             invert(room.gram, room.weights, p, ridge, eps)
         else:
             fill(room.weights, real(ridge, np.nan), p)
+
+
+@inner
+def spread(gram, band, first, p, like):
+    """K K^T in full, and whether all of it is finite."""
+    bad = np.int32(0)
+    for i in range(p):
+        met = row(band, first + i)
+        bad += count_bad_of(met, i + 1, most(like))
+        for j in range(i + 1):
+            row(gram, i)[j] = row(gram, j)[i] = met[i - j]
+    return bad == 0
 
 
 @inner
@@ -253,10 +276,10 @@ def diagonalise(A, F, p, eps):
 @inner
 def largest(A, p, like):
     """The largest number of a diagonal."""
-    most = row(A, 0)[0]
+    found = row(A, 0)[0]
     for i in range(1, p):
-        most = max(most, row(A, i)[i])
-    return most
+        found = max(found, row(A, i)[i])
+    return found
 
 
 @inner
@@ -299,8 +322,9 @@ def learn(room, first, beta, j, d, p, like):
     """One column of the memory after a step to the fit of its pairs."""
     apart()
     S, error, turned, change = row(room.S, j), room.error, room.turned, room.change
+    dots(error, row(room.keys, first), room.keys.step, S, p, d, like)
     for i in range(p):
-        error[i] = row(room.values, first + i)[j] - dot(row(room.keys, first + i), S, d, like)
+        error[i] = row(room.values, first + i)[j] - error[i]
         change[i] = real(like, 0)
     for i in range(p):
         turned[i] = room.weights[i] * product(row(room.F, i), error, p, like)
@@ -319,7 +343,4 @@ def answer(room, places, steps, memory, group, i, d, w, like):
     if q.column != 1:
         gather(room.query, query, q.column, d)
         query = room.query
-    for j in range(w):
-        o[j] = dot(row(room.S, j), query, d, like)
-
-
+    dots(o, row(room.S, 0), room.S.step, query, w, d, like)
