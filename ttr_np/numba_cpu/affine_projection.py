@@ -21,7 +21,7 @@ from ..solvers._chunks import output_like
 from ..solvers.affine_projection import check_options, start
 from ._cache import compiled
 from ._compile import apart, inner
-from ._panels import add_scaled, below, count_bad_of, fill, gather, load, matrix, most, move, panel, real, row, store
+from ._panels import below, count_bad_of, fill, gather, load, matrix, most, move, panel, real, row, store
 from ._sequences import lay_out
 from ._threads import share
 
@@ -60,7 +60,7 @@ def core(
     )  # fmt: skip
     memories, groups = layout.places.shape[1:]
     rows = TOKENS + p - 1
-    room = [(w, d), (rows, d), (rows, w), (rows, p), (p, p), (p, p), (5, max(p, d))]
+    room = [(w, d), (rows, d), (rows, w), (rows, p), (p, p), (p, p), (6, max(p, d))]
     cost = memories * t * ((2 * p + groups) * d * w + p * d + p**3)
     number = S.dtype.type
     share(
@@ -83,6 +83,7 @@ class Room(NamedTuple):
     turned: Any
     change: Any
     query: Any
+    sum: Any  # of rows
 
 
 @inner
@@ -92,7 +93,7 @@ def room_of(table, like):
     return Room(
         panel(table, 0, like), panel(table, 1, like), panel(table, 2, like), panel(table, 3, like),
         panel(table, 4, like), panel(table, 5, like), row(lines, 0), row(lines, 1), row(lines, 2), row(lines, 3),
-        row(lines, 4),
+        row(lines, 4), row(lines, 5),
     )  # fmt: skip
 
 
@@ -331,7 +332,22 @@ def learn(room, first, beta, j, d, p, like):
         for m in range(p):
             change[m] += row(room.F, i)[m] * turned[i]
     for i in range(p):
-        add_scaled(S, beta * change[i], row(room.keys, first + i), d)
+        change[i] *= beta
+    add_rows(S, change, row(room.keys, first), room.keys.step, room.sum, p, d)
+
+
+@inner
+def add_rows(y, factors, x, step, total, n, d):
+    """y = y + the sum of n rows, which may cancel each other, each times its factor."""
+    apart()
+    for m in range(d):
+        total[m] = factors[0] * x[m]
+    for i in range(1, n):
+        x_i, factor = move(x, i * step), factors[i]
+        for m in range(d):
+            total[m] += factor * x_i[m]
+    for m in range(d):
+        y[m] += total[m]
 
 
 @inner
