@@ -135,6 +135,16 @@ def test_a_bad_number_reaches_what_it_must_and_no_more(name, ridge, bad):
     assert not np.isfinite(o[1, 41]).all()
 
 
+@every_ridge
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_key_whose_square_is_infinite_spoils_its_own_memory(ridge):
+    x, clean = inputs(), kernel(**inputs(), order=3, ridge=ridge)
+    x["k"][1, 0] = 1e200  # nothing is known yet: its error is finite
+    o, state = kernel(**x, order=3, ridge=ridge)
+    same((o, state), solver(**x, order=3, ridge=ridge))
+    assert np.isnan(o[1]).all() and np.array_equal(o[::2], clean[0][::2])
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_masked_bad_number_is_none():
     x, mask = inputs(), np.random.default_rng(1).uniform(size=70) < 0.6
