@@ -12,7 +12,7 @@ measurement it would be lost in s. See ``ttr_np.solvers.kalman_filter`` for the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -193,17 +193,19 @@ def measure(here, places, steps, memory, i, d, w, like):
     recall(told, here.S.data, here.S.step, key, d, w)
     for j in range(w):
         error[j] -= told[j]
-    learn(here.S.data, here.S.step, gain, error, d, w)
     subtract(here.P.data, here.P.step, read, gain, rest, d)
 
 
 @inner
 def answer(here, places, steps, memory, group, i, d, w, like):
-    """What the memory says to a query."""
+    """What the memory says to a query, the first of which also meets what is learnt."""
     apart()
-    query, told = row(here.keys, QUERY), row(here.values, TOLD)
+    query, told, S = row(here.keys, QUERY), row(here.values, TOLD), here.S
     take(query, places, steps, Q, memory, group, i, d, like)
-    recall(told, here.S.data, here.S.step, query, d, w)
+    if group:
+        recall(told, S.data, S.step, query, d, w)
+    else:
+        learn(told, S.data, S.step, row(here.keys, GAIN), row(here.values, ERROR), query, d, w)
     copy(row(matrix(places[O, memory, group], w, 1, like), i), told, w)
 
 
@@ -296,49 +298,56 @@ def subtract(typingctx: Any, P: Any, step: Any, read: Any, gain: Any, rest: Any,
 
 @intrinsic
 def recall(typingctx: Any, o: Any, S: Any, step: Any, x: Any, n: Any, columns: Any) -> Any:
-    """o = S^T x, whole tiles of columns, CHAINS rows at a time."""
+    """o = S^T x, whole tiles of columns."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         o, S, step, x, n, columns = args
-        vectors, word = Vectors(builder, signature.args[0].dtype), ir.IntType(64)
-        totals = [vectors.totals(PARTS) for _ in range(CHAINS)]
+        vectors = Vectors(builder, signature.args[0].dtype)
         with tiles(vectors, columns) as start:
-            for total in sum(totals, []):
-                builder.store(vectors.constant(0.0), total)
-            with cgutils.for_range(builder, fours(builder, n), intp=word) as block:
-                for i, sums in enumerate(totals):
-                    at = in_fours(builder, block.index, i)
-                    line = builder.gep(S, [builder.add(builder.mul(at, step), start)])
-                    factor = vectors.everywhere(builder.load(builder.gep(x, [at])))
-                    for j, total in enumerate(sums):
-                        vectors.accumulate(total, factor, vectors.load(line, j))
-            for j in range(PARTS):
-                one, two, three, four = (builder.load(sums[j]) for sums in totals)
-                vectors.store(vectors.add(vectors.add(one, two), vectors.add(three, four)), builder.gep(o, [start]), j)
+            o, S = builder.gep(o, [start]), builder.gep(S, [start])
+            sum_rows(vectors, o, S, step, x, n, lambda line, at, j: vectors.load(line, j))
         return context.get_dummy_value()
 
     return types.void(o, o, types.intp, o, types.intp, types.intp), codegen
 
 
+def sum_rows(vectors: Vectors, o: Any, S: Any, step: Any, x: Any, n: Any, load: Callable[[Any, Any, int], Any]) -> None:
+    """One tile of o = S^T x, CHAINS rows at a time; what is loaded of row ``at`` says a function."""
+    builder, totals = vectors.builder, [vectors.totals(PARTS) for _ in range(CHAINS)]
+    for total in sum(totals, []):
+        builder.store(vectors.constant(0.0), total)
+    with cgutils.for_range(builder, fours(builder, n), intp=ir.IntType(64)) as block:
+        for i, sums in enumerate(totals):
+            at = in_fours(builder, block.index, i)
+            line = builder.gep(S, [builder.mul(at, step)])
+            factor = vectors.everywhere(builder.load(builder.gep(x, [at])))
+            for j, total in enumerate(sums):
+                vectors.accumulate(total, factor, load(line, at, j))
+    for j in range(PARTS):
+        one, two, three, four = (builder.load(sums[j]) for sums in totals)
+        vectors.store(vectors.add(vectors.add(one, two), vectors.add(three, four)), o, j)
+
+
 @intrinsic
-def learn(typingctx: Any, S: Any, step: Any, gain: Any, error: Any, n: Any, columns: Any) -> Any:
-    """S = S + c error^T, whole tiles of columns, CHAINS rows at a time."""
+def learn(typingctx: Any, o: Any, S: Any, step: Any, gain: Any, error: Any, x: Any, n: Any, columns: Any) -> Any:
+    """S = S + c error^T and then o = S^T x, in the sums of ``recall``."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        S, step, gain, error, n, columns = args
-        vectors, word = Vectors(builder, signature.args[0].dtype), ir.IntType(64)
+        o, S, step, gain, error, x, n, columns = args
+        vectors = Vectors(builder, signature.args[0].dtype)
         with tiles(vectors, columns) as start:
             errors = [vectors.load(builder.gep(error, [start]), j) for j in range(PARTS)]
-            with cgutils.for_range(builder, fours(builder, n), intp=word) as block:
-                for i in range(CHAINS):
-                    at = in_fours(builder, block.index, i)
-                    line = builder.gep(S, [builder.add(builder.mul(at, step), start)])
-                    factor = vectors.everywhere(builder.load(builder.gep(gain, [at])))
-                    for j, numbers in enumerate(errors):
-                        vectors.store(vectors.multiply_add(factor, numbers, vectors.load(line, j)), line, j)
+
+            def change(line: Any, at: Any, j: int) -> Any:
+                factor = vectors.everywhere(builder.load(builder.gep(gain, [at])))
+                new = vectors.multiply_add(factor, errors[j], vectors.load(line, j))
+                vectors.store(new, line, j)
+                return new
+
+            sum_rows(vectors, builder.gep(o, [start]), builder.gep(S, [start]), step, x, n, change)
         return context.get_dummy_value()
 
-    return types.void(S, types.intp, S, S, types.intp, types.intp), codegen
+    return types.void(o, o, types.intp, o, o, o, types.intp, types.intp), codegen
 
 
 @contextmanager
