@@ -1,4 +1,4 @@
-"""The compiled least-squares memories: recursive least squares, Kalman filter, mesa and kernel ridge, to their solvers."""
+"""The compiled least-squares memories against their solvers."""
 
 import warnings
 from functools import partial

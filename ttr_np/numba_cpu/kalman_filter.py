@@ -131,7 +131,7 @@ def kernel(table, places, steps, sizes, like, begin, stop):
 
 @inner
 def load_halves(into, P, d, like):
-    """The lower triangle of a matrix and its transpose's mean."""
+    """The lower triangle of the mean of a matrix and its transpose, zeros everywhere else."""
     apart()
     size = per_vector(like)
     for i in range((d + size - 1) // size * size):
@@ -159,7 +159,7 @@ def number(places, steps, array, memory, i, like):
 
 @inner
 def take(line, places, steps, array, memory, group, i, n, like):
-    """Row of a step into a line, with zeros to its end for ``n`` rounded up to whole vectors."""
+    """Row of a step into a line; the zeros behind its n numbers stay."""
     x = matrix(places[array, memory, group], steps[array, 0], steps[array, 1], like)
     gather(line, row(x, i), x.column, n)
 
