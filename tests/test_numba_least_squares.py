@@ -1,4 +1,4 @@
-"""The compiled least-squares memories: recursive least squares, mesa and kernel ridge against their solvers."""
+"""The compiled least-squares memories against their solvers."""
 
 import warnings
 from functools import partial
@@ -25,6 +25,8 @@ CASES = {
     "mesa cg decaying": ("mesa", ("log_decay",), {"solver": "cg"}),
     "mesa cg steps": ("mesa", ("log_decay", "beta"), {"solver": "cg", "iterations": 4, "tolerance": 0.0}),
     "mesa chebyshev": ("mesa", ("log_decay", "beta"), {"solver": "chebyshev"}),
+    "kalman": ("kalman_filter", (), {}),
+    "kalman drifting": ("kalman_filter", ("process_noise", "measurement_noise", "log_transition"), {"ridge": 0.3}),
     "gaussian": ("kernel_ridge", (), {"bandwidth": 0.7}),
     "linear": ("kernel_ridge", (), {"kernel": "linear", "ridge": 0.1}),
     "polynomial": ("kernel_ridge", (), {"kernel": "polynomial"}),
@@ -59,6 +61,8 @@ def solver(case, arrays, form="recurrent", **options):
     """The NumPy solver in one of its forms."""
     operator, _, own = CASES[case]
     module = import_module(f"ttr_np.solvers.{operator}")
+    if not hasattr(module, "chunked"):  # token by token in any case
+        return getattr(module, operator)(**arrays, **own | options)
     form, module.chunked = module.chunked, getattr(module, form)
     try:
         return getattr(module, operator)(**arrays, **own | options)
@@ -208,11 +212,94 @@ def test_recursive_least_squares_refuses_what_the_solver_refuses():
         kernel("rls", {**x, "log_decay": np.full(5, -np.inf)})
 
 
-def test_nothing_memorised_leaves_the_state_bit_for_bit():
-    x = inputs("rls", t=40, k=20)
-    _, state = kernel("rls", x, output_final_state=True)
-    _, same = kernel("rls", x, initial_state=state, mask=np.zeros((2, 3, 40), bool), output_final_state=True)
+@pytest.mark.parametrize("case", ["rls", "kalman", "kalman drifting"])
+def test_nothing_memorised_leaves_the_state_bit_for_bit(case):
+    x = inputs(case, t=40, k=20)
+    _, state = kernel(case, x, output_final_state=True)
+    _, same = kernel(case, x, initial_state=state, mask=np.zeros((2, 3, 40), bool), output_final_state=True)
     assert all(np.array_equal(a, b) for a, b in zip(state, same, strict=True))
+
+
+def drifting(rng, axes, drift, noise, count=16, t=4096, size=12):
+    """Values that a filter in single precision follows for long, from random keys or from one axis at a time."""
+    k = np.eye(size)[rng.integers(0, size, (count, t))] if axes else rng.standard_normal((count, t, size))
+    v = k @ rng.standard_normal((count, size, 3)) + np.sqrt(noise) * rng.standard_normal((count, t, 3))
+    x = {"q": rng.standard_normal(k.shape), "k": k, "v": v}
+    x |= {"process_noise": np.full(t, drift), "measurement_noise": np.full(t, noise)}
+    return {name: a.astype(np.float32) for name, a in x.items()}
+
+
+@pytest.mark.parametrize(
+    ("axes", "ridge", "drift", "noise"),
+    [
+        (False, 1.0, 0.0, 1.0),
+        (False, 1.0, 1e-4, 0.1),
+        (False, 1.0, 1e-12, 1e-6),
+        (True, 1.0, 1e-12, 1e-6),
+        (True, 1e-8, 1e-12, 1.0),  # a variance beside which that of the measurement is lost in rounding
+    ],
+)
+def test_a_long_filter_is_as_good_as_the_solver_and_keeps_its_covariance(axes, ridge, drift, noise):
+    x, found = drifting(np.random.default_rng(0), axes, drift, noise), []
+    options = {"ridge": ridge, "output_final_state": True}
+    exact, state = solver("kalman", {name: a.astype(float) for name, a in x.items()}, **options)
+    least = np.linalg.eigvalsh(state.P)[:, 0]
+    for o, (S, P) in (f("kalman", x, **options) for f in (kernel, solver)):
+        pairs = ((o, exact), (S, state.S), (P, state.P))
+        found.append([np.sqrt(np.mean(np.square(a - b)) / np.mean(np.square(b))) for a, b in pairs])
+        assert np.array_equal(P, np.swapaxes(P, -1, -2))
+        assert np.all(np.linalg.eigvalsh(P.astype(float))[:, 0] > 0.9 * least)
+    assert np.all(np.array(found[0]) <= 2 * np.array(found[1]))
+
+
+def test_a_kalman_filter_refuses_the_covariances_that_the_solver_refuses():
+    x = inputs("kalman", lead=(2,), t=5, k=3)
+    several, lean = np.stack([np.diag([1.0, 0.0, 2.0]), np.diag([1.0, 1.0, -1.0])]), np.eye(3) + np.eye(3, k=1)
+    for P, words in ((several, "no negative eigenvalue; it has -1.0"), (lean, "P must be symmetric")):
+        for f in (kernel, solver):
+            with pytest.raises(ValueError, match=words):
+                f("kalman", x, initial_state=(np.zeros((3, 3)), P))
+    singular = {"initial_state": (np.ones((3, 3)), several[0]), "output_final_state": True}
+    (o, state), (exact, last) = (f("kalman", x, **singular) for f in (kernel, solver))
+    for field, expected in zip((o, *state), (exact, *last), strict=True):
+        close("kalman", field, expected)
+
+
+@pytest.mark.parametrize("name", ["process_noise", "measurement_noise"])
+def test_a_kalman_filter_refuses_what_is_no_variance(name):
+    x = inputs("kalman drifting", t=5)
+    x[name][1, 0, 2] = -1
+    for f in (kernel, solver):
+        with pytest.raises(ValueError, match=name + r" must be .*; it is -1.0 at \(1, 0, 2\)"):
+            f("kalman drifting", x)
+        f("kalman drifting", x, mask=np.arange(5) != 2)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_noise_and_a_covariance_that_are_no_numbers_stay_in_their_own_sequence(bad):
+    x = inputs("kalman drifting", t=20)
+    start, common = kernel("kalman drifting", x, output_final_state=True)[1], {"output_final_state": True}
+    clean = kernel("kalman drifting", x, initial_state=start)
+    for name in ("process_noise", "measurement_noise", "log_transition", "P"):
+        given, state = {key: a.copy() for key, a in x.items()}, type(start)(*(a.copy() for a in start))
+        (given | {"P": state.P})[name][1, 0, 2] = bad
+        with np.errstate(all="ignore"):
+            found = [f("kalman drifting", given, initial_state=state, **common) for f in (kernel, solver)]
+        for one, other in zip((found[0][0], *found[0][1]), (found[1][0], *found[1][1]), strict=True):
+            assert np.array_equal(np.isnan(one), np.isnan(other)), name
+        other = np.delete(found[0][0].reshape(6, 20, -1), 3, axis=0)
+        assert np.array_equal(other, np.delete(clean.reshape(6, 20, -1), 3, axis=0))
+
+
+@pytest.mark.parametrize("names", [(), ("process_noise",), ("measurement_noise",), ("log_transition",)], ids=str)
+def test_a_kalman_filter_without_some_of_its_arrays_and_with_one_for_many_sequences(names):
+    x, every = inputs("kalman", lead=(2, 3, 1), t=40, k=9), inputs("kalman drifting", lead=(3, 1), t=40)
+    x |= {name: every[name] for name in names} | {"q": np.random.default_rng(5).standard_normal((2, 3, 4, 40, 9))}
+    left_out = dict.fromkeys({"process_noise", "measurement_noise"} - {*names})
+    (o, state), (exact, last) = (f("kalman", x, **left_out, output_final_state=True) for f in (kernel, solver))
+    for field, expected in zip((o, *state), (exact, *last), strict=True):
+        assert field.shape == expected.shape
+        close("kalman", field, expected)
 
 
 def growing(size, factor, count=16, t=96, rate=0.0):

@@ -44,16 +44,26 @@ def kalman_filter(
 ) -> Any:
     """Kalman filter; see ``ttr_np.kalman_filter``."""
     check_ridge(ridge)
-    mask = common.get("mask")
+    noise = check_noise(process_noise, measurement_noise, common.get("mask"))
+    arrays = {"q": q, "k": k, "v": v, "log_transition": log_transition, **noise}
+    return run(recurrent, "kalman_filter", arrays, start=partial(start, ridge), **common)
+
+
+def check_noise(process_noise: Any, measurement_noise: Any, mask: Any) -> dict[str, Any]:
+    """Both as arrays by name: variances, and a measurement is never exact; a NaN passes.
+
+    Raises
+    ------
+    ValueError
+        Otherwise, naming the first number that is none.
+    """
     if process_noise is not None:
         process_noise = as_array("process_noise", process_noise)
         refuse("process_noise", ~(process_noise < 0), process_noise, mask, "must be >= 0 (a variance)")
     if measurement_noise is not None:
         measurement_noise = as_array("measurement_noise", measurement_noise)
         refuse("measurement_noise", ~(measurement_noise <= 0), measurement_noise, mask, "must be > 0 (a variance)")
-    arrays = {"q": q, "k": k, "v": v, "log_transition": log_transition}
-    arrays |= {"process_noise": process_noise, "measurement_noise": measurement_noise}
-    return run(recurrent, "kalman_filter", arrays, start=partial(start, ridge), **common)
+    return {"process_noise": process_noise, "measurement_noise": measurement_noise}
 
 
 def recurrent(
