@@ -22,7 +22,7 @@ from .._sequences import BOTH, COLUMN, ROW, Sequences
 from .._squares import few, refuse_covariance, together
 from . import _launch
 from . import _least_squares_chunks as _chunks
-from ._launch import Kernel, empty, even, launch, run
+from ._launch import Kernel, empty, even, launch, run, side_by_side
 
 __all__ = ["recursive_least_squares"]
 
@@ -68,7 +68,17 @@ def bytes_of(keys: int) -> int:
 def in_chunks(
     chosen: _chunks.Plan, sequences: Sequences, q: Any, pairs: Any, state: RecursiveLeastSquaresState
 ) -> tuple[Any, RecursiveLeastSquaresState]:
-    """One launch, or two where the sequence is cut in pieces."""
+    """The answers and the state, once it is known that P is a covariance."""
+    o, after, bad = walk(chosen, sequences, q, pairs, state)
+    refuse_covariance(bad, state.P)
+    return o, after
+
+
+@side_by_side()
+def walk(
+    chosen: _chunks.Plan, sequences: Sequences, q: Any, pairs: Any, state: RecursiveLeastSquaresState
+) -> tuple[Any, RecursiveLeastSquaresState, Any]:
+    """One launch, or two where the sequence is cut in pieces; also where P is no covariance."""
     (S, P), (tokens, rows), columns = state, q.shape[-2:], pairs["v"][0].shape[-1]
     types, sizes = {"data": q.dtype, "gate": S.dtype, "real": np.float64}, {"tokens": tokens, "columns": columns}
     sums = _chunks.sums_of(chosen, sequences, pairs, types, sizes | {"rows": rows})
@@ -87,8 +97,7 @@ def in_chunks(
     arrays |= {"S_end": (S_next, BOTH), "P_end": (P_next, BOTH), "bad_next": (bad, COLUMN), "answers": (o, BOTH)}
     written = ("S_end", "P_end", "bad_next", "answers")  # not all are written, so they go there too
     launch(CHUNKS, sequences, arrays, written, types, constants, grid, **scalars)
-    refuse_covariance(bad, P)
-    return o, RecursiveLeastSquaresState(S_next, P_next)
+    return o, RecursiveLeastSquaresState(S_next, P_next), bad
 
 
 def in_single_precision(
