@@ -88,8 +88,8 @@ def walk(
     arrays = {"q": (q, BOTH)} | pairs | {"S": (S, BOTH), "P": (P, BOTH)}
     results = {"S_next": (S_next, BOTH), "P_next": (P_next, BOTH), "o": (o, BOTH)}
     scalars = sizes | {"length": chosen.length, "pieces": chosen.pieces, "sums": sums}
-    grid, room = chosen.grid(chosen.pieces), chosen.keys * _chunks.VALUES  # of double precision, for each block
-    scalars |= {"rooms": _launch.machine.scratch(2 * room * grid.blocks * sequences.memories)}
+    grid, room = chosen.grid(chosen.pieces), chosen.keys * _chunks.VALUES  # of double precision, two for each block
+    scalars |= {"rooms": _launch.machine.scratch(4 * room * grid.blocks * sequences.memories)}
     scalars |= {"limit": limit(S.dtype), "eps": float(np.finfo(S.dtype).eps)}
     constants = {"K": rows, "ROOM": room, "BEGUN": 4 + chosen.keys * (chosen.keys + _chunks.VALUES)} | chosen.constants
     constants["GROUPED"] = int(sequences.groups > 1)
