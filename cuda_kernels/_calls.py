@@ -24,6 +24,7 @@ __all__ = [
     "grid",
     "keeping",
     "scratch",
+    "side_by_side",
     "split",
     "start",
     "there_and_back",
@@ -70,6 +71,9 @@ class Machine(Protocol):
 
     def run(self, *launch: Any) -> None:
         """Make a launch."""
+
+    def prepare(self, launches: list[Launch]) -> None:
+        """Get ready for launches that are about to be made."""
 
 
 class Grid(NamedTuple):
@@ -137,10 +141,44 @@ def watching() -> Iterator[Watch]:
         _watch.reset(token)
 
 
+_waiting: ContextVar[list[Launch] | None] = ContextVar("ttr_np_waiting", default=None)
+
+
+@contextmanager
+def side_by_side() -> Iterator[None]:
+    """Inside, launches wait for the end, so that their kernels can be compiled side by side.
+
+    As a decorator it is for what launches, makes new arrays, and does not touch what the launches leave in them.
+    """
+    token = _waiting.set([])
+    try:
+        yield
+        make_waiting()
+    finally:
+        _waiting.reset(token)
+
+
+def make_waiting() -> None:
+    """Make the launches that wait."""
+    waiting = _waiting.get()
+    if not waiting:
+        return
+    if len(waiting) > 1:
+        waiting[0].machine.prepare(waiting)
+    for launch in waiting:
+        launch()
+    waiting.clear()
+
+
 def begin(launch: Launch) -> None:
-    """Make a launch, or keep it."""
-    kept, watch = _kept.get(), _watch.get()
-    launch() if kept is None else kept.append(launch)
+    """Make a launch, let it wait, or keep it."""
+    kept, watch, waiting = _kept.get(), _watch.get(), _waiting.get()
+    if kept is not None:
+        kept.append(launch)
+    elif waiting is not None:
+        waiting.append(launch)
+    else:
+        launch()
     if watch is not None:
         watch.launches.append(launch)
 
@@ -233,4 +271,5 @@ def there_and_back(
     yield {name: sequences.restored(sent[name]) if name in sent else x for name, (x, _) in arrays.items()}
     for name in written:
         if name in sent:
+            make_waiting()
             machine.back(sent[name], away[name])

@@ -1,8 +1,10 @@
 """What a call on the GPU costs the host: few calls of the array library, one wait, and nothing found out twice."""
 
-from functools import partial
+import threading
+from functools import cache, partial
 from importlib import import_module
 from itertools import product
+from types import SimpleNamespace
 
 import cudaemu
 import numpy as np
@@ -11,9 +13,9 @@ from cudaemu import needed, nvrtc
 from cudaemu.machines import NumbaCuda, on_cpu
 
 import ttr_np
-from cuda_kernels import _plans
+from cuda_kernels import _calls, _plans
 from cuda_kernels._sequences import BOTH, COLUMN, ROW, Sequences, place_of
-from cuda_kernels.cupy_raw import _gates
+from cuda_kernels.cupy_raw import _gates, _launch
 from ttr_np.notation import OPERATORS, draw
 
 pytestmark = needed(cudaemu.missing())
@@ -83,8 +85,6 @@ def test_a_text_is_put_together_once(cupy):
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("operator", STEADY)
 def test_what_is_done_again_is_done_with_the_arrays_of_the_call(cupy, operator, gated, t):
-    from cuda_kernels.cupy_raw import _launch
-
     optional = ("log_decay",) if gated and "log_decay" in OPERATORS[operator].optional else ()
     keep = {} if operator == "softmax_attention" else {"output_final_state": True}
     first, other = (there(cupy, operator, i, optional=optional, per_channel=False, t=t, k=16) for i in (0, 1))
@@ -105,8 +105,6 @@ def flat(results):
 
 
 def test_another_layout_another_option_and_another_state_are_other_calls(cupy):
-    from cuda_kernels.cupy_raw import _launch
-
     arrays = there(cupy, "linear_attention")
     turned = {name: cupy.ndarray(np.moveaxis(np.moveaxis(x.held, 0, 1).copy(), 1, 0)) for name, x in arrays.items()}
     call = ttr_np.linear_attention
@@ -137,8 +135,6 @@ def test_an_initial_state_is_read_where_it_lies_and_left_as_it_is(cupy, operator
 
 
 def test_arrays_that_cannot_be_told_apart_make_no_plan(cupy):
-    from cuda_kernels.cupy_raw import _launch
-
     arrays, other = there(cupy, "delta_rule"), there(cupy, "delta_rule", 1)
     ttr_np.delta_rule(**arrays | {"k": arrays["q"]})
     assert not _launch.machine.plans
@@ -163,8 +159,6 @@ def test_a_core_that_computes_other_arrays_is_called_every_time(cupy, monkeypatc
 
 
 def test_plans_are_bounded(cupy, monkeypatch):
-    from cuda_kernels.cupy_raw import _launch
-
     monkeypatch.setattr(_plans, "MOST", 3)
     for t in (1, 2, 3, 4, 5, 1):
         ttr_np.delta_rule(**there(cupy, "delta_rule", t=t))
@@ -295,6 +289,50 @@ def test_a_stream_whose_groups_lie_unevenly_answers_each_of_its_tokens():
             for _ in range(3):
                 token = [rng.standard_normal(shape) for shape in shapes.values()]
                 np.testing.assert_allclose(mine(*token), plain(*token), rtol=1e-12, atol=1e-14)
+
+
+# ---- the first call --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("operator", ["linear_attention", "delta_rule", "recursive_least_squares", "mesa"])
+def test_texts_of_a_call_are_compiled_side_by_side(cupy, monkeypatch, operator):
+    begun, known, together = [], _launch.compiled, threading.Event()
+
+    def compiled(*key):
+        begun.append(key)
+        if len(begun) > 1:
+            together.set()
+        assert together.wait(timeout=60), "another should be compiled, too, before this one is done"
+        return known(*key)
+
+    monkeypatch.setattr(cupy.RawModule.machine, "run", lambda *_: None)
+    monkeypatch.setattr(_launch, "compiled", cache(compiled))
+    arrays = there(cupy, operator, t=2048, k=16, v=16)
+    getattr(ttr_np, operator)(**arrays)
+
+
+def test_launches_wait_for_each_other_and_for_nobody_else():
+    made = []
+    machine = SimpleNamespace(
+        run=lambda name, *_: made.append(name), prepare=lambda launches: made.append(f"{len(launches)} are ready")
+    )
+    first, second = (_calls.Launch(machine, (name,), []) for name in ("first", "second"))
+    with _calls.side_by_side():
+        _calls.begin(first)
+        _calls.begin(second)
+        assert not made
+    assert made == ["2 are ready", "first", "second"]
+    _calls.begin(first)
+    assert made[3:] == ["first"]
+
+
+def test_answers_are_brought_back_after_all_launches(cupy):
+    arrays = draw("linear_attention", np.random.default_rng(0), dtype=np.float32, lead=(2,), t=300, k=16)
+    wanted = ttr_np.linear_attention(**arrays, backend="numpy")
+    cupy.called.clear()
+    found = ttr_np.linear_attention(**arrays, backend="cupy")
+    assert cupy.called.count("launch") == 2
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 # ---- numba-cuda ------------------------------------------------------------------------------------------------------

@@ -164,6 +164,22 @@ def test_least_squares_of_16_bits_compile_within_their_budget(architecture):
     within_their_budget(new, architecture)
 
 
+# Kilobytes of machine code for sm_90a. The first call waits until all is compiled, for a second or two per 100 of them,
+# so what is done once is not laid out for registers, and rare ways are not there twice.
+CODE = {
+    "pair_sums": 62,
+    "recursive_least_squares_chunks": 215,
+    "mesa_chunks": 145,
+    "recall_chunks": 108,
+    "least_squares_begin": 57,
+    "recursive_least_squares_tensor": 158,
+    "mesa_sums": 48,
+    "mesa_tensor": 138,
+    "mesa_recall": 95,
+    "local_lines_tensor": 126,
+}
+
+
 def text_and_room(text, name, *rest):
     """What a launch compiles, and the shared memory that it asks for."""
     return name, (text, rest[-1])
@@ -174,6 +190,7 @@ def within_their_budget(texts, architecture):
     for name, (text, asked) in texts.items():
         found = nvrtc.needs(code_of(text, architecture))
         assert found.stack <= CHUNK_STACK[name][ARCHITECTURES.index(architecture)], name
+        assert architecture != "sm_90a" or found.code <= 1000 * CODE[name], name
         assert found.shared + asked <= 227 * 1024 + RESERVED[architecture], name
 
 
@@ -200,6 +217,7 @@ def test_mesa_in_products_of_bfloat16_compiles_within_its_budget(architecture):
     for name, (text, asked) in texts.items():
         found = nvrtc.needs(code_of(text, architecture))
         assert found.stack <= TENSOR_STACK[name][number], name
+        assert architecture != "sm_90a" or found.code <= 1000 * CODE[name], name
         together = 1 if name == "mesa_chunks" or architecture == "sm_80" else 2  # whose shared memory is smaller
         assert together * (found.shared - RESERVED[architecture] + asked + 1024) <= 228 * 1024, name
 
@@ -302,6 +320,7 @@ def test_each_way_of_a_memory_that_keeps_its_pairs(name, architecture):
         getattr(ttr_np, operator)(**arrays, **options, backend="cupy")
     text, asked = texts[-1 if name == "lines left over" else 0]
     found = nvrtc.needs(nvrtc.machine_code(text, architecture))
+    assert name != "lines in floats" or architecture != "sm_90a" or found.code <= 1000 * CODE["local_lines_tensor"]
     assert found.registers <= registers[number]
     assert found.stack <= KEPT_STACK.get(name, (0, 0, 0))[number]
     declared = softmax_attention.STATIC if name.startswith("tensor cores") else 48 * 1024

@@ -17,7 +17,7 @@ from ttr_np.notation import DeltaRuleState
 from .. import _calls
 from .._sequences import BOTH, ROW, Sequences
 from . import _launch, _tiles
-from ._launch import Kernel, empty, launch
+from ._launch import Kernel, empty, launch, side_by_side
 from ._tiles import LONGEST, STATIC, SUM_TERMS, TERMS
 
 __all__ = ["Tiles", "correct", "tiles"]
@@ -152,6 +152,7 @@ def choice(q: Any, v: Any, log_decay: Any, erase_key: Any) -> Tiles | None:
     return tiles(q.dtype, *sizes, gate_of(q, log_decay), erase_key is not None, shared)
 
 
+@side_by_side()
 def correct(
     chosen: Tiles, sequences: Sequences, arrays: dict[str, Any], S: Any, S_next: Any, scale: float
 ) -> tuple[Any, DeltaRuleState]:

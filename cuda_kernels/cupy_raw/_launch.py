@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import numpy as np
 from ttr_np import calling
 
 from .. import _calls, _plans
-from .._calls import keeping
+from .._calls import keeping, side_by_side
 from .._sequences import Sequences, place_of
 from . import _gates
 from ._text import NUMBERS, Kernel, name_of
@@ -30,6 +31,7 @@ __all__ = [
     "machine",
     "replayed",
     "run",
+    "side_by_side",
 ]
 
 NULL = np.uintp(0)
@@ -50,6 +52,7 @@ class Gpu:
         self.tables: dict[tuple[int, tuple[int, ...], bytes], Any] = {}
         self.flags: dict[int, list[_gates.Flag]] = {}  # of each device, those that nobody uses
         self.plans: dict[Any, Any] = {}
+        self.ready: set[tuple[Any, ...]] = set()  # kernels that need not be compiled ahead any more
 
     def empty(self, shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
         """A new array in the container of another."""
@@ -128,6 +131,17 @@ class Gpu:
 
         return device(cupy.cuda.Device().id)
 
+    def prepare(self, launches: list[_calls.Launch]) -> None:
+        """Compile the kernels of several launches side by side: NVRTC does not hold the interpreter lock."""
+        import cupy
+
+        number = cupy.cuda.Device().id
+        new = {(number, *what[:2], *(*more, "")[:2]) for _, what, _, more in launches} - self.ready
+        if len(new) > 1:
+            with ThreadPoolExecutor(len(new)) as threads:
+                list(threads.map(compiled_there, new))
+        self.ready |= new
+
     def run(
         self,
         source: str,
@@ -173,6 +187,14 @@ def compiled(number: int, source: str, name: str, shared: int = 0, architecture:
     if shared:
         kernel.max_dynamic_shared_size_bytes = shared
     return kernel
+
+
+def compiled_there(key: tuple[Any, ...]) -> Any:
+    """The same from a thread of its own, whose current GPU is the first of all."""
+    import cupy
+
+    with cupy.cuda.Device(key[0]):
+        return compiled(*key)
 
 
 machine: Any = Gpu()

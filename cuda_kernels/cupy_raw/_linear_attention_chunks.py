@@ -13,7 +13,7 @@ from ttr_np.notation import LinearAttentionState
 from .. import _calls
 from .._sequences import BOTH, COLUMN, ROW, Sequences
 from . import _launch
-from ._launch import Kernel, empty, launch
+from ._launch import Kernel, empty, launch, side_by_side
 from ._tiles import Tiles, pieces, tiles
 
 __all__ = ["Plan", "attend", "plan"]
@@ -46,6 +46,7 @@ def plan(q: Any, v: Any, log_decay: Any, sequences: Sequences) -> Plan | None:
     return Plan(gate, sizes, column_blocks, *pieces(tokens, sizes.chunk, blocks, at_once))
 
 
+@side_by_side()
 def attend(
     chosen: Plan,
     sequences: Sequences,

@@ -15,7 +15,7 @@ from ttr_np.notation import LinearAttentionState
 from .. import _calls
 from .._sequences import BOTH, ROW, Sequences
 from . import _launch
-from ._launch import Kernel, empty, launch
+from ._launch import Kernel, empty, launch, side_by_side
 from ._tiles import pieces
 
 __all__ = ["Plan", "attend", "plan"]
@@ -90,6 +90,7 @@ def shared(chosen: Plan, first: bool) -> int:
     return BEGIN + stages * stage + (0 if first else scores + 2 * tokens * chosen.values)
 
 
+@side_by_side()
 def attend(
     chosen: Plan, sequences: Sequences, arrays: dict[str, Any], state: LinearAttentionState, scale: float
 ) -> tuple[Any, LinearAttentionState]:

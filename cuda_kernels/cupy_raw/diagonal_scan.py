@@ -8,7 +8,7 @@ from ttr_np.notation import DiagonalScanState
 
 from .._sequences import BOTH, COLUMN, Sequences
 from . import _launch
-from ._launch import Kernel, empty, launch, replayed, run
+from ._launch import Kernel, empty, launch, replayed, run, side_by_side
 from ._tiles import cut
 
 __all__ = ["diagonal_scan"]
@@ -21,6 +21,7 @@ def diagonal_scan(x: Any, log_decay: Any, *, phase: Any = None, **common: Any) -
     return run(replayed(core), "diagonal_scan", {"x": x, "log_decay": log_decay, "phase": phase}, **common)
 
 
+@side_by_side()
 def core(x: Any, log_decay: Any, phase: Any, *, state: DiagonalScanState) -> tuple[Any, DiagonalScanState]:
     """One launch over whole sequences, or two over pieces of them."""
     (h,), (tokens, columns) = state, x.shape[-2:]

@@ -5,6 +5,7 @@
 __device__ bool cholesky(real* A, long long n) {
     for (int j = 0; j < n; j++) {
         __syncthreads();  // the columns before j are whole
+        #pragma unroll 1
         for (int i = j + threadIdx.x / 32; i < n; i += blockDim.x / 32) {
             const real taken = dot_of_warp(A + i * n, A + j * n, j);
             if (threadIdx.x % 32 == 0) A[i * n + j] -= taken;

@@ -140,13 +140,14 @@ __device__ __forceinline__ void load_values(const Tile& to, const Weights& all, 
 }
 
 // The tiles of the lower triangle of a symmetric matrix, 16 x 8 each, that are this warp's: use(number, row, column).
-// Rows of tiles are paired, long ones with short ones, and the columns of a row are shared by two warps.
+// Rows of tiles are paired, long ones with short ones, and the columns of a row are shared by two warps. Only where a warp
+// has all of its tiles in registers are their numbers known to the compiler.
 constexpr int OWN_TILES = WARPS + 1;
 static_assert(BLOCKS <= WARPS, "two rows of tiles for each pair of warps");
-template <class Use>
+template <int AT_ONCE = OWN_TILES, class Use>
 __device__ __forceinline__ void each_tile(Use use) {
     const int pair = threadIdx.x / 64, half = threadIdx.x / 32 % 2;
-    #pragma unroll
+    #pragma unroll AT_ONCE
     for (int number = 0; number < OWN_TILES; number++) {
         const bool second = number > pair;
         const int block = second ? WARPS - 1 - pair : pair, column = second ? number - pair - 1 : number;
@@ -184,28 +185,6 @@ struct Memory {
             if (there) *at = gate(x);
         });
     }
-    // All numbers to `room`, and back; and own M, for a symmetric M, of those that were left there.
-    __device__ __forceinline__ void leave(double* room) const {
-        Sum* const rows = reinterpret_cast<Sum*>(room) + threadIdx.x;
-        #pragma unroll
-        for (int n = 0; n < OCTETS; n++) rows[n * THREADS] = own[n];
-    }
-    __device__ __forceinline__ void take(const double* room) {
-        const Sum* const rows = reinterpret_cast<const Sum*>(room) + threadIdx.x;
-        #pragma unroll
-        for (int n = 0; n < OCTETS; n++) own[n] = rows[n * THREADS];
-    }
-    __device__ __forceinline__ void multiply(const Square& M, const double* room) {
-        const Sum* const rows = reinterpret_cast<const Sum*>(room) + threadIdx.x;
-        #pragma unroll
-        for (int n = 0; n < OCTETS; n++) {
-            Sum sum = {};
-            #pragma unroll 1
-            for (int inner = 0; inner < OCTETS; inner++)
-                sum.add(rows[inner * THREADS].left(), M.transposed(8 * n, 8 * inner));
-            own[n] = sum;
-        }
-    }
     // own x, for 8 tokens at a time.
     template <class Number>
     __device__ __forceinline__ void recall(Sum (&sums)[CHUNK / 8], const Panel<Number, KEYS + 8>& x) const {
@@ -216,6 +195,41 @@ struct Memory {
             for (int tile = 0; tile < CHUNK / 8; tile++) sums[tile].add(left, x.transposed(8 * tile, 8 * n));
             if (n % 2) __syncwarp();  // what the next ones need is not loaded before
         }
+    }
+};
+
+// The same before the first token, in a room of device memory: what is done once is not worth the time to compile it for
+// registers. A thread reads and writes its own numbers only.
+struct Kept {
+    Sum* begin;
+
+    __device__ __forceinline__ explicit Kept(double* room) : begin(reinterpret_cast<Sum*>(room) + threadIdx.x) {}
+    __device__ __forceinline__ Sum& own(int n) const { return begin[n * THREADS]; }
+
+    // From an array, with zeros beyond it.
+    __device__ __forceinline__ void load(const Rows<const gate>& from, int first, int columns) const {
+        const int column = first + threadIdx.x % 32 / 4, pair = threadIdx.x % 4 * 2;
+        #pragma unroll 2
+        for (int n = 0; n < OCTETS; n++)
+            for (int i = 0; i < 4; i++) {
+                const int key = 8 * n + pair + i % 2, value = column + i / 2 * 8;
+                own(n).x[i] = key < K && value < columns ? double(from.at(key, value)) : 0;
+            }
+    }
+    // x M, for a symmetric M.
+    __device__ __forceinline__ void multiply(const Kept& x, const Square& M) const {
+        #pragma unroll 1
+        for (int n = 0; n < OCTETS; n++) {
+            Sum sum = {};
+            #pragma unroll 2
+            for (int inner = 0; inner < OCTETS; inner++)
+                sum.add(x.own(inner).left(), M.transposed(8 * n, 8 * inner));
+            own(n) = sum;
+        }
+    }
+    __device__ __forceinline__ void take_to(Memory& memory) const {
+        #pragma unroll
+        for (int n = 0; n < OCTETS; n++) memory.own[n] = own(n);
     }
 };
 
@@ -286,7 +300,7 @@ struct Sums {
     // H = decay H + what this piece adds.
     __device__ __forceinline__ void add_to(const Square& H) const {
         const double left = decay();
-        each_tile([&](int, int row, int column) {
+        each_tile<1>([&](int, int row, int column) {
             Sum sum = H.sum(row, column);
             for (int i = 0; i < 4; i++) sum.x[i] = fma(left, left == 0 ? 0 : sum.x[i], tile(row, column).x[i]);
             store_symmetric(H, sum, row, column);
@@ -296,6 +310,15 @@ struct Sums {
         const double left = decay();
         for (int n = 0; n < OCTETS; n++)
             for (int i = 0; i < 4; i++) G.own[n].x[i] = fma(left, left == 0 ? 0 : G.own[n].x[i], memory(n).x[i]);
+    }
+    __device__ __forceinline__ void add_to(const Kept& G) const {
+        const double left = decay();
+        #pragma unroll 2
+        for (int n = 0; n < OCTETS; n++) {
+            Sum sum = G.own(n);
+            for (int i = 0; i < 4; i++) sum.x[i] = fma(left, left == 0 ? 0 : sum.x[i], memory(n).x[i]);
+            G.own(n) = sum;
+        }
     }
     __device__ __forceinline__ double& decay() const { return begin[numbers_at]; }
     __device__ __forceinline__ double& moved() const { return begin[numbers_at + 1]; }  // not zero if anything was learnt

@@ -28,22 +28,20 @@ __device__ bool take_root(const Square& P, double* column) {
 
 // H and G of all pairs before a piece, from those before all pairs; then P = H^-1 and S = P G. False where H has not
 // digits enough.
-__device__ __forceinline__ bool begin_later(Memory& memory, const Square& H, double& information, const Sums& earlier,
-                                            int piece, double* lines, double* own_room) {
-    memory.leave(own_room);
-    memory.multiply(H, own_room);
+__device__ __forceinline__ bool begin_later(const Kept& S, const Kept& G, const Square& H, double& information,
+                                            const Sums& earlier, int piece, double* lines) {
+    G.multiply(S, H);
     #pragma unroll 1
     for (int p = 0; p < piece; p++) {
         const Sums sum(earlier.begin, p);
-        sum.add_to(memory);
+        sum.add_to(G);
         __syncthreads();  // nobody is left at H
         sum.add_to(H);
     }
     __syncthreads();  // H of all of them is there
     information = trace(H);
     if (!(invert(H, lines) && trace(H) * information < SURE)) return false;
-    memory.leave(own_room);
-    memory.multiply(H, own_room);
+    S.multiply(G, H);
     return true;
 }
 
@@ -52,20 +50,20 @@ least_squares_begin(const gate* S, const gate* P, float* sums, float* begun, flo
                     int axes, int columns, int pieces, int blocks, double eps) {
     const Square square = {reinterpret_cast<double*>(dynamic_shared())};
     double* const lines = square.begin + KEYS * Square::stride;
-    double* const own_room = reinterpret_cast<double*>(rooms) + size_t(blockIdx.x) * ROOM;
+    double* const own_room = reinterpret_cast<double*>(rooms) + size_t(blockIdx.x) * 2 * ROOM;
     const int which = blockIdx.x / blocks, piece = blockIdx.x % pieces;
     const int first = blockIdx.x % blocks / pieces * VALUES + threadIdx.x / 32 * 16;
     const Rows<const gate> covariance = rows(P, table, axes, COVARIANCE, which);
     const Sums earlier(reinterpret_cast<double*>(sums), size_t(blockIdx.x / pieces) * (pieces - 1));
     float* const root = begun + size_t(blockIdx.x) * BEGUN;
 
-    Memory memory;
-    memory.load(rows(S, table, axes, STATE, which), first, columns);
+    const Kept solution(own_room), sum(own_room + ROOM);
+    solution.load(rows(S, table, axes, STATE, which), first, columns);
     bool moved = false, good = load_covariance(square, covariance, eps);
     for (int p = 0; p < piece; p++) moved |= Sums(earlier.begin, p).moved() != 0;
     good = finite(square) && good && invert(square, lines);
     double information = good ? trace(square) : 0;
-    if (good && moved) good = begin_later(memory, square, information, earlier, piece, lines, own_room);
+    if (good && moved) good = begin_later(solution, sum, square, information, earlier, piece, lines);
     __syncthreads();  // nobody is left at H
     if (good && !moved) load_covariance(square, covariance, eps);
     good = good && take_root(square, lines);
@@ -75,8 +73,8 @@ least_squares_begin(const gate* S, const gate* P, float* sums, float* begun, flo
     each_of_square(KEYS, [&](int i, int j) {
         root[4 + i * KEYS + j] = i < K && j <= i ? float(square.at(i, j)) : 0;
     });
-    #pragma unroll
+    #pragma unroll 2
     for (int n = 0; n < OCTETS; n++)
         for (int i = 0; i < 4; i++)
-            root[4 + KEYS * KEYS + (n * THREADS + threadIdx.x) * 4 + i] = float(memory.own[n].x[i]);
+            root[4 + KEYS * KEYS + (n * THREADS + threadIdx.x) * 4 + i] = float(solution.own(n).x[i]);
 }

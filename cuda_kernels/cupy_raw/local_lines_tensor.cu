@@ -175,7 +175,7 @@ struct Sight {
 struct Tour {
     const Source &keys, &values;
     int newest, lowest, own_last;  // tiles, and the newest pair of this warp
-    int stage;                     // where the next tile goes
+    int stage;                     // where the tile at hand is, and the next one is not
     bool idle;                     // whether this warp has nothing to do
 
     __device__ __forceinline__ void bring(int place, int tile, int column) const {
@@ -186,15 +186,19 @@ struct Tour {
     // Newest first: use(first pair, keys, values, whether any was not finite). Values from a column on, or none.
     template <class Use>
     __device__ __forceinline__ void pass(int column, Use use) {
-        if (newest >= lowest) bring(stage, newest, column);
         #pragma unroll 1
-        for (int tile = newest; tile >= lowest; tile--, stage ^= 1) {
-            finish_copies<0>();
-            bool wrong = keys.clean(stage);
-            if (column >= 0) wrong |= values.clean(stage);
-            const bool spoilt = __syncthreads_or(wrong);  // the tile is there, and nobody is left at the one before
+        for (int tile = newest + 1; tile >= lowest; tile--) {
+            bool spoilt = false;
+            if (tile <= newest) {  // at first there is none
+                finish_copies<0>();
+                bool wrong = keys.clean(stage);
+                if (column >= 0) wrong |= values.clean(stage);
+                spoilt = __syncthreads_or(wrong);  // the tile is there, and nobody is left at the one before
+            }
             if (tile > lowest) bring(stage ^ 1, tile - 1, column);
-            if (!idle && tile * PAIRS <= own_last) use(tile * PAIRS, keys.tile(stage), values.tile(stage), spoilt);
+            if (tile <= newest && !idle && tile * PAIRS <= own_last)
+                use(tile * PAIRS, keys.tile(stage), values.tile(stage), spoilt);
+            stage ^= tile > lowest;  // the last one may still be in use when the next pass begins
         }
     }
 };
@@ -224,6 +228,7 @@ local_lines_tensor(const data* q, const data* k, const data* v, const long long*
     for (int half = 0; half < 2; half++) {
         const int row = first + row_of(half), step = row / groups;
         const bool there = row < end_of_rows;
+        const Row<const data> line = asked.of(row % groups).line(step);
         sight.last[half] = !there ? -1 : causal ? step : pairs - 1;
         sight.oldest[half] = there && window ? seen.memorised(step) - window : 0;
         #pragma unroll
@@ -231,7 +236,7 @@ local_lines_tensor(const data* q, const data* k, const data* v, const long long*
             const int column = 8 * c + column_of();
             data x[2] = {};
             for (int i = 0; i < 2; i++)
-                if (there && column + i < D) x[i] = asked.of(row % groups).at(step, column + i);
+                if (there && column + i < D) x[i] = line[column + i];
             query[c / 2].x[0][half + c % 2 * 2] = x[0].bits | unsigned(x[1].bits) << 16;
         }
     }
@@ -338,11 +343,19 @@ local_lines_tensor(const data* q, const data* k, const data* v, const long long*
         over_lanes(total);
         if (answering) {
             const auto out = rows(o, table, axes, O, memory);
-            along_rows([&](int half, int n, int i) {
-                const int row = first + row_of(half), at = column + 8 * n + column_of() + i % 2;
-                if (row >= end_of_rows || at >= columns || left[half]) return;
-                put(out.of(row % groups).at(row / groups, at), total[half] == 0 ? real(0) : sum[n].x[i] / total[half]);
-            });
+            along_rows([&](int half, int n, int i) { rest.at(n, i) = sum[n].x[i]; });  // nobody needs the old ones
+            for (int half = 0; half < 2; half++) {
+                const int row = first + row_of(half);
+                if (row >= end_of_rows || left[half]) continue;
+                const Row<data> line = out.of(row % groups).line(row / groups);
+                #pragma unroll 1
+                for (int n = 0; n < OCTETS; n++)
+                    for (int i = 0; i < 2; i++) {
+                        const int at = column + 8 * n + column_of() + i;
+                        const real x = rest.at(n, 2 * half + i);
+                        if (at < columns) put(line[at], total[half] == 0 ? real(0) : x / total[half]);
+                    }
+            }
             column += KD;
             continue;
         }

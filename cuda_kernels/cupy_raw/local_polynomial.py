@@ -20,7 +20,7 @@ from .._attention import EXPONENTIAL, NAMES, TOLERANCE, WARP, Pairs, pairs_of, r
 from .._calls import Grid
 from .._sequences import BOTH, ROW, Sequences
 from . import _launch
-from ._launch import Kernel, empty, launch, run
+from ._launch import Kernel, empty, launch, run, side_by_side
 from .softmax_attention import average
 
 __all__ = ["local_polynomial", "refusal"]
@@ -117,15 +117,12 @@ def fitted(q: Any, pairs: Pairs, log_decay: Any, state: CacheState, degree: int,
     if room is not None:
         polynomials(q, sequences, arrays, types, degree, room, options)
         return o
-    gated, kind = log_decay is not None or pairs.cached > 0, options["kind"]
-    cut = lines_cut(sequences, tokens, size) if kind in SMOOTH and values else None
+    gated = log_decay is not None or pairs.cached > 0
+    cut = lines_cut(sequences, tokens, size) if options["kind"] in SMOOTH and values else None
     if cut is None:
         line_by_line(q, sequences, arrays, types, options)
         return o
-    undone = None
-    if kind == EXPONENTIAL and not gated and options["ridge"] >= BROADEST:
-        undone = lines_in_floats(q, sequences, arrays, types, options)
-    lines(sequences, arrays, undone, types, cut, options | {"gated": int(gated)})
+    smooth_lines(q, sequences, arrays, types, cut, options | {"gated": int(gated)})
     return o
 
 
@@ -153,6 +150,22 @@ def line_by_line(q: Any, sequences: Sequences, arrays: dict[str, Any], types: An
     arrays, limits = arrays | {"residual": (residual, ROW)}, {"steps": steps, "tolerance": TOLERANCE, "parts": parts}
     launch(LINE, sequences, arrays, ("o", "residual"), types, constants, grid, **options, **limits)
     report(residual, steps)
+
+
+@side_by_side()
+def smooth_lines(
+    q: Any,
+    sequences: Sequences,
+    arrays: dict[str, Any],
+    types: dict[str, Any],
+    cut: tuple[dict[str, int], Grid],
+    options: dict[str, Any],
+) -> None:
+    """Lines that share tiles of keys, tried in single precision first where that may be enough."""
+    undone = None
+    if options["kind"] == EXPONENTIAL and not options["gated"] and options["ridge"] >= BROADEST:
+        undone = lines_in_floats(q, sequences, arrays, types, options)
+    lines(sequences, arrays, undone, types, cut, options)
 
 
 def lines(

@@ -29,7 +29,7 @@ from .._squares import warn_of_limit
 from . import _launch
 from . import _least_squares_chunks as _chunks
 from . import _mesa_tensor as _tensor
-from ._launch import Kernel, empty, even, launch, run
+from ._launch import Kernel, empty, even, launch, run, side_by_side
 
 __all__ = ["mesa", "refusal"]
 
@@ -95,8 +95,12 @@ def core(
     if chosen is not None:
         pairs, cut = _chunks.pairs_of(k, v, log_decay, beta), _tensor.plan(q, v, sequences, solver, limits["tolerance"])
         if cut is not None:
-            return in_floats(cut, chosen, sequences, q, pairs, ridge, state, **limits)
-        return in_chunks(chosen, sequences, q, pairs, ridge, state, solver, **limits)
+            o, after, worst = in_floats(cut, chosen, sequences, q, pairs, ridge, state, **limits)
+        else:
+            o, after, worst = in_chunks(chosen, sequences, q, pairs, ridge, state, solver, **limits)
+        if not falls_back(solver, iterations, limits["tolerance"]):
+            warn_of_limit(solver, worst, limits["tolerance"])
+        return o, after
     return in_pieces(sequences, q, k, v, log_decay, beta, ridge, state, solver, **limits)
 
 
@@ -106,6 +110,12 @@ def bytes_of(keys: int) -> int:
     return _chunks.square(keys) + vectors + 2 * _chunks.PAIRS + _chunks.tokens_of(keys)
 
 
+def falls_back(solver: str, iterations: int | None, tolerance: float) -> bool:
+    """Whether a chunk that needs too many steps is solved token by token."""
+    return solver == "exact" or (iterations is None and tolerance > 0)
+
+
+@side_by_side()
 def in_floats(
     cut: _tensor.Plan,
     chosen: _chunks.Plan,
@@ -116,19 +126,23 @@ def in_floats(
     state: MesaState,
     iterations: int | None,
     tolerance: float,
-) -> tuple[Any, MesaState]:
-    """Three launches, or four where the sequence is cut; the second finds solutions that the first has left."""
+) -> tuple[Any, MesaState, Any]:
+    """Three launches, or four where the sequence is cut; the second finds solutions that the first has left.
+
+    Also the largest residuals of the second, and its limit on steps.
+    """
     (G, H), rows = state, q.shape[-1]
     types = {"data": q.dtype, "gate": G.dtype, "real": np.dtype(np.float32)}
     sums = _tensor.sums_of(cut, sequences, pairs, types, rows)
     most = iterations or 2 * rows
     made = _tensor.solve(cut, sequences, q, pairs, ridge, H, sums, types, most, tolerance)
     rest = chosen._replace(pieces=cut.pieces, length=cut.length)
-    solve_in_chunks(rest, sequences, q, pairs, ridge, H, made, "cg", iterations, tolerance)
+    worst = solve_in_chunks(rest, sequences, q, pairs, ridge, H, made, "cg", iterations, tolerance)
     o, G_next = _tensor.recall(cut, sequences, made["x"], pairs, G, sums, types)
-    return o, MesaState(G_next, made["H_next"])
+    return o, MesaState(G_next, made["H_next"]), worst
 
 
+@side_by_side()
 def in_chunks(
     chosen: _chunks.Plan,
     sequences: Sequences,
@@ -139,21 +153,22 @@ def in_chunks(
     solver: str,
     iterations: int | None,
     tolerance: float,
-) -> tuple[Any, MesaState]:
-    """Two launches, or three where the sequence is cut in pieces."""
+) -> tuple[Any, MesaState, Any]:
+    """Two launches, or three where the sequence is cut in pieces; the largest residuals and their limit too."""
     (G, H), (tokens, rows), columns = state, q.shape[-2:], pairs["v"][0].shape[-1]
     types, sizes = {"data": q.dtype, "gate": G.dtype, "real": np.float64}, {"tokens": tokens, "columns": columns}
     sizes |= {"length": chosen.length, "pieces": chosen.pieces}
     sizes["sums"] = _chunks.sums_of(chosen, sequences, pairs, types, sizes | {"rows": rows})
     made = {"H_next": _launch.alike(H), "x": empty(sequences, (tokens, rows), types["real"], G)}
-    solve_in_chunks(chosen, sequences, q, pairs, ridge, H, made, solver, iterations, tolerance, sizes["sums"])
+    sums = sizes["sums"]
+    worst = solve_in_chunks(chosen, sequences, q, pairs, ridge, H, made, solver, iterations, tolerance, sums)
 
     o, G_next = empty(sequences, (tokens, columns), q.dtype, q), _launch.alike(G)
     arrays = {"x": (made["x"], BOTH)} | pairs | {"G": (G, BOTH), "G_next": (G_next, BOTH), "o": (o, BOTH)}
     shared = _chunks.PAIRS + 3 * _chunks.tokens_of(chosen.keys) + _chunks.tokens_of(_chunks.VALUES)
     grid = chosen.grid(chosen.pieces)._replace(shared=shared)
     launch(RECALL_CHUNKS, sequences, arrays, ("G_next", "o"), types, {"K": rows} | chosen.constants, grid, **sizes)
-    return o, MesaState(G_next, made["H_next"])
+    return o, MesaState(G_next, made["H_next"]), worst
 
 
 def solve_in_chunks(
@@ -168,11 +183,13 @@ def solve_in_chunks(
     iterations: int | None,
     tolerance: float,
     sums: Any = None,
-) -> None:
-    """Solutions to ``made``: all of them, or those that ``mesa_tensor.cu`` has left, of which it then holds more."""
+) -> Any:
+    """Solutions to ``made``: all of them, or those that ``mesa_tensor.cu`` has left, of which it then holds more.
+
+    The largest residual of each piece comes back, and the limit on steps.
+    """
     tokens, rows, exact, blocks = *q.shape[-2:], solver == "exact", chosen.pieces * sequences.memories
-    rest = "starts" in made
-    fallback = exact or (iterations is None and tolerance > 0)
+    rest, fallback = "starts" in made, falls_back(solver, iterations, tolerance)
     worst = np.zeros_like(H, shape=(*H.shape[:-2], chosen.pieces, 2), dtype=np.float64)
     arrays = {"q": (q, BOTH)} | pairs | {"ridge": (ridge, COLUMN), "H": (H, BOTH)}
     arrays |= {"H_next": (None if rest else made["H_next"], BOTH), "worst_of_all": (worst, BOTH)}
@@ -187,8 +204,7 @@ def solve_in_chunks(
     grid, written = _calls.Grid(chosen.pieces, chosen.threads, chosen.shared), ("worst_of_all", "x")
     written += () if rest else ("H_next",)
     launch(CHUNKS, sequences, arrays, written, types, constants, grid, **numbers)
-    if not fallback:
-        warn_of_limit(solver, worst, tolerance)
+    return worst
 
 
 def in_pieces(

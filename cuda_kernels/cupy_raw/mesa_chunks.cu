@@ -39,6 +39,7 @@ struct Room {
 // Of each token, where its solution is.
 struct Progress {
     double start[CHUNK], error[CHUNK], along[CHUNK], share[CHUNK];
+    double rest[CHUNK];  // of the right side, once all is done
     int todo[CHUNK], going;
 };
 
@@ -128,42 +129,42 @@ __device__ __forceinline__ bool descend(Sum (&x)[OWN], Sum (&r)[OWN], const Room
         return now.error[token] > tolerance * tolerance * now.start[token] && step < most;
     };
     const int token = threadIdx.x;  // of the first warp
-    part.leave_dots(room, r, r);
-    __syncthreads();  // all parts are there
-    if (token < CHUNK) {
-        now.start[token] = now.error[token] = dot_of_token(room, token);
-        now.todo[token] = is_open(token, 0);
-        const int any = __any_sync(0xffffffffu, now.todo[token]);
-        if (token == 0) now.going = any;
-    }
-    __syncthreads();  // everyone knows what is to be done
     #pragma unroll 1
-    for (int step = 1; now.going; step++) {
-        part.each([&](int key, int token, int tile, int i) { if (part.there()) room.p.at(token, key) = p[tile].x[i]; });
-        __syncthreads();  // p is there
-        apply(product, p, room, all, part);
-        part.leave_dots(room, p, product);
-        __syncthreads();  // all parts are there
-        if (token < CHUNK) now.along[token] = now.todo[token] ? ratio(now.error[token], dot_of_token(room, token)) : 0;
-        __syncthreads();  // lengths of steps are there
-        part.each([&](int, int token, int tile, int i) {
-            x[tile].x[i] = fma(now.along[token], p[tile].x[i], x[tile].x[i]);
-            r[tile].x[i] = fma(-now.along[token], product[tile].x[i], r[tile].x[i]);
-        });
+    for (int step = 0;; step++) {  // none at first
+        if (step) {
+            part.each([&](int key, int token, int tile, int i) {
+                if (part.there()) room.p.at(token, key) = p[tile].x[i];
+            });
+            __syncthreads();  // p is there
+            apply(product, p, room, all, part);
+            part.leave_dots(room, p, product);
+            __syncthreads();  // all parts are there
+            if (token < CHUNK) now.along[token] = now.todo[token] ? ratio(now.error[token], dot_of_token(room, token)) : 0;
+            __syncthreads();  // lengths of steps are there
+            part.each([&](int, int token, int tile, int i) {
+                x[tile].x[i] = fma(now.along[token], p[tile].x[i], x[tile].x[i]);
+                r[tile].x[i] = fma(-now.along[token], product[tile].x[i], r[tile].x[i]);
+            });
+        }
         part.leave_dots(room, r, r);
         __syncthreads();  // all parts are there
         if (token < CHUNK) {
-            const double before = now.error[token], error = now.todo[token] ? dot_of_token(room, token) : before;
+            const double before = step ? now.error[token] : 0;
+            const double error = step == 0 || now.todo[token] ? dot_of_token(room, token) : before;
+            if (step == 0) now.start[token] = error;
             now.share[token] = ratio(error, before), now.error[token] = error;
             now.todo[token] = is_open(token, step);
             const int any = __any_sync(0xffffffffu, now.todo[token]);
             if (token == 0) now.going = any;
         }
         __syncthreads();  // everyone knows what is left
+        if (!now.going) break;
         part.each([&](int, int token, int tile, int i) {
-            p[tile].x[i] = fma(now.share[token], p[tile].x[i], r[tile].x[i]);
+            if (step) p[tile].x[i] = fma(now.share[token], p[tile].x[i], r[tile].x[i]);
         });
     }
+    if (token < CHUNK) now.rest[token] = sqrt(ratio(now.error[token], now.start[token]));
+    __syncthreads();  // what is left of each is there
     const int lane = threadIdx.x % 32;
     return __any_sync(0xffffffffu, now.error[lane] > tolerance * tolerance * now.start[lane]);
 }
@@ -185,7 +186,7 @@ __device__ bool all_safe(const Room& room, const Weights& all, double eps) {
 
 // H = left H + the pairs of the chunk.
 __device__ __forceinline__ void learn_chunk(const Room& room, const Weights& all) {
-    each_tile([&](int, int row, int column) {
+    each_tile<1>([&](int, int row, int column) {
         Sum sum = room.H.sum(row, column);
         for (double& x : sum.x) x *= all.left[CHUNK - 1];
         #pragma unroll 1
@@ -244,7 +245,7 @@ __device__ __forceinline__ bool solve_together(const Rows<const data>& query, co
     });
     const bool open = descend(own, rest, room, all, part, now, most, tolerance);
     part.each([&](int key, int token, int tile, int i) {
-        const double left = sqrt(ratio(now.error[token], now.start[token]));
+        const double left = now.rest[token];
         if (part.there() && key < K && token < n && asked(residual, low + token))
             solution.at(low + token, key) = answer(left - left == 0 ? own[tile].x[i] : not_a_number());
     });
@@ -254,7 +255,7 @@ __device__ __forceinline__ bool solve_together(const Rows<const data>& query, co
 __device__ __forceinline__ double worst_of(const Progress& now, const Rows<const float>& residual, int low, int n) {
     double worst = 0;
     for (int token = 0; token < n; token++)
-        if (asked(residual, low + token)) worst = fmax(worst, sqrt(ratio(now.error[token], now.start[token])));
+        if (asked(residual, low + token)) worst = fmax(worst, now.rest[token]);
     return worst;
 }
 

@@ -108,12 +108,11 @@ __device__ bool factorise(real* A, const real* H, Vectors& all, bool unbound, re
     load(A, H, all, false);
     if (safe(H, all, eps) && cholesky(A, K)) return true;
     for (int p = threadIdx.x; p < K; p += blockDim.x) all.units[p] = 1;
-    if (!unbound) measure(H, all, false);
-    if (!diagonalise(A, H, all, eps) && !unbound) {
-        measure(H, all, true);
-        diagonalise(A, H, all, eps);
+    #pragma unroll 1
+    for (bool by_ridge = false;; by_ridge = true) {
+        if (!unbound) measure(H, all, by_ridge);
+        if (diagonalise(A, H, all, eps) || unbound || by_ridge) return false;
     }
-    return false;
 }
 // x for the right side, of which a thread has found the numbers that it looks at first.
 __device__ void solve(const real* A, Vectors& all, bool factored) {

@@ -22,7 +22,7 @@ from .._sequences import BOTH, COLUMN, ROW, Sequences
 from .._squares import few, refuse_covariance, together
 from . import _launch
 from . import _least_squares_chunks as _chunks
-from ._launch import Kernel, empty, even, launch, run
+from ._launch import Kernel, empty, even, launch, run, side_by_side
 
 __all__ = ["recursive_least_squares"]
 
@@ -68,7 +68,17 @@ def bytes_of(keys: int) -> int:
 def in_chunks(
     chosen: _chunks.Plan, sequences: Sequences, q: Any, pairs: Any, state: RecursiveLeastSquaresState
 ) -> tuple[Any, RecursiveLeastSquaresState]:
-    """One launch, or two where the sequence is cut in pieces."""
+    """The answers and the state, once it is known that P is a covariance."""
+    o, after, bad = walk(chosen, sequences, q, pairs, state)
+    refuse_covariance(bad, state.P)
+    return o, after
+
+
+@side_by_side()
+def walk(
+    chosen: _chunks.Plan, sequences: Sequences, q: Any, pairs: Any, state: RecursiveLeastSquaresState
+) -> tuple[Any, RecursiveLeastSquaresState, Any]:
+    """One launch, or two where the sequence is cut in pieces; also where P is no covariance."""
     (S, P), (tokens, rows), columns = state, q.shape[-2:], pairs["v"][0].shape[-1]
     types, sizes = {"data": q.dtype, "gate": S.dtype, "real": np.float64}, {"tokens": tokens, "columns": columns}
     sums = _chunks.sums_of(chosen, sequences, pairs, types, sizes | {"rows": rows})
@@ -78,8 +88,8 @@ def in_chunks(
     arrays = {"q": (q, BOTH)} | pairs | {"S": (S, BOTH), "P": (P, BOTH)}
     results = {"S_next": (S_next, BOTH), "P_next": (P_next, BOTH), "o": (o, BOTH)}
     scalars = sizes | {"length": chosen.length, "pieces": chosen.pieces, "sums": sums}
-    grid, room = chosen.grid(chosen.pieces), chosen.keys * _chunks.VALUES  # of double precision, for each block
-    scalars |= {"rooms": _launch.machine.scratch(2 * room * grid.blocks * sequences.memories)}
+    grid, room = chosen.grid(chosen.pieces), chosen.keys * _chunks.VALUES  # of double precision, two for each block
+    scalars |= {"rooms": _launch.machine.scratch(4 * room * grid.blocks * sequences.memories)}
     scalars |= {"limit": limit(S.dtype), "eps": float(np.finfo(S.dtype).eps)}
     constants = {"K": rows, "ROOM": room, "BEGUN": 4 + chosen.keys * (chosen.keys + _chunks.VALUES)} | chosen.constants
     constants["GROUPED"] = int(sequences.groups > 1)
@@ -87,8 +97,7 @@ def in_chunks(
     arrays |= {"S_end": (S_next, BOTH), "P_end": (P_next, BOTH), "bad_next": (bad, COLUMN), "answers": (o, BOTH)}
     written = ("S_end", "P_end", "bad_next", "answers")  # not all are written, so they go there too
     launch(CHUNKS, sequences, arrays, written, types, constants, grid, **scalars)
-    refuse_covariance(bad, P)
-    return o, RecursiveLeastSquaresState(S_next, P_next)
+    return o, RecursiveLeastSquaresState(S_next, P_next), bad
 
 
 def in_single_precision(

@@ -48,13 +48,16 @@ struct Places {
     Known known;       // before that token
 };
 
+// Rows of X become eigenvectors, as long as the eigenvalues. A function of its own, which is compiled once for both caps.
+__device__ __noinline__ void find_eigenvectors(double* X) { orthogonalise(X, K); }
+
 // No eigenvalue of P above `largest` or `ratio` times the smallest. X is K x K.
 __device__ void cap(const Square& P, double* X, double largest, double ratio) {
     __shared__ double values[K];
     __syncthreads();  // P is there
     each_of_square(K, [&](int i, int j) { X[i * K + j] = P.at(i, j); });
     __syncthreads();  // its copy is there
-    orthogonalise(X, K);  // rows become eigenvectors, as long as the eigenvalues
+    find_eigenvectors(X);
     for (int i = threadIdx.x / 32; i < K; i += WARPS) {
         const double length = sqrt(dot_of_warp(X + i * K, X + i * K, K));
         if (threadIdx.x % 32 == 0) values[i] = length;
@@ -244,29 +247,26 @@ __device__ __forceinline__ void learn(Memory& memory, const Sum (&errors)[CHUNK 
 
 // ---- the walk ---------------------------------------------------------------------------------------------------------
 
-// The memory and P before a piece, from the sums of the pairs before it, where H has digits enough; whether it has. P is
-// H = P^-1 before all pairs at first.
-__device__ __forceinline__ bool begin_from_sums(Memory& memory, const Room& room, Known& known, const Sums& earlier,
-                                                int piece, double* own_room) {
+// The solution and P before a piece, from the sums of the pairs before it, where H has digits enough; whether it has. P is
+// H = P^-1 before all pairs at first. The solution is as it was where there are not.
+__device__ __forceinline__ bool begin_from_sums(const Kept& S, const Kept& G, const Room& room, Known& known,
+                                                const Sums& earlier, int piece) {
+    G.multiply(S, room.P);
     #pragma unroll 1
-    for (bool solved = false;; solved = true) {  // by H, then by P
-        memory.multiply(room.P, own_room);
-        if (solved) return true;
-        #pragma unroll 1
-        for (int p = 0; p < piece; p++) {
-            const Sums sum(earlier.begin, p);
-            sum.add_to(memory);
-            __syncthreads();  // nobody is left at H
-            sum.add_to(room.P);
-        }
-        memory.leave(own_room);
-        __syncthreads();  // H is there
-        known.information = trace(room.P);
-        if (!(invert(room.P, room.W.begin) && trace(room.P) * known.information < SURE)) return false;
+    for (int p = 0; p < piece; p++) {
+        const Sums sum(earlier.begin, p);
+        sum.add_to(G);
+        __syncthreads();  // nobody is left at H
+        sum.add_to(room.P);
     }
+    __syncthreads();  // H is there
+    known.information = trace(room.P);
+    if (!(invert(room.P, room.W.begin) && trace(room.P) * known.information < SURE)) return false;
+    S.multiply(G, room.P);
+    return true;
 }
 
-// P and what is known before a piece, with the memory left in `own_room`; false if P is not a covariance. Where the sums
+// P and what is known before a piece, with the solution left in `own_room`; false if P is not a covariance. Where the sums
 // of earlier pairs do not tell, a piece begins with the first of all tokens, and with P as the caller gave it. A function
 // of its own, which takes no registers from the walk, and from the compiler half its time.
 __device__ __noinline__ bool begin_piece(Weights& all, Places& at, Sums earlier, int piece, double* own_room, int first,
@@ -277,20 +277,11 @@ __device__ __noinline__ bool begin_piece(Weights& all, Places& at, Sums earlier,
     const double information = trace(room.P);
     Known known = {information, !whole};
     for (int p = 0; p < piece; p++) known.moved |= Sums(earlier.begin, p).moved() != 0;
-    __syncthreads();  // everyone knows the information
-    Memory memory;
-    bool begun = false;
-    #pragma unroll 1
-    for (bool told = known.moved && whole; !begun; told = false) {
-        memory.load(at.state, first, columns);
-        memory.leave(own_room);
-        if (!told) break;
-        begun = begin_from_sums(memory, room, known, earlier, piece, own_room);
-        if (!begun) known.information = information;
-        __syncthreads();  // nobody is left at H
-    }
-    if (begun) memory.leave(own_room);
-    if (!begun) load_covariance(room.P, at.covariance, eps);
+    const Kept S(own_room), G(own_room + ROOM);
+    S.load(at.state, first, columns);
+    const bool begun = known.moved && whole && begin_from_sums(S, G, room, known, earlier, piece);
+    __syncthreads();  // nobody is left at H
+    if (!begun) known.information = information, load_covariance(room.P, at.covariance, eps);
     each_of_square(K, [&](int i, int j) { if (!whole) room.P.at(i, j) = not_a_number(); });
     if (threadIdx.x == 0) at.known = known, at.begin = known.moved && whole && !begun ? 0 : at.first;
     __syncthreads();  // all of it is there
@@ -411,7 +402,7 @@ recursive_least_squares_chunks(const data* q, const data* k, const data* v, cons
         at.state = rows(S, table, axes, STATE, which), at.covariance = rows(P, table, axes, COVARIANCE, which);
         at.first = piece * length;
     }
-    double* const own_room = reinterpret_cast<double*>(rooms) + size_t(blockIdx.x) * ROOM;
+    double* const own_room = reinterpret_cast<double*>(rooms) + size_t(blockIdx.x) * 2 * ROOM;
     const Sums earlier(reinterpret_cast<double*>(sums), size_t(blockIdx.x / pieces) * (pieces - 1));
     __syncthreads();  // places are known
 
@@ -422,7 +413,7 @@ recursive_least_squares_chunks(const data* q, const data* k, const data* v, cons
             if (threadIdx.x == 0 && piece == 0) rows(bad_next, table, axes, BAD, which).at(0, 0) = true;
             return;
         }
-        memory.take(own_room);
+        Kept(own_room).take_to(memory);
         known = at.known;
 
         #pragma unroll 1

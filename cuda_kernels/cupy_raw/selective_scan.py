@@ -11,7 +11,7 @@ from ttr_np.notation import SelectiveScanState
 from .._calls import split
 from .._sequences import BOTH, COLUMN, Sequences
 from . import _launch
-from ._launch import Kernel, empty, even, launch, replayed, run
+from ._launch import Kernel, empty, even, launch, replayed, run, side_by_side
 from ._tiles import cut
 
 __all__ = ["selective_scan"]
@@ -25,6 +25,7 @@ def selective_scan(u: Any, delta: Any, A: Any, B: Any, C: Any, *, D: Any = None,
     return run(replayed(core), "selective_scan", {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D}, **common)
 
 
+@side_by_side()
 def core(
     u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, *, state: SelectiveScanState
 ) -> tuple[Any, SelectiveScanState]:

@@ -20,7 +20,7 @@ from .._attention import DOT, Pairs, pairs_of, width_of
 from .._calls import THREADS, Grid
 from .._sequences import BOTH, ROW, Sequences
 from . import _launch
-from ._launch import Kernel, empty, launch, replayed, run
+from ._launch import Kernel, empty, launch, replayed, run, side_by_side
 
 __all__ = ["softmax_attention"]
 
@@ -190,6 +190,7 @@ def tiled(
     return o
 
 
+@side_by_side()
 def decoded(
     q: Any,
     k: Any,

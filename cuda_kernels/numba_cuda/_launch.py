@@ -96,6 +96,9 @@ class Gpu:
         """The memory of x in other shape and strides."""
         return cuda.cudadrv.devicearray.DeviceNDArray(shape, strides, x.dtype, gpu_data=x.gpu_data)
 
+    def prepare(self, launches: list[_calls.Launch]) -> None:
+        """Each compiles when it is first made, because Numba compiles one function at a time."""
+
     def run(self, function: Any, signature: Any, blocks: int, threads: int, arguments: list[Any]) -> None:
         """Launch."""
         configured(function, signature, blocks, threads, self.stream())(*arguments)

@@ -75,11 +75,15 @@ class OnCpu:
         same = (x.shape, x.strides) == (held.shape, held.strides)
         return x if same else np.lib.stride_tricks.as_strided(x, held.shape, held.strides)
 
+    def prepare(self, launches: Any) -> None:
+        """Every text is compiled when it is first launched."""
+
     def start(self, kernel: Kernel, name: str, blocks: int, threads: int, arguments: list[Any], **more: Any) -> None:
         """Launch."""
         new = {id(root_of(x)) for x in self.fresh}
-        unset = [i for i, x in enumerate(arguments) if isinstance(x, np.ndarray) and id(root_of(x)) in new]
-        self.fresh.clear()
+        taken = {i: id(root_of(x)) for i, x in enumerate(arguments) if isinstance(x, np.ndarray)}
+        unset = [i for i, root in taken.items() if root in new]
+        self.fresh = [x for x in self.fresh if id(root_of(x)) not in taken.values()]
         self.launches.append(name)
         kernel(blocks, threads, arguments, unset=unset, **self.options | more)
 

@@ -17,6 +17,7 @@ class Needs(NamedTuple):
     registers: int
     stack: int  # bytes: what does not fit in registers is spilled there
     shared: int  # bytes
+    code: int  # bytes of instructions, which take about as long to compile
 
 
 class Section(NamedTuple):
@@ -74,7 +75,7 @@ def needs(cubin: bytes) -> Needs:
     names = symbols(cubin, sections)
     found = {key: value for key, symbol, value in attributes(cubin, sections[".nv.info"]) if names[symbol] == kernel}
     shared = sections.get(f".nv.shared.{kernel}")
-    return Needs(found[REGISTERS], found[FRAME], shared.size if shared else 0)
+    return Needs(found[REGISTERS], found[FRAME], shared.size if shared else 0, sections[f".text.{kernel}"].size)
 
 
 def word(cubin: bytes, start: int) -> str:
