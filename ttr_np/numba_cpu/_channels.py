@@ -1,9 +1,9 @@
 """Products of one chunk whose pairs decay with one gate per channel, for kernels.
 
-A decay per pair and channel would be c^2 k numbers. So a chunk is cut into blocks of 16 tokens: a pair of one block
-meets through the steps between, one by one; a pair of two blocks meets at the start of the later block, to which the
-earlier key has been carried from block to block. Every factor is a product of gates, in [0, 1]: nothing is divided or
-subtracted.
+A decay per pair and channel would be c^2 k numbers. So a chunk is cut into blocks of 16 tokens, and a block into fours:
+a pair of one four meets through the steps between, one by one; any other meets at the start of the later four, or of
+the later block, to which the earlier key has been carried from one to the next. Every factor is a product of gates, in
+[0, 1]: nothing is divided or subtracted.
 """
 
 from __future__ import annotations
@@ -67,7 +67,6 @@ class Channels(NamedTuple):
     total: Any  # 1 x k: log decays since the chunk's start
     met: Any  # BLOCK x BLOCK, its rows one behind the other: products of one block
     room: Any  # KEPT x k, see ``Block``
-
 
 
 def meetings(c: int) -> int:
@@ -231,7 +230,6 @@ def multiply_block(scores, x, keys, first, last, n, k, decays, late, like):
         write_block(move(row(scores, first + late), first), scores.step, met, m, n - first)
 
 
-
 class Block(Vectors):
     """A block in code, FOUR rows after FOUR: left factors, keys and decays, rows from m on repeating the last one.
 
@@ -272,9 +270,7 @@ class Block(Vectors):
             for j, way in enumerate(ways):
                 self.store(way, self.room, self.place(v, in_fours(self.builder, first, self.PAST + j)))
         zero = self.constant(0.0)
-        return [
-            self.builder.load(totals[i, j]) if j <= i else zero for i in range(FOUR) for j in range(FOUR)
-        ]
+        return [self.builder.load(totals[i, j]) if j <= i else zero for i in range(FOUR) for j in range(FOUR)]
 
     def far(self, first: Any) -> list[Any]:
         """The same of some earlier keys, from ``first`` on, at the start of the four rows; they go to the end."""
