@@ -148,8 +148,12 @@ _waiting: ContextVar[list[Launch] | None] = ContextVar("ttr_np_waiting", default
 def side_by_side() -> Iterator[None]:
     """Inside, launches wait for the end, so that their kernels can be compiled side by side.
 
-    As a decorator it is for what launches, makes new arrays, and does not touch what the launches leave in them.
+    As a decorator it is for what launches, makes new arrays, and does not touch what the launches leave in them. Within
+    another, launches wait for the end of the outer one: they keep their order.
     """
+    if _waiting.get() is not None:
+        yield
+        return
     token = _waiting.set([])
     try:
         yield

@@ -326,6 +326,17 @@ def test_launches_wait_for_each_other_and_for_nobody_else():
     assert made[3:] == ["first"]
 
 
+def test_launches_that_wait_within_others_keep_their_order():
+    made = []
+    machine = SimpleNamespace(run=lambda name, *_: made.append(name), prepare=lambda launches: None)
+    with _calls.side_by_side():
+        _calls.begin(_calls.Launch(machine, ("first",), []))
+        with _calls.side_by_side():
+            _calls.begin(_calls.Launch(machine, ("second",), []))
+        _calls.begin(_calls.Launch(machine, ("third",), []))
+    assert made == ["first", "second", "third"]
+
+
 def test_answers_are_brought_back_after_all_launches(cupy):
     arrays = draw("linear_attention", np.random.default_rng(0), dtype=np.float32, lead=(2,), t=300, k=16)
     wanted = ttr_np.linear_attention(**arrays, backend="numpy")
