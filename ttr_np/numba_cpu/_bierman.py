@@ -21,7 +21,7 @@ from numba.extending import intrinsic
 
 from ._compile import inner
 from ._lanes import CHAINS, in_fours, padded, spread_sum
-from ._vectors import WIDE, Held, Vectors, repeat
+from ._vectors import WIDE, Held, Vectors, ceil_div, repeat
 
 __all__ = ["Pairs", "learn_factors", "learn_pairs", "numbers_of", "place_of"]
 
@@ -266,7 +266,7 @@ def learn_pairs(typingctx, pairs, rows, tokens, groups, w, d):
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pairs, rows, tokens, groups, w, d = args
         at = Pairs(*(builder.extract_value(pairs, i) for i in range(len(Pairs._fields))))
-        blocks = builder.udiv(builder.add(d, d.type(CHAINS - 1)), d.type(CHAINS))
+        blocks = ceil_div(builder, d, CHAINS)
         end = builder.append_basic_block("learnt")
         sizes = {"rows": rows, "tokens": tokens, "groups": groups, "w": w, "blocks": blocks}
         like = signature.args[0][0].dtype

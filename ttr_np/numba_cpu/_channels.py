@@ -36,7 +36,7 @@ from ._panels import (
     row,
     times_rows,
 )
-from ._vectors import WIDE, Vectors, row_of
+from ._vectors import WIDE, Vectors, ceil_div, row_of
 
 __all__ = [
     "Channels",
@@ -312,8 +312,7 @@ def meet(typingctx, met, x, keys, steps, step, room, m, k):
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         met, *bases, step, room, m, k = args
         block, word = Block(builder, signature.args[0].dtype, room, met, k), ir.IntType(64)
-        fours = builder.udiv(builder.add(m, word(FOUR - 1)), word(FOUR))
-        with cgutils.for_range(builder, fours, intp=word) as loop:
+        with cgutils.for_range(builder, ceil_div(builder, m, FOUR), intp=word) as loop:
             at = [in_fours(builder, loop.index, i) for i in range(FOUR)]
             rows = [[row_of(builder, base, i, m, step) for i in at] for base in bases]
             block.give(block.near(*rows, loop.index), at[0], at[0])

@@ -16,7 +16,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ._lanes import CHAINS, spread_sum
-from ._vectors import Held, Vectors
+from ._vectors import Held, Vectors, ceil_div
 
 __all__ = ["Series", "Tokens", "walk"]
 
@@ -145,7 +145,7 @@ def walk(typingctx: Any, w: Any, tokens: Any, scale: Any, rows: Any, groups: Any
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         w, tokens, scale, rows, groups, d = args
         like, lines, bounds = signature.args[0].dtype, Lines(builder, tokens), (rows, groups)
-        blocks = builder.udiv(builder.add(d, d.type(CHAINS - 1)), d.type(CHAINS))
+        blocks = ceil_div(builder, d, CHAINS)
         end = builder.append_basic_block("walked")
         for count in WRITTEN_OUT:
             with builder.if_then(builder.icmp_unsigned("==", blocks, d.type(count))):

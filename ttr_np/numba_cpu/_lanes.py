@@ -109,6 +109,13 @@ def sum_of(vectors: Vectors, x: Any, y: Any, n: Any) -> Any:
     return sums[0]
 
 
+def add_times(vectors: Vectors, y: Any, factor: Any, x: Any, n: Any) -> None:
+    """y = y + factor x for n vectors and one of factors."""
+    with cgutils.for_range(vectors.builder, n, intp=ir.IntType(64)) as loop:
+        total = vectors.multiply_add(factor, vectors.load(x, loop.index), vectors.load(y, loop.index))
+        vectors.store(total, y, loop.index)
+
+
 def sum_alone(vectors: Vectors, x: Any, y: Any, n: Any) -> Any:
     """As ``sum_of`` for n numbers of one sequence: the chains are the numbers of a vector."""
     builder, word, (total,) = vectors.builder, ir.IntType(64), vectors.totals(1)
@@ -157,10 +164,7 @@ def learn_side(typingctx: Any, y: Any, error: Any, variance: Any, x: Any, n: Any
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         y, error, variance, x, n = args
         vectors = Vectors(builder, signature.args[0].dtype)
-        factor = builder.fdiv(vectors.load(error, 0), vectors.load(variance, 0))
-        with cgutils.for_range(builder, n, intp=ir.IntType(64)) as loop:
-            total = vectors.multiply_add(factor, vectors.load(x, loop.index), vectors.load(y, loop.index))
-            vectors.store(total, y, loop.index)
+        add_times(vectors, y, builder.fdiv(vectors.load(error, 0), vectors.load(variance, 0)), x, n)
         return context.get_dummy_value()
 
     return types.void(y, y, y, y, types.intp), codegen
@@ -192,10 +196,7 @@ def add_lanes(typingctx: Any, y: Any, factor: Any, x: Any, n: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         y, factor, x, n = args
         vectors = Vectors(builder, signature.args[0].dtype)
-        factor = vectors.load(factor, ir.IntType(64)(0))
-        with cgutils.for_range(builder, n, intp=ir.IntType(64)) as loop:
-            total = vectors.multiply_add(factor, vectors.load(x, loop.index), vectors.load(y, loop.index))
-            vectors.store(total, y, loop.index)
+        add_times(vectors, y, vectors.load(factor, 0), x, n)
         return context.get_dummy_value()
 
     return types.void(y, y, y, types.intp), codegen

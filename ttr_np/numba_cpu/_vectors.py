@@ -16,7 +16,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 __all__ = [
-    "BYTES", "CACHE_LINE", "WIDE", "Held", "Vectors", "ask_line", "per_line", "per_vector", "plus", "repeat", "row_of",
+    "BYTES", "CACHE_LINE", "WIDE", "Held", "Vectors", "ask_line", "ceil_div", "per_line", "per_vector", "plus",
+    "repeat", "row_of",
 ]  # fmt: skip
 
 WIDE = binding.get_host_cpu_features().get("avx512f", False)
@@ -53,6 +54,11 @@ def ask_line(builder: Any, place: Any, cache: int) -> None:
     prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
     read, data = word(0), word(1)
     builder.call(prefetch, [builder.bitcast(place, line), read, word(4 - cache), data])
+
+
+def ceil_div(builder: Any, n: Any, size: int) -> Any:
+    """How many pieces of a size hold n."""
+    return builder.udiv(builder.add(n, n.type(size - 1)), n.type(size))
 
 
 def row_of(builder: Any, base: Any, i: Any, rows: Any, step: Any) -> Any:
@@ -124,8 +130,7 @@ class Vectors:
 
     def holding(self, n: Any) -> Any:
         """How many vectors hold n numbers."""
-        word = ir.IntType(64)
-        return self.builder.udiv(self.builder.add(n, word(self.count - 1)), word(self.count))
+        return ceil_div(self.builder, n, self.count)
 
     def totals(self, count: int, start: float = 0.0) -> list[Any]:
         """Sums, or products, in registers of their own."""

@@ -34,7 +34,7 @@ from ._lanes import CHAINS, in_fours, padded
 from ._panels import PARTS, Matrix, copy, dot, fill, gather, load, matrix, panel, real, row, scale, store
 from ._sequences import lay_out
 from ._threads import share
-from ._vectors import BYTES, Vectors, per_vector
+from ._vectors import BYTES, Vectors, ceil_div, per_vector
 
 __all__ = ["kalman_filter"]
 
@@ -279,7 +279,7 @@ def subtract(typingctx: Any, P: Any, step: Any, read: Any, gain: Any, rest: Any,
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         P, step, read, gain, rest, n = args
         vectors, word = Vectors(builder, signature.args[0].dtype), ir.IntType(64)
-        with cgutils.for_range(builder, fours(builder, n), intp=word) as block:
+        with cgutils.for_range(builder, ceil_div(builder, n, CHAINS), intp=word) as block:
             lines = []
             for i in range(CHAINS):
                 at = in_fours(builder, block.index, i)
@@ -316,7 +316,7 @@ def sum_rows(vectors: Vectors, o: Any, S: Any, step: Any, x: Any, n: Any, load: 
     builder, totals = vectors.builder, [vectors.totals(PARTS) for _ in range(CHAINS)]
     for total in sum(totals, []):
         builder.store(vectors.constant(0.0), total)
-    with cgutils.for_range(builder, fours(builder, n), intp=ir.IntType(64)) as block:
+    with cgutils.for_range(builder, ceil_div(builder, n, CHAINS), intp=ir.IntType(64)) as block:
         for i, sums in enumerate(totals):
             at = in_fours(builder, block.index, i)
             line = builder.gep(S, [builder.mul(at, step)])
@@ -353,13 +353,6 @@ def learn(typingctx: Any, o: Any, S: Any, step: Any, gain: Any, error: Any, x: A
 @contextmanager
 def tiles(vectors: Vectors, columns: Any) -> Iterator[Any]:
     """Where each tile of PARTS vectors of some columns starts."""
-    builder, width = vectors.builder, ir.IntType(64)(PARTS * vectors.count)
-    count = builder.udiv(builder.add(columns, builder.sub(width, width.type(1))), width)
-    with cgutils.for_range(builder, count, intp=width.type) as loop:
-        yield builder.mul(loop.index, width)
-
-
-def fours(builder: Any, n: Any) -> Any:
-    """Blocks of CHAINS that hold n."""
-    word = ir.IntType(64)
-    return builder.udiv(builder.add(n, word(CHAINS - 1)), word(CHAINS))
+    builder, word, width = vectors.builder, ir.IntType(64), PARTS * vectors.count
+    with cgutils.for_range(builder, ceil_div(builder, columns, width), intp=word) as loop:
+        yield builder.mul(loop.index, word(width))

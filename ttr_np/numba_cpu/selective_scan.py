@@ -161,10 +161,9 @@ def step_all(
         def everywhere(base: Any, offset: Any) -> Any:
             return vectors.everywhere(builder.load(builder.gep(base, [offset])))
 
-        (total,), width = vectors.totals(1), word(vectors.count)
-        whole = builder.udiv(builder.add(channels, builder.sub(width, word(1))), width)
-        with cgutils.for_range(builder, whole, intp=word) as outer:
-            first = builder.mul(outer.index, width)
+        (total,) = vectors.totals(1)
+        with cgutils.for_range(builder, vectors.holding(channels), intp=word) as outer:
+            first = vectors.start(outer.index)
             delta_v, entered_v = (vectors.load_from(x, first) for x in (delta, entered))
             builder.store(vectors.constant(0.0), total)
             with cgutils.for_range(builder, n, intp=word) as loop:
