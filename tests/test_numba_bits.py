@@ -8,7 +8,7 @@ import pytest
 from test_operators import CASES
 
 import ttr_np
-from ttr_np.notation import ARRAYS
+from ttr_np.notation import ARRAYS, draw
 
 COMPILED = [case for case in CASES if case.backend == "numba"]
 pytestmark = pytest.mark.filterwarnings("ignore:solver '.*' stopped after")
@@ -116,3 +116,14 @@ def test_many_callers_at_once(case):
         for found in callers.map(lambda _: answers(case, arrays), range(8)):
             for x, y in zip(found, wanted, strict=True):
                 np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("t", [1, 37])
+@pytest.mark.parametrize("name", ["q", "k", "bonus"])
+def test_one_number_for_all_channels_is_as_good_as_many_that_are_equal(name, t, dtype):
+    rng = np.random.default_rng(0)
+    x = draw("linear_attention", rng, optional=("log_decay", "bonus"), lead=(2,), t=t, k=70, dtype=dtype)
+    x[name] = np.broadcast_to(x[name][..., :1], x[name].shape)
+    o, copied = (ttr_np.linear_attention(**y, backend="numba") for y in (x, x | {name: x[name].copy()}))
+    np.testing.assert_array_equal(o, copied)

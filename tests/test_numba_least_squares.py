@@ -291,6 +291,34 @@ def test_noise_and_a_covariance_that_are_no_numbers_stay_in_their_own_sequence(b
         assert np.array_equal(other, np.delete(clean.reshape(6, 20, -1), 3, axis=0))
 
 
+@pytest.mark.parametrize("d", [1, 2, 3, 4, 5, 9])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_an_infinite_value_or_memory_is_no_less_a_number_for_any_size_of_key(d):
+    """What fills up the rows of a memory is no part of it: zero there times infinity is not one of its terms."""
+    x = inputs("kalman drifting", t=6, k=d)
+    x["v"][1, 0, 2, 1] = np.inf
+    x |= {name: np.abs(x[name]) for name in "qk"}  # the gain has one sign: infinite, and not NaN
+    start = (np.full((2, 3, d, 3), -np.inf), np.eye(d))
+    for state in (None, start):
+        with np.errstate(all="ignore"):
+            found = [f("kalman drifting", x, initial_state=state, output_final_state=True) for f in (kernel, solver)]
+        for one, other in zip((found[0][0], *found[0][1]), (found[1][0], *found[1][1]), strict=True):
+            np.testing.assert_array_equal(np.where(np.isfinite(one), 0, one), np.where(np.isfinite(other), 0, other))
+
+
+@pytest.mark.parametrize(("dtype", "huge"), [(np.float32, 1e20), (np.float64, 1e155), (np.float64, 1e308)])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_key_whose_square_is_infinite_is_not_passed_over_in_silence(dtype, huge):
+    x = inputs("kalman drifting", dtype=dtype, t=20)
+    clean = kernel("kalman drifting", x)
+    x["k"][1, 0, 4, 2] = huge
+    for f in (kernel, solver):
+        o, state = f("kalman drifting", x, output_final_state=True)
+        assert np.isnan(o[1, 0, 4:]).all() and np.isnan(state.S[1, 0]).all() and np.isnan(state.P[1, 0]).all()
+        assert np.isfinite(o[1, 0, :4]).all() and np.isfinite(np.delete(o.reshape(6, 20, -1), 3, axis=0)).all()
+    assert np.array_equal(kernel("kalman drifting", x)[0], clean[0])
+
+
 @pytest.mark.parametrize("names", [(), ("process_noise",), ("measurement_noise",), ("log_transition",)], ids=str)
 def test_a_kalman_filter_without_some_of_its_arrays_and_with_one_for_many_sequences(names):
     x, every = inputs("kalman", lead=(2, 3, 1), t=40, k=9), inputs("kalman drifting", lead=(3, 1), t=40)

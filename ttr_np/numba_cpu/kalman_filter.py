@@ -31,7 +31,23 @@ from ..solvers.recursive_least_squares import check_ridge, check_symmetric, star
 from ._cache import compiled
 from ._compile import apart, inner
 from ._lanes import CHAINS, in_fours, padded
-from ._panels import PARTS, Matrix, copy, dot, fill, gather, load, matrix, panel, real, row, scale, store
+from ._panels import (
+    PARTS,
+    Matrix,
+    copy,
+    count_bad_of,
+    dot,
+    fill,
+    gather,
+    load,
+    matrix,
+    most,
+    panel,
+    real,
+    row,
+    scale,
+    store,
+)
 from ._sequences import lay_out
 from ._threads import share
 from ._vectors import BYTES, Vectors, ceil_div, per_vector
@@ -117,8 +133,7 @@ def kernel(table, places, steps, sizes, like, begin, stop):
     for memory in range(begin, stop if t else begin):
         state, P = matrix(places[STATE, memory, 0], w, 1, like), matrix(places[COVARIANCE, memory, 0], d, 1, like)
         load_halves(here.P, P, d, like)
-        for i in range(d, padded(d)):
-            fill(row(here.S, i), real(like, 0), here.S.step)
+        no_rows_behind(here.S, d, like)
         load(here.S, state, 0, d, 0, w)
         for i in range(t):
             drift(here, places, steps, memory, i, d, w, like)
@@ -127,6 +142,13 @@ def kernel(table, places, steps, sizes, like, begin, stop):
                 answer(here, places, steps, memory, group, i, d, w, like)
         store(state, 0, d, 0, w, here.S)
         give_halves(P, here.P, d)
+
+
+@inner
+def no_rows_behind(S, d, like):
+    """Zeros in the rows that only fill up CHAINS of them."""
+    for i in range(d, padded(d)):
+        fill(row(S, i), real(like, 0), S.step)
 
 
 @inner
@@ -205,7 +227,11 @@ def answer(here, places, steps, memory, group, i, d, w, like):
     if group:
         recall(told, S.data, S.step, query, d, w)
     else:
-        learn(told, S.data, S.step, row(here.keys, GAIN), row(here.values, ERROR), query, d, w)
+        error = row(here.values, ERROR)
+        learn(told, S.data, S.step, row(here.keys, GAIN), error, query, d, w)
+        if d < padded(d) and count_bad_of(error, w, most(like)) > 0:  # no row behind the last one is to hold 0 inf
+            no_rows_behind(S, d, like)
+            recall(told, S.data, S.step, query, d, w)
     copy(row(matrix(places[O, memory, group], w, 1, like), i), told, w)
 
 
@@ -253,12 +279,15 @@ def first_of(vectors: Vectors, x: Any, n: int) -> Any:
 
 @intrinsic
 def find_gain(typingctx: Any, gain: Any, rest: Any, read: Any, a: Any, r: Any, n: Any) -> Any:
-    """c = p / (r + a), zero where nothing is measured, and e = (p - a c) - r c, in this order."""
+    """c = p / (r + a), zero where nothing is measured, and e = (p - a c) - r c, in this order.
+
+    An infinite a is no number: a pair with no gain would be passed over in silence.
+    """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         gain, rest, read, a, r, n = args
         vectors = Vectors(builder, signature.args[0].dtype)
-        s = builder.fadd(r, a)
+        s = builder.fadd(builder.fadd(r, a), builder.fsub(a, a))
         none = builder.fcmp_ordered("==", s, ir.Constant(s.type, 0.0))
         s, minus_a, minus_r = (vectors.everywhere(x) for x in (s, builder.fneg(a), builder.fneg(r)))
         with cgutils.for_range(builder, vectors.holding(n), intp=ir.IntType(64)) as loop:

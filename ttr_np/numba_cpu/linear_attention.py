@@ -100,6 +100,8 @@ def core(
     """Lay out the sequences and share them among threads."""
     S, z = state
     o, z_next = output_like(q, v, S), None if z is None else np.empty_like(z)
+    if bonus is not None:
+        q, k, bonus = (in_numbers(x) for x in (q, k, bonus))
     gates = NO_GATES if log_decay is None else PER_CHANNEL if log_decay.ndim == q.ndim else PER_STEP
     layout = lay_out(
         S.shape[:-2], o.shape[:-2], (q, 2), (k, 2), (v, 2), (log_decay, max(gates, 1)), (bonus, 1), (S, 2), (z, 1),
@@ -114,6 +116,11 @@ def core(
     factor = S.dtype.type(1 if normalize else scale)
     share(kernel, memories * blocks, cost, scratch, layout, sizes, factor)
     return o, LinearAttentionState(S, z_next)
+
+
+def in_numbers(x: np.ndarray) -> np.ndarray:
+    """Rows whose numbers lie side by side: ``own`` is summed in another order where all are one in memory."""
+    return x if x.strides[-1] else x.copy()
 
 
 class Sizes(NamedTuple):

@@ -89,8 +89,9 @@ def recurrent(
             P = P + process_noise[..., t, None, None] * eye
         r = P.dtype.type(1) if measurement_noise is None else measurement_noise[..., t, None]
         Pk = np.einsum("...ij,...j->...i", P, k_t)
-        s = r + np.sum(k_t * Pk, axis=-1, keepdims=True)  # zero only where a masked token measures nothing
-        gain = np.divide(Pk, s, out=np.zeros_like(Pk), where=s != 0)
+        energy = np.sum(k_t * Pk, axis=-1, keepdims=True)
+        s = r + np.where(energy < np.inf, energy, np.nan)  # a pair with no gain would be passed over in silence
+        gain = np.divide(Pk, s, out=np.zeros_like(Pk), where=s != 0)  # 0 only if a masked token measures nothing
         error = v_t - np.einsum("...kv,...k->...v", S, k_t)
         S = S + gain[..., :, None] * error[..., None, :]
         P = joseph(P, k_t, Pk, gain, r)
