@@ -415,7 +415,8 @@ def test_a_backend_without_tensor_cores_is_not_asked_for_the_largest(peers, monk
 def test_whoever_cannot_be_made_is_skipped_with_the_reason(peers, monkeypatch):
     kda = peers.KINDS["KDA"]
     (skipped,) = peers.attempted("fla", kda.peers["fla"]._replace(chunk="nothing"), kda, SHAPE, {})
-    assert skipped.name == "fla" and ("nothing" in skipped.reason or "import" in skipped.reason)
+    assert skipped.name == "fla"
+    assert any(why in skipped.reason for why in ("nothing", "import", "No module named"))
     (skipped,) = peers.attempted("torch", peers.naive, kda, SHAPE, {})
     assert skipped.name == "torch" and "whole chunks" in skipped.reason
     monkeypatch.setattr(peers, "seconds_of", lambda call, calls: 0.01)
