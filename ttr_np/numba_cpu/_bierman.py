@@ -60,12 +60,20 @@ def columns_side(vectors: Vectors, U: Any, k: Any, block: Any, first: int) -> li
     builder, word = vectors.builder, ir.IntType(64)
     totals = vectors.totals(COLUMNS * CHAINS)
     start = builder.add(tile_at(builder, word(0), block), word(first * CHAINS))
-    with cgutils.for_range(builder, builder.add(block, word(1)), intp=word) as loop:
+    with cgutils.for_range(builder, block, intp=word) as loop:
         keys = [vectors.load(k, in_fours(builder, loop.index, r)) for r in range(CHAINS)]
         tile = builder.add(start, builder.mul(loop.index, word(CHAINS * CHAINS)))
         for i, total in enumerate(totals):
             u = vectors.load(U, builder.add(tile, word(i)))
             vectors.accumulate(total, u, keys[i % CHAINS])
+    keys = [vectors.load(k, in_fours(builder, block, r)) for r in range(CHAINS)]
+    tile = builder.add(start, builder.mul(block, word(CHAINS * CHAINS)))
+    for i, total in enumerate(totals):  # of the last tile what is above its ones, and those
+        column, r = first + i // CHAINS, i % CHAINS
+        if r < column:
+            vectors.accumulate(total, vectors.load(U, builder.add(tile, word(i))), keys[r])
+        elif r == column:
+            vectors.accumulate(total, vectors.constant(1.0), keys[r])
     sums = [builder.load(total) for total in totals]
     while len(sums) > COLUMNS:
         sums = [vectors.add(one, other) for one, other in zip(sums[::2], sums[1::2], strict=True)]
@@ -106,32 +114,76 @@ def variances_alone(vectors: Vectors, terms: Any, before: Any) -> tuple[Any, Any
     return vectors.shuffle(after, before, [4, 0, 1, 2]), after, vectors.shuffle(after, after, [3, 3, 3, 3])
 
 
+def shares_side(vectors: Vectors, a: list[Any]) -> list[Any]:
+    """One over each of four vectors, by one division because four take longer than all else that a block needs.
+
+    No variance is below 1, and the caps of P keep the product of four finite.
+    """
+    one, two, three, four = a
+    left, right = vectors.multiply(one, two), vectors.multiply(three, four)
+    share = vectors.builder.fdiv(vectors.constant(1.0), vectors.multiply(left, right))
+    left, right = vectors.multiply(share, right), vectors.multiply(share, left)  # one over them
+    shares = [vectors.multiply(x, y) for x, y in ((left, two), (left, one), (right, four), (right, three))]
+    return [corrected(vectors, share, x) for share, x in zip(shares, a, strict=True)]
+
+
+def corrected(vectors: Vectors, share: Any, a: Any) -> Any:
+    """One over a from what is nearly that: P would add up the last digits of every token's."""
+    error = vectors.multiply_add(vectors.builder.fneg(a), share, vectors.constant(1.0))
+    return vectors.multiply_add(share, error, share)
+
+
+def shares_alone(vectors: Vectors, a: Any) -> Any:
+    """The same of four numbers of one sequence."""
+    zero = vectors.constant(0.0)
+    beside = vectors.shuffle(a, zero, [1, 0, 3, 2])
+    pairs = vectors.multiply(a, beside)
+    others = vectors.shuffle(pairs, zero, [2, 3, 0, 1])
+    share = vectors.builder.fdiv(vectors.constant(1.0), vectors.multiply(pairs, others))
+    return corrected(vectors, vectors.multiply(vectors.multiply(share, others), beside), a)
+
+
+def variances_of(vectors: Vectors, U: Any, k: Any, D: Any, into: tuple[Any, Any, Any], blocks: Any) -> Any:
+    """f, g and the variances after each column, for a vector of sequences; the last of these is returned."""
+    builder, word, (total,) = vectors.builder, ir.IntType(64), vectors.totals(1, 1.0)
+    with cgutils.for_range(builder, blocks, intp=word) as loop:
+        f = products_side(vectors, U, k, loop.index)
+        at = [in_fours(builder, loop.index, i) for i in range(CHAINS)]
+        g = [vectors.multiply(vectors.load(D, i), x) for i, x in zip(at, f, strict=True)]
+        terms = [vectors.multiply(x, y) for x, y in zip(f, g, strict=True)]
+        a = variances_side(vectors, terms, builder.load(total))[1:]
+        for place, numbers in zip(into, (f, g, a), strict=True):
+            for i, x in zip(at, numbers, strict=True):
+                vectors.store(x, place, i)
+        builder.store(a[-1], total)
+    return builder.load(total)
+
+
 @intrinsic
-def weights_side(typingctx, U, D, k, grow, shrink, variance, blocks):
-    """As ``learn_factors`` says, before U is turned, for a vector of sequences."""
+def weights_side(typingctx, U, D, k, grow, shrink, gain, variance, blocks):
+    """As ``learn_factors`` says, before U is turned, for a vector of sequences; the gain is used as scratch.
+
+    Divisions wait for variances, which wait for each other. They are a loop of their own: its blocks wait for nothing.
+    """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        U, D, k, grow, shrink, variance, blocks = args
+        U, D, k, grow, shrink, gain, variance, blocks = args
         vectors, word = Vectors(builder, signature.args[0].dtype), ir.IntType(64)
+        vectors.store(variances_of(vectors, U, k, D, (shrink, grow, gain), blocks), variance, word(0))
         total, share = vectors.totals(2, 1.0)  # a, and one over it
         with cgutils.for_range(builder, blocks, intp=word) as loop:
-            f = products_side(vectors, U, k, loop.index)
             at = [in_fours(builder, loop.index, i) for i in range(CHAINS)]
-            old = [vectors.load(D, i) for i in at]
-            g = [vectors.multiply(x, y) for x, y in zip(old, f, strict=True)]
-            terms = [vectors.multiply(x, y) for x, y in zip(f, g, strict=True)]
-            a = variances_side(vectors, terms, builder.load(total))
-            over = [builder.load(share), *(builder.fdiv(vectors.constant(1.0), x) for x in a[1:])]
-            for i in range(CHAINS):
-                vectors.store(g[i], grow, at[i])
-                vectors.store(vectors.multiply(builder.fneg(f[i]), over[i]), shrink, at[i])
-                vectors.store(vectors.multiply(old[i], vectors.multiply(a[i], over[i + 1])), D, at[i])
+            after = [vectors.load(gain, i) for i in at]
+            a, over = [builder.load(total), *after], [builder.load(share), *shares_side(vectors, after)]
+            for i, place in enumerate(at):
+                f, old = vectors.load(shrink, place), vectors.load(D, place)
+                vectors.store(vectors.multiply(builder.fneg(f), over[i]), shrink, place)
+                vectors.store(vectors.multiply(old, vectors.multiply(a[i], over[i + 1])), D, place)
             builder.store(a[CHAINS], total)
             builder.store(over[CHAINS], share)
-        vectors.store(builder.load(total), variance, word(0))
         return context.get_dummy_value()
 
-    return types.void(U, D, k, grow, shrink, variance, types.intp), codegen
+    return types.void(U, D, k, grow, shrink, gain, variance, types.intp), codegen
 
 
 def turn_column(vectors: Vectors, U: Any, place: Any, factors: tuple[Any, Any], total: Any) -> Any:
@@ -149,8 +201,9 @@ def turn_side(typingctx, U, grow, shrink, gain, blocks):
         U, grow, shrink, gain, blocks = args
         vectors, word = Vectors(builder, signature.args[0].dtype), ir.IntType(64)
         with cgutils.for_range(builder, blocks, intp=word) as rows:
-            totals = vectors.totals(CHAINS)
-            with cgutils.for_range_slice(builder, rows.index, blocks, word(1), intp=word) as (block, _):
+            totals = turn_corner(vectors, U, (grow, shrink), rows.index)
+            after = builder.add(rows.index, word(1))
+            with cgutils.for_range_slice(builder, after, blocks, word(1), intp=word) as (block, _):
                 tile = tile_at(builder, rows.index, block)
                 for i in range(CHAINS):
                     factors = tuple(vectors.load(x, in_fours(builder, block, i)) for x in (grow, shrink))
@@ -162,6 +215,19 @@ def turn_side(typingctx, U, grow, shrink, gain, blocks):
         return context.get_dummy_value()
 
     return types.void(U, U, U, U, types.intp), codegen
+
+
+def turn_corner(vectors: Vectors, U: Any, factors: tuple[Any, Any], block: Any) -> list[Any]:
+    """A tile with ones on its diagonal, of which only what is above them turns; the sums along its rows begin there."""
+    builder, word, totals = vectors.builder, ir.IntType(64), vectors.totals(CHAINS)
+    tile = tile_at(builder, block, block)
+    for i in range(CHAINS):
+        grow, shrink = (vectors.load(x, in_fours(builder, block, i)) for x in factors)
+        for r, total in enumerate(totals[:i]):
+            place = builder.add(tile, word(CHAINS * i + r))
+            builder.store(turn_column(vectors, U, place, (grow, shrink), builder.load(total)), total)
+        builder.store(grow, totals[i])
+    return totals
 
 
 def turn_alone(vectors: Vectors, U: Any, sums: Held, block: Any, factors: tuple[Any, Any]) -> None:
@@ -179,35 +245,14 @@ def turn_alone(vectors: Vectors, U: Any, sums: Held, block: Any, factors: tuple[
     repeat(builder, word(0), end, turn)
 
 
-def learn_factors_alone(vectors: Vectors, U: Any, D: Any, k: Any, sums: Held) -> Any:
-    """As ``learn_factors``, for one sequence: the gain in ``sums``; returned is the last a everywhere.
-
-    A block of columns is turned as soon as its weights are known: those of the next do not wait for it.
-    """
-    builder, (total, share) = vectors.builder, vectors.totals(2, 1.0)  # a, and one over it
-    sums.each(lambda i: sums.put(vectors.constant(0.0), i))
-
-    def learn(block: Any) -> None:
-        f, old = products_alone(vectors, U, k, block), vectors.load(D, block)
-        g = vectors.multiply(old, f)
-        before, after, last = variances_alone(vectors, vectors.multiply(f, g), builder.load(total))
-        over_after = builder.fdiv(vectors.constant(1.0), after)
-        over_before = vectors.shuffle(over_after, builder.load(share), [4, 0, 1, 2])
-        vectors.store(vectors.multiply(old, vectors.multiply(before, over_after)), D, block)
-        builder.store(last, total)
-        builder.store(vectors.shuffle(over_after, over_after, [3, 3, 3, 3]), share)
-        turn_alone(vectors, U, sums, block, (g, vectors.multiply(builder.fneg(f), over_before)))
-
-    sums.each(learn)
-    return builder.load(total)
-
-
 class Pairs(NamedTuple):
     """Where a sequence's memory lies, some pairs that it learns and queries that it answers, see ``learn_pairs``."""
 
     U: Any
     D: Any
     gain: Any
+    grow: Any  # scratch, as large
+    shrink: Any
     S: Any  # w rows
     k: Any
     v: Any
@@ -215,18 +260,49 @@ class Pairs(NamedTuple):
     told: Any
 
 
+def learn_factors_alone(vectors: Vectors, at: Pairs, k: Any, blocks: Any) -> tuple[Held, Any]:
+    """As ``learn_factors``, for one sequence: the gain, and the last a everywhere."""
+    builder, (total, share) = vectors.builder, vectors.totals(2, 1.0)  # a, and one over it
+    grow, shrink, gain = (Held(vectors, x, blocks) for x in (at.grow, at.shrink, at.gain))
+
+    def weigh(block: Any) -> None:
+        f = products_alone(vectors, at.U, k, block)
+        g = vectors.multiply(vectors.load(at.D, block), f)
+        _, after, last = variances_alone(vectors, vectors.multiply(f, g), builder.load(total))
+        for held, x in ((shrink, f), (grow, g), (gain, after)):
+            held.put(x, block)
+        builder.store(last, total)
+
+    def divide(block: Any) -> None:
+        f, after = shrink.get(block), gain.get(block)
+        over_after = shares_alone(vectors, after)
+        sides = (after, total), (over_after, share)
+        before, over_before = (vectors.shuffle(x, builder.load(last), [4, 0, 1, 2]) for x, last in sides)
+        D = vectors.multiply(vectors.load(at.D, block), vectors.multiply(before, over_after))
+        vectors.store(D, at.D, block)
+        shrink.put(vectors.multiply(builder.fneg(f), over_before), block)
+        for x, last in sides:
+            builder.store(vectors.shuffle(x, x, [3, 3, 3, 3]), last)
+
+    gain.each(weigh)
+    variance = builder.load(total)
+    builder.store(vectors.constant(1.0), total)
+    gain.each(divide)
+    gain.each(lambda i: gain.put(vectors.constant(0.0), i))
+    gain.each(lambda block: turn_alone(vectors, at.U, gain, block, (grow.get(block), shrink.get(block))))
+    return gain, variance
+
+
 def follow(builder: Any, like: Any, at: Pairs, sizes: dict[str, Any], blocks: Any) -> None:
     """As ``learn_pairs``, for keys of some blocks."""
     vectors, word = Vectors(builder, like, CHAINS), ir.IntType(64)
     deep, w = builder.mul(sizes["blocks"], word(CHAINS)), sizes["w"]
-    sums = Held(vectors, at.gain, blocks)
-
     def place(base: Any, i: Any, size: Any) -> Any:
         return builder.gep(base, [builder.mul(i, size)])
 
     def said(j: Any, x: Any) -> Any:
         (total,), S = vectors.totals(1), place(at.S, j, deep)
-        sums.each(lambda i: vectors.accumulate(total, vectors.load(x, i), vectors.load(S, i)))
+        repeat(builder, word(0), blocks, lambda i: vectors.accumulate(total, vectors.load(x, i), vectors.load(S, i)))
         return builder.extract_element(spread_sum(vectors, builder.load(total)), ir.IntType(32)(0))
 
     with cgutils.for_range(builder, sizes["rows"], intp=word) as tokens:
@@ -234,11 +310,11 @@ def follow(builder: Any, like: Any, at: Pairs, sizes: dict[str, Any], blocks: An
         with cgutils.for_range(builder, w, intp=word) as outputs:
             error = place(v, outputs.index, word(1))
             builder.store(builder.fsub(builder.load(error), said(outputs.index, k)), error)
-        variance = learn_factors_alone(vectors, at.U, at.D, k, sums)
+        gain, variance = learn_factors_alone(vectors, at, k, blocks)
         with cgutils.for_range(builder, w, intp=word) as outputs:
             error, S = builder.load(place(v, outputs.index, word(1))), place(at.S, outputs.index, deep)
             error = builder.fdiv(vectors.everywhere(error), variance)
-            sums.each(lambda i: vectors.store(vectors.multiply_add(error, sums.get(i), vectors.load(S, i)), S, i))
+            gain.each(lambda i: vectors.store(vectors.multiply_add(error, gain.get(i), vectors.load(S, i)), S, i))
         with cgutils.for_range(builder, sizes["groups"], intp=word) as readers:
             row = builder.add(builder.mul(readers.index, sizes["tokens"]), tokens.index)
             with cgutils.for_range(builder, w, intp=word) as outputs:
@@ -300,5 +376,5 @@ def learn_factors(U, D, k, gain, grow, shrink, variance, d):
         Sizes of the keys.
     """
     blocks = padded(d) // CHAINS
-    weights_side(U, D, k, grow, shrink, variance, blocks)
+    weights_side(U, D, k, grow, shrink, gain, variance, blocks)
     turn_side(U, grow, shrink, gain, blocks)

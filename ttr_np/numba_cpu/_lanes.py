@@ -20,14 +20,13 @@ from numba.extending import intrinsic
 
 from ._compile import apart, inner
 from ._panels import gather, matrix, move, row
-from ._vectors import BYTES, Vectors, ask_line, per_line, per_vector
+from ._vectors import BYTES, Vectors, ask_line, per_vector
 
 __all__ = [
     "CHAINS",
     "NARROW",
     "TOKENS",
     "add_lanes",
-    "ask_ahead",
     "ask_for",
     "collect",
     "collect_numbers",
@@ -238,33 +237,71 @@ def ask_for(typingctx: Any, x: Any) -> Any:
     return types.void(x), codegen
 
 
-@inner
-def ask_ahead(places, steps, which, here, i, n, like):
-    """Ask for n numbers of row i of an array of each sequence: so many streams at once no machine foresees."""
-    apart()
-    for lane in range(here.count):
-        start = row(matrix(places[which, here.first + lane, 0], steps[which, 0], steps[which, 1], like), i)
-        for p in range(0, n, per_line(like)):
-            ask_for(move(start, p * steps[which, 1]))
+def starts_of(context: Any, builder: Any, array: Any, at: tuple[Any, ...], vectors: Vectors, kind: Any) -> list[Any]:
+    """Where some numbers of each sequence of a vector begin; at: places, which, first sequence, group, offset."""
+    places, which, first, group, offset = at
+    there, starts = context.make_array(array)(context, builder, places), []
+    for lane in range(vectors.count):
+        index = [which, builder.add(first, first.type(lane)), group]
+        start = builder.load(cgutils.get_item_pointer(context, builder, array, there, index))
+        starts.append(builder.gep(builder.inttoptr(start, kind), [offset]))
+    return starts
 
 
 @intrinsic
-def square(typingctx: Any, into: Any, places: Any, which: Any, first: Any, group: Any, offset: Any) -> Any:
-    """As many numbers of each sequence of a vector as it holds, in a row from ``offset`` on, as vectors."""
+def take_squares(typingctx: Any, into: Any, at: Any, steps: Any, rows: Any, squares: Any) -> Any:
+    """Some rows of every sequence of a vector, ``squares`` times as many numbers of each as a vector holds, as vectors.
+
+    What will be taken next is asked for: so many streams at once no machine foresees.
+
+    Parameters
+    ----------
+    into
+        Where the vectors go.
+    at
+        Addresses, which of them, the first sequence and the group, and how many numbers stand before the first row.
+    steps
+        Numbers from one row to the next, vectors from one to the next, and numbers to what will be taken next.
+    rows, squares
+        How many.
+    """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        into, places, which, first, group, offset = args
-        vectors, word, array = Vectors(builder, signature.args[0].dtype), ir.IntType(64), signature.args[1]
-        there, lines = context.make_array(array)(context, builder, places), []
-        for lane in range(vectors.count):
-            index = [which, builder.add(first, word(lane)), group]
-            start = builder.load(cgutils.get_item_pointer(context, builder, array, there, index))
-            lines.append(vectors.load(builder.gep(builder.inttoptr(start, into.type), [offset]), word(0)))
-        for i, line in enumerate(vectors.transpose(lines)):
-            vectors.store(line, into, word(i))
+        into, at, steps, rows, squares = args
+        vectors, array = Vectors(builder, signature.args[0].dtype), signature.args[1][0]
+        fields = tuple(builder.extract_value(at, i) for i in range(5))
+        starts = starts_of(context, builder, array, fields, vectors, into.type)
+        step, deep, ahead = (builder.extract_value(steps, i) for i in range(3))
+        with cgutils.for_range(builder, rows, intp=rows.type) as row_, cgutils.for_range(builder, squares) as block:
+            before = builder.add(builder.mul(row_.index, step), vectors.start(block.index))
+            columns = vectors.transpose([vectors.load_from(start, before) for start in starts])
+            for start in starts:
+                ask_line(builder, builder.gep(start, [builder.add(before, ahead)]), 1)
+            first = builder.add(builder.mul(row_.index, deep), vectors.start(block.index))
+            for i, column in enumerate(columns):
+                vectors.store(column, into, builder.add(first, rows.type(i)))
         return context.get_dummy_value()
 
-    return types.void(into, places, types.intp, types.intp, types.intp, types.intp), codegen
+    return types.void(into, at, steps, types.intp, types.intp), codegen
+
+
+@intrinsic
+def give_squares(typingctx: Any, told: Any, at: Any, scale: Any, squares: Any) -> Any:
+    """Vectors times a number as so many numbers in a row of each sequence: ``take_squares`` back."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        told, at, scale, squares = args
+        vectors, array = Vectors(builder, signature.args[0].dtype), signature.args[1][0]
+        fields = tuple(builder.extract_value(at, i) for i in range(5))
+        starts, factor = starts_of(context, builder, array, fields, vectors, told.type), vectors.everywhere(scale)
+        with cgutils.for_range(builder, squares, intp=squares.type) as block:
+            first = vectors.start(block.index)
+            lines = [vectors.load(told, builder.add(first, first.type(i))) for i in range(vectors.count)]
+            for start, line in zip(starts, vectors.transpose(lines), strict=True):
+                vectors.store_to(builder.fmul(factor, line), start, first)
+        return context.get_dummy_value()
+
+    return types.void(told, at, scale, types.intp), codegen
 
 
 @inner
@@ -274,19 +311,20 @@ def collect(into, places, steps, which, here, group, low, rows, n, deep, like):
     The other vectors, and lanes without a sequence, are left as they are.
     """
     apart()
-    lanes, done = here.lanes, 0
+    lanes, done, step = here.lanes, 0, steps[which, 0]
+    column = 1 if n == 1 else steps[which, 1]
     if lanes == 1:
-        alone = matrix(places[which, here.first, group], steps[which, 0], steps[which, 1], like)
+        alone = matrix(places[which, here.first, group], step, column, like)
         load_rows(into, alone, low, rows, n, deep)
         return
-    if here.count == lanes and steps[which, 1] == 1:
+    ahead = rows * step
+    if step == n == deep and column == 1:  # one long row
+        low, rows, n, step = low * n, 1, rows * n, 1
+    if here.count == lanes and column == 1:
         done = n // lanes * lanes
-        for i in range(rows):
-            for p in range(0, done, lanes):
-                at = (low + i) * steps[which, 0] + p
-                square(move(into, (i * deep + p) * lanes), places, which, here.first, group, at)
+        take_squares(into, (places, which, here.first, group, low * step), (step, deep, ahead), rows, n // lanes)
     for lane in range(here.count if done < n else 0):
-        x = matrix(places[which, here.first + lane, group], steps[which, 0], steps[which, 1], like)
+        x = matrix(places[which, here.first + lane, group], step, column, like)
         for i in range(rows):
             source, target = row(x, low + i), move(into, i * deep * lanes + lane)
             for p in range(done, n):
@@ -367,10 +405,13 @@ def recall_lanes(into, S, q, deep, w, lanes):
 
 @inner
 def give_answers(told, places, which, here, group, low, rows, w, scale, like):
-    """Write the answers of some tokens."""
+    """Write the answers of some tokens, which lie in one row of each sequence."""
     apart()
-    for lane in range(here.count):
-        o = matrix(places[which, here.first + lane, group], w, 1, like)
-        for i in range(rows):
-            for j in range(w):
-                row(o, low + i)[j] = scale * told[(i * w + j) * here.lanes + lane]
+    n, done = rows * w, 0
+    if here.count == per_vector(like):
+        done = n // here.count * here.count
+        give_squares(told, (places, which, here.first, group, low * w), scale, n // here.count)
+    for lane in range(here.count if done < n else 0):
+        o = row(matrix(places[which, here.first + lane, group], w, 1, like), low)
+        for i in range(done, n):
+            o[i] = scale * told[i * here.lanes + lane]

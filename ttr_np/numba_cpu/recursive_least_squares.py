@@ -30,7 +30,6 @@ from ._lanes import (
     CHAINS,
     NARROW,
     TOKENS,
-    ask_ahead,
     collect,
     collect_numbers,
     dot_lanes,
@@ -275,7 +274,7 @@ def narrow(table, places, steps, sizes, limit, bad, first, last):
             rows = min(tokens, t - since)
             take_tokens(lines, places, steps, sizes, here, since, rows, same, limit)
             moved |= weigh_tokens(lines, places, rows, d, w, lanes, limit)
-            learn_tokens(lines, places, steps, here, since, rows, sizes, room, limit)
+            learn_tokens(lines, places[GATE, 0, 0] != 0, rows, sizes, groups, room, lanes, limit)
             for group in range(groups):
                 told = move(lines.told, group * tokens * w * lanes)
                 give_answers(told, places, O, here, group, since, rows, w, real(limit, 1), limit)
@@ -328,15 +327,13 @@ def upper_factors(P, U, D, d):
 def root_of(lines, lane, room, d, lanes, like):
     """R = U sqrt(D) of one memory."""
     apart()
-    length = row(room.along, 0)
-    for j in range(d):
-        length[j] = math.sqrt(lines.D[j * lanes + lane])
     for i in range(d):
-        line = row(room.R, i)
-        fill(line, real(like, 0), i)
-        for j in range(i, d):
-            u = real(like, 1) if i == j else lines.U[place_of(i, j) * lanes + lane]
-            line[j] = u * length[j]
+        fill(row(room.R, i), real(like, 0), i)
+    for j in range(d):
+        length = math.sqrt(lines.D[j * lanes + lane])
+        for i in range(j):
+            row(room.R, i)[j] = lines.U[place_of(i, j) * lanes + lane] * length
+        row(room.R, j)[j] = length
 
 
 @inner
@@ -379,28 +376,32 @@ def weigh_tokens(lines, places, rows, d, w, lanes, like):
 
 
 @inner
-def learn_tokens(lines, places, steps, here, since, rows, sizes, room, limit):
+def learn_tokens(lines, gated, rows, sizes, groups, room, lanes, limit):
     """Some tokens, one after the other: the past forgets, the pair is learnt, the queries are answered."""
     apart()
-    (_, d, w, tokens), lanes, groups = sizes, here.lanes, places.shape[2]
-    gated = places[GATE, 0, 0] != 0
-    calm = not gated and small_enough(lines, rows, lanes, limit)
-    if calm:
+    d = sizes[1]
+    if not gated and small_enough(lines, rows, lanes, limit):
         inform(lines, 0, rows, lanes)
-    if calm and lanes == 1:
-        learn_pairs(pairs_of(lines, 0, d, w), rows, tokens, groups, w, d)
+        learn_rows(lines, 0, rows, sizes, groups, lanes)
         return
     for i in range(rows):
         if gated:
             decay_lanes(lines, i, d, lanes)
-        if not calm:
-            inform(lines, i, 1, lanes)
-            cap_lanes(lines, i, room, d, lanes, limit)
-        if lanes == 1:
-            learn_pairs(pairs_of(lines, i, d, w), 1, tokens, groups, w, d)
-        else:
-            ask_ahead(places, steps, K, here, since + tokens + i, d, limit)
-            learn_lanes(lines, i, sizes, groups, lanes)
+        inform(lines, i, 1, lanes)
+        cap_lanes(lines, i, room, d, lanes, limit)
+        learn_rows(lines, i, 1, sizes, groups, lanes)
+
+
+@inner
+def learn_rows(lines, first, rows, sizes, groups, lanes):
+    """Some pairs, none of which a cap or a decay changes the memory for."""
+    apart()
+    _, d, w, tokens = sizes
+    if lanes == 1:
+        learn_pairs(pairs_of(lines, first, d, w), rows, tokens, groups, w, d)
+        return
+    for i in range(first, first + rows):
+        learn_lanes(lines, i, sizes, groups, lanes)
 
 
 @inner
@@ -417,8 +418,8 @@ def pairs_of(lines, i, d, w):
     """One sequence from token i on."""
     deep = padded(d)
     return Pairs(
-        lines.U, lines.D, lines.gain, lines.S, move(lines.k, i * deep), move(lines.v, i * w), move(lines.q, i * deep),
-        move(lines.told, i * w),
+        lines.U, lines.D, lines.gain, lines.grow, lines.shrink, lines.S, move(lines.k, i * deep),
+        move(lines.v, i * w), move(lines.q, i * deep), move(lines.told, i * w),
     )  # fmt: skip
 
 
@@ -509,19 +510,15 @@ def learn_lanes(lines, i, sizes, groups, lanes):
 def begin(P, room, d, like):
     """R = the Cholesky factor of P; False if P is not symmetric and positive definite. A NaN makes a memory of NaN."""
     apart()
-    R, largest, gap = room.R, real(like, 0), real(like, 0)
-    bad = not finite(P, d, d, like)
+    R, bad = room.R, not finite(P, d, d, like)
     for i in range(d):
         fill(row(R, i), real(like, 0), d)
-        for j in range(i + 1):
-            row(R, i)[j] = real(like, math.nan) if bad else row(P, i)[j]
-            largest = max(largest, abs(row(P, i)[j]))
-            gap = max(gap, abs(row(P, i)[j] - row(P, j)[i]))
+        fill(row(R, i), real(like, math.nan), i + 1 if bad else 0)
     if bad:
         return True
     if diagonal(P, d):
         return begin_diagonal(P, room, d, like)
-    if gap > 1000 * eps(P.data[0]) * largest or not cholesky(R, room.turned, d, like):
+    if not load_symmetric(P, R, d, like) or not cholesky(R, room.turned, d, like):
         return False
     invert_lower(R, room.turned, d, like)
     total = 0.0
@@ -534,12 +531,26 @@ def begin(P, room, d, like):
 
 
 @inner
+def load_symmetric(P, R, d, like):
+    """The lower triangle of P into R; False if P is not symmetric."""
+    largest = gap = real(like, 0)
+    for i in range(d):
+        for j in range(i + 1):
+            row(R, i)[j] = real(like, row(P, i)[j])
+            largest = max(largest, abs(row(P, i)[j]))
+            gap = max(gap, abs(row(P, i)[j] - row(P, j)[i]))
+    return gap <= 1000 * eps(P.data[0]) * largest
+
+
+@inner
 def diagonal(P, d):
     """Whether a matrix is diagonal, as that of an empty memory is."""
     for i in range(d):
+        others = -(row(P, i)[i] != 0)
         for j in range(d):
-            if i != j and row(P, i)[j] != 0:
-                return False
+            others += row(P, i)[j] != 0
+        if others != 0:
+            return False
     return True
 
 
