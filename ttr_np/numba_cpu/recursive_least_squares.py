@@ -105,7 +105,7 @@ def core(
 ) -> tuple[np.ndarray, RecursiveLeastSquaresState]:
     """Lay out the sequences and share them among threads."""
     S, P = state
-    o, original = output_like(q, v, S), P.copy()
+    o = output_like(q, v, S)
     layout = lay_out(
         S.shape[:-2], o.shape[:-2], (q, 2), (k, 2), (v, 2), (log_decay, 1), (beta, 1), (S, 2), (P, 2), (o, 2)
     )
@@ -122,7 +122,7 @@ def core(
         scratch = (np.dtype(np.float64), rooms)
         share(kernel, memories, cost, scratch, layout, (t, d, w), largest, dtype.type(0), bad)
     if bad.any():
-        factor(original)  # says what is wrong with P
+        factor(P)  # says what is wrong with one: those are left as they were
         raise ValueError("initial_state field P must be positive definite")
     return o, state
 
