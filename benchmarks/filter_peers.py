@@ -22,6 +22,7 @@ def peer(name: str, package: str, solve: Solve, x: np.ndarray, d: np.ndarray, de
     """A function of one series, ``x (t, k)`` and ``d (t,)``, run over all of ``x (..., t, k)``."""
     if find_spec(package) is None:
         return Skipped(name, f"{package} is not installed")
+    x, d = np.float64(x), np.float64(d)
     series = list(zip(x.reshape(-1, *x.shape[-2:]), d.reshape(-1, d.shape[-1]), strict=True))
     return Contender(name, lambda: np.stack([solve(*one) for one in series]).reshape((*d.shape, 1)), detail=detail)
 

@@ -149,10 +149,11 @@ def series(count: int, t: int, k: int, seed: int) -> tuple[np.ndarray, np.ndarra
 
 
 def filters(setting: Setting) -> Iterator[tuple[str, dict[str, int], np.ndarray, np.ndarray]]:
-    """One long series, and 256 shorter ones side by side."""
+    """One long series, and 256 shorter ones side by side, these also in float32, which no peer has."""
     for count, t in ((1, max(setting.lengths)), (256, min(setting.lengths[0], 256))):
         x, d = series(count, t, 16, setting.seed)
         yield f"{count} series", {"B": count, "H": 1, "T": t, "D": 16}, x, d
+    yield f"{count} series, float32", {"B": count, "H": 1, "T": t, "D": 16}, np.float32(x), np.float32(d)
 
 
 def recursive_least_squares(setting: Setting) -> Iterator[Question]:
