@@ -5,8 +5,9 @@ from __future__ import annotations
 from . import build
 from .launch import Kernel
 
-FAST = ("-O1", "-fwrapv", "-ffp-contract=fast")  # most texts run for less time than a better compilation takes
-CHECK = ("-O1", "-gdwarf-4", "-g1", "-ffp-contract=fast")
+# -Og contracts products and sums as -O1 does, in half of the time; most texts run for less than it takes to build them.
+FAST = ("-Og", "-fwrapv", "-ffp-contract=fast")
+CHECK = ("-Og", "-gdwarf-4", "-g1", "-ffp-contract=fast")
 CHECK += ("-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0")
 CHECK += ("-fsanitize=signed-integer-overflow,bounds,shift,integer-divide-by-zero,alignment",)
 
