@@ -104,7 +104,7 @@ struct Readers {  // of one byte since its last write: the last access of each t
 struct Cell {  // what is known of one byte
     Access write, read;
     bool set, under_way;  // a copy will write it at some time
-    uint8_t alike;        // so many bytes from here on are like it, and their own cells say nothing; see let_each_speak
+    uint8_t alike;        // so many bytes from here on are like it, and their own cells say nothing; see part
     uint8_t padding;      // cells are compared as bytes
     uint32_t time;        // of the write, see Thread::shown
 };
@@ -424,8 +424,13 @@ static float added(const double* terms, int count) {
     double largest = 0, plain = 0;
     for (int i = 0; i < count; i++) largest = std::max(largest, fabs(terms[i])), plain += terms[i];
     if (!(fabs(plain) < INFINITY) || largest == 0) return float(plain);
-    const int last = std::ilogb(largest) - 25;
-    const double up = ldexp(1.0, -last), down = ldexp(1.0, last);
+    uint64_t power;
+    memcpy(&power, &largest, sizeof power);
+    power &= 0x7ffull << 52;  // of two, the largest one in it
+    double down;
+    memcpy(&down, &power, sizeof down);
+    down *= 0x1p-25;
+    const double up = 1 / down;
     double sum = 0;
     for (int i = 0; i < count; i++) sum += trunc(terms[i] * up);
     sum *= down;
@@ -858,15 +863,23 @@ static void check_uses(Shadow& shadow, long offset, int bytes, int line, const v
     }
 }
 
-// Most numbers are used as a whole, and then the cell of their first byte speaks for all. Let each of some bytes speak
-// for itself. A number begins at a multiple of its size.
-static void let_each_speak(Shadow& shadow, long offset, int bytes) {
-    const auto part = [&](Cell& first) {
-        const int count = first.alike;
-        first.alike = 0;
-        std::fill(&first + 1, &first + std::max(count, 1), first);
-    };
-    for (int size = 1; size <= 16; size *= 2) {  // of a number that they are in
+// Most numbers are used as a whole, and then the cell of their first byte speaks for all. From here on each byte of one
+// speaks for itself.
+static void part(Cell& first) {
+    const int count = first.alike;
+    first.alike = 0;
+    const auto found = machine.readers.find(&first);
+    const bool read = found != machine.readers.end();
+    const Readers readers = read ? found->second : Readers();
+    for (Cell* cell = &first + 1; cell < &first + count; cell++) {
+        *cell = first;
+        if (read) machine.readers[cell] = readers;
+    }
+}
+
+// Every number that has some of these bytes. A number begins at a multiple of its size.
+static void part_all(Shadow& shadow, long offset, int bytes) {
+    for (int size = 1; size <= 16; size *= 2) {
         const long begin = offset - long((shadow.region.begin + uint64_t(offset)) % uint64_t(size));
         if (begin >= 0 && shadow.cells[begin].alike == size) part(shadow.cells[begin]);
     }
@@ -874,17 +887,18 @@ static void let_each_speak(Shadow& shadow, long offset, int bytes) {
         if (shadow.cells[i].alike) part(shadow.cells[i]);
 }
 
-// Whether all of them are alike from now on.
+// Whether all bytes are alike from now on.
 static bool check_each(Cell* cells, int bytes, const Access& now, bool writes, int kind, long offset, int line,
                        const void* from) {
+    const bool followed = kind == SHARED && !machine.phases.empty();  // reader by reader
     const Cell before = cells[0];
     bool alike = true;
     for (int i = 0; i < bytes; i++)
-        if (i && !memcmp(&cells[i], &before, sizeof before))
+        if (i && !followed && !memcmp(&cells[i], &before, sizeof before))
             cells[i] = cells[0];  // what is true of the first byte is true of its like
         else
             check_byte(cells[i], now, writes, kind, offset + i, line, from), alike &= !i;
-    return alike;
+    return alike || writes;
 }
 
 static void check_access(const void* address, int bytes, bool writes, int line, const void* from) {
@@ -902,14 +916,9 @@ static void check_access(const void* address, int bytes, bool writes, int line, 
     if (writes && !shadow->uses.empty()) check_uses(*shadow, offset, bytes, line, from);
     const Access now = access_now();
     Cell* cells = shadow->cells + offset;
-    const bool followed = region.kind == SHARED && !machine.phases.empty();  // reader by reader
-    if (!followed && cells->alike == bytes) return check_byte(*cells, now, writes, region.kind, offset, line, from);
-    let_each_speak(*shadow, offset, bytes);
-    if (!followed) {
-        if (check_each(cells, bytes, now, writes, region.kind, offset, line, from)) cells->alike = uint8_t(bytes);
-        return;
-    }
-    for (int i = 0; i < bytes; i++) check_byte(cells[i], now, writes, region.kind, offset + i, line, from);
+    if (cells->alike == bytes) return check_byte(*cells, now, writes, region.kind, offset, line, from);
+    part_all(*shadow, offset, bytes);
+    if (check_each(cells, bytes, now, writes, region.kind, offset, line, from)) cells->alike = uint8_t(bytes);
 }
 
 void runner::note_read(const void* at, int bytes, int line) { check_access(at, bytes, false, line, nullptr); }
@@ -922,7 +931,7 @@ static void set_under_way(const void* at, bool under_way) {
     if (!shadow || !shadow->cells) return;
     const long offset = long(uint64_t(at) - shadow->region.begin);
     Cell* cells = shadow->cells + offset;
-    if (cells->alike != 16) let_each_speak(*shadow, offset, 16);
+    if (cells->alike != 16) part_all(*shadow, offset, 16);
     for (int i = 0; i < (cells->alike ? 1 : 16); i++) cells[i].under_way = under_way;
 }
 
@@ -1014,9 +1023,8 @@ struct Described {
 static void check_operand(Shadow& shadow, long offset, int line) {
     const Thread& self = *machine.current;
     const Use& use = shadow.uses[size_t(offset) / 16];
-    let_each_speak(shadow, offset, 16);
     const bool told = use.barrier, has_told = has_come(self.known, use), shows = has_come(self.shown_known, use);
-    for (long i = offset; i < offset + 16; i++) {
+    for (long i = offset; i < offset + 16; i += std::max<long>(shadow.cells[i].alike, 1)) {
         const Cell& cell = shadow.cells[i];
         const auto wrong = [&](int kind, const char* words) {
             fault_of_access(kind, line, nullptr, words, "shared memory", i);
