@@ -17,7 +17,8 @@ from ttr_np.notation import OPERATORS, STATES, CacheState, draw
 pytestmark = needed(nvrtc.missing())
 
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
-CAPABILITIES = [pytest.param((n, 0), id=f"numba-cuda {n}.0") for n in (8, 9, 10)]
+# From 10.0 on NVVM is another compiler. The one before it writes for 8.0 what it writes for 9.0, which the runner has.
+CAPABILITIES = [pytest.param((n, 0), id=f"numba-cuda {n}.0") for n in (9, 10)]
 RESERVED = {"sm_80": 0, "sm_90a": 1024, "sm_100": 1024}  # bytes of each block's shared memory, for the system
 # Operators of several launches, in double precision, whatever the data; see below.
 SQUARES = ("recursive_least_squares", "mesa", "kernel_ridge", "test_time_training")
@@ -235,7 +236,7 @@ def test_the_largest_keys_of_least_squares_fit(operator, options):
 
 @pytest.mark.slow
 @needed(cudaemu.numba_cuda())
-@pytest.mark.parametrize("capability", CAPABILITIES[::2])
+@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("operator, options", LAUNCHED, ids=lambda x: str(x)[:30])
 def test_functions_of_least_squares_compile(operator, options, capability):
     from cudaemu import machines

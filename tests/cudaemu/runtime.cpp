@@ -104,7 +104,8 @@ struct Readers {  // of one byte since its last write: the last access of each t
 struct Cell {  // what is known of one byte
     Access write, read;
     bool set, under_way;  // a copy will write it at some time
-    uint16_t padding;     // cells are compared as bytes
+    uint8_t alike;        // so many bytes from here on are like it, and their own cells say nothing; see part
+    uint8_t padding;      // cells are compared as bytes
     uint32_t time;        // of the write, see Thread::shown
 };
 
@@ -423,8 +424,13 @@ static float added(const double* terms, int count) {
     double largest = 0, plain = 0;
     for (int i = 0; i < count; i++) largest = std::max(largest, fabs(terms[i])), plain += terms[i];
     if (!(fabs(plain) < INFINITY) || largest == 0) return float(plain);
-    const int last = std::ilogb(largest) - 25;
-    const double up = ldexp(1.0, -last), down = ldexp(1.0, last);
+    uint64_t power;
+    memcpy(&power, &largest, sizeof power);
+    power &= 0x7ffull << 52;  // of two, the largest one in it
+    double down;
+    memcpy(&down, &power, sizeof down);
+    down *= 0x1p-25;
+    const double up = 1 / down;
     double sum = 0;
     for (int i = 0; i < count; i++) sum += trunc(terms[i] * up);
     sum *= down;
@@ -857,6 +863,44 @@ static void check_uses(Shadow& shadow, long offset, int bytes, int line, const v
     }
 }
 
+// Most numbers are used as a whole, and then the cell of their first byte speaks for all. From here on each byte of one
+// speaks for itself.
+static void part(Cell& first) {
+    const int count = first.alike;
+    first.alike = 0;
+    const auto found = machine.readers.find(&first);
+    const bool read = found != machine.readers.end();
+    const Readers readers = read ? found->second : Readers();
+    for (Cell* cell = &first + 1; cell < &first + count; cell++) {
+        *cell = first;
+        if (read) machine.readers[cell] = readers;
+    }
+}
+
+// Every number that has some of these bytes. A number begins at a multiple of its size.
+static void part_all(Shadow& shadow, long offset, int bytes) {
+    for (int size = 1; size <= 16; size *= 2) {
+        const long begin = offset - long((shadow.region.begin + uint64_t(offset)) % uint64_t(size));
+        if (begin >= 0 && shadow.cells[begin].alike == size) part(shadow.cells[begin]);
+    }
+    for (long i = offset + 1; i < offset + bytes; i++)
+        if (shadow.cells[i].alike) part(shadow.cells[i]);
+}
+
+// Whether all bytes are alike from now on.
+static bool check_each(Cell* cells, int bytes, const Access& now, bool writes, int kind, long offset, int line,
+                       const void* from) {
+    const bool followed = kind == SHARED && !machine.phases.empty();  // reader by reader
+    const Cell before = cells[0];
+    bool alike = true;
+    for (int i = 0; i < bytes; i++)
+        if (i && !followed && !memcmp(&cells[i], &before, sizeof before))
+            cells[i] = cells[0];  // what is true of the first byte is true of its like
+        else
+            check_byte(cells[i], now, writes, kind, offset + i, line, from), alike &= !i;
+    return alike || writes;
+}
+
 static void check_access(const void* address, int bytes, bool writes, int line, const void* from) {
     const uint64_t at = uint64_t(address);
     if (!machine.options.check || !machine.current) return;
@@ -871,13 +915,10 @@ static void check_access(const void* address, int bytes, bool writes, int line, 
     if (!shadow->cells) return;
     if (writes && !shadow->uses.empty()) check_uses(*shadow, offset, bytes, line, from);
     const Access now = access_now();
-    Cell *cells = shadow->cells + offset, before = cells[0];
-    const bool followed = region.kind == SHARED && !machine.phases.empty();  // reader by reader
-    for (int i = 0; i < bytes; i++)
-        if (i && !followed && !memcmp(&cells[i], &before, sizeof before))
-            cells[i] = cells[0];  // what is true of the first byte is true of its like
-        else
-            check_byte(cells[i], now, writes, region.kind, offset + i, line, from);
+    Cell* cells = shadow->cells + offset;
+    if (cells->alike == bytes) return check_byte(*cells, now, writes, region.kind, offset, line, from);
+    part_all(*shadow, offset, bytes);
+    if (check_each(cells, bytes, now, writes, region.kind, offset, line, from)) cells->alike = uint8_t(bytes);
 }
 
 void runner::note_read(const void* at, int bytes, int line) { check_access(at, bytes, false, line, nullptr); }
@@ -888,8 +929,10 @@ void runner::note_write(const void* at, int bytes, int line) { check_access(at, 
 static void set_under_way(const void* at, bool under_way) {
     Shadow* shadow = machine.options.check ? shadow_of(uint64_t(at)) : nullptr;
     if (!shadow || !shadow->cells) return;
-    Cell* cells = shadow->cells + (uint64_t(at) - shadow->region.begin);
-    for (int i = 0; i < 16; i++) cells[i].under_way = under_way;
+    const long offset = long(uint64_t(at) - shadow->region.begin);
+    Cell* cells = shadow->cells + offset;
+    if (cells->alike != 16) part_all(*shadow, offset, 16);
+    for (int i = 0; i < (cells->alike ? 1 : 16); i++) cells[i].under_way = under_way;
 }
 
 // 16 bytes, of which the last may be zeros. The place holds NaN until somebody waits: nobody may look at it before.
@@ -897,7 +940,8 @@ void runner::copy_later(void* to, const void* from, int bytes, int line) {
     Thread& self = *machine.current;
     if (uint64_t(to) % 16 || uint64_t(from) % 16) fault(ARITHMETIC, line, "a copy of 16 bytes from or to between");
     Copy copy = {to, {}, self.group, line};
-    for (int i = 0; i < bytes; i++) note_read(static_cast<const char*>(from) + i, 1, line);
+    if (bytes == 16) note_read(from, 16, line);
+    for (int i = 0; i < bytes % 16; i++) note_read(static_cast<const char*>(from) + i, 1, line);
     memcpy(copy.bytes, from, size_t(bytes));
     note_write(to, 16, line);
     memset(to, 0xFF, 16);
@@ -980,7 +1024,7 @@ static void check_operand(Shadow& shadow, long offset, int line) {
     const Thread& self = *machine.current;
     const Use& use = shadow.uses[size_t(offset) / 16];
     const bool told = use.barrier, has_told = has_come(self.known, use), shows = has_come(self.shown_known, use);
-    for (long i = offset; i < offset + 16; i++) {
+    for (long i = offset; i < offset + 16; i += std::max<long>(shadow.cells[i].alike, 1)) {
         const Cell& cell = shadow.cells[i];
         const auto wrong = [&](int kind, const char* words) {
             fault_of_access(kind, line, nullptr, words, "shared memory", i);
