@@ -17,7 +17,7 @@ from ttr_np.notation import OPERATORS, STATES, CacheState, draw
 pytestmark = needed(nvrtc.missing())
 
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
-# From 10.0 on NVVM is another compiler. The one before it writes for 8.0 what it writes for 9.0, which the runner has.
+# PTX comes from two compilers: from 10.0 on NVVM is another one, which writes other code.
 CAPABILITIES = [pytest.param((n, 0), id=f"numba-cuda {n}.0") for n in (9, 10)]
 RESERVED = {"sm_80": 0, "sm_90a": 1024, "sm_100": 1024}  # bytes of each block's shared memory, for the system
 # Operators of several launches, in double precision, whatever the data; see below.

@@ -27,6 +27,17 @@ LOOP = (
 LANES = "__shared__ float s[64];\ns[t] = x[t];\n__syncwarp();\ny[t] = s[t ^ 5];"
 SHUFFLE = "y[t] = __shfl_xor_sync(0xffffffffu, x[t], 1);"
 
+# Numbers of which others use a part: what the runner knows of a number it keeps once, as long as it is used as a whole.
+WHOLE = "alignas(16) __shared__ float s[64];\nchar* bytes = (char*)s;\ns[t] = x[t];\n__syncthreads();\n"
+FOUR = "struct alignas(16) four { float x, y, z, w; };\n"
+PARTS = (
+    "alignas(16) __shared__ float s[64];\nchar* bytes = (char*)s;\nfor (int i = 0; i < 4; i++)\n"
+    "bytes[64 * i + t] = ((const char*)x)[64 * i + t];\n__syncthreads();\nfloat total = s[63 - t];\n"
+    "__syncthreads();\ns[t] = total;\n__syncthreads();\n"
+    "if (t < 32) {\nconst double both = ((const double*)s)[t];\n((double*)s)[t] = both;\n}\n__syncthreads();\n"
+    "bytes[t] = bytes[t];\n__syncthreads();\ny[t] = s[t] + ((const four*)s)[t / 4].x;"
+)
+
 # name: (body of a kernel with t its thread, the faults it may end with, how it is launched otherwise)
 FAULTS = {
     "no barrier": (SWAP.replace("__syncthreads();", ""), (RaceFault, UnsetFault), {}),
@@ -59,6 +70,28 @@ FAULTS = {
     "two threads write one number": ("y[t / 2] = 1;", RaceFault, {}),
     "two blocks write one number": ("y[t] = 1;", RaceFault, {"blocks": 2}),
     "a block reads what another wrote": ("if (t == blockIdx.x) y[t] = y[1 - t];", RaceFault, {"blocks": 2}),
+    "a byte of a number that another writes": (f"{WHOLE}s[t] = 1;\ny[t] = bytes[4 * (t ^ 1) + 2];", RaceFault, {}),
+    "a byte into a number that another reads": (
+        f"{WHOLE}if (t & 1) y[t] = s[t];\nelse bytes[4 * t + 7] = 1;\nif (!(t & 1)) y[t] = 1;", RaceFault, {},
+    ),
+    "two numbers of which another reads the second": (
+        f"{WHOLE}if (t & 1) y[t] = s[t];\nelse ((double*)s)[t / 2] = y[t] = 1;", RaceFault, {},
+    ),
+    "four numbers of which another writes the last": (
+        f"{FOUR}{WHOLE}if (t < 16) ((four*)y)[t] = ((const four*)s)[t];\nelse if (t < 32) s[4 * t - 61] = 1;",
+        RaceFault, {},
+    ),
+    "four numbers of which others read one each": (
+        f"{FOUR}{WHOLE}for (int i = 0; i < 2; i++) {{\n__syncthreads();\nif (t < 16) ((four*)s)[t] = {{1, 2, 3, 4}};\n}}\n"
+        "y[t] = t % 4 ? s[t] : 1;", RaceFault, {},
+    ),
+    "a number of which half was written": (
+        "__shared__ float s[64];\n((short*)s)[2 * t] = 1;\ny[t] = s[t];", UnsetFault, {},
+    ),
+    "four numbers of which one was not written": (
+        f"{FOUR}alignas(16) __shared__ float s[64];\nif (t != 30) s[t] = 1;\n__syncthreads();\n"
+        "if (t < 16) ((four*)y)[t] = ((const four*)s)[t];", UnsetFault, {},
+    ),
     "a product of 32 bits": ("const int at = n * 1000000;\ny[t] = at;", ArithmeticFault, {"n": 5000}),
     "a division by zero": ("y[t] = 5 / (n - 64);", ArithmeticFault, {}),
     "a misaligned vector": (
@@ -107,6 +140,11 @@ def test_kernels_that_are_right_pass_in_every_order(check, order):
     np.testing.assert_array_equal(launch(LANES, check, order=order), x.astype(int) ^ 5)
     np.testing.assert_array_equal(launch(f"{LANES}\n__syncwarp();\ns[t] = 1;", check, order=order), x.astype(int) ^ 5)
     up = "y[t] = __shfl_up_sync(0xffffffffu, x[t], 4) + __shfl_sync(0xffffffffu, x[t], 3);"
+    fours = f"{FOUR}{WHOLE}if (t < 16) ((four*)s)[t] = ((const four*)s)[t];\n__syncthreads();\n"
+    found = launch(f"{fours}if (t % 4 == 0) s[t] = 5;\ny[t] = s[t];", check, order=order)
+    np.testing.assert_array_equal(found, np.where(x % 4, x, 5))
+    twice = launch(f"{FOUR}{PARTS}", check, order=order)
+    np.testing.assert_array_equal(twice, x[::-1] + np.repeat(x[::-1][::4], 4))
     lanes = np.arange(64) % 32
     np.testing.assert_array_equal(launch(up, check, order=order), x - 4 * (lanes >= 4) + x - lanes + 3)
 
