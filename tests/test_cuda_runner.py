@@ -82,8 +82,8 @@ FAULTS = {
         RaceFault, {},
     ),
     "four numbers of which others read one each": (
-        f"{FOUR}{WHOLE}for (int i = 0; i < 2; i++) {{\n__syncthreads();\nif (t < 16) ((four*)s)[t] = {{1, 2, 3, 4}};\n}}\n"
-        "y[t] = t % 4 ? s[t] : 1;", RaceFault, {},
+        f"{FOUR}{WHOLE}for (int i = 0; i < 2; i++) {{\n__syncthreads();\n"
+        "if (t < 16) ((four*)s)[t] = {1, 2, 3, 4};\n}\ny[t] = t % 4 ? s[t] : 1;", RaceFault, {},
     ),
     "a number of which half was written": (
         "__shared__ float s[64];\n((short*)s)[2 * t] = 1;\ny[t] = s[t];", UnsetFault, {},
