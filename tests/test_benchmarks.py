@@ -379,7 +379,7 @@ def test_a_run_prints_and_writes_json_and_a_figure(numpy_only, capsys, tmp_path)
     assert run.main(["linear_attention", "nlms", "decode", "lengths", *options, *files]) == 0
     result = json.loads((tmp_path / "r.json").read_text())
     check_result(result)
-    assert len(result["questions"]) == 3 + 2 + 2 and result["crossover"]["rows"] and len(result["scaling"]) == 3
+    assert len(result["questions"]) == 3 + 2 + 3 and result["crossover"]["rows"] and len(result["scaling"]) == 3
     assert not has_matplotlib() or (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
     assert "linear_attention, channel: B 1 H 2 T 16 D 4 float32" in out
