@@ -118,6 +118,28 @@ def test_many_callers_at_once(case):
                 np.testing.assert_array_equal(x, y)
 
 
+ROWS = {
+    "one number for all channels": lambda x: np.broadcast_to(x[..., :1], x.shape),
+    "reversed in time": lambda x: x[..., ::-1, :],
+    "every other": lambda x: x[..., ::2, :],
+}
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("name", ["recursive_least_squares", "delta_rule"])
+@pytest.mark.parametrize("k, v", [(6, 3), (8, 4), (8, 1)])
+def test_rows_of_many_small_memories_may_lie_anywhere(k, v, name, rows):
+    x = draw(name, np.random.default_rng(0), lead=(33,), t=74, k=k, v=v)
+    x = {key: ROWS[rows](a) for key, a in x.items() if key in "qkv"}
+    if name == "delta_rule":
+        x["beta"] = np.full(x["q"].shape[:-1], 0.1)
+    operator, plain = getattr(ttr_np, name), {key: a.copy() for key, a in x.items()}
+    o = operator(**plain, backend="numba")
+    np.testing.assert_array_equal(operator(**x, backend="numba"), o)
+    if v == 1:  # a new axis, which leads nowhere
+        np.testing.assert_array_equal(operator(**x | {"v": x["v"][..., 0][..., None]}, backend="numba"), o)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("t", [1, 37])
 @pytest.mark.parametrize("name", ["q", "k", "bonus"])

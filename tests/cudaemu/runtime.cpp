@@ -940,8 +940,8 @@ void runner::copy_later(void* to, const void* from, int bytes, int line) {
     Thread& self = *machine.current;
     if (uint64_t(to) % 16 || uint64_t(from) % 16) fault(ARITHMETIC, line, "a copy of 16 bytes from or to between");
     Copy copy = {to, {}, self.group, line};
-    if (bytes == 16) note_read(from, 16, line);
-    for (int i = 0; i < bytes % 16; i++) note_read(static_cast<const char*>(from) + i, 1, line);
+    const int size = bytes == 16 ? 16 : 1;  // fewer may be any number
+    for (int i = 0; i < bytes; i += size) note_read(static_cast<const char*>(from) + i, size, line);
     memcpy(copy.bytes, from, size_t(bytes));
     note_write(to, 16, line);
     memset(to, 0xFF, 16);

@@ -128,7 +128,7 @@ def shares_side(vectors: Vectors, a: list[Any]) -> list[Any]:
 
 
 def corrected(vectors: Vectors, share: Any, a: Any) -> Any:
-    """One over a from what is nearly that: P would add up the last digits of every token's."""
+    """One over a from what is nearly that, rounded as a division but for one in a million: P adds up all errors."""
     error = vectors.multiply_add(vectors.builder.fneg(a), share, vectors.constant(1.0))
     return vectors.multiply_add(share, error, share)
 
@@ -297,6 +297,7 @@ def follow(builder: Any, like: Any, at: Pairs, sizes: dict[str, Any], blocks: An
     """As ``learn_pairs``, for keys of some blocks."""
     vectors, word = Vectors(builder, like, CHAINS), ir.IntType(64)
     deep, w = builder.mul(sizes["blocks"], word(CHAINS)), sizes["w"]
+
     def place(base: Any, i: Any, size: Any) -> Any:
         return builder.gep(base, [builder.mul(i, size)])
 

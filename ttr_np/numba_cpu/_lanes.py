@@ -272,12 +272,12 @@ def take_squares(typingctx: Any, into: Any, at: Any, steps: Any, rows: Any, squa
         fields = tuple(builder.extract_value(at, i) for i in range(5))
         starts = starts_of(context, builder, array, fields, vectors, into.type)
         step, deep, ahead = (builder.extract_value(steps, i) for i in range(3))
-        with cgutils.for_range(builder, rows, intp=rows.type) as row_, cgutils.for_range(builder, squares) as block:
-            before = builder.add(builder.mul(row_.index, step), vectors.start(block.index))
+        with cgutils.for_range(builder, rows, intp=rows.type) as line, cgutils.for_range(builder, squares) as block:
+            before = builder.add(builder.mul(line.index, step), vectors.start(block.index))
             columns = vectors.transpose([vectors.load_from(start, before) for start in starts])
             for start in starts:
                 ask_line(builder, builder.gep(start, [builder.add(before, ahead)]), 1)
-            first = builder.add(builder.mul(row_.index, deep), vectors.start(block.index))
+            first = builder.add(builder.mul(line.index, deep), vectors.start(block.index))
             for i, column in enumerate(columns):
                 vectors.store(column, into, builder.add(first, rows.type(i)))
         return context.get_dummy_value()

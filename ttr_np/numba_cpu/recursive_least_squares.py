@@ -394,7 +394,7 @@ def learn_tokens(lines, gated, rows, sizes, groups, room, lanes, limit):
 
 @inner
 def learn_rows(lines, first, rows, sizes, groups, lanes):
-    """Some pairs, none of which a cap or a decay changes the memory for."""
+    """Some pairs in a row, between which neither a decay nor a cap changes the memory."""
     apart()
     _, d, w, tokens = sizes
     if lanes == 1:
