@@ -80,20 +80,23 @@ def test_filters_of_every_size_are_the_solver_alone_and_in_a_batch(given, k):
         np.testing.assert_allclose(alone, ttr_np.delta_rule(**own, backend="numpy"), rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize(("dtype", "rtol", "atol"), [(np.float32, 1e-5, 1e-5), (np.float64, 1e-9, 1e-11)])
 @pytest.mark.parametrize("k", [3, 8, 16, 18])
 @pytest.mark.parametrize("given", [(), ("beta",), ("log_decay",)], ids=str)
-def test_least_squares_filters_of_every_size_are_the_solver_alone_and_in_a_batch(given, k):
+def test_least_squares_filters_of_every_size_are_the_solver_alone_and_in_a_batch(given, k, dtype, rtol, atol):
     rng = np.random.default_rng(k)
     arrays = {"k": rng.standard_normal((21, 1, 37, k)), "q": rng.standard_normal((21, 2, 37, k))}
     arrays |= {"v": rng.standard_normal((21, 1, 37, 2))}
     arrays |= {name: rng.uniform(size=(21, 1, 37)) * (1 if name == "beta" else -0.1) for name in given}
+    arrays = {name: x.astype(dtype) for name, x in arrays.items()}
     o, state = ttr_np.recursive_least_squares(**arrays, output_final_state=True, backend="numba")
     for i in (0, 15, 20):
         own = {name: x[i] for name, x in arrays.items()}
         alone, after = ttr_np.recursive_least_squares(**own, output_final_state=True, backend="numba")
         for x, y in zip((alone, *after), (o, *state), strict=True):
             np.testing.assert_array_equal(x, y[i])
-        np.testing.assert_allclose(alone, ttr_np.recursive_least_squares(**own, backend="numpy"), rtol=1e-9, atol=1e-11)
+        exact = ttr_np.recursive_least_squares(**{name: x.astype(float) for name, x in own.items()}, backend="numpy")
+        np.testing.assert_allclose(alone, exact, rtol=rtol, atol=atol)
 
 
 @every_case
@@ -125,14 +128,18 @@ ROWS = {
 }
 
 
+WEIGHTS = {"delta_rule": {"beta": 0.1}, "recursive_least_squares": {}, "forgetting": {"log_decay": -0.1}}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("name", ["recursive_least_squares", "delta_rule"])
+@pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("k, v", [(6, 3), (8, 4), (8, 1)])
-def test_rows_of_many_small_memories_may_lie_anywhere(k, v, name, rows):
-    x = draw(name, np.random.default_rng(0), lead=(33,), t=74, k=k, v=v)
+def test_rows_of_many_small_memories_may_lie_anywhere(k, v, weights, rows, dtype):
+    name = "recursive_least_squares" if weights == "forgetting" else weights
+    x = draw(name, np.random.default_rng(0), lead=(33,), t=74, k=k, v=v, dtype=dtype)
     x = {key: ROWS[rows](a) for key, a in x.items() if key in "qkv"}
-    if name == "delta_rule":
-        x["beta"] = np.full(x["q"].shape[:-1], 0.1)
+    x |= {key: np.full(x["q"].shape[:-1], number, dtype) for key, number in WEIGHTS[weights].items()}
     operator, plain = getattr(ttr_np, name), {key: a.copy() for key, a in x.items()}
     o = operator(**plain, backend="numba")
     np.testing.assert_array_equal(operator(**x, backend="numba"), o)

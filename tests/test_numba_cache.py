@@ -111,6 +111,11 @@ kernels = {id(x): x for module in modules for x in vars(module).values() if hasa
 kept = [kernel for kernel in kernels.values() if hasattr(kernel._cache, "_cache_file")]
 assert len(kept) > 12
 print(*[kernel.py_func.__name__ for kernel in kept if not kernel.signatures])
+import numpy as np, ttr_np
+from ttr_np.numba_cpu.recursive_least_squares import narrow
+k, before = np.ones((3, 2), np.float32), len(narrow.signatures)
+ttr_np.recursive_least_squares(k, k, k, log_decay=-k[:, 0], backend="numba")
+assert len(narrow.signatures) == before == 2  # forgetting has a kernel of its own
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr

@@ -184,6 +184,41 @@ def test_a_first_pair_that_says_more_than_the_ridge_costs_no_digits(d, w, ridge)
         assert error(one, right) <= 2 * max(error(other, right), np.finfo(np.float32).eps)
 
 
+def poorly_excited(lead, directions, outputs=2, t=63, size=16):
+    """Single precision that forgets: keys in few directions, none of them an axis; one is that of equal channels."""
+    rng = np.random.default_rng(directions)
+    axes = np.ones((1, size)) if directions == 1 else rng.standard_normal((directions, size)) / np.sqrt(size)
+    k = rng.standard_normal((*lead, t, directions)) @ axes
+    v = k @ rng.standard_normal((size, outputs)) + 0.1 * rng.standard_normal((*lead, t, outputs))
+    x = {"q": k, "k": k, "v": v, "log_decay": np.full((*lead, t), -0.16)}
+    return {name: a.astype(np.float32) for name, a in x.items()}
+
+
+@pytest.mark.parametrize("directions", [1, 3])
+@pytest.mark.parametrize("lead", [(), (8,), (19,), (21,)], ids=str)  # alone, whole vectors, and with what they leave
+def test_forgetting_where_nothing_is_learnt_costs_single_precision_no_digits(lead, directions):
+    x = poorly_excited(lead, directions)
+    exact = solver("rls", {name: a.astype(float) for name, a in x.items()}, ridge=0.1)
+    ours, theirs = (f("rls", x, ridge=0.1) for f in (kernel, CHUNKED))
+    assert error(ours, exact) <= 2 * error(theirs, exact) + 4 * np.finfo(np.float32).eps
+    for i in np.ndindex(lead):
+        assert np.array_equal(ours[i], kernel("rls", {name: a[i] for name, a in x.items()}, ridge=0.1))
+
+
+@pytest.mark.parametrize("directions", [1, 3])
+def test_a_stream_that_forgets_in_single_precision_rounds_no_more_than_the_solver(directions):
+    """Every token hands P on in single precision."""
+    x = poorly_excited((19,), directions)
+    exact = solver("rls", {name: a.astype(float) for name, a in x.items()}, ridge=0.1)
+    own = {name: a.shape[:1] + a.shape[2:] for name, a in x.items()}
+    found = []
+    for backend in ("numba", "numpy"):
+        step = ttr_np.Stream("recursive_least_squares", **own, ridge=0.1, dtype=np.float32, backend=backend)
+        o = [step(**{name: a[:, t] for name, a in x.items()}).copy() for t in range(63)]
+        found.append(per_sequence(np.stack(o, axis=1), exact))
+    assert found[0] <= 2 * found[1]
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("gate", [-0.1, -3.0, -70.0])
 def test_recursive_least_squares_survives_wind_up(dtype, gate):

@@ -446,9 +446,6 @@ def recursive_least_squares(
     Cost: O(t k (k + v)); memory O(t (k + v)). A direction that no key excites is forgotten without being learned: there
     P is capped, and no answer of the past moves (``ttr_np.solvers.recursive_least_squares`` says how).
 
-    In float32 backend ``numba`` keeps P of up to 32 x 32 numbers and 4 outputs in single precision. With forgetting and
-    keys that leave directions unexcited, answers then have three digits where those of float64 have all.
-
     References
     ----------
     Plackett (1950); von Oswald et al. (2023), arXiv:2309.05858; Wang, Shi, Fox (2025), arXiv:2501.12352.

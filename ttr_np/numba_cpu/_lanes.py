@@ -6,6 +6,8 @@ alone: who its neighbours are, and whether there are any, changes no bit of it. 
 vector then holding CHAINS numbers of one: the same sums, side by side instead of one after the other.
 
     lanes     n vectors in a row: number i of sequence l stands at i * lanes + l, with lanes = 1 or ``widths``
+
+Lanes may hold wider numbers than the arrays that they are taken from and given to, which hold numbers like ``given``.
 """
 
 from __future__ import annotations
@@ -237,10 +239,10 @@ def ask_for(typingctx: Any, x: Any) -> Any:
     return types.void(x), codegen
 
 
-def starts_of(context: Any, builder: Any, array: Any, at: tuple[Any, ...], vectors: Vectors, kind: Any) -> list[Any]:
+def starts_of(context: Any, builder: Any, array: Any, at: tuple[Any, ...], vectors: Vectors) -> list[Any]:
     """Where some numbers of each sequence of a vector begin; at: places, which, first sequence, group, offset."""
     places, which, first, group, offset = at
-    there, starts = context.make_array(array)(context, builder, places), []
+    there, kind, starts = context.make_array(array)(context, builder, places), vectors.number.as_pointer(), []
     for lane in range(vectors.count):
         index = [which, builder.add(first, first.type(lane)), group]
         start = builder.load(cgutils.get_item_pointer(context, builder, array, there, index))
@@ -249,7 +251,7 @@ def starts_of(context: Any, builder: Any, array: Any, at: tuple[Any, ...], vecto
 
 
 @intrinsic
-def take_squares(typingctx: Any, into: Any, at: Any, steps: Any, rows: Any, squares: Any) -> Any:
+def take_squares(typingctx: Any, into: Any, at: Any, steps: Any, rows: Any, squares: Any, given: Any) -> Any:
     """Some rows of every sequence of a vector, ``squares`` times as many numbers of each as a vector holds, as vectors.
 
     What will be taken next is asked for: so many streams at once no machine foresees.
@@ -264,17 +266,20 @@ def take_squares(typingctx: Any, into: Any, at: Any, steps: Any, rows: Any, squa
         Numbers from one row to the next, vectors from one to the next, and numbers to what will be taken next.
     rows, squares
         How many.
+    given
+        A number like theirs.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        into, at, steps, rows, squares = args
+        into, at, steps, rows, squares, _ = args
         vectors, array = Vectors(builder, signature.args[0].dtype), signature.args[1][0]
+        theirs = Vectors(builder, given, vectors.count)
         fields = tuple(builder.extract_value(at, i) for i in range(5))
-        starts = starts_of(context, builder, array, fields, vectors, into.type)
+        starts = starts_of(context, builder, array, fields, theirs)
         step, deep, ahead = (builder.extract_value(steps, i) for i in range(3))
         with cgutils.for_range(builder, rows, intp=rows.type) as line, cgutils.for_range(builder, squares) as block:
             before = builder.add(builder.mul(line.index, step), vectors.start(block.index))
-            columns = vectors.transpose([vectors.load_from(start, before) for start in starts])
+            columns = vectors.transpose([vectors.cast(theirs.load_from(start, before)) for start in starts])
             for start in starts:
                 ask_line(builder, builder.gep(start, [builder.add(before, ahead)]), 1)
             first = builder.add(builder.mul(line.index, deep), vectors.start(block.index))
@@ -282,30 +287,31 @@ def take_squares(typingctx: Any, into: Any, at: Any, steps: Any, rows: Any, squa
                 vectors.store(column, into, builder.add(first, rows.type(i)))
         return context.get_dummy_value()
 
-    return types.void(into, at, steps, types.intp, types.intp), codegen
+    return types.void(into, at, steps, types.intp, types.intp, given), codegen
 
 
 @intrinsic
-def give_squares(typingctx: Any, told: Any, at: Any, scale: Any, squares: Any) -> Any:
+def give_squares(typingctx: Any, told: Any, at: Any, scale: Any, squares: Any, given: Any) -> Any:
     """Vectors times a number as so many numbers in a row of each sequence: ``take_squares`` back."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        told, at, scale, squares = args
+        told, at, scale, squares, _ = args
         vectors, array = Vectors(builder, signature.args[0].dtype), signature.args[1][0]
+        theirs = Vectors(builder, given, vectors.count)
         fields = tuple(builder.extract_value(at, i) for i in range(5))
-        starts, factor = starts_of(context, builder, array, fields, vectors, told.type), vectors.everywhere(scale)
+        starts, factor = starts_of(context, builder, array, fields, theirs), vectors.everywhere(scale)
         with cgutils.for_range(builder, squares, intp=squares.type) as block:
             first = vectors.start(block.index)
             lines = [vectors.load(told, builder.add(first, first.type(i))) for i in range(vectors.count)]
             for start, line in zip(starts, vectors.transpose(lines), strict=True):
-                vectors.store_to(builder.fmul(factor, line), start, first)
+                theirs.store_to(theirs.cast(builder.fmul(factor, line)), start, first)
         return context.get_dummy_value()
 
-    return types.void(told, at, scale, types.intp), codegen
+    return types.void(told, at, scale, types.intp, given), codegen
 
 
 @inner
-def collect(into, places, steps, which, here, group, low, rows, n, deep, like):
+def collect(into, places, steps, which, here, group, low, rows, n, deep, given):
     """Some rows of n numbers of an array of each sequence, each row as n of ``deep`` vectors.
 
     The other vectors, and lanes without a sequence, are left as they are.
@@ -314,7 +320,7 @@ def collect(into, places, steps, which, here, group, low, rows, n, deep, like):
     lanes, done, step = here.lanes, 0, steps[which, 0]
     column = 1 if n == 1 else steps[which, 1]
     if lanes == 1:
-        alone = matrix(places[which, here.first, group], step, column, like)
+        alone = matrix(places[which, here.first, group], step, column, given)
         load_rows(into, alone, low, rows, n, deep)
         return
     ahead = rows * step
@@ -322,9 +328,10 @@ def collect(into, places, steps, which, here, group, low, rows, n, deep, like):
         low, rows, n, step = low * n, 1, rows * n, 1
     if here.count == lanes and column == 1:
         done = n // lanes * lanes
-        take_squares(into, (places, which, here.first, group, low * step), (step, deep, ahead), rows, n // lanes)
+        at = places, which, here.first, group, low * step
+        take_squares(into, at, (step, deep, ahead), rows, n // lanes, given)
     for lane in range(here.count if done < n else 0):
-        x = matrix(places[which, here.first + lane, group], step, column, like)
+        x = matrix(places[which, here.first + lane, group], step, column, given)
         for i in range(rows):
             source, target = row(x, low + i), move(into, i * deep * lanes + lane)
             for p in range(done, n):
@@ -339,11 +346,11 @@ def load_rows(into, x, low, rows, n, deep):
 
 
 @inner
-def collect_numbers(into, places, steps, which, here, low, rows, like):
+def collect_numbers(into, places, steps, which, here, low, rows, given):
     """Some numbers of an array of one number per token of each sequence, a vector for each token."""
     apart()
     for lane in range(here.count):
-        x = matrix(places[which, here.first + lane, 0], steps[which, 0], 1, like)
+        x = matrix(places[which, here.first + lane, 0], steps[which, 0], 1, given)
         for i in range(rows):
             into[i * here.lanes + lane] = row(x, low + i)[0]
 
@@ -375,22 +382,22 @@ def forget_lanes(S, decays, rests, n, lanes):
 
 
 @inner
-def take_state(S, places, which, here, d, w, like):
+def take_state(S, places, which, here, d, w, given):
     """States (d, w) of the sequences into w rows of d vectors, see ``collect``."""
     apart()
     for lane in range(here.count):
-        state = matrix(places[which, here.first + lane, 0], w, 1, like)
+        state = matrix(places[which, here.first + lane, 0], w, 1, given)
         for p in range(d):
             for j in range(w):
                 S[(j * padded(d) + p) * here.lanes + lane] = row(state, p)[j]
 
 
 @inner
-def give_state(S, places, which, here, d, w, like):
+def give_state(S, places, which, here, d, w, given):
     """The same back."""
     apart()
     for lane in range(here.count):
-        state = matrix(places[which, here.first + lane, 0], w, 1, like)
+        state = matrix(places[which, here.first + lane, 0], w, 1, given)
         for p in range(d):
             for j in range(w):
                 row(state, p)[j] = S[(j * padded(d) + p) * here.lanes + lane]
@@ -404,14 +411,14 @@ def recall_lanes(into, S, q, deep, w, lanes):
 
 
 @inner
-def give_answers(told, places, which, here, group, low, rows, w, scale, like):
+def give_answers(told, places, which, here, group, low, rows, w, scale, given):
     """Write the answers of some tokens, which lie in one row of each sequence."""
     apart()
     n, done = rows * w, 0
-    if here.count == per_vector(like):
+    if here.count == per_vector(scale):
         done = n // here.count * here.count
-        give_squares(told, (places, which, here.first, group, low * w), scale, n // here.count)
+        give_squares(told, (places, which, here.first, group, low * w), scale, n // here.count, given)
     for lane in range(here.count if done < n else 0):
-        o = row(matrix(places[which, here.first + lane, group], w, 1, like), low)
+        o = row(matrix(places[which, here.first + lane, group], w, 1, given), low)
         for i in range(done, n):
             o[i] = scale * told[i * here.lanes + lane]

@@ -115,6 +115,12 @@ class Vectors:
         """Write vector ``index`` of a row of them."""
         self.store_to(x, base, self.start(index))
 
+    def cast(self, x: Any) -> Any:
+        """A vector of as many numbers of any dtype in this one."""
+        if x.type == self.type:
+            return x
+        return self.builder.fpext(x, self.type) if self.bits == 64 else self.builder.fptrunc(x, self.type)
+
     # ---- of one number
 
     def constant(self, value: float) -> Any:

@@ -5,8 +5,11 @@ A chunk of weighted keys K meets R in the reflections of ``_factors.reflect``: w
     W^T = R V^T T,    R' = (R - W^T V) / sqrt(what is left),    E = L^-1 (V - K S),    O = Q S + tril(Q W^T) E,
 
 and S' = S + W^T E. Nothing is subtracted from P. Few tokens, and those from a bad number on, take the recursion itself.
-All this in float64: R shrinks by the root of a first key's energy over the ridge, and so would its digits. See
-``ttr_np.solvers.recursive_least_squares`` for the mathematics, the two caps, and the sources.
+All this in float64: R shrinks by the root of a first key's energy over the ridge, and so would its digits.
+
+Few outputs of small keys take Bierman's recursion, where the past is forgotten in float64 too: P grows wherever nothing
+is learnt, and what rounding lets leak there grows with it. See ``ttr_np.solvers.recursive_least_squares`` for the
+mathematics, the two caps, and the sources.
 """
 
 from __future__ import annotations
@@ -113,14 +116,15 @@ def core(
     (t, d), w = q.shape[-2:], v.shape[-1]
     bad = np.zeros(memories, np.bool_)
     cost = memories * (t * d * (3 * d + 2 * w + groups * w) + d**3)
-    rooms, dtype, largest = shapes(min(CHUNK, max(t, 1)), d, w), S.dtype, limit(S.dtype)
-    if w <= NARROW and d <= SMALL:
+    rooms, few = shapes(min(CHUNK, max(t, 1)), d, w), w <= NARROW and d <= SMALL
+    dtype = S.dtype if few and log_decay is None else np.dtype(np.float64)
+    numbers = dtype.type(limit(S.dtype)), S.dtype.type(0)  # like those that are computed with, and those of the arrays
+    if few:
         lanes, tokens = widths(dtype), min(max(1, TOKENS // max(groups, 1)), max(t, 1))
         scratch = (dtype, [*rooms, (1, vectors(d, w, tokens, groups) * lanes)])
-        share(narrow, jobs_of(memories, dtype), cost, scratch, layout, (t, d, w, tokens), dtype.type(largest), bad)
+        share(narrow, jobs_of(memories, dtype), cost, scratch, layout, (t, d, w, tokens), *numbers, bad)
     else:
-        scratch = (np.dtype(np.float64), rooms)
-        share(kernel, memories, cost, scratch, layout, (t, d, w), largest, dtype.type(0), bad)
+        share(kernel, memories, cost, (dtype, rooms), layout, (t, d, w), *numbers, bad)
     if bad.any():
         factor(P)  # says what is wrong with one: those are left as they were
         raise ValueError("initial_state field P must be positive definite")
@@ -253,8 +257,11 @@ def asks_keys(places, steps, here):
 
 
 @compiled
-def narrow(table, places, steps, sizes, limit, bad, first, last):
-    """Jobs first to last: the recursion of as many small memories as a vector holds, by Bierman's factors of P."""
+def narrow(table, places, steps, sizes, limit, given, bad, first, last):
+    """Jobs first to last: the recursion of as many small memories as a vector holds, by Bierman's factors of P.
+
+    The arrays hold numbers like ``given``.
+    """
     t, d, w, tokens = sizes
     room, groups = panels_of(table, limit), places.shape[2]
     whole = panel(table, PANELS, limit)
@@ -264,26 +271,26 @@ def narrow(table, places, steps, sizes, limit, bad, first, last):
         same = asks_keys(places, steps, here)
         lines = lines_of(whole.data, d, w, tokens, groups, lanes, same)
         fill(whole.data, real(limit, 0), whole.step)
-        take_state(lines.S, places, STATE, here, d, w, limit)
+        take_state(lines.S, places, STATE, here, d, w, given)
         for lane in range(here.count):
-            P = matrix(places[COVARIANCE, here.first + lane, 0], d, 1, limit)
+            P = matrix(places[COVARIANCE, here.first + lane, 0], d, 1, given)
             bad[here.first + lane] = not begin(P, room, d, limit)
             take_factors(lines, P, lane, room, d, lanes, limit)
         moved = False
         for since in range(0, t, tokens):
             rows = min(tokens, t - since)
-            take_tokens(lines, places, steps, sizes, here, since, rows, same, limit)
+            take_tokens(lines, places, steps, sizes, here, since, rows, same, given)
             moved |= weigh_tokens(lines, places, rows, d, w, lanes, limit)
             learn_tokens(lines, places[GATE, 0, 0] != 0, rows, sizes, groups, room, lanes, limit)
             for group in range(groups):
                 told = move(lines.told, group * tokens * w * lanes)
-                give_answers(told, places, O, here, group, since, rows, w, real(limit, 1), limit)
-        give_state(lines.S, places, STATE, here, d, w, limit)
+                give_answers(told, places, O, here, group, since, rows, w, real(limit, 1), given)
+        give_state(lines.S, places, STATE, here, d, w, given)
         for lane in range(here.count if moved else 0):
             if not bad[here.first + lane]:
                 root_of(lines, lane, room, d, lanes, limit)
                 row(room.information, 0)[0] = lines.numbers[INFORMATION * lanes + lane]
-                hand_out(matrix(places[COVARIANCE, here.first + lane, 0], d, 1, limit), room, d, limit)
+                hand_out(matrix(places[COVARIANCE, here.first + lane, 0], d, 1, given), room, d, limit)
 
 
 @inner
@@ -337,20 +344,20 @@ def root_of(lines, lane, room, d, lanes, like):
 
 
 @inner
-def take_tokens(lines, places, steps, sizes, here, since, rows, same, like):
+def take_tokens(lines, places, steps, sizes, here, since, rows, same, given):
     """Bring together what some tokens bring."""
     apart()
     t, d, w, tokens = sizes
     deep = padded(d)
-    collect(lines.k, places, steps, K, here, 0, since, rows, d, deep, like)
-    collect(lines.v, places, steps, V, here, 0, since, rows, w, w, like)
+    collect(lines.k, places, steps, K, here, 0, since, rows, d, deep, given)
+    collect(lines.v, places, steps, V, here, 0, since, rows, w, w, given)
     if places[BETA, here.first, 0]:
-        collect_numbers(lines.beta, places, steps, BETA, here, since, rows, like)
+        collect_numbers(lines.beta, places, steps, BETA, here, since, rows, given)
     if places[GATE, here.first, 0]:
-        collect_numbers(lines.grown, places, steps, GATE, here, since, rows, like)
+        collect_numbers(lines.grown, places, steps, GATE, here, since, rows, given)
     for group in range(0 if same else places.shape[2]):
         q = move(lines.q, group * tokens * deep * here.lanes)
-        collect(q, places, steps, Q, here, group, since, rows, d, deep, like)
+        collect(q, places, steps, Q, here, group, since, rows, d, deep, given)
 
 
 @inner
