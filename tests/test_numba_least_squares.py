@@ -255,6 +255,20 @@ def test_nothing_memorised_leaves_the_state_bit_for_bit(case):
     assert all(np.array_equal(a, b) for a, b in zip(state, same, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("given", [(), ("log_decay",)], ids=str)
+def test_a_memory_that_learns_nothing_keeps_its_covariance_beside_others_that_do(given, dtype):
+    rng = np.random.default_rng(0)
+    x = {name: rng.standard_normal((21, 40, size)).astype(dtype) for name, size in (("q", 9), ("k", 9), ("v", 2))}
+    x |= {name: np.full((21, 40), -0.1, dtype) for name in given}
+    _, state = kernel("rls", x, output_final_state=True)
+    mask = np.arange(40) > 20 * (np.arange(21) % 3)[:, None]  # of every three the last one learns nothing
+    _, after = kernel("rls", x, initial_state=state, mask=mask, output_final_state=True)
+    for i in range(21):
+        same = np.array_equal(after.P[i], state.P[i])
+        assert same == (i % 3 == 2)
+
+
 def drifting(rng, axes, drift, noise, count=16, t=4096, size=12):
     """Values that a filter in single precision follows for long, from random keys or from one axis at a time."""
     k = np.eye(size)[rng.integers(0, size, (count, t))] if axes else rng.standard_normal((count, t, size))

@@ -224,8 +224,9 @@ class Lines(NamedTuple):
     told: Any
 
 
-# Vectors of Lines.numbers: bound of the mean eigenvalue of P, trace of P^-1, variance of an innovation.
-SIZE, INFORMATION, VARIANCE = range(3)
+# Vectors of Lines.numbers: bound of the mean eigenvalue of P, trace of P^-1, variance of an innovation, and a sum of
+# energies and decays, 0 as long as nothing has moved P.
+SIZE, INFORMATION, VARIANCE, MOVES = range(4)
 
 
 @inner
@@ -276,18 +277,17 @@ def narrow(table, places, steps, sizes, limit, given, bad, first, last):
             P = matrix(places[COVARIANCE, here.first + lane, 0], d, 1, given)
             bad[here.first + lane] = not begin(P, room, d, limit)
             take_factors(lines, P, lane, room, d, lanes, limit)
-        moved = False
         for since in range(0, t, tokens):
             rows = min(tokens, t - since)
             take_tokens(lines, places, steps, sizes, here, since, rows, same, given)
-            moved |= weigh_tokens(lines, places, rows, d, w, lanes, limit)
+            weigh_tokens(lines, places, rows, d, w, lanes, limit)
             learn_tokens(lines, places[GATE, 0, 0] != 0, rows, sizes, groups, room, lanes, limit)
             for group in range(groups):
                 told = move(lines.told, group * tokens * w * lanes)
                 give_answers(told, places, O, here, group, since, rows, w, real(limit, 1), given)
         give_state(lines.S, places, STATE, here, d, w, given)
-        for lane in range(here.count if moved else 0):
-            if not bad[here.first + lane]:
+        for lane in range(here.count):
+            if lines.numbers[MOVES * lanes + lane] != 0 and not bad[here.first + lane]:
                 root_of(lines, lane, room, d, lanes, limit)
                 row(room.information, 0)[0] = lines.numbers[INFORMATION * lanes + lane]
                 hand_out(matrix(places[COVARIANCE, here.first + lane, 0], d, 1, given), room, d, limit)
@@ -362,39 +362,39 @@ def take_tokens(lines, places, steps, sizes, here, since, rows, same, given):
 
 @inner
 def weigh_tokens(lines, places, rows, d, w, lanes, like):
-    """Some tokens before they are learnt: pairs times the root of their weight, energies, decays; True if P moves."""
+    """Some tokens before they are learnt: pairs times the root of their weight, energies, decays, what moves P."""
     apart()
-    deep, n, still = padded(d), rows * lanes, True
+    deep, n, moves, still = padded(d), rows * lanes, move(lines.numbers, MOVES * lanes), False
+    for lane in range(lanes):
+        still |= moves[lane] == 0
     for i in range(rows):
         k, v = move(lines.k, i * deep * lanes), move(lines.v, i * w * lanes)
         if places[BETA, 0, 0]:
             weigh_pairs(k, v, move(lines.beta, i * lanes), deep, w, lanes, like)
         dot_lanes(move(lines.energy, i * lanes), k, k, deep, lanes)
-    for x in range(n):
-        still &= lines.energy[x] == 0
+    add_up(moves, lines.energy, rows if still else 0, lanes)
     if places[GATE, 0, 0]:
         for x in range(n):
             gate = max(lines.grown[x], real(like, FAINTEST))
-            still &= gate == 0
             lines.kept[x], lines.grown[x] = gate, -gate
+        add_up(moves, lines.grown, rows if still else 0, lanes)
         exponentials(lines.kept, n)
         exponentials(lines.grown, n)
-    return not still
 
 
 @inner
 def learn_tokens(lines, gated, rows, sizes, groups, room, lanes, limit):
     """Some tokens, one after the other: the past forgets, the pair is learnt, the queries are answered."""
     apart()
-    d = sizes[1]
+    d, information = sizes[1], move(lines.numbers, INFORMATION * lanes)
     if not gated and small_enough(lines, rows, lanes, limit):
-        inform(lines, 0, rows, lanes)
+        add_up(information, lines.energy, rows, lanes)
         learn_rows(lines, 0, rows, sizes, groups, lanes)
         return
     for i in range(rows):
         if gated:
             decay_lanes(lines, i, d, lanes)
-        inform(lines, i, 1, lanes)
+        add_up(information, move(lines.energy, i * lanes), 1, lanes)
         cap_lanes(lines, i, room, d, lanes, limit)
         learn_rows(lines, i, 1, sizes, groups, lanes)
 
@@ -412,12 +412,11 @@ def learn_rows(lines, first, rows, sizes, groups, lanes):
 
 
 @inner
-def inform(lines, first, rows, lanes):
-    """Add some energies to the traces of P^-1, one after the other whatever the lanes."""
-    totals = move(lines.numbers, INFORMATION * lanes)
-    for i in range(first, first + rows):
+def add_up(totals, terms, rows, lanes):
+    """Add a term of each of some tokens to a total of every memory, one after the other whatever the lanes."""
+    for i in range(rows):
         for lane in range(lanes):
-            totals[lane] = plus(totals[lane], lines.energy[i * lanes + lane])
+            totals[lane] = plus(totals[lane], terms[i * lanes + lane])
 
 
 @inner
