@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from itertools import combinations_with_replacement
-from math import factorial
+from math import comb, factorial
 from typing import Any
 
 import numpy as np
@@ -488,8 +488,8 @@ def dpfp(x: Any, nu: int = 1) -> np.ndarray:
 
 
 @lru_cache(maxsize=32)
-def monomials(size: int, power: int) -> tuple[np.ndarray, np.ndarray]:
-    """Factors of each monomial of one degree, (features, power), and the root of how often it occurs in the power."""
+def often(size: int, power: int) -> np.ndarray:
+    """The root of how often each monomial of one degree occurs in the power."""
     chosen = list(combinations_with_replacement(range(size), power))
     factors = np.array(chosen, int).reshape(len(chosen), power)
     repeats = np.ones(len(factors))
@@ -497,7 +497,7 @@ def monomials(size: int, power: int) -> tuple[np.ndarray, np.ndarray]:
     for j in range(1, power):
         run = np.where(factors[:, j] == factors[:, j - 1], run + 1, 1)
         repeats *= run
-    return factors, np.sqrt(factorial(power) / repeats)
+    return np.sqrt(factorial(power) / repeats)
 
 
 def symmetric_power(x: Any, power: int = 2) -> np.ndarray:
@@ -531,11 +531,12 @@ def symmetric_power(x: Any, power: int = 2) -> np.ndarray:
     if power < 0:
         raise ValueError(f"power must not be negative, got {power}")
     x, dtype = wide(x)
-    factors, weight = monomials(x.shape[-1], power)
-    phi = np.ones(x.shape[:-1] + (1,), x.dtype) * weight.astype(x.dtype)
-    for column in factors.T:
-        phi = phi * x[..., column]
-    return narrow(phi, dtype)
+    size, phi = x.shape[-1], np.ones(x.shape[:-1] + (1,), x.dtype)
+    for d in range(1, power + 1):
+        # Those that begin with channel i: it times the last of the degree before, which have no channel before it.
+        lower = [phi[..., phi.shape[-1] - comb(size - i + d - 2, d - 1) :] for i in range(size)]
+        phi = np.concatenate([phi[..., :0], *(x[..., i : i + 1] * y for i, y in enumerate(lower))], axis=-1)
+    return narrow(phi * often(size, power).astype(x.dtype), dtype)
 
 
 def polynomial_sketch(x: Any, power: int = 4, *, features: int = 32, seed: Any = 0) -> np.ndarray:
