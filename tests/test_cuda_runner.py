@@ -227,6 +227,31 @@ def test_a_kernel_of_numba_runs(cuda):
 
 
 @by_numba
+def test_a_function_is_compiled_once_for_all_processes_and_none_is_taken_for_another(cuda, monkeypatch):
+    from cudaemu import machines
+    from numba import float32, void
+
+    def times(number):
+        @cuda.jit(device=True)
+        def grown(x):
+            return x * number
+
+        def kernel(y, x):
+            y[cuda.threadIdx.x] = grown(x[cuda.threadIdx.x])
+
+        return kernel
+
+    signature = void(float32[::1], float32[::1])
+    first = {number: machines.ptx_of(times(number), signature) for number in (3, 5)}
+    assert first[3] != first[5]
+    assert ".target sm_100" in machines.ptx_of(times(3), signature, (10, 0))
+    monkeypatch.setattr(machines, "compiled", None)
+    assert {number: machines.ptx_of(times(number), signature) for number in (3, 5)} == first
+    with pytest.raises(TypeError):
+        machines.ptx_of(times(7), signature)
+
+
+@by_numba
 def test_faults_of_kernels_of_numba_are_caught_with_their_line(cuda):
     from numba import float32
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import marshal
+import os
+import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
+from importlib.metadata import distributions
 from itertools import count
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 
+from . import build
 from .build import ON_GPU
 from .launch import Kernel, root_of
 from .ptx import flatten, ptx
@@ -20,6 +27,7 @@ from .source import source
 from .switches import switched
 
 PACKAGES = {"cupy": "cuda_kernels.cupy_raw", "numba-cuda": "cuda_kernels.numba_cuda"}
+OURS = ("cuda_kernels", "ttr_np")
 
 
 class OnCpu:
@@ -180,13 +188,41 @@ class OnGpu:
 
 @cache
 def ptx_of(function: Any, signature: Any, capability: tuple[int, int] = (9, 0)) -> str:
-    """What Numba makes of a function; it asks no driver when it is told the device."""
+    """What Numba makes of a function: seconds each, so it is made once for all test processes."""
+    made = build.folder() / f"{build.digest(makers(), spoor(function), str(signature), str(capability))}.ptx"
+    if not made.exists():
+        own = made.with_suffix(f".{os.getpid()}")
+        own.write_text(compiled(function, signature, capability))
+        own.replace(made)
+    return made.read_text()
+
+
+def compiled(function: Any, signature: Any, capability: tuple[int, int]) -> str:
+    """Numba's compiler; it asks no driver when it is told the device."""
     from numba import cuda
     from numba.cuda import dispatcher
 
     device = SimpleNamespace(compute_capability=capability)
     with patch.object(dispatcher, "get_current_device", lambda: device):
         return cuda.compile_ptx(function, signature, cc=capability, lineinfo=True)[0]
+
+
+@cache
+def makers() -> str:
+    """All that takes part in making PTX: Python, packages, and our own text, where functions find what is global."""
+    packages = sorted(f"{d.name} {d.version}" for d in distributions() if re.match("numba|llvmlite|nvidia", d.name))
+    paths = [path for name in OURS for path in sorted((build.HERE.parents[1] / name).rglob("*.py"))]
+    texts = b"".join(path.read_bytes() for path in paths)
+    return " ".join([sys.version, *packages, hashlib.sha256(texts).hexdigest()])
+
+
+def spoor(x: Any) -> str:
+    """What tells one function from another: its code, and the numbers, types and functions that it closes over."""
+    function = getattr(x, "py_func", x)  # of what is compiled for a device
+    if not isinstance(function, FunctionType):
+        return repr(x)
+    closed = [spoor(cell.cell_contents) for cell in function.__closure__ or ()]
+    return repr((marshal.dumps(function.__code__, 2), function.__defaults__, closed))  # 2: nothing said by reference
 
 
 @contextmanager
