@@ -28,13 +28,14 @@ from ._panels import (
     ROWS,
     Matrix,
     add_scaled,
+    add_transposed,
     below,
     dot,
-    full,
     load,
+    load_transposed,
     matrix,
     move,
-    multiply,
+    multiply_transposed,
     panel,
     pointer,
     real,
@@ -101,7 +102,7 @@ def core(
     gated = log_decay is not None or bool(np.any(pairs.left != 0))
     sizes = (t, d, w, pairs.cached, tokens, together, gated)
     jobs = memories * -(-groups // together) * -(-t // tokens)
-    room = [(d, QUERIES), (PAIRS, d), (PAIRS, w), (PAIRS, w), (PAIRS, STRIP), (QUERIES, w)]
+    room = [(d, QUERIES), (d, PAIRS), (PAIRS, w), (PAIRS, w), (PAIRS, STRIP), (QUERIES, w)]
     room += [(6, QUERIES), (1, PAIRS), (2, QUERIES), (1, d)]
     factor = float(scale_of(scale, q.astype(np.float64))) * LOG2E
     cost = pairs.seen * memories * groups * (d + w)
@@ -113,7 +114,7 @@ class Room(NamedTuple):
     """Scratch of one thread, for a block of r queries and one of n pairs."""
 
     queries: Matrix  # k x r
-    keys: Matrix  # n x k
+    keys: Matrix  # k x n
     values: Matrix  # n x v
     bad: Matrix  # n x v: 1 where a value is not finite
     logits: Matrix  # n x strip
@@ -173,8 +174,7 @@ def kernel(table, places, steps, sizes, factor, like, begin, stop):
             if alone and start >= oldest and meet_one_by_one(room, block, past_k, past_v, start, rows, sizes, like):
                 continue
             if start + rows > oldest or start < block.sinks:
-                take_pairs(room.keys, past_k, k, cached, block, start, rows, d)
-                take_pairs(room.values, past_v, v, cached, block, start, rows, w)
+                take_pairs(room, block, past_k, past_v, k, v, cached, start, rows, d, w)
                 bad = mark(room, rows, w, like)
                 for c in range(0, block.queries, STRIP):
                     meet(room, block, start, rows, c, min(STRIP, block.queries - c), sizes, bad, like)
@@ -240,25 +240,22 @@ def age(room, block, start, rows, cached, left):
 
 
 @inner
-def take_pairs(into, past, x, cached, block, start, rows, columns):
-    """Rows of some slots into a panel, from the cache or from the pairs behind it."""
+def take_pairs(room, block, past_k, past_v, k, v, cached, start, rows, d, w):
+    """Keys of some slots as columns, values as rows; as many at a time as lie side by side."""
     apart()
-    order = block.order
-    first, last = order[start], order[start + rows - 1]
-    if last - first == rows - 1 and (last < cached or first >= cached):
-        take(into, past, x, cached, first, rows, columns)
-    else:
-        for r in range(rows):
-            take(below(into, r), past, x, cached, order[start + r], 1, columns)
-
-
-@inner
-def take(into, past, x, cached, row, rows, columns):
-    """Consecutive rows, all of them on one side."""
-    if row < cached:
-        load(into, past, row, rows, 0, columns)
-    else:
-        load(into, x, row - cached, rows, 0, columns)
+    order, r = block.order, 0
+    while r < rows:
+        first, count = order[start + r], 1
+        while r + count < rows and order[start + r + count] == first + count != cached:
+            count += 1
+        keys, values = Matrix(move(room.keys.data, r), room.keys.step, 1), below(room.values, r)
+        if first < cached:
+            load_transposed(keys, past_k, first, count, d)
+            load(values, past_v, first, count, 0, w)
+        else:
+            load_transposed(keys, k, first - cached, count, d)
+            load(values, v, first - cached, count, 0, w)
+        r += count
 
 
 @inner
@@ -352,7 +349,7 @@ def meet(room, block, start, rows, low, columns, sizes, bad, like):
     if rows == 0:
         return
     queries = Matrix(move(room.queries.data, low), room.queries.step, 1)
-    multiply(room.logits, room.keys, queries, rows, columns, d, real(like, 1), like, full)
+    multiply_transposed(room.logits, room.keys, queries, rows, columns, d, like)
     if gated:
         decay(room, block, start, rows, low, columns, cached)
     if not all_seen:
@@ -362,9 +359,8 @@ def meet(room, block, start, rows, low, columns, sizes, bad, like):
     for c in range(low, low + columns, width(like)):
         top, weight, left = row(room.lines, TOP), row(room.lines, WEIGHT), row(room.lines, SHRINK)
         weigh(move(room.logits.data, c - low), room.logits.step, rows, move(top, c), move(weight, c), move(left, c))
-    weights, answers = Matrix(room.logits.data, 1, room.logits.step), below(room.answers, low)
-    shrink(room, low, columns, w)
-    multiply(answers, weights, room.values, columns, w, rows, real(like, 1), real(like, 1), full)
+    kept = move(row(room.lines, SHRINK), low)
+    add_transposed(below(room.answers, low), kept, room.logits, room.values, columns, w, rows, like)
 
 
 @inner
@@ -436,18 +432,6 @@ def spoil(room, rows, low, columns, w):
                 for c in range(columns):
                     if logits[c] != -np.inf:
                         row(room.answers, low + c)[j] = np.nan
-
-
-@inner
-def shrink(room, low, columns, w):
-    """Answers so far, under the new highest logit."""
-    apart()
-    left = row(room.lines, SHRINK)
-    for c in range(low, low + columns):
-        if left[c] != 1:
-            answer = row(room.answers, c)
-            for j in range(w):
-                answer[j] *= left[c]
 
 
 @inner
