@@ -491,8 +491,8 @@ def multiply(c, a, b, m, n, depth, alpha, beta, shape):
 def multiply_transposed(c, a, b, m, n, depth, like):
     """c = a^T b for panels: (m, n) numbers of c, rows and columns up to whole tiles too, and ``depth`` terms."""
     apart()
-    for i in range(0, m, ROWS):
-        for j in range(0, n, lanes(like)):
+    for j in range(0, n, lanes(like)):
+        for i in range(0, m, ROWS):
             c_ij = move(c.data, i * c.step + j)
             transposed_tile(c_ij, c.step, move(a.data, i), a.step, move(b.data, j), b.step, depth)
 
