@@ -487,14 +487,40 @@ def multiply(c, a, b, m, n, depth, alpha, beta, shape):
             i += rows
 
 
+@intrinsic
+def ask_for(typingctx: Any, address: Any) -> Any:
+    """Ask for the line at an address, see ``Tile.ask``."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        ask_line(builder, builder.inttoptr(args[0], ir.IntType(8).as_pointer()), 2)
+        return context.get_dummy_value()
+
+    return types.void(types.intp), codegen
+
+
 @inner
-def multiply_transposed(c, a, b, m, n, depth, like):
-    """c = a^T b for panels: (m, n) numbers of c, rows and columns up to whole tiles too, and ``depth`` terms."""
+def ask(soon, first, last):
+    """Ask for all lines of some rows, as far as there are rows."""
+    for i in range(first, min(last, soon.count)):
+        for line in range(soon.lines):
+            ask_for(soon.rows[i] + CACHE_LINE * line)
+
+
+@inner
+def multiply_transposed(c, a, b, m, n, depth, soon, tile, tiles, like):
+    """c = a^T b for panels: (m, n) numbers of c, rows and columns up to whole tiles too, and ``depth`` terms.
+
+    The rows of ``soon``, see ``answers``, are asked for by so many tiles, of which those of this product are numbered
+    from ``tile`` on.
+    """
     apart()
+    rows = (soon.count + tiles - 1) // tiles
     for j in range(0, n, lanes(like)):
         for i in range(0, m, ROWS):
+            ask(soon, rows * tile, rows * (tile + 1))
             c_ij = move(c.data, i * c.step + j)
             transposed_tile(c_ij, c.step, move(a.data, i), a.step, move(b.data, j), b.step, depth)
+            tile += 1
 
 
 @inner

@@ -31,6 +31,7 @@ from ._panels import (
     add_transposed,
     below,
     dot,
+    lanes,
     load,
     load_transposed,
     matrix,
@@ -44,6 +45,7 @@ from ._panels import (
 )
 from ._powers import LOG2E
 from ._sequences import lay_out
+from ._soon import note, notebook, notes_shape, soon
 from ._threads import share
 
 __all__ = ["softmax_attention"]
@@ -103,7 +105,7 @@ def core(
     sizes = (t, d, w, pairs.cached, tokens, together, gated)
     jobs = memories * -(-groups // together) * -(-t // tokens)
     room = [(d, QUERIES), (d, PAIRS), (PAIRS, w), (PAIRS, w), (PAIRS, STRIP), (QUERIES, w)]
-    room += [(6, QUERIES), (1, PAIRS), (2, QUERIES), (1, d)]
+    room += [(6, QUERIES), (1, PAIRS), (2, QUERIES), (1, d), notes_shape(PAIRS, 2)]
     factor = float(scale_of(scale, q.astype(np.float64))) * LOG2E
     cost = pairs.seen * memories * groups * (d + w)
     share(kernel, jobs, cost, (o.dtype, room), layout, sizes, factor, o.dtype.type(0))
@@ -123,6 +125,7 @@ class Room(NamedTuple):
     left: Matrix  # 1 x n: what is left of older pairs at the first query
     decay: Any  # r numbers in double precision: sum of the gates after the pair at hand
     query: Matrix  # 1 x k: of one token
+    notes: Any  # addresses of the keys and values that come next
 
 
 # Rows of Room.lines. Highest logit so far, in powers of two; weight so far; what is left of earlier weights and
@@ -153,7 +156,7 @@ def kernel(table, places, steps, sizes, factor, like, begin, stop):
     room = Room(
         panel(table, 0, like), panel(table, 1, like), panel(table, 2, like), panel(table, 3, like),
         panel(table, 4, like), panel(table, 5, like), panel(table, 6, like), panel(table, 7, like),
-        pointer(table[8, 0], 0.0), panel(table, 9, like),
+        pointer(table[8, 0], 0.0), panel(table, 9, like), notebook(table, 10),
     )  # fmt: skip
     blocks, parts = (t + tokens - 1) // tokens, (places.shape[2] + together - 1) // together
     for job in range(begin, stop):
@@ -176,8 +179,10 @@ def kernel(table, places, steps, sizes, factor, like, begin, stop):
             if start + rows > oldest or start < block.sinks:
                 take_pairs(room, block, past_k, past_v, k, v, cached, start, rows, d, w)
                 bad = mark(room, rows, w, like)
+                count = note_pairs(room.notes, block, past_k, past_v, k, v, cached, start - PAIRS)
+                coming = soon(room.notes, count, max(d, w), like)
                 for c in range(0, block.queries, STRIP):
-                    meet(room, block, start, rows, c, min(STRIP, block.queries - c), sizes, bad, like)
+                    meet(room, block, coming, start, rows, c, min(STRIP, block.queries - c), sizes, bad, like)
         give_answers(room, block, places, steps, sizes, memory, part, like)
 
 
@@ -256,6 +261,17 @@ def take_pairs(room, block, past_k, past_v, k, v, cached, start, rows, d, w):
             load_transposed(keys, k, first - cached, count, d)
             load(values, v, first - cached, count, 0, w)
         r += count
+
+
+@inner
+def note_pairs(notes, block, past_k, past_v, k, v, cached, start):
+    """Where the keys and values of some slots lie, as if side by side: other rows than those do no harm."""
+    if start < 0:
+        return 0
+    first = block.order[start]
+    if first < cached:
+        return note(notes, note(notes, 0, past_k, 0, first, PAIRS), past_v, 0, first, PAIRS)
+    return note(notes, note(notes, 0, k, 0, first - cached, PAIRS), v, 0, first - cached, PAIRS)
 
 
 @inner
@@ -342,14 +358,16 @@ def look(room, keys, values, rows, c, d, w, like):
 
 
 @inner
-def meet(room, block, start, rows, low, columns, sizes, bad, like):
-    """One strip of queries looks at one block of pairs."""
+def meet(room, block, coming, start, rows, low, columns, sizes, bad, like):
+    """One strip of queries looks at one block of pairs, and asks for its share of the next one."""
     d, w, cached, gated = sizes[1], sizes[2], sizes[3], sizes[6]
     rows, all_seen = sight(room, block, start, rows, low, columns, gated)
     if rows == 0:
         return
     queries = Matrix(move(room.queries.data, low), room.queries.step, 1)
-    multiply_transposed(room.logits, room.keys, queries, rows, columns, d, like)
+    size, column = lanes(like), PAIRS // ROWS  # queries of a tile, and tiles of all pairs with those
+    tile, tiles = low // size * column, (block.queries + size - 1) // size * column
+    multiply_transposed(room.logits, room.keys, queries, rows, columns, d, coming, tile, tiles, like)
     if gated:
         decay(room, block, start, rows, low, columns, cached)
     if not all_seen:
