@@ -278,11 +278,9 @@ def note_pairs(notes, block, past_k, past_v, k, v, cached, start):
 def mark(room, rows, w, like):
     """Whether a value is not finite. Those are marked, and zero in products."""
     apart()
-    total = like
-    for r in range(rows):
-        values = row(room.values, r)
-        for j in range(w):
-            total += values[j] * like
+    total, values = like, room.values.data
+    for j in range(rows * room.values.step):  # behind the columns of a row are zeros: one sum, not one for each row
+        total += values[j] * like
     if total == 0:
         return False
     for r in range(rows):
