@@ -31,6 +31,7 @@ from ._panels import (
     add_transposed,
     below,
     dot,
+    fill,
     lanes,
     load,
     load_transposed,
@@ -210,17 +211,18 @@ def take_queries(room, block, places, steps, sizes, memory, part, factor, like):
     """Queries of one block as columns, sequence by sequence, in powers of two; nothing is seen yet."""
     apart()
     d, w, n, span = sizes[1], sizes[2], block.queries, block.high - block.low
-    for c in range(n):
+    for c in range(0, n, span):
         q = matrix(places[Q, memory, part + c // span], steps[Q, 0], steps[Q, 1], like)
-        query = row(q, block.low + c % span)
-        for j in range(d):
-            row(room.queries, j)[c] = real(like, query[j * q.column] * factor)
-        row(room.lines, TOP)[c] = real(like, -np.inf)
-        row(room.lines, WEIGHT)[c] = like
-        room.decay[c] = 0
-        answer = row(room.answers, c)
-        for j in range(w):
-            answer[j] = like
+        load_transposed(Matrix(move(room.queries.data, c), room.queries.step, 1), q, block.low, span, d)
+    for j in range(d):
+        query = row(room.queries, j)
+        for c in range(n):
+            query[c] = real(like, query[c] * factor)
+    fill(row(room.lines, TOP), real(like, -np.inf), n)
+    fill(row(room.lines, WEIGHT), like, n)
+    fill(room.decay, 0.0, n)
+    for c in range(n):
+        fill(row(room.answers, c), like, w)
 
 
 @inner
@@ -369,7 +371,7 @@ def meet(room, block, coming, start, rows, low, columns, sizes, bad, like):
     if gated:
         decay(room, block, start, rows, low, columns, cached)
     if not all_seen:
-        hide(room, rows, low, columns, block.sinks - start)
+        hide(room, rows, low, columns, block.sinks - start, like)
     if bad:
         spoil(room, rows, low, columns, w)
     for c in range(low, low + columns, width(like)):
@@ -425,16 +427,15 @@ def decay(room, block, start, rows, low, columns, cached):
 
 
 @inner
-def hide(room, rows, low, columns, sinks):
+def hide(room, rows, low, columns, sinks, like):
     """Minus infinity, whatever (even NaN) stands there, where a query must not look."""
     apart()
     first, end = move(row(room.lines, LOW), low), move(row(room.lines, HIGH), low)
     for r in range(rows):
-        logits = row(room.logits, r)
-        sink = r < sinks
+        logits, place, sink = row(room.logits, r), real(like, r), r < sinks
         for c in range(columns):
-            if r >= end[c] or (r < first[c] and not sink):
-                logits[c] = -np.inf
+            hidden = (place >= end[c]) | ((place < first[c]) & (not sink))
+            logits[c] = real(like, -np.inf) if hidden else logits[c]
 
 
 @inner
