@@ -30,7 +30,7 @@ from ttr_np.notation import draw
 
 name, dtype, *gates = sys.argv[1:]
 operator, optional = getattr(ttr_np, name), ("log_decay",) if gates else ()
-for sizes in (dict(t=70, k=20, v=7), dict(t=33, k=64, v=33), dict(t=50, k=5, v=1)):
+for sizes in (dict(t=70, k=20, v=7), dict(t=33, k=64, v=33), dict(t=50, k=5, v=1), dict(t=200, k=9, v=3)):
     options = {"lead": (19,), "dtype": np.float64, "per_channel": gates == ["channel"], "optional": optional}
     arrays = draw(name, np.random.default_rng(0), **options, **sizes)
     exact = operator(**arrays, backend="numpy")
@@ -47,12 +47,10 @@ for sizes in (dict(t=70, k=20, v=7), dict(t=33, k=64, v=33), dict(t=50, k=5, v=1
 @pytest.mark.parametrize(
     "question",
     [
-        "linear_attention float32 channel",
-        "delta_rule float64 step",
-        "recursive_least_squares float64",
-        "recursive_least_squares float32 step",
+        "linear_attention float32 channel", "delta_rule float64 step", "recursive_least_squares float64",
+        "recursive_least_squares float32 step", "softmax_attention float32 step",
     ],
-)
+)  # fmt: skip
 def test_answers_are_right_and_alone_as_in_a_batch(question, tmp_path):
     command = [sys.executable, "-c", SWITCHED, *question.split()]
     apart = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}  # files name the processor, not the tiles

@@ -21,11 +21,11 @@ from ..solvers._cache import join, positions
 from ._cache import compiled
 from ._compile import inner
 from ._powers import exp2
-from ._vectors import Vectors, per_vector
+from ._vectors import WIDE, Vectors, per_vector
 
 __all__ = ["Pairs", "pairs_of", "weigh", "width"]
 
-GROUP = 3  # vectors of queries weighed side by side: enough to hide the latency of a polynomial
+GROUP = 3 if WIDE else 2  # vectors of queries weighed side by side: with more, 16 registers spill constants
 
 
 @intrinsic

@@ -27,10 +27,10 @@ from ._compile import apart, inner
 from ._vectors import BYTES, CACHE_LINE, WIDE, Vectors, ask_line, per_vector, repeat, row_of
 
 __all__ = [
-    "ROWS", "Matrix", "add_scaled", "answers", "below", "clean_until", "clean_within", "copy", "count_bad_of", "dot",
-    "fill", "finite", "full", "gather", "give", "lanes", "load", "load_transposed", "lower", "matrix", "most", "move",
-    "multiply", "panel", "panels", "pointer", "real", "row", "scale", "scale_rows", "solve_unit_lower", "store",
-    "times", "times_rows", "transposed", "triangle", "upper",
+    "ROWS", "Matrix", "add_scaled", "add_transposed", "answers", "below", "clean_until", "clean_within", "copy",
+    "count_bad_of", "dot", "fill", "finite", "full", "gather", "give", "lanes", "load", "load_transposed", "lower",
+    "matrix", "most", "move", "multiply", "multiply_transposed", "panel", "panels", "pointer", "real", "row", "scale",
+    "scale_rows", "solve_unit_lower", "store", "times", "times_rows", "transposed", "triangle", "upper",
 ]  # fmt: skip
 
 # One tile of a product is held in registers: ROWS x LINE bytes of sums, which hide the latency of multiply-add. Tiles
@@ -316,6 +316,13 @@ class Tile(Vectors):
         for (i, _), total in self.sums.items():
             self.builder.store(self.builder.fmul(factors[i], self.builder.load(total)), total)
 
+    def add_scaled(self, c: Any, c_step: Any, m: Any, factors: Any) -> None:
+        """Add the rows of c, each times a factor of its own."""
+        rows, factors = self.rows_of(c, m, c_step), self.rows_of(factors, m, ir.IntType(64)(1))
+        factors = [self.everywhere(self.builder.load(x)) for x in factors]
+        for (i, j), total in self.sums.items():
+            self.accumulate(total, factors[i], self.load(rows[i], j))
+
     def give(self, c: Any, c_step: Any, m: Any, alpha: Any) -> None:
         """c = alpha times the sums."""
         rows, alpha = self.rows_of(c, m, c_step), self.everywhere(alpha)
@@ -350,6 +357,26 @@ def tile_of(rows: int, c: Any, a: Any, b: Any) -> Any:
     return types.void(c, index, a, index, index, b, index, index, index, like, like), codegen
 
 
+def transposed_tile_of(rows: int, c: Any, onto: bool) -> Any:
+    """c = a^T b, or c = diag(kept) c + a^T b, for one whole tile.
+
+    Numbers of a that are needed together lie side by side: one address for all rows, where a tile of any matrix has one
+    for each, and too few registers for them.
+    """
+    like, index = c.dtype, types.intp
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        c, c_step, a, a_step, b, b_step, depth, *kept = args
+        one, m, sums = ir.IntType(64)(1), ir.IntType(64)(rows), Tile(builder, like, rows)
+        sums.add_products(a, one, a_step, b, b_step, m, depth)
+        if onto:
+            sums.add_scaled(c, c_step, m, kept[0])
+        sums.give(c, c_step, m, ir.Constant(sums.number, 1.0))
+        return context.get_dummy_value()
+
+    return types.void(c, index, c, index, c, index, index, *[c] * onto), codegen
+
+
 def answer_tile_of(rows: int, o: Any) -> Any:
     """o = scale (diag(since) q S + scores v) for one tile."""
     like, index = o.dtype, types.intp
@@ -380,6 +407,24 @@ def tile(typingctx, c, c_step, a, a_row, a_column, b, b_step, m, depth, alpha, b
 def last_tile(typingctx, c, c_step, a, a_row, a_column, b, b_step, m, depth, alpha, beta):
     """A tile of FEW rows."""
     return tile_of(FEW, c, a, b)
+
+
+@intrinsic
+def transposed_tile(typingctx, c, c_step, a, a_step, b, b_step, depth):
+    """A tile of ROWS rows of a^T b."""
+    return transposed_tile_of(ROWS, c, False)
+
+
+@intrinsic
+def transposed_tile_onto(typingctx, c, c_step, a, a_step, b, b_step, depth, kept):
+    """A tile of ROWS rows, a^T b added to what is kept."""
+    return transposed_tile_of(ROWS, c, True)
+
+
+@intrinsic
+def last_transposed_tile_onto(typingctx, c, c_step, a, a_step, b, b_step, depth, kept):
+    """A tile of FEW rows, a^T b added to what is kept."""
+    return transposed_tile_of(FEW, c, True)
 
 
 @intrinsic
@@ -440,6 +485,58 @@ def multiply(c, a, b, m, n, depth, alpha, beta, shape):
             else:
                 tile(c_ij, c.step, a_i, a.step, a.column, b_j, b.step, min(rows, left), deep, alpha, beta)
             i += rows
+
+
+@intrinsic
+def ask_for(typingctx: Any, address: Any) -> Any:
+    """Ask for the line at an address, see ``Tile.ask``."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        ask_line(builder, builder.inttoptr(args[0], ir.IntType(8).as_pointer()), 2)
+        return context.get_dummy_value()
+
+    return types.void(types.intp), codegen
+
+
+@inner
+def ask(soon, first, last):
+    """Ask for all lines of some rows, as far as there are rows."""
+    for i in range(first, min(last, soon.count)):
+        for line in range(soon.lines):
+            ask_for(soon.rows[i] + CACHE_LINE * line)
+
+
+@inner
+def multiply_transposed(c, a, b, m, n, depth, soon, tile, tiles, like):
+    """c = a^T b for panels: (m, n) numbers of c, rows and columns up to whole tiles too, and ``depth`` terms.
+
+    The rows of ``soon``, see ``answers``, are asked for by so many tiles, of which those of this product are numbered
+    from ``tile`` on.
+    """
+    apart()
+    rows = (soon.count + tiles - 1) // tiles
+    for j in range(0, n, lanes(like)):
+        for i in range(0, m, ROWS):
+            ask(soon, rows * tile, rows * (tile + 1))
+            c_ij = move(c.data, i * c.step + j)
+            transposed_tile(c_ij, c.step, move(a.data, i), a.step, move(b.data, j), b.step, depth)
+            tile += 1
+
+
+@inner
+def add_transposed(c, kept, a, b, m, n, depth, like):
+    """c = diag(kept) c + a^T b, as ``multiply_transposed``; ``kept`` is a row of factors."""
+    apart()
+    for j in range(0, n, lanes(like)):
+        i = 0
+        while i < m:
+            few = m - i <= FEW or ROWS < m - i <= 2 * FEW
+            c_ij, a_i, b_j, kept_i = move(c.data, i * c.step + j), move(a.data, i), move(b.data, j), move(kept, i)
+            if few:
+                last_transposed_tile_onto(c_ij, c.step, a_i, a.step, b_j, b.step, depth, kept_i)
+            else:
+                transposed_tile_onto(c_ij, c.step, a_i, a.step, b_j, b.step, depth, kept_i)
+            i += FEW if few else ROWS
 
 
 @inner

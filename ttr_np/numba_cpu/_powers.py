@@ -24,19 +24,19 @@ SERIES = {  # of 2^r for |r| <= 1/2, highest power first: 0.9 units in the last 
 def exp2(vectors: Vectors, x: Any) -> Any:
     """Code of 2^x for a vector x <= 0 of floats; 0 below the smallest normal number.
 
-    x = n + r: adding a large number rounds to the integer n, in the last bits of the sum; 2^n is written into the
-    exponent of a number, and 2^r is a polynomial.
+    x = n + r: adding a large number rounds to the integer n, in the last bits of the sum, with the offset of exponents;
+    2^n is these bits shifted into the exponent of a number, and 2^r is a polynomial.
     """
     builder, constant, bits = vectors.builder, vectors.constant, vectors.bits
     digits, largest = {32: (23, 127), 64: (52, 1023)}[bits]
     integers = ir.VectorType(ir.IntType(bits), vectors.count)
-    shift = constant(1.5 * 2.0**digits)
+    shift = constant(1.5 * 2.0**digits + largest)
     rounded = builder.fadd(x, shift)
     r = builder.fsub(x, builder.fsub(rounded, shift))
     series = constant(SERIES[bits][0])
     for term in SERIES[bits][1:]:
         series = vectors.multiply_add(series, r, constant(term))
-    n = builder.add(builder.bitcast(rounded, integers), ir.Constant(integers, [largest] * vectors.count))
+    n = builder.bitcast(rounded, integers)
     power = builder.bitcast(builder.shl(n, ir.Constant(integers, [digits] * vectors.count)), vectors.type)
     faint = builder.fcmp_ordered("<", x, constant(1.0 - largest))
     return builder.select(faint, constant(0.0), builder.fmul(series, power))

@@ -28,13 +28,16 @@ from ._panels import (
     ROWS,
     Matrix,
     add_scaled,
+    add_transposed,
     below,
     dot,
-    full,
+    fill,
+    lanes,
     load,
+    load_transposed,
     matrix,
     move,
-    multiply,
+    multiply_transposed,
     panel,
     pointer,
     real,
@@ -43,6 +46,7 @@ from ._panels import (
 )
 from ._powers import LOG2E
 from ._sequences import lay_out
+from ._soon import note, notebook, notes_shape, soon
 from ._threads import share
 
 __all__ = ["softmax_attention"]
@@ -101,8 +105,8 @@ def core(
     gated = log_decay is not None or bool(np.any(pairs.left != 0))
     sizes = (t, d, w, pairs.cached, tokens, together, gated)
     jobs = memories * -(-groups // together) * -(-t // tokens)
-    room = [(d, QUERIES), (PAIRS, d), (PAIRS, w), (PAIRS, w), (PAIRS, STRIP), (QUERIES, w)]
-    room += [(6, QUERIES), (1, PAIRS), (2, QUERIES), (1, d)]
+    room = [(d, QUERIES), (d, PAIRS), (PAIRS, w), (PAIRS, w), (PAIRS, STRIP), (QUERIES, w)]
+    room += [(6, QUERIES), (1, PAIRS), (2, QUERIES), (1, d), notes_shape(PAIRS, 2)]
     factor = float(scale_of(scale, q.astype(np.float64))) * LOG2E
     cost = pairs.seen * memories * groups * (d + w)
     share(kernel, jobs, cost, (o.dtype, room), layout, sizes, factor, o.dtype.type(0))
@@ -113,7 +117,7 @@ class Room(NamedTuple):
     """Scratch of one thread, for a block of r queries and one of n pairs."""
 
     queries: Matrix  # k x r
-    keys: Matrix  # n x k
+    keys: Matrix  # k x n
     values: Matrix  # n x v
     bad: Matrix  # n x v: 1 where a value is not finite
     logits: Matrix  # n x strip
@@ -122,6 +126,7 @@ class Room(NamedTuple):
     left: Matrix  # 1 x n: what is left of older pairs at the first query
     decay: Any  # r numbers in double precision: sum of the gates after the pair at hand
     query: Matrix  # 1 x k: of one token
+    notes: Any  # addresses of the keys and values that come next
 
 
 # Rows of Room.lines. Highest logit so far, in powers of two; weight so far; what is left of earlier weights and
@@ -152,7 +157,7 @@ def kernel(table, places, steps, sizes, factor, like, begin, stop):
     room = Room(
         panel(table, 0, like), panel(table, 1, like), panel(table, 2, like), panel(table, 3, like),
         panel(table, 4, like), panel(table, 5, like), panel(table, 6, like), panel(table, 7, like),
-        pointer(table[8, 0], 0.0), panel(table, 9, like),
+        pointer(table[8, 0], 0.0), panel(table, 9, like), notebook(table, 10),
     )  # fmt: skip
     blocks, parts = (t + tokens - 1) // tokens, (places.shape[2] + together - 1) // together
     for job in range(begin, stop):
@@ -173,11 +178,12 @@ def kernel(table, places, steps, sizes, factor, like, begin, stop):
             if alone and start >= oldest and meet_one_by_one(room, block, past_k, past_v, start, rows, sizes, like):
                 continue
             if start + rows > oldest or start < block.sinks:
-                take_pairs(room.keys, past_k, k, cached, block, start, rows, d)
-                take_pairs(room.values, past_v, v, cached, block, start, rows, w)
+                take_pairs(room, block, past_k, past_v, k, v, cached, start, rows, d, w)
                 bad = mark(room, rows, w, like)
+                count = note_pairs(room.notes, block, past_k, past_v, k, v, cached, start - PAIRS)
+                coming = soon(room.notes, count, max(d, w), like)
                 for c in range(0, block.queries, STRIP):
-                    meet(room, block, start, rows, c, min(STRIP, block.queries - c), sizes, bad, like)
+                    meet(room, block, coming, start, rows, c, min(STRIP, block.queries - c), sizes, bad, like)
         give_answers(room, block, places, steps, sizes, memory, part, like)
 
 
@@ -205,17 +211,18 @@ def take_queries(room, block, places, steps, sizes, memory, part, factor, like):
     """Queries of one block as columns, sequence by sequence, in powers of two; nothing is seen yet."""
     apart()
     d, w, n, span = sizes[1], sizes[2], block.queries, block.high - block.low
-    for c in range(n):
+    for c in range(0, n, span):
         q = matrix(places[Q, memory, part + c // span], steps[Q, 0], steps[Q, 1], like)
-        query = row(q, block.low + c % span)
-        for j in range(d):
-            row(room.queries, j)[c] = real(like, query[j * q.column] * factor)
-        row(room.lines, TOP)[c] = real(like, -np.inf)
-        row(room.lines, WEIGHT)[c] = like
-        room.decay[c] = 0
-        answer = row(room.answers, c)
-        for j in range(w):
-            answer[j] = like
+        load_transposed(Matrix(move(room.queries.data, c), room.queries.step, 1), q, block.low, span, d)
+    for j in range(d):
+        query = row(room.queries, j)
+        for c in range(n):
+            query[c] = real(like, query[c] * factor)
+    fill(row(room.lines, TOP), real(like, -np.inf), n)
+    fill(row(room.lines, WEIGHT), like, n)
+    fill(room.decay, 0.0, n)
+    for c in range(n):
+        fill(row(room.answers, c), like, w)
 
 
 @inner
@@ -240,36 +247,42 @@ def age(room, block, start, rows, cached, left):
 
 
 @inner
-def take_pairs(into, past, x, cached, block, start, rows, columns):
-    """Rows of some slots into a panel, from the cache or from the pairs behind it."""
+def take_pairs(room, block, past_k, past_v, k, v, cached, start, rows, d, w):
+    """Keys of some slots as columns, values as rows; as many at a time as lie side by side."""
     apart()
-    order = block.order
-    first, last = order[start], order[start + rows - 1]
-    if last - first == rows - 1 and (last < cached or first >= cached):
-        take(into, past, x, cached, first, rows, columns)
-    else:
-        for r in range(rows):
-            take(below(into, r), past, x, cached, order[start + r], 1, columns)
+    order, r = block.order, 0
+    while r < rows:
+        first, count = order[start + r], 1
+        while r + count < rows and order[start + r + count] == first + count != cached:
+            count += 1
+        keys, values = Matrix(move(room.keys.data, r), room.keys.step, 1), below(room.values, r)
+        if first < cached:
+            load_transposed(keys, past_k, first, count, d)
+            load(values, past_v, first, count, 0, w)
+        else:
+            load_transposed(keys, k, first - cached, count, d)
+            load(values, v, first - cached, count, 0, w)
+        r += count
 
 
 @inner
-def take(into, past, x, cached, row, rows, columns):
-    """Consecutive rows, all of them on one side."""
-    if row < cached:
-        load(into, past, row, rows, 0, columns)
-    else:
-        load(into, x, row - cached, rows, 0, columns)
+def note_pairs(notes, block, past_k, past_v, k, v, cached, start):
+    """Where the keys and values of some slots lie, as if side by side: other rows than those do no harm."""
+    if start < 0:
+        return 0
+    first = block.order[start]
+    if first < cached:
+        return note(notes, note(notes, 0, past_k, 0, first, PAIRS), past_v, 0, first, PAIRS)
+    return note(notes, note(notes, 0, k, 0, first - cached, PAIRS), v, 0, first - cached, PAIRS)
 
 
 @inner
 def mark(room, rows, w, like):
     """Whether a value is not finite. Those are marked, and zero in products."""
     apart()
-    total = like
-    for r in range(rows):
-        values = row(room.values, r)
-        for j in range(w):
-            total += values[j] * like
+    total, values = like, room.values.data
+    for j in range(rows * room.values.step):  # behind the columns of a row are zeros: one sum, not one for each row
+        total += values[j] * like
     if total == 0:
         return False
     for r in range(rows):
@@ -345,26 +358,27 @@ def look(room, keys, values, rows, c, d, w, like):
 
 
 @inner
-def meet(room, block, start, rows, low, columns, sizes, bad, like):
-    """One strip of queries looks at one block of pairs."""
+def meet(room, block, coming, start, rows, low, columns, sizes, bad, like):
+    """One strip of queries looks at one block of pairs, and asks for its share of the next one."""
     d, w, cached, gated = sizes[1], sizes[2], sizes[3], sizes[6]
     rows, all_seen = sight(room, block, start, rows, low, columns, gated)
     if rows == 0:
         return
     queries = Matrix(move(room.queries.data, low), room.queries.step, 1)
-    multiply(room.logits, room.keys, queries, rows, columns, d, real(like, 1), like, full)
+    size, column = lanes(like), PAIRS // ROWS  # queries of a tile, and tiles of all pairs with those
+    tile, tiles = low // size * column, (block.queries + size - 1) // size * column
+    multiply_transposed(room.logits, room.keys, queries, rows, columns, d, coming, tile, tiles, like)
     if gated:
         decay(room, block, start, rows, low, columns, cached)
     if not all_seen:
-        hide(room, rows, low, columns, block.sinks - start)
+        hide(room, rows, low, columns, block.sinks - start, like)
     if bad:
         spoil(room, rows, low, columns, w)
     for c in range(low, low + columns, width(like)):
         top, weight, left = row(room.lines, TOP), row(room.lines, WEIGHT), row(room.lines, SHRINK)
         weigh(move(room.logits.data, c - low), room.logits.step, rows, move(top, c), move(weight, c), move(left, c))
-    weights, answers = Matrix(room.logits.data, 1, room.logits.step), below(room.answers, low)
-    shrink(room, low, columns, w)
-    multiply(answers, weights, room.values, columns, w, rows, real(like, 1), real(like, 1), full)
+    kept = move(row(room.lines, SHRINK), low)
+    add_transposed(below(room.answers, low), kept, room.logits, room.values, columns, w, rows, like)
 
 
 @inner
@@ -413,16 +427,15 @@ def decay(room, block, start, rows, low, columns, cached):
 
 
 @inner
-def hide(room, rows, low, columns, sinks):
+def hide(room, rows, low, columns, sinks, like):
     """Minus infinity, whatever (even NaN) stands there, where a query must not look."""
     apart()
     first, end = move(row(room.lines, LOW), low), move(row(room.lines, HIGH), low)
     for r in range(rows):
-        logits = row(room.logits, r)
-        sink = r < sinks
+        logits, place, sink = row(room.logits, r), real(like, r), r < sinks
         for c in range(columns):
-            if r >= end[c] or (r < first[c] and not sink):
-                logits[c] = -np.inf
+            hidden = (place >= end[c]) | ((place < first[c]) & (not sink))
+            logits[c] = real(like, -np.inf) if hidden else logits[c]
 
 
 @inner
@@ -436,18 +449,6 @@ def spoil(room, rows, low, columns, w):
                 for c in range(columns):
                     if logits[c] != -np.inf:
                         row(room.answers, low + c)[j] = np.nan
-
-
-@inner
-def shrink(room, low, columns, w):
-    """Answers so far, under the new highest logit."""
-    apart()
-    left = row(room.lines, SHRINK)
-    for c in range(low, low + columns):
-        if left[c] != 1:
-            answer = row(room.answers, c)
-            for j in range(w):
-                answer[j] *= left[c]
 
 
 @inner
