@@ -41,6 +41,7 @@ __all__ = ["KERNELS", "chunked", "local_polynomial", "polynomial", "recurrent"]
 UNDETERMINED = 1e-11  # share of a column that must be new to the columns before it: below, it is rounding
 
 WELL_POSED = 1e-3  # ridge over the largest moment: from here on moments lose at most three digits of sixteen
+SEEN = 0.5  # least first moment, the sum of the weights: it is 1 for queries that see pairs, else 0
 
 KERNELS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "gaussian": lambda u: np.exp(-u * u / 2),
@@ -267,12 +268,12 @@ def polynomial(keys: int, degree: int) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 def features(z: np.ndarray, degree: int) -> np.ndarray:
     """(1, f(z)): scaled monomials of z, the low degrees first."""
-    columns = [np.ones_like(z[..., :1])]
-    for d in range(1, degree + 1):
+    columns = [np.ones_like(z[..., :1]), z][: degree + 1]
+    for d in range(2, degree + 1):
         factors, scales = monomials(z.shape[-1], d)
-        column = z[..., factors[:, 0]] * scales
+        column = z.take(factors[:, 0], axis=-1) * scales
         for place in range(1, d):
-            column = column * z[..., factors[:, place]]
+            column *= z.take(factors[:, place], axis=-1)
         columns.append(column)
     return np.concatenate(columns, axis=-1)
 
@@ -286,8 +287,10 @@ def weighted_rows(
         root = np.exp(logits / 2) / np.sqrt(np.where(means.weight > 0, means.weight, 1))[..., None]
         rows = features(differences(view.k.astype(np.float64), centre), fit.degree)
         targets = differences(view.v.astype(np.float64), mean)
-        unseen = (logits == -np.inf)[..., None]
-        yield np.where(unseen, 0, root[..., None] * rows), np.where(unseen, 0, root[..., None] * targets)
+        for x in (rows, targets):
+            x *= root[..., None]
+            np.copyto(x, 0, where=(logits == -np.inf)[..., None])
+        yield rows, targets
 
 
 def by_moments(
@@ -297,16 +300,16 @@ def by_moments(
 
     The moments are products of matrices, many times faster than QR, but their condition is that of the rows squared.
     """
+    if ridge <= WELL_POSED * SEEN:  # no moments are needed to say that their largest is too large
+        return np.zeros(mean.shape[:-1], bool), mean
     p = place.shape[-1]
     N = np.zeros(mean.shape[:-1] + (p, p))
-    if not ridge:
-        return np.zeros(mean.shape[:-1], bool), mean
     N[..., range(1, p), range(1, p)] = ridge
     M = np.zeros(mean.shape[:-1] + (p, mean.shape[-1]))
     for X, Y in rows:
         N += np.swapaxes(X, -1, -2) @ X
         M += np.swapaxes(X, -1, -2) @ Y
-    posed = (ridge >= WELL_POSED * np.einsum("...ii->...i", N).max(axis=-1)) & (N[..., 0, 0] > 0.5)
+    posed = (ridge >= WELL_POSED * np.einsum("...ii->...i", N).max(axis=-1)) & (N[..., 0, 0] > SEEN)
     N = np.where(posed[..., None, None], N, np.eye(p))
     weights = np.linalg.solve(N, np.broadcast_to(place, mean.shape[:-1] + (p,))[..., None])
     return posed, mean + np.einsum("...p,...pv->...v", weights[..., 0], M)
