@@ -1,5 +1,6 @@
 """Every test starts from the same choice of backend: none."""
 
+import gc
 import os
 import sys
 from time import process_time
@@ -18,6 +19,20 @@ def pytest_collection_modifyitems(items):
     That is Numba's kernels for GPUs, then the experiments.
     """
     items.sort(key=lambda item: ("numba-cuda" not in item.nodeid, "results" not in getattr(item, "fixturenames", ())))
+
+
+def pytest_collection_finish():
+    """Tests that count memory collect garbage each time: twenty thousand tests need not be looked through for that."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def what_stays():
+    """Nor need what the tests of a file have compiled and imported."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -47,8 +47,8 @@ for sizes in (dict(t=70, k=20, v=7), dict(t=33, k=64, v=33), dict(t=50, k=5, v=1
 @pytest.mark.parametrize(
     "question",
     [
-        "linear_attention float32 channel", "delta_rule float64 step", "recursive_least_squares float64",
-        "recursive_least_squares float32 step", "softmax_attention float32 step",
+        "linear_attention float32 channel", "delta_rule float64 step", "recursive_least_squares float32 step",
+        "softmax_attention float32 step",
     ],
 )  # fmt: skip
 def test_answers_are_right_and_alone_as_in_a_batch(question, tmp_path):
