@@ -25,6 +25,7 @@ LOOP = (
     "s[t] = x[t];\n__syncthreads();\ntotal += s[63 - t];\n__syncthreads();\n}\ny[t] = total;"
 )
 LANES = "__shared__ float s[64];\ns[t] = x[t];\n__syncwarp();\ny[t] = s[t ^ 5];"
+FACTOR = 2.0
 SHUFFLE = "y[t] = __shfl_xor_sync(0xffffffffu, x[t], 1);"
 
 # Numbers of which others use a part: what the runner knows of a number it keeps once, as long as it is used as a whole.
@@ -249,6 +250,23 @@ def test_a_function_is_compiled_once_for_all_processes_and_none_is_taken_for_ano
     assert {number: machines.ptx_of(times(number), signature) for number in (3, 5)} == first
     with pytest.raises(TypeError):
         machines.ptx_of(times(7), signature)
+
+
+@by_numba
+def test_functions_differ_by_options_of_what_they_call_and_by_what_is_global(cuda, monkeypatch):
+    from cudaemu.machines import spoor
+
+    def reciprocal(x):
+        return FACTOR / x
+
+    def calling(**options):
+        called = cuda.jit(device=True, **options)(reciprocal)
+        return spoor(lambda y, x: called(x[0]))
+
+    exact, fast = calling(), calling(fastmath=True)
+    assert exact == calling() != fast
+    monkeypatch.setitem(globals(), "FACTOR", 3.0)
+    assert calling() != exact
 
 
 @by_numba

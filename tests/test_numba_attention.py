@@ -1,6 +1,7 @@
 """Compiled memories that keep their pairs equal their solvers: softmax attention and local polynomials."""
 
 from importlib import import_module
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -104,6 +105,19 @@ def test_every_border_of_a_block(case, t, masked):
     if masked:
         options["mask"] = np.random.default_rng(1).random((2, t)) < 0.6
     close(compiled("softmax_attention")(**arrays, **options), solver("softmax_attention")(**arrays, **options), 1e-12)
+
+
+@pytest.mark.parametrize("cuts", [(0, 400), (0, 130, 400)], ids=str)
+@pytest.mark.parametrize("window", [1, 10, 48])
+def test_sinks_forget_by_gates_between_them_and_the_window(window, cuts):
+    x, options = inputs({"window": window, "sinks": 60}, t=400, k=5, v=3)
+    x["log_decay"] = np.full(x["k"].shape[:-1], -0.01)
+    expected, pieces, state = solver("softmax_attention")(**x, **options), [], None
+    for low, high in pairwise(cuts):
+        own = {name: a[:, low:high] for name, a in x.items()}
+        o, state = compiled("softmax_attention")(**own, **options, initial_state=state, output_final_state=True)
+        pieces.append(o)
+    close(np.concatenate(pieces, axis=1), expected)
 
 
 @pytest.mark.parametrize("bad", [None, np.nan, np.inf, -np.inf])

@@ -209,7 +209,7 @@ def compiled(function: Any, signature: Any, capability: tuple[int, int]) -> str:
 
 @cache
 def makers() -> str:
-    """All that takes part in making PTX: Python, packages, and our own text, where functions find what is global."""
+    """All that takes part in making PTX: Python, packages, and our own text."""
     packages = sorted(f"{d.name} {d.version}" for d in distributions() if re.match("numba|llvmlite|nvidia", d.name))
     paths = [path for name in OURS for path in sorted((build.HERE.parents[1] / name).rglob("*.py"))]
     texts = b"".join(path.read_bytes() for path in paths)
@@ -217,12 +217,15 @@ def makers() -> str:
 
 
 def spoor(x: Any) -> str:
-    """What tells one function from another: its code, and the numbers, types and functions that it closes over."""
+    """What tells one function from another: its code, its options, and the numbers, types and functions it names."""
     function = getattr(x, "py_func", x)  # of what is compiled for a device
     if not isinstance(function, FunctionType):
         return repr(x)
-    closed = [spoor(cell.cell_contents) for cell in function.__closure__ or ()]
-    return repr((marshal.dumps(function.__code__, 2), function.__defaults__, closed))  # 2: nothing said by reference
+    named = {name: function.__globals__.get(name) for name in function.__code__.co_names}
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    named |= {name: cell.cell_contents for name, cell in cells}
+    said = marshal.dumps(function.__code__, 2), function.__defaults__, getattr(x, "targetoptions", None)  # 2: no links
+    return repr((said, {name: spoor(y) for name, y in named.items()}))
 
 
 @contextmanager

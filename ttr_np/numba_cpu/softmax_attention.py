@@ -397,7 +397,7 @@ def sight(room, block, start, rows, low, columns, gated):
         first[c], end[c] = one, other
         deepest, shallowest = max(deepest, other), min(shallowest, other)
         oldest, newest = min(oldest, one), max(newest, one)
-    if oldest == rows and start >= block.sinks:
+    if oldest == rows and start >= block.sinks and (old or block.sinks == 0):  # sinks forget by gates that nobody sees
         deepest = 0
     return deepest, shallowest >= deepest and newest == 0
 
