@@ -30,8 +30,10 @@ from ._channels import (
 from ._compile import apart, inner, spliced
 from ._gates import step_decays, weigh
 from ._panels import (
+    ROWS,
     Matrix,
     add_scaled,
+    add_transposed,
     answers,
     below,
     clean_until,
@@ -39,7 +41,6 @@ from ._panels import (
     dot,
     fill,
     finite,
-    full,
     gather,
     give,
     load,
@@ -159,7 +160,7 @@ class Reader(NamedTuple):
 class Room(NamedTuple):
     """Panels of one thread, for chunks of c tokens."""
 
-    S: Any  # k x v
+    S: Any  # k x v, and a tile of rows behind it
     z: Any  # 3 x k: now, at a chunk's start, as a column that is worked on once more goes through it
     keys: Any  # k x c, as often as they are met
     carried: Any  # c x k: keys decayed to the chunk's end
@@ -176,7 +177,7 @@ class Room(NamedTuple):
 
 def shapes(k: int, v: int, c: int, gates: int) -> list[tuple[int, int]]:
     """Shapes of the panels of ``Room`` and, behind them, of ``Channels``."""
-    room = [(k, v), (3, k), (k * meetings(c), c), (c, k), (c, v), (c, k), (c, k), (c, k)]
+    room = [(k + ROWS, v), (3, k), (k * meetings(c), c), (c, k), (c, v), (c, k), (c, k), (c, k)]
     room += [(c, c), (c, v), (c, c), (1, c + 1)]
     return room + channel_shapes(c, k if gates == PER_CHANNEL else 0) + [notes_shape(c, MATRICES)]
 
@@ -318,12 +319,12 @@ def prepare(sizes, job, room, decays, low, n, like):
     """What all queries of a chunk share: its keys as columns, its values, its decays."""
     apart()
     load(room.values, job.v, low, n, job.start, job.columns)
+    load(room.rows, job.k, low, n, 0, sizes.k)
     if sizes.gates == PER_CHANNEL:
         channel_decays(job.gates, low, n, sizes.k, decays, like)
-        load(room.rows, job.k, low, n, 0, sizes.k)
         carry_keys(room.keys, room.carried, room.rows, n, sizes.k, decays)
     else:
-        load_transposed(room.keys, job.k, low, n, sizes.k)
+        load_transposed(room.keys, room.rows, 0, n, sizes.k)
         if sizes.gates:
             step_decays(job.gates, low, n, room.pairs, row(room.since, 0), like)
             return
@@ -415,23 +416,23 @@ def divide_row(y, weight, n, like):
 def memorise(sizes, job, room, decays, n, like):
     """Add the chunk's pairs to what is left of the past."""
     apart()
-    z, keep, k = row(room.z, 0), real(like, 1), sizes.k
-    keys = room.keys
+    z, k, keys, columns = row(room.z, 0), sizes.k, room.rows, room.keys
+    keeps = row(room.carried, 0)  # of panels that only gates per channel fill
     if sizes.gates == PER_CHANNEL:
-        keys, keeps = transposed(room.carried), row(decays.start, (n + BLOCK - 1) // BLOCK)
-        scale_rows(room.S, keeps, k, job.columns)
-        times(z, z, keeps, k)
-    elif sizes.gates:
-        keep = row(room.since, 0)[n]
+        keys, columns, keeps = room.carried, transposed(room.carried), row(decays.start, (n + BLOCK - 1) // BLOCK)
+    else:
+        fill(keeps, row(room.since, 0)[n], k)
+    if sizes.gates == PER_STEP:
         scale_rows(room.values, row(room.pairs, n - 1), n, job.columns)
-        scale(z, keep, k)
+    if sizes.gates:
+        times(z, z, keeps, k)
     if sizes.normalize:
         left = row(room.pairs, n - 1)
         if sizes.gates != PER_STEP:
             fill(left, real(like, 1), n)
         for p in range(k):
-            z[p] += along(row(keys, p), keys.column, left, n, like)
-    multiply(room.S, keys, room.values, k, job.columns, n, real(like, 1), keep, full)
+            z[p] += along(row(columns, p), columns.column, left, n, like)
+    add_transposed(room.S, keeps, keys, room.values, k, job.columns, n, like)
 
 
 @inner
