@@ -168,6 +168,7 @@ class Room(NamedTuple):
     past: Any  # c x k: queries decayed to the chunk's start
     rows: Any  # c x k: keys
     queries: Any  # c x k
+    asking: Any  # k x c: what of queries meets the past
     scores: Any  # c x c
     answers: Any  # c x v
     pairs: Any  # c x c: decays
@@ -177,7 +178,7 @@ class Room(NamedTuple):
 
 def shapes(k: int, v: int, c: int, gates: int) -> list[tuple[int, int]]:
     """Shapes of the panels of ``Room`` and, behind them, of ``Channels``."""
-    room = [(k + ROWS, v), (3, k), (k * meetings(c), c), (c, k), (c, v), (c, k), (c, k), (c, k)]
+    room = [(k + ROWS, v), (3, k), (k * meetings(c), c), (c, k), (c, v), (c, k), (c, k), (c, k), (k, c)]
     room += [(c, c), (c, v), (c, c), (1, c + 1)]
     return room + channel_shapes(c, k if gates == PER_CHANNEL else 0) + [notes_shape(c, MATRICES)]
 
@@ -190,9 +191,10 @@ def kernel(table, places, steps, sizes, scale, first, last):
         panel(table, 0, scale), panel(table, 1, scale), panel(table, 2, scale), panel(table, 3, scale),
         panel(table, 4, scale), panel(table, 5, scale), panel(table, 6, scale), panel(table, 7, scale),
         panel(table, 8, scale), panel(table, 9, scale), panel(table, 10, scale), panel(table, 11, scale),
+        panel(table, 12, scale),
         notebook(table, len(table) - 1),
     )  # fmt: skip
-    decays = channels_of(table, 12, scale)
+    decays = channels_of(table, 13, scale)
     for number in range(first, last):
         job = job_of(places, steps, sizes, number, scale)
         state = matrix(places[STATE, job.memory, 0], v, column, scale)
@@ -293,8 +295,8 @@ def in_place(room, z, state, start):
     """The room of few tokens or columns: for one, a pass over the state costs as much as a copy into a panel would."""
     S = Matrix(move(state.data, start), state.step, state.column)
     return Room(
-        S, z, room.keys, room.carried, room.values, room.past, room.rows, room.queries, room.scores, room.answers,
-        room.pairs, room.since, room.soon,
+        S, z, room.keys, room.carried, room.values, room.past, room.rows, room.queries, room.asking, room.scores,
+        room.answers, room.pairs, room.since, room.soon,
     )  # fmt: skip
 
 
@@ -344,17 +346,20 @@ def answer(sizes, job, reader, room, decays, low, n, scale):
         multiply(room.scores, q, room.keys, n, n, k, one, zero, triangle)
         weigh(room.scores, room.pairs, n, sizes.gates, sizes.late, scale)
         past = q
+    load_transposed(room.asking, past, 0, n, k)
     if sizes.late:
         for i in range(n):
             row(room.scores, i)[i] = own(q, below(job.k, low), reader.bonus, i, k, scale)
     since, ahead = move(row(room.since, 0), 1 - sizes.late), next_rows(sizes, job, reader, room, low + n, n, scale)
     if sizes.normalize:
-        answers(room.answers, past, room.S, since, room.scores, room.values, n, columns, k, scale, ahead)
+        answers(room.answers, room.asking, room.S, since, room.scores, room.values, n, columns, k, scale, ahead)
         divide(sizes, q, room, n, columns, scale)
         store(reader.o, low, n, job.start, columns, room.answers)
     else:
-        start, values = job.start, room.values
-        give(reader.o, low, start, room.answers, past, room.S, since, room.scores, values, n, columns, k, scale, ahead)
+        give(
+            reader.o, low, job.start, room.answers, room.asking, room.S, since, room.scores, room.values, n, columns, k,
+            scale, ahead,
+        )  # fmt: skip
 
 
 @inner
