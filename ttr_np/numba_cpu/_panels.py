@@ -24,7 +24,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ._compile import apart, inner
-from ._vectors import BYTES, CACHE_LINE, WIDE, Vectors, ask_line, per_vector, repeat, row_of
+from ._vectors import BYTES, CACHE_LINE, WIDE, Vectors, ask_line, ceil_div, per_vector, repeat, row_of
 
 __all__ = [
     "ROWS", "Matrix", "add_scaled", "add_transposed", "answers", "below", "clean_until", "clean_within", "copy",
@@ -292,7 +292,8 @@ class Tile(Vectors):
                     self.accumulate(self.sums[i, j], factor, b_j)
 
         if soon is not None:
-            turns = builder.udiv(depth, word(EVERY))
+            turns, wanted = builder.udiv(depth, word(EVERY)), ceil_div(builder, soon[1], ASKED)
+            turns = builder.select(builder.icmp_signed("<", wanted, turns), wanted, turns)
             with cgutils.for_range(builder, turns, intp=word) as loop:
                 self.ask(*soon, loop.index)
                 for i in range(EVERY):
@@ -306,7 +307,8 @@ class Tile(Vectors):
         last = builder.sub(count, word(1))
         for i in range(ASKED):
             index = builder.add(builder.mul(turn, word(ASKED)), word(i))
-            index = builder.select(builder.icmp_signed("<", index, last), index, last)
+            if ASKED > 1:
+                index = builder.select(builder.icmp_signed("<", index, last), index, last)
             place = builder.add(builder.load(builder.gep(rows, [index])), start)
             ask_line(builder, builder.inttoptr(place, self.type.as_pointer()), 2)  # the first is full of panels
 
