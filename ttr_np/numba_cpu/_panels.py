@@ -24,7 +24,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ._compile import apart, inner
-from ._vectors import BYTES, CACHE_LINE, WIDE, Vectors, ask_line, per_vector, repeat, row_of
+from ._vectors import BYTES, CACHE_LINE, WIDE, Vectors, ask_line, ceil_div, per_vector, repeat, row_of
 
 __all__ = [
     "ROWS", "Matrix", "add_scaled", "add_transposed", "answers", "below", "clean_until", "clean_within", "copy",
@@ -264,7 +264,7 @@ def count_bad_apart(x, step, n, bound):
 
 
 class Tile(Vectors):
-    """Sums of some rows of LINE bytes in registers; rows from m on repeat the last one."""
+    """Sums of some rows of LINE bytes in registers; rows from m on repeat the last one, or are written before it."""
 
     def __init__(self, builder: Any, like: Any, rows: int) -> None:
         super().__init__(builder, like)
@@ -292,7 +292,8 @@ class Tile(Vectors):
                     self.accumulate(self.sums[i, j], factor, b_j)
 
         if soon is not None:
-            turns = builder.udiv(depth, word(EVERY))
+            turns, wanted = builder.udiv(depth, word(EVERY)), ceil_div(builder, soon[1], ASKED)
+            turns = builder.select(builder.icmp_signed("<", wanted, turns), wanted, turns)
             with cgutils.for_range(builder, turns, intp=word) as loop:
                 self.ask(*soon, loop.index)
                 for i in range(EVERY):
@@ -306,7 +307,8 @@ class Tile(Vectors):
         last = builder.sub(count, word(1))
         for i in range(ASKED):
             index = builder.add(builder.mul(turn, word(ASKED)), word(i))
-            index = builder.select(builder.icmp_signed("<", index, last), index, last)
+            if ASKED > 1:
+                index = builder.select(builder.icmp_signed("<", index, last), index, last)
             place = builder.add(builder.load(builder.gep(rows, [index])), start)
             ask_line(builder, builder.inttoptr(place, self.type.as_pointer()), 2)  # the first is full of panels
 
@@ -326,14 +328,14 @@ class Tile(Vectors):
     def give(self, c: Any, c_step: Any, m: Any, alpha: Any) -> None:
         """c = alpha times the sums."""
         rows, alpha = self.rows_of(c, m, c_step), self.everywhere(alpha)
-        for (i, j), total in self.sums.items():
+        for (i, j), total in reversed(self.sums.items()):
             self.store(self.builder.fmul(alpha, self.builder.load(total)), rows[i], j)
 
     def give_onto(self, c: Any, c_step: Any, m: Any, alpha: Any, beta: Any) -> None:
         """c = alpha times the sums + beta c; all is read before any is written: repeated rows then write the same."""
         rows, alpha, beta = self.rows_of(c, m, c_step), self.everywhere(alpha), self.everywhere(beta)
         old = {(i, j): self.load(rows[i], j) for i, j in self.sums}
-        for (i, j), total in self.sums.items():
+        for (i, j), total in reversed(self.sums.items()):
             scaled = self.builder.fmul(alpha, self.builder.load(total))
             self.store(self.multiply_add(beta, old[i, j], scaled), rows[i], j)
 
@@ -382,17 +384,17 @@ def answer_tile_of(rows: int, o: Any) -> Any:
     like, index = o.dtype, types.intp
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        o, o_step, q, q_step, q_column, S, S_step, depth, since, scores, scores_step, v, v_step, m, n, scale = args[:-3]
-        sums = Tile(builder, like, rows)
-        sums.add_products(q, q_step, q_column, S, S_step, m, depth, args[-3:])
+        o, o_step, q, q_step, S, S_step, depth, since, scores, scores_step, v, v_step, m, n, scale = args[:-3]
+        one, sums = ir.IntType(64)(1), Tile(builder, like, rows)
+        sums.add_products(q, one, q_step, S, S_step, ir.IntType(64)(rows), depth, args[-3:])
         sums.scale_rows(since, m)
         sums.give(o, o_step, m, scale)
         own = Tile(builder, like, rows)  # sums of their own: added to those of the past, terms would lose digits
-        own.add_products(scores, scores_step, ir.IntType(64)(1), v, v_step, m, n)
+        own.add_products(scores, scores_step, one, v, v_step, m, n)
         own.give_onto(o, o_step, m, scale, ir.Constant(own.number, 1.0))
         return context.get_dummy_value()
 
-    kinds = [o, index, o, index, index, o, index, index, o, o, index, o, index, index, index, like]
+    kinds = [o, index, o, index, o, index, index, o, o, index, o, index, index, index, like]
     kinds += [types.CPointer(types.intp), index, index]
     return types.void(*kinds), codegen
 
@@ -429,7 +431,7 @@ def last_transposed_tile_onto(typingctx, c, c_step, a, a_step, b, b_step, depth,
 
 @intrinsic
 def answer_tile(
-    typingctx, o, o_step, q, q_row, q_column, S, S_step, k, since, scores, scores_step, v, v_step, m, n, scale, rows,
+    typingctx, o, o_step, q, q_step, S, S_step, k, since, scores, scores_step, v, v_step, m, n, scale, rows,
     count, line
 ):
     """A tile of ROWS answers."""
@@ -438,7 +440,7 @@ def answer_tile(
 
 @intrinsic
 def last_answer_tile(
-    typingctx, o, o_step, q, q_row, q_column, S, S_step, k, since, scores, scores_step, v, v_step, m, n, scale, rows,
+    typingctx, o, o_step, q, q_step, S, S_step, k, since, scores, scores_step, v, v_step, m, n, scale, rows,
     count, line
 ):
     """A tile of FEW answers."""
@@ -557,7 +559,7 @@ def answers(o, q, S, since, scores, v, n, columns, k, scale, soon):
     o
         Rows whose columns up to the next whole tile are written: a panel, or the answers themselves if tiles fit.
     q
-        Any matrix, ``(n, k)``.
+        A panel of columns, ``(k, n)``.
     S, scores, v
         Panels, ``(k, columns)``, ``(n, n)`` and ``(n, columns)``; above the diagonal of scores are zeros.
     since
@@ -576,16 +578,16 @@ def answers(o, q, S, since, scores, v, n, columns, k, scale, soon):
             rows = FEW if few else ROWS
             m, deep = min(rows, left), min(i + rows, n)
             o_ij, S_j, v_j = move(o.data, i * o.step + j), move(S.data, j), move(v.data, j)
-            q_i, since_i, scores_i = row(q, i), move(since, i), row(scores, i)
+            q_i, since_i, scores_i = move(q.data, i), move(since, i), row(scores, i)
             asked, count, line = part(soon, number, tiles)
             if few:
                 last_answer_tile(
-                    o_ij, o.step, q_i, q.step, q.column, S_j, S.step, k, since_i, scores_i, scores.step, v_j, v.step,
+                    o_ij, o.step, q_i, q.step, S_j, S.step, k, since_i, scores_i, scores.step, v_j, v.step,
                     m, deep, scale, asked, count, line,
                 )  # fmt: skip
             else:
                 answer_tile(
-                    o_ij, o.step, q_i, q.step, q.column, S_j, S.step, k, since_i, scores_i, scores.step, v_j, v.step,
+                    o_ij, o.step, q_i, q.step, S_j, S.step, k, since_i, scores_i, scores.step, v_j, v.step,
                     m, deep, scale, asked, count, line,
                 )  # fmt: skip
             i, number = i + rows, number + 1

@@ -171,6 +171,7 @@ class Room(NamedTuple):
     past: Any  # c x k: queries decayed to the chunk's start
     rows: Any  # c x k: keys
     queries: Any  # c x k
+    asking: Any  # k x c: what of queries meets the past
     scores: Any  # c x c
     answers: Any  # c x v
     pairs: Any  # c x c: decays
@@ -180,7 +181,8 @@ class Room(NamedTuple):
 
 def shapes(k: int, v: int, c: int, gates: int) -> list[tuple[int, int]]:
     """Shapes of the panels of ``Room`` and, behind them, of ``Channels``."""
-    room = [(k, v), (k * meetings(c), c), (c, k), (c, v), (c, k), (c, k), (c, k), (c, c), (c, v), (c, c), (1, c + 1)]
+    room = [(k, v), (k * meetings(c), c), (c, k), (c, v), (c, k), (c, k), (c, k), (k, c), (c, c), (c, v), (c, c)]
+    room += [(1, c + 1)]
     return room + channel_shapes(c, k if gates == PER_CHANNEL else 0) + [notes_shape(c, MATRICES)]
 
 
@@ -190,9 +192,10 @@ def kernel(table, places, steps, sizes, scale_, first, last):
     room = Room(
         panel(table, 0, scale_), panel(table, 1, scale_), panel(table, 2, scale_), panel(table, 3, scale_),
         panel(table, 4, scale_), panel(table, 5, scale_), panel(table, 6, scale_), panel(table, 7, scale_),
-        panel(table, 8, scale_), panel(table, 9, scale_), panel(table, 10, scale_), notebook(table, len(table) - 1),
+        panel(table, 8, scale_), panel(table, 9, scale_), panel(table, 10, scale_), panel(table, 11, scale_),
+        notebook(table, len(table) - 1),
     )  # fmt: skip
-    decays, unit = channels_of(table, 11, scale_), 1
+    decays, unit = channels_of(table, 12, scale_), 1
     for number in range(first, last):
         job = job_of(places, steps, sizes, number, scale_)
         state = matrix(places[STATE, job.memory, 0], sizes.v, unit, scale_)
@@ -399,9 +402,10 @@ def run_chunk(places, steps, sizes, job, room, decays, state, low, high, scale_)
             q = matrix(places[Q, job.memory, group], steps[Q, 0], steps[Q, 1], scale_)
             o = matrix(places[O, job.memory, group], sizes.v, 1, scale_)
             past = score(sizes, below(q, low), room, decays, n, scale_)
+            load_transposed(room.asking, past, 0, n, sizes.k)
             give(
-                o, low, job.start, room.answers, past, room.S, move(row(room.since, 0), 1), room.scores, room.errors, n,
-                job.columns, sizes.k, scale_, next_rows(sizes, job, room, q, o, low + n, n, scale_),
+                o, low, job.start, room.answers, room.asking, room.S, move(row(room.since, 0), 1), room.scores,
+                room.errors, n, job.columns, sizes.k, scale_, next_rows(sizes, job, room, q, o, low + n, n, scale_),
             )  # fmt: skip
         memorise(sizes, job, room, decays, n, scale_)
         if spoilt:
@@ -445,8 +449,8 @@ def in_place(room, state, start):
     """The room of few tokens or columns: for one, a pass over the state costs as much as a copy into a panel would."""
     S = Matrix(move(state.data, start), state.step, state.column)
     return Room(
-        S, room.keys, room.carried, room.errors, room.past, room.rows, room.queries, room.scores, room.answers,
-        room.pairs, room.since, room.soon,
+        S, room.keys, room.carried, room.errors, room.past, room.rows, room.queries, room.asking, room.scores,
+        room.answers, room.pairs, room.since, room.soon,
     )  # fmt: skip
 
 

@@ -30,8 +30,10 @@ from ._channels import (
 from ._compile import apart, inner, spliced
 from ._gates import step_decays, weigh
 from ._panels import (
+    ROWS,
     Matrix,
     add_scaled,
+    add_transposed,
     answers,
     below,
     clean_until,
@@ -39,7 +41,6 @@ from ._panels import (
     dot,
     fill,
     finite,
-    full,
     gather,
     give,
     load,
@@ -159,7 +160,7 @@ class Reader(NamedTuple):
 class Room(NamedTuple):
     """Panels of one thread, for chunks of c tokens."""
 
-    S: Any  # k x v
+    S: Any  # k x v, and a tile of rows behind it
     z: Any  # 3 x k: now, at a chunk's start, as a column that is worked on once more goes through it
     keys: Any  # k x c, as often as they are met
     carried: Any  # c x k: keys decayed to the chunk's end
@@ -167,6 +168,7 @@ class Room(NamedTuple):
     past: Any  # c x k: queries decayed to the chunk's start
     rows: Any  # c x k: keys
     queries: Any  # c x k
+    asking: Any  # k x c: what of queries meets the past
     scores: Any  # c x c
     answers: Any  # c x v
     pairs: Any  # c x c: decays
@@ -176,7 +178,7 @@ class Room(NamedTuple):
 
 def shapes(k: int, v: int, c: int, gates: int) -> list[tuple[int, int]]:
     """Shapes of the panels of ``Room`` and, behind them, of ``Channels``."""
-    room = [(k, v), (3, k), (k * meetings(c), c), (c, k), (c, v), (c, k), (c, k), (c, k)]
+    room = [(k + ROWS, v), (3, k), (k * meetings(c), c), (c, k), (c, v), (c, k), (c, k), (c, k), (k, c)]
     room += [(c, c), (c, v), (c, c), (1, c + 1)]
     return room + channel_shapes(c, k if gates == PER_CHANNEL else 0) + [notes_shape(c, MATRICES)]
 
@@ -189,9 +191,10 @@ def kernel(table, places, steps, sizes, scale, first, last):
         panel(table, 0, scale), panel(table, 1, scale), panel(table, 2, scale), panel(table, 3, scale),
         panel(table, 4, scale), panel(table, 5, scale), panel(table, 6, scale), panel(table, 7, scale),
         panel(table, 8, scale), panel(table, 9, scale), panel(table, 10, scale), panel(table, 11, scale),
+        panel(table, 12, scale),
         notebook(table, len(table) - 1),
     )  # fmt: skip
-    decays = channels_of(table, 12, scale)
+    decays = channels_of(table, 13, scale)
     for number in range(first, last):
         job = job_of(places, steps, sizes, number, scale)
         state = matrix(places[STATE, job.memory, 0], v, column, scale)
@@ -292,8 +295,8 @@ def in_place(room, z, state, start):
     """The room of few tokens or columns: for one, a pass over the state costs as much as a copy into a panel would."""
     S = Matrix(move(state.data, start), state.step, state.column)
     return Room(
-        S, z, room.keys, room.carried, room.values, room.past, room.rows, room.queries, room.scores, room.answers,
-        room.pairs, room.since, room.soon,
+        S, z, room.keys, room.carried, room.values, room.past, room.rows, room.queries, room.asking, room.scores,
+        room.answers, room.pairs, room.since, room.soon,
     )  # fmt: skip
 
 
@@ -318,12 +321,12 @@ def prepare(sizes, job, room, decays, low, n, like):
     """What all queries of a chunk share: its keys as columns, its values, its decays."""
     apart()
     load(room.values, job.v, low, n, job.start, job.columns)
+    load(room.rows, job.k, low, n, 0, sizes.k)
     if sizes.gates == PER_CHANNEL:
         channel_decays(job.gates, low, n, sizes.k, decays, like)
-        load(room.rows, job.k, low, n, 0, sizes.k)
         carry_keys(room.keys, room.carried, room.rows, n, sizes.k, decays)
     else:
-        load_transposed(room.keys, job.k, low, n, sizes.k)
+        load_transposed(room.keys, room.rows, 0, n, sizes.k)
         if sizes.gates:
             step_decays(job.gates, low, n, room.pairs, row(room.since, 0), like)
             return
@@ -343,17 +346,20 @@ def answer(sizes, job, reader, room, decays, low, n, scale):
         multiply(room.scores, q, room.keys, n, n, k, one, zero, triangle)
         weigh(room.scores, room.pairs, n, sizes.gates, sizes.late, scale)
         past = q
+    load_transposed(room.asking, past, 0, n, k)
     if sizes.late:
         for i in range(n):
             row(room.scores, i)[i] = own(q, below(job.k, low), reader.bonus, i, k, scale)
     since, ahead = move(row(room.since, 0), 1 - sizes.late), next_rows(sizes, job, reader, room, low + n, n, scale)
     if sizes.normalize:
-        answers(room.answers, past, room.S, since, room.scores, room.values, n, columns, k, scale, ahead)
+        answers(room.answers, room.asking, room.S, since, room.scores, room.values, n, columns, k, scale, ahead)
         divide(sizes, q, room, n, columns, scale)
         store(reader.o, low, n, job.start, columns, room.answers)
     else:
-        start, values = job.start, room.values
-        give(reader.o, low, start, room.answers, past, room.S, since, room.scores, values, n, columns, k, scale, ahead)
+        give(
+            reader.o, low, job.start, room.answers, room.asking, room.S, since, room.scores, room.values, n, columns, k,
+            scale, ahead,
+        )  # fmt: skip
 
 
 @inner
@@ -415,23 +421,23 @@ def divide_row(y, weight, n, like):
 def memorise(sizes, job, room, decays, n, like):
     """Add the chunk's pairs to what is left of the past."""
     apart()
-    z, keep, k = row(room.z, 0), real(like, 1), sizes.k
-    keys = room.keys
+    z, k, keys, columns = row(room.z, 0), sizes.k, room.rows, room.keys
+    keeps = row(room.carried, 0)  # of panels that only gates per channel fill
     if sizes.gates == PER_CHANNEL:
-        keys, keeps = transposed(room.carried), row(decays.start, (n + BLOCK - 1) // BLOCK)
-        scale_rows(room.S, keeps, k, job.columns)
-        times(z, z, keeps, k)
-    elif sizes.gates:
-        keep = row(room.since, 0)[n]
+        keys, columns, keeps = room.carried, transposed(room.carried), row(decays.start, (n + BLOCK - 1) // BLOCK)
+    else:
+        fill(keeps, row(room.since, 0)[n], k)
+    if sizes.gates == PER_STEP:
         scale_rows(room.values, row(room.pairs, n - 1), n, job.columns)
-        scale(z, keep, k)
+    if sizes.gates:
+        times(z, z, keeps, k)
     if sizes.normalize:
         left = row(room.pairs, n - 1)
         if sizes.gates != PER_STEP:
             fill(left, real(like, 1), n)
         for p in range(k):
-            z[p] += along(row(keys, p), keys.column, left, n, like)
-    multiply(room.S, keys, room.values, k, job.columns, n, real(like, 1), keep, full)
+            z[p] += along(row(columns, p), columns.column, left, n, like)
+    add_transposed(room.S, keeps, keys, room.values, k, job.columns, n, like)
 
 
 @inner
