@@ -71,6 +71,14 @@ def test_every_border_of_a_tile(backend, options):
         as_good(run("softmax_attention", backend, arrays, **options), *solved("softmax_attention", arrays, **options))
 
 
+@every_backend
+def test_sinks_forget_by_gates_between_them_and_the_window(backend):
+    arrays = arguments("softmax_attention", np.random.default_rng(0), 400, dtype=np.float32)
+    arrays["log_decay"] = np.full((2, 400), -0.01, np.float32)  # so weak that sinks are not forgotten at once
+    options = {"window": 1, "sinks": 60}
+    as_good(run("softmax_attention", backend, arrays, **options), *solved("softmax_attention", arrays, **options))
+
+
 def drawn_call(rng, dtypes):
     """Random arguments and options of softmax attention, cut in two by a carried state as often as not."""
     causal, groups, t = bool(rng.integers(4)), int(rng.choice([1, 1, 3])), int(rng.integers(1, 100))
