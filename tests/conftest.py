@@ -28,8 +28,8 @@ def pytest_collection_finish():
 
 
 @pytest.fixture(autouse=True, scope="module")
-def what_stays():
-    """Nor need what the tests of a file have compiled and imported."""
+def frozen_after_each_file():
+    """What the tests of a file have compiled and imported need not be looked through either, from the next file on."""
     yield
     gc.collect()
     gc.freeze()

@@ -254,14 +254,14 @@ def test_a_function_is_compiled_once_for_all_processes_and_none_is_taken_for_ano
 
 @by_numba
 def test_functions_differ_by_options_of_what_they_call_and_by_what_is_global(cuda, monkeypatch):
-    from cudaemu.machines import spoor
+    from cudaemu.machines import fingerprint
 
     def reciprocal(x):
         return FACTOR / x
 
     def calling(**options):
         called = cuda.jit(device=True, **options)(reciprocal)
-        return spoor(lambda y, x: called(x[0]))
+        return fingerprint(lambda y, x: called(x[0]))
 
     exact, fast = calling(), calling(fastmath=True)
     assert exact == calling() != fast

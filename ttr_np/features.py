@@ -488,7 +488,7 @@ def dpfp(x: Any, nu: int = 1) -> np.ndarray:
 
 
 @lru_cache(maxsize=32)
-def often(size: int, power: int) -> np.ndarray:
+def root_multiplicities(size: int, power: int) -> np.ndarray:
     """The root of how often each monomial of one degree occurs in the power."""
     chosen = list(combinations_with_replacement(range(size), power))
     factors = np.array(chosen, int).reshape(len(chosen), power)
@@ -536,7 +536,7 @@ def symmetric_power(x: Any, power: int = 2) -> np.ndarray:
         # Those that begin with channel i: it times the last of the degree before, which have no channel before it.
         lower = [phi[..., phi.shape[-1] - comb(size - i + d - 2, d - 1) :] for i in range(size)]
         phi = np.concatenate([phi[..., :0], *(x[..., i : i + 1] * y for i, y in enumerate(lower))], axis=-1)
-    return narrow(phi * often(size, power).astype(x.dtype), dtype)
+    return narrow(phi * root_multiplicities(size, power).astype(x.dtype), dtype)
 
 
 def polynomial_sketch(x: Any, power: int = 4, *, features: int = 32, seed: Any = 0) -> np.ndarray:

@@ -189,7 +189,7 @@ class OnGpu:
 @cache
 def ptx_of(function: Any, signature: Any, capability: tuple[int, int] = (9, 0)) -> str:
     """What Numba makes of a function: seconds each, so it is made once for all test processes."""
-    made = build.folder() / f"{build.digest(makers(), spoor(function), str(signature), str(capability))}.ptx"
+    made = build.folder() / f"{build.digest(toolchain(), fingerprint(function), str(signature), str(capability))}.ptx"
     if not made.exists():
         own = made.with_suffix(f".{os.getpid()}")
         own.write_text(compiled(function, signature, capability))
@@ -208,7 +208,7 @@ def compiled(function: Any, signature: Any, capability: tuple[int, int]) -> str:
 
 
 @cache
-def makers() -> str:
+def toolchain() -> str:
     """All that takes part in making PTX: Python, packages, and our own text."""
     packages = sorted(f"{d.name} {d.version}" for d in distributions() if re.match("numba|llvmlite|nvidia", d.name))
     paths = [path for name in OURS for path in sorted((build.HERE.parents[1] / name).rglob("*.py"))]
@@ -216,7 +216,7 @@ def makers() -> str:
     return " ".join([sys.version, *packages, hashlib.sha256(texts).hexdigest()])
 
 
-def spoor(x: Any) -> str:
+def fingerprint(x: Any) -> str:
     """What tells one function from another: its code, its options, and the numbers, types and functions it names."""
     function = getattr(x, "py_func", x)  # of what is compiled for a device
     if not isinstance(function, FunctionType):
@@ -225,7 +225,7 @@ def spoor(x: Any) -> str:
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
     named |= {name: cell.cell_contents for name, cell in cells}
     said = marshal.dumps(function.__code__, 2), function.__defaults__, getattr(x, "targetoptions", None)  # 2: no links
-    return repr((said, {name: spoor(y) for name, y in named.items()}))
+    return repr((said, {name: fingerprint(y) for name, y in named.items()}))
 
 
 @contextmanager

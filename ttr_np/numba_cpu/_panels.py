@@ -490,7 +490,7 @@ def multiply(c, a, b, m, n, depth, alpha, beta, shape):
 
 
 @intrinsic
-def ask_for(typingctx: Any, address: Any) -> Any:
+def ask_for_line(typingctx: Any, address: Any) -> Any:
     """Ask for the line at an address, see ``Tile.ask``."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -505,7 +505,7 @@ def ask(soon, first, last):
     """Ask for all lines of some rows, as far as there are rows."""
     for i in range(first, min(last, soon.count)):
         for line in range(soon.lines):
-            ask_for(soon.rows[i] + CACHE_LINE * line)
+            ask_for_line(soon.rows[i] + CACHE_LINE * line)
 
 
 @inner
