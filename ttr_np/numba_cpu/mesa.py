@@ -206,13 +206,13 @@ class Scratch(NamedTuple):
     ridge: Matrix  # 1 x k
     along: Matrix  # 3 x k: numbers of each channel, see the names below
     since: Matrix  # 1 x c + 1: what is left at i - 1 of the chunk's start
-    tokens: Matrix  # 9 x c: numbers of each token, see the names below
+    tokens: Matrix  # 10 x c: numbers of each token, see the names below
     gates: Matrix  # 1 x c + 1: of the chunk, then the mean foretold
     lost: Matrix  # groups x c: 1 where double precision has to solve a token
     reflections: Reflections
 
 
-ERROR, START, SLOPE, LARGEST, MOST, RHO, LEFT, SHARE, WAY = range(9)  # rows of ``tokens``
+ERROR, START, SLOPE, LARGEST, MOST, RHO, LEFT, SHARE, REST, WAY = range(10)  # rows of ``tokens``
 VALUES, UNITS, SPREAD = range(3)  # rows of ``along``
 TOGETHER, ALONE, LOST = range(3)  # ways to solve a token: by the common factor, by its own, in double precision
 
@@ -222,7 +222,7 @@ def shapes(c: int, d: int, w: int, groups: int) -> list[tuple[int, int]]:
     square, tokens = (d, d), (c, d)
     memory = [(d, w), square, square, (d, max(d, BLOCK)), square, square]
     chunk = [tokens, (d, c), (c, w), (c, c), (c, c), (c, w), tokens, (d, c), (d, c)]
-    rows = [(1, d), (3, d), (1, c + 1), (9, c), (1, CHUNK + 1), (groups, c)]
+    rows = [(1, d), (3, d), (1, c + 1), (10, c), (1, CHUNK + 1), (groups, c)]
     return memory + chunk + [tokens] * 6 + rows + [(c, c), (c, c), (d, c), (c, c), (max(c, BLOCK), c)]
 
 
@@ -418,6 +418,7 @@ def factorise(n, reference, d, room, like):
     copy(left, move(row(room.since, 0), 1), n)
     for i in range(n):
         row(room.tokens, SHARE)[i] = min(left[i], reference)
+        row(room.tokens, REST)[i] = one - left[i] / reference
     reflect(room.vectors, left, n, d, room.reflections, like)
     multiply(room.read, room.R, room.reflections.across, d, n, d, one, zero, upper)
     multiply(room.whitened, room.read, room.reflections.T, d, n, n, one, zero, full)
@@ -501,8 +502,7 @@ def solve(q, sizes, n, room, together, gated, worst, memory, lost, like):
         iterate(sizes, n, room, together, worst, memory, like)
         return
     if together and gated:
-        steps = (t, d, w, CG, STEPS, singular)
-        iterate(steps, together, room, together, worst, memory, real(like, 4 * eps(like)))
+        conjugate(together, d, room, real(like, 4 * eps(like)))
         load(room.r, q, 0, n, 0, d)
     elif together:
         precondition(room.x, room.r, together, together, d, room, like)
@@ -516,6 +516,51 @@ def solve(q, sizes, n, room, together, gated, worst, memory, lost, like):
         if ways[i] == LOST:
             lost[i] = real(like, 1)
             fill(row(room.x, i), real(like, 0), d)
+
+
+@inner
+def conjugate(n, d, room, tolerance):
+    """Solutions of n tokens, from zero, by conjugate gradients that multiply no matrix but the common factor's.
+
+    That one says z = P r of the residuals r, and a token's own matrix is the inverse of P and what is missing of the
+    ridge, so its product with z is r + (1 - left / reference) ridge z; that with a direction follows as directions do.
+    """
+    apart()
+    tokens, nothing = room.tokens, real(tolerance, 0)
+    for i in range(n):
+        for x in (room.x, room.p, room.Ap):
+            fill(row(x, i), nothing, d)
+        row(tokens, START)[i] = row(tokens, ERROR)[i] = dot(row(room.r, i), row(room.r, i), d, tolerance)
+        row(tokens, SLOPE)[i], row(tokens, MOST)[i] = nothing, real(tolerance, STEPS)
+    for step in range(STEPS):
+        open_tokens = still_open(n, step, tokens, tolerance)
+        if open_tokens == 0:
+            break
+        precondition(room.z, room.r, open_tokens, n, d, room, tolerance)
+        for i in range(open_tokens):
+            if is_open(i, step, tokens, tolerance):
+                go_on(i, d, room, tolerance)
+
+
+@inner
+def go_on(i, d, room, like):
+    """One step of a token: the next direction and its product, and as far as it goes."""
+    apart()
+    x, r, p, Ap, z = row(room.x, i), row(room.r, i), row(room.p, i), row(room.Ap, i), row(room.z, i)
+    tokens, ridge = room.tokens, row(room.ridge, 0)
+    slope, rest = dot(r, z, d, like), row(tokens, REST)[i]
+    share = ratio(slope, row(tokens, SLOPE)[i])
+    bend = error = real(like, 0)
+    for c in range(d):
+        p[c] = z[c] + share * p[c]
+        Ap[c] = r[c] + rest * ridge[c] * z[c] + share * Ap[c]
+        bend += p[c] * Ap[c]
+    length = ratio(slope, bend)
+    for c in range(d):
+        x[c] += length * p[c]
+        r[c] -= length * Ap[c]
+        error += r[c] * r[c]
+    row(tokens, SLOPE)[i], row(tokens, ERROR)[i] = slope, error
 
 
 @inner
@@ -709,10 +754,7 @@ def iterate(sizes, n, room, together, worst, memory, like):
         limit = max(limit, most)
     begin(method, n, d, room, together, like)
     for step in range(limit):
-        open_tokens = 0
-        for i in range(n):
-            if is_open(i, step, tokens, like):
-                open_tokens = i + 1
+        open_tokens = still_open(n, step, tokens, like)
         if open_tokens == 0:
             break
         if method == CG and step:
@@ -725,6 +767,14 @@ def iterate(sizes, n, room, together, worst, memory, like):
                 else:
                     descend(i, d, room, like)
     finish(n, d, room, worst, memory, like)
+
+
+@inner
+def still_open(n, step, tokens, like):
+    """Until which of n tokens some are open."""
+    while n > 0 and not is_open(n - 1, step, tokens, like):
+        n -= 1
+    return n
 
 
 @inner
