@@ -3,7 +3,8 @@
     o_t = G_t^T x_t,    x_t = (H_t + diag(ridge))^-1 q_t
 
 - ``exact``: one Cholesky factor per chunk, completed key by key by the reflections of ``_factors``, as
-  X = Q P - tril(Q W^T) W. With decay that preconditions conjugate gradients as below, until their residual is rounding.
+  X = Q P - tril(Q W^T) W. With decay that preconditions conjugate gradients as below, until their residual is rounding;
+  products with a token's own matrix follow from those with the common factor, see ``conjugate``.
   Either is refined once. Tokens which it does not serve get factors of their own. Where the true residual is above
   rounding, the solution large or the matrix perhaps singular, double precision takes over: see ``_double``.
 - ``cg`` with a tolerance: the same P and W precondition every token of the chunk, their ridge divided by a decay from
