@@ -168,6 +168,22 @@ def test_single_precision_is_as_good_as_the_solvers(case):
     assert ours < 2 * theirs + 1e-6
 
 
+@pytest.mark.parametrize("ridge", [1e-4, 1e-6])
+@pytest.mark.parametrize("d", [8, 16])
+def test_keys_of_low_rank_cost_single_precision_no_more_than_the_solver(d, ridge):
+    errors = []
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        q, v = rng.standard_normal((200, d)), rng.standard_normal((200, 1))
+        k = rng.standard_normal((200, 2)) @ rng.standard_normal((2, d))
+        single = [x.astype(np.float32) for x in (q, k, v)]
+        exact = ttr_np.recursive_least_squares(*(x.astype(np.float64) for x in single), ridge=ridge, backend="numpy")
+        answers = [ttr_np.recursive_least_squares(*single, ridge=ridge, backend=name) for name in ("numba", "numpy")]
+        errors.append([error(answer, exact) for answer in answers])
+    ours, theirs = np.max(errors, axis=0)
+    assert ours <= 2 * max(theirs, np.finfo(np.float32).eps)
+
+
 @pytest.mark.parametrize("ridge", [1.0, 1e-3])
 @pytest.mark.parametrize(("d", "w"), [(16, 1), (16, 9), (40, 2)])
 def test_a_first_pair_that_says_more_than_the_ridge_costs_no_digits(d, w, ridge):

@@ -23,7 +23,6 @@ __all__ = ["compile_ahead", "compile_one", "jobs_of"]
 # Those that take longest come first, so that no process is left with a long one at the end.
 LONGEST_FIRST = ("recursive_least_squares", "mesa", "linear_attention", "delta_rule", "test_time_training")
 OUTPUTS = dict.fromkeys(("delta_rule", "recursive_least_squares"), (2 * NARROW, 1))  # a kernel more for few of them
-OPTIONAL = {"recursive_least_squares": ("log_decay",)}  # with which single precision has another kernel
 # With a ridge of zero the Mesa layer needs its kernel in double precision too.
 OPTIONS = {"test_time_training": {"memory": ttr_np.Linear()}, "mesa": {"ridge": 0.0}}
 
@@ -36,10 +35,9 @@ def jobs_of(operators: Sequence[str], dtypes: Sequence[str]) -> list[tuple[str, 
 
 
 def compile_one(operator: str, dtype: str, outputs: int) -> None:
-    """Call an operator on a few tokens, and again with what makes another kernel of the first."""
-    for optional in {(), OPTIONAL.get(operator, ())}:
-        arrays = draw(operator, np.random.default_rng(0), optional=optional, per_channel=False, dtype=dtype, v=outputs)
-        getattr(ttr_np, operator)(**arrays, **OPTIONS.get(operator, {}), backend="numba")
+    """Call an operator on a few tokens."""
+    arrays = draw(operator, np.random.default_rng(0), per_channel=False, dtype=dtype, v=outputs)
+    getattr(ttr_np, operator)(**arrays, **OPTIONS.get(operator, {}), backend="numba")
 
 
 def compile_ahead(operators: Sequence[str], dtypes: Sequence[str]) -> None:

@@ -7,9 +7,9 @@ A chunk of weighted keys K meets R in the reflections of ``_factors.reflect``: w
 and S' = S + W^T E. Nothing is subtracted from P. Few tokens, and those from a bad number on, take the recursion itself.
 All this in float64: R shrinks by the root of a first key's energy over the ridge, and so would its digits.
 
-Few outputs of small keys take Bierman's recursion, where the past is forgotten in float64 too: P grows wherever nothing
-is learnt, and what rounding lets leak there grows with it. See ``ttr_np.solvers.recursive_least_squares`` for the
-mathematics, the two caps, and the sources.
+Few outputs of small keys take Bierman's recursion, in float64 too: a small ridge makes what is not yet learnt larger
+than all else by more than float32 can tell apart, and where the past is forgotten P grows, with what rounding lets leak
+there. See ``ttr_np.solvers.recursive_least_squares`` for the mathematics, the two caps, and the sources.
 """
 
 from __future__ import annotations
@@ -117,14 +117,14 @@ def core(
     bad = np.zeros(memories, np.bool_)
     cost = memories * (t * d * (3 * d + 2 * w + groups * w) + d**3)
     rooms, few = shapes(min(CHUNK, max(t, 1)), d, w), w <= NARROW and d <= SMALL
-    dtype = S.dtype if few and log_decay is None else np.dtype(np.float64)
-    numbers = dtype.type(limit(S.dtype)), S.dtype.type(0)  # like those that are computed with, and those of the arrays
+    wide = np.dtype(np.float64)
+    numbers = wide.type(limit(S.dtype)), S.dtype.type(0)  # like those that are computed with, and those of the arrays
     if few:
-        lanes, tokens = widths(dtype), min(max(1, TOKENS // max(groups, 1)), max(t, 1))
-        scratch = (dtype, [*rooms, (1, vectors(d, w, tokens, groups) * lanes)])
-        share(narrow, jobs_of(memories, dtype), cost, scratch, layout, (t, d, w, tokens), *numbers, bad)
+        lanes, tokens = widths(wide), min(max(1, TOKENS // max(groups, 1)), max(t, 1))
+        scratch = (wide, [*rooms, (1, vectors(d, w, tokens, groups) * lanes)])
+        share(narrow, jobs_of(memories, wide), cost, scratch, layout, (t, d, w, tokens), *numbers, bad)
     else:
-        share(kernel, memories, cost, (dtype, rooms), layout, (t, d, w), *numbers, bad)
+        share(kernel, memories, cost, (wide, rooms), layout, (t, d, w), *numbers, bad)
     if bad.any():
         factor(P)  # says what is wrong with one: those are left as they were
         raise ValueError("initial_state field P must be positive definite")
