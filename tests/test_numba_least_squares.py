@@ -168,6 +168,16 @@ def test_single_precision_is_as_good_as_the_solvers(case):
     assert ours < 2 * theirs + 1e-6
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_one_factor_a_chunk_serves_all_tokens_of_mild_gates(dtype, monkeypatch):
+    """Double precision would answer as well, a hundred times slower: a wrong step would show nowhere else."""
+    left_over = []
+    monkeypatch.setattr(import_module("ttr_np.numba_cpu.mesa"), "answer_lost", lambda *rest: left_over.append(rest[-1]))
+    x = inputs("mesa mild", t=200, k=24, v=5, dtype=dtype)
+    answers, exact = kernel("mesa mild", x), solver("mesa mild", inputs("mesa mild", t=200, k=24, v=5))
+    assert not left_over and error(answers, exact) < 100 * np.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("ridge", [1e-4, 1e-6])
 @pytest.mark.parametrize("d", [8, 16])
 def test_keys_of_low_rank_cost_single_precision_no_more_than_the_solver(d, ridge):

@@ -4,7 +4,7 @@
 
 - ``exact``: one Cholesky factor per chunk, completed key by key by the reflections of ``_factors``, as
   X = Q P - tril(Q W^T) W. With decay that preconditions conjugate gradients as below, until their residual is rounding;
-  products with a token's own matrix follow from those with the common factor, see ``conjugate``.
+  products with a token's own matrix follow from those with the common factor, see ``conjugate_gradients``.
   Either is refined once. Tokens which it does not serve get factors of their own. Where the true residual is above
   rounding, the solution large or the matrix perhaps singular, double precision takes over: see ``_double``.
 - ``cg`` with a tolerance: the same P and W precondition every token of the chunk, their ridge divided by a decay from
@@ -213,7 +213,7 @@ class Scratch(NamedTuple):
     reflections: Reflections
 
 
-ERROR, START, SLOPE, LARGEST, MOST, RHO, LEFT, SHARE, REST, WAY = range(10)  # rows of ``tokens``
+ERROR, START, SLOPE, LARGEST, MOST, RHO, LEFT, SHARE, MISSING, WAY = range(10)  # rows of ``tokens``
 VALUES, UNITS, SPREAD = range(3)  # rows of ``along``
 TOGETHER, ALONE, LOST = range(3)  # ways to solve a token: by the common factor, by its own, in double precision
 
@@ -419,7 +419,7 @@ def factorise(n, reference, d, room, like):
     copy(left, move(row(room.since, 0), 1), n)
     for i in range(n):
         row(room.tokens, SHARE)[i] = min(left[i], reference)
-        row(room.tokens, REST)[i] = one - left[i] / reference
+        row(room.tokens, MISSING)[i] = one - left[i] / reference
     reflect(room.vectors, left, n, d, room.reflections, like)
     multiply(room.read, room.R, room.reflections.across, d, n, d, one, zero, upper)
     multiply(room.whitened, room.read, room.reflections.T, d, n, n, one, zero, full)
@@ -503,7 +503,7 @@ def solve(q, sizes, n, room, together, gated, worst, memory, lost, like):
         iterate(sizes, n, room, together, worst, memory, like)
         return
     if together and gated:
-        conjugate(together, d, room, real(like, 4 * eps(like)))
+        conjugate_gradients(together, d, room, real(like, 4 * eps(like)))
         load(room.r, q, 0, n, 0, d)
     elif together:
         precondition(room.x, room.r, together, together, d, room, like)
@@ -520,19 +520,19 @@ def solve(q, sizes, n, room, together, gated, worst, memory, lost, like):
 
 
 @inner
-def conjugate(n, d, room, tolerance):
+def conjugate_gradients(n, d, room, tolerance):
     """Solutions of n tokens, from zero, by conjugate gradients that multiply no matrix but the common factor's.
 
-    That one says z = P r of the residuals r, and a token's own matrix is the inverse of P and what is missing of the
-    ridge, so its product with z is r + (1 - left / reference) ridge z; that with a direction follows as directions do.
+    That one says z = P r of the residuals r. A token's own matrix is the inverse of P and what that lacks of the ridge,
+    so its product with z is r + (1 - left / reference) ridge z; products with directions follow as directions do.
     """
     apart()
-    tokens, nothing = room.tokens, real(tolerance, 0)
+    tokens, zero = room.tokens, real(tolerance, 0)
     for i in range(n):
         for x in (room.x, room.p, room.Ap):
-            fill(row(x, i), nothing, d)
+            fill(row(x, i), zero, d)
         row(tokens, START)[i] = row(tokens, ERROR)[i] = dot(row(room.r, i), row(room.r, i), d, tolerance)
-        row(tokens, SLOPE)[i], row(tokens, MOST)[i] = nothing, real(tolerance, STEPS)
+        row(tokens, SLOPE)[i], row(tokens, MOST)[i] = zero, real(tolerance, STEPS)
     for step in range(STEPS):
         open_tokens = still_open(n, step, tokens, tolerance)
         if open_tokens == 0:
@@ -540,23 +540,23 @@ def conjugate(n, d, room, tolerance):
         precondition(room.z, room.r, open_tokens, n, d, room, tolerance)
         for i in range(open_tokens):
             if is_open(i, step, tokens, tolerance):
-                go_on(i, d, room, tolerance)
+                conjugate_step(i, d, room, tolerance)
 
 
 @inner
-def go_on(i, d, room, like):
+def conjugate_step(i, d, room, like):
     """One step of a token: the next direction and its product, and as far as it goes."""
     apart()
     x, r, p, Ap, z = row(room.x, i), row(room.r, i), row(room.p, i), row(room.Ap, i), row(room.z, i)
     tokens, ridge = room.tokens, row(room.ridge, 0)
-    slope, rest = dot(r, z, d, like), row(tokens, REST)[i]
+    slope, missing = dot(r, z, d, like), row(tokens, MISSING)[i]
     share = ratio(slope, row(tokens, SLOPE)[i])
-    bend = error = real(like, 0)
+    curvature = error = real(like, 0)
     for c in range(d):
         p[c] = z[c] + share * p[c]
-        Ap[c] = r[c] + rest * ridge[c] * z[c] + share * Ap[c]
-        bend += p[c] * Ap[c]
-    length = ratio(slope, bend)
+        Ap[c] = r[c] + missing * ridge[c] * z[c] + share * Ap[c]
+        curvature += p[c] * Ap[c]
+    length = ratio(slope, curvature)
     for c in range(d):
         x[c] += length * p[c]
         r[c] -= length * Ap[c]

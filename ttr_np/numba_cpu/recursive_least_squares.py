@@ -434,7 +434,7 @@ def small_enough(lines, rows, lanes, limit):
     """Whether no cap can act while some tokens are learnt without decay: P only shrinks."""
     size = 0.0
     for lane in range(lanes):
-        size = max(size, 1.0 * lines.numbers[SIZE * lanes + lane])
+        size = max(size, lines.numbers[SIZE * lanes + lane])
     bound = min(SLACK * limit / max(size, 1.0 / LARGEST), LARGEST)
     return limit / LARGEST <= bound and count_bad_of(lines.energy, rows * lanes, real(limit, bound)) == 0
 
@@ -458,7 +458,7 @@ def cap_lanes(lines, i, room, d, lanes, limit):
     for lane in range(lanes):
         late |= passes(lines.numbers[SIZE * lanes + lane], lines.energy[i * lanes + lane], limit)
     for lane in range(lanes if late else 0):
-        energy = 1.0 * lines.energy[i * lanes + lane]
+        energy = lines.energy[i * lanes + lane]
         if passes(lines.numbers[SIZE * lanes + lane], energy, limit):
             cap_lane(lines, lane, energy, room, d, lanes, limit)
 
@@ -466,7 +466,7 @@ def cap_lanes(lines, i, room, d, lanes, limit):
 @inner
 def passes(size, energy, limit):
     """Whether a P of this size may be too large for a key of this energy."""
-    return size * max(1.0 * energy, limit / LARGEST) > SLACK * limit
+    return size * max(energy, limit / LARGEST) > SLACK * limit
 
 
 @inner
@@ -656,7 +656,7 @@ def forget(room, i, d, limit):
     gate = row(room.gates, 0)[i]
     if gate != 0:
         scale_all(room.R, math.exp(-max(gate, real(limit, FAINTEST)) / 2), d, limit)
-    size, largest = spread(room.R, d), largest_before(1.0 * row(room.energy, 0)[i], 1.0 * limit)
+    size, largest = spread(room.R, d), largest_before(row(room.energy, 0)[i], limit)
     if math.isfinite(size) and size > SLACK * largest:
         load_transposed(room.turned, room.R, 0, d, d)
         orthogonalise(room.turned, d, d, row(room.along, 0), limit)
@@ -692,7 +692,7 @@ def open_segment(room, done, clean, d, limit):
     for i in range(done + 1, clean):
         total += row(room.gates, 0)[i]
         now = math.exp(total)
-        if SLACK * largest_before(1.0 * row(room.energy, 0)[i], 1.0 * limit) * now < size or now < FADED:
+        if SLACK * largest_before(row(room.energy, 0)[i], limit) * now < size or now < FADED:
             return i
         left[i] = real(limit, now)
     return clean
@@ -786,7 +786,7 @@ def hand_out(P, room, d, limit):
         orthogonalise(room.turned, d, d, row(room.along, 0), limit)
         shortest = math.inf
         for i in range(d):
-            shortest = min(shortest, 1.0 * row(room.along, 0)[i])
+            shortest = min(shortest, row(room.along, 0)[i])
         cut(room, d, math.sqrt(limit) * shortest, limit)
     load_transposed(room.turned, room.R, 0, d, d)
     multiply(room.product, room.R, room.turned, d, d, d, real(limit, 1), real(limit, 0), triangle)
