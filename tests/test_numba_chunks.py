@@ -9,7 +9,7 @@ import pytest
 
 import ttr_np
 from ttr_np.notation import draw
-from ttr_np.numba_cpu import _compile, _gates, _panels, _soon
+from ttr_np.numba_cpu import _compile, _gates, _panels, _soon, _triangles
 
 OPERATORS = ("linear_attention", "delta_rule", "dplr")
 GATES = {"plain": None, "per step": False, "per channel": True}
@@ -57,7 +57,7 @@ def product(table, m, n, depth, alpha, beta, shape):
 
 @numba.njit
 def solve(table, m, n, like):
-    _panels.solve_unit_lower(_panels.panel(table, 1, like), _panels.panel(table, 0, like), m, n, like)
+    _triangles.solve_unit_lower(_panels.panel(table, 1, like), _panels.panel(table, 0, like), m, n)
 
 
 @numba.njit

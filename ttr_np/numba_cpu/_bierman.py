@@ -20,7 +20,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ._compile import inner
-from ._lanes import CHAINS, in_fours, padded, spread_sum
+from ._lanes import CHAINS, in_fours, padded
 from ._vectors import WIDE, Held, Vectors, ceil_div, repeat
 
 __all__ = ["Pairs", "learn_factors", "learn_pairs", "numbers_of", "place_of"]
@@ -304,7 +304,7 @@ def follow(builder: Any, like: Any, at: Pairs, sizes: dict[str, Any], blocks: An
     def said(j: Any, x: Any) -> Any:
         (total,), S = vectors.totals(1), place(at.S, j, deep)
         repeat(builder, word(0), blocks, lambda i: vectors.accumulate(total, vectors.load(x, i), vectors.load(S, i)))
-        return builder.extract_element(spread_sum(vectors, builder.load(total)), ir.IntType(32)(0))
+        return builder.extract_element(vectors.sum_everywhere(builder.load(total)), ir.IntType(32)(0))
 
     with cgutils.for_range(builder, sizes["rows"], intp=word) as tokens:
         k, v = place(at.k, tokens.index, deep), place(at.v, tokens.index, w)

@@ -6,21 +6,22 @@ Every row of a result is computed from earlier rows only, so rows that are left 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ._compile import apart, inner
 from ._panels import (
     LINE,
-    ROWS,
     Matrix,
-    add_scaled,
     below,
     dot,
     fill,
     full,
+    lanes,
     load_transposed,
     move,
     multiply,
@@ -28,10 +29,11 @@ from ._panels import (
     row,
     scale,
 )
+from ._triangles import invert_lower, solve_lower
+from ._vectors import Vectors
 
 __all__ = [
-    "BLOCK", "Reflections", "cholesky", "eps", "invert_lower", "no_future", "orthogonalise", "reflect", "right",
-    "solve_lower", "square",
+    "BLOCK", "Reflections", "cholesky", "eps", "no_future", "orthogonalise", "reflect", "right", "square",
 ]  # fmt: skip
 
 BLOCK = LINE // 4  # rows taken one by one before a product passes them on; whole tiles in every dtype
@@ -82,74 +84,55 @@ def cholesky(A, across, n, like):
     """
     apart()
     for low in range(0, n, BLOCK):
-        high = min(low + BLOCK, n)
+        size, rest, own = min(BLOCK, n - low), max(n - low - BLOCK, 0), right(below(A, low), low)
         if low:
-            load_transposed(across, A, low, high - low, low)
-            rest = right(below(A, low), low)
-            multiply(rest, below(A, low), across, n - low, high - low, low, real(like, -1), real(like, 1), full)
-        if not factorise_block(A, low, high, like):
+            load_transposed(across, A, low, size, low)
+            multiply(own, below(A, low), across, n - low, size, low, real(like, -1), real(like, 1), full)
+        load_transposed(across, own, 0, size, size)
+        if not factorise_upper(across, size, like):
             return False
-        if high < n:
-            solve_right(A, Matrix(across.data, n - high, 1), low, high, n, like)
+        load_transposed(own, across, 0, size, size)
+        columns = Matrix(across.data, (rest + lanes(like) - 1) // lanes(like) * lanes(like), 1)
+        load_transposed(columns, own, size, rest, size)
+        solve_lower(own, columns, size, rest)
+        load_transposed(below(own, size), columns, 0, size, rest)
     return True
 
 
+@intrinsic
+def subtract_row(typingctx, U, step, j, n):
+    """From every row of U below row j, that row times the number that it has in their place: n columns."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        U, step, j, n = args
+        vectors, word = Vectors(builder, signature.args[0].dtype), ir.IntType(64)
+        mine, after = builder.gep(U, [builder.mul(j, step)]), builder.add(j, word(1))
+        first, last = builder.udiv(j, word(vectors.count)), vectors.holding(n)
+        with cgutils.for_range_slice(builder, first, last, word(1), intp=word) as (v, _):
+            x, end = vectors.load(mine, v), vectors.start(builder.add(v, word(1)))
+            end = builder.select(builder.icmp_signed("<", end, n), end, n)
+            with cgutils.for_range_slice(builder, after, end, word(1), intp=word) as (i, _):
+                factor = builder.fneg(vectors.everywhere(builder.load(builder.gep(mine, [i]))))
+                line = builder.gep(U, [builder.mul(i, step)])
+                vectors.store(vectors.multiply_add(factor, x, vectors.load(line, v)), line, v)
+        return context.get_dummy_value()
+
+    return types.void(U, types.intp, types.intp, types.intp), codegen
+
+
 @inner
-def factorise_block(A, low, high, like):
-    """The factor's block on the diagonal, row by row; False if a pivot is not positive."""
+def factorise_upper(U, n, like):
+    """A = U^T U in place, upper triangles only, row by row; False if a pivot is not positive."""
     apart()
-    for i in range(low, high):
-        mine = move(row(A, i), low)
-        for j in range(i - low):
-            theirs = move(row(A, low + j), low)
-            mine[j] = (mine[j] - dot(mine, theirs, j, like)) / theirs[j]
-        pivot = mine[i - low] - dot(mine, mine, i - low, like)
-        if not pivot > 0:
+    for j in range(n):
+        mine = row(U, j)
+        if not mine[j] > 0:
             return False
-        mine[i - low] = math.sqrt(pivot)
+        root = math.sqrt(mine[j])
+        scale(move(mine, j), real(like, 1) / root, n - j)
+        mine[j] = root
+        subtract_row(U.data, U.step, j, n)
     return True
-
-
-@inner
-def solve_right(A, across, low, high, n, like):
-    """The factor's rows below a block of its diagonal, by forward substitution of all at once, as columns."""
-    apart()
-    size, rest = high - low, n - high
-    load_transposed(across, right(A, low), high, rest, size)
-    for j in range(size):
-        for i in range(j):
-            add_scaled(row(across, j), -row(A, low + j)[low + i], row(across, i), rest)
-        scale(row(across, j), real(like, 1) / row(A, low + j)[low + j], rest)
-    load_transposed(right(below(A, high), low), across, 0, size, rest)
-
-
-@inner
-def solve_lower(L, x, m, n, like):
-    """x = L^-1 x in place for a lower triangle, by forward substitution; x a panel, ``(m, n)`` of it."""
-    apart()
-    for low in range(0, m, 2 * ROWS):
-        high = min(low + 2 * ROWS, m)
-        multiply(below(x, low), below(L, low), x, high - low, n, low, real(like, -1), real(like, 1), full)
-        for i in range(low, high):
-            for j in range(low, i):
-                add_scaled(row(x, i), -row(L, i)[j], row(x, j), n)
-            scale(row(x, i), real(like, 1) / row(L, i)[i], n)
-
-
-@inner
-def invert_lower(L, X, n, like):
-    """X = L^-1 for a lower triangle, by forward substitution; above the diagonal X is zero."""
-    apart()
-    for low in range(0, n, BLOCK):
-        high = min(low + BLOCK, n)
-        multiply(below(X, low), below(L, low), X, high - low, low, low, real(like, -1), real(like, 0), full)
-        for i in range(low, high):
-            x = row(X, i)
-            fill(move(x, low), real(like, 0), n - low)
-            x[i] = real(like, 1)
-            for j in range(low, i):
-                add_scaled(x, -row(L, i)[j], row(X, j), j + 1)
-            scale(x, real(like, 1) / row(L, i)[i], i + 1)
 
 
 @inner
@@ -201,7 +184,7 @@ class Reflections(NamedTuple):
 
 @inner
 def reflect(A, left, n, d, into, like):
-    """Householder's triangle for [diag(sqrt left)  A] = [L  0] Q with n rows, L lower triangular, as matrix products.
+    """Householder's triangle for [diag(sqrt left)  A] = -[L  0] Q with n rows, L lower triangular, as matrix products.
 
     Row j is reflected onto its first part: the vector is (e_j, v_j), v_j = a_j / (sqrt left_j + L_jj), and all together
     are I - [I; V^T] T [I; V^T]^T. Nothing is squared: L is as good as from the recursion, row by row.
@@ -216,7 +199,9 @@ def reflect(A, left, n, d, into, like):
         Receives L (its diagonal positive), T and V^T.
     """
     apart()
-    L, T, one, zero = into.L, into.T, real(like, 1), real(like, 0)
+    L, T, one, zero, size = into.L, into.T, real(like, 1), real(like, 0), lanes(like)
+    for i in range(n):
+        fill(move(row(A, i), d), zero, (d + size - 1) // size * size - d)
     for low in range(0, n, BLOCK):
         high = min(low + BLOCK, n)
         size, rest, turned = high - low, n - high, right(into.across, low)
@@ -234,6 +219,33 @@ def reflect(A, left, n, d, into, like):
             multiply(below(A, high), Z, below(A, low), rest, d, size, -one, one, full)
 
 
+@intrinsic
+def reflect_rows(typingctx, a, share, rows, step, n, columns, into, into_step):
+    """n rows x, each without its share of a, x - share (a . x) a; ``into``: these factors.
+
+    Their columns are whole vectors: zeros behind the last.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        a, share, rows, step, n, columns, into, into_step = args
+        vectors, word = Vectors(builder, signature.args[0].dtype), ir.IntType(64)
+        share, count = vectors.everywhere(share), vectors.holding(columns)
+        with cgutils.for_range(builder, n, intp=word) as loop:
+            x, (total,) = builder.gep(rows, [builder.mul(loop.index, step)]), vectors.totals(1)
+            with cgutils.for_range(builder, count, intp=word) as j:
+                vectors.accumulate(total, vectors.load(a, j.index), vectors.load(x, j.index))
+            factor = builder.fmul(share, vectors.sum_everywhere(builder.load(total)))
+            place = builder.gep(into, [builder.mul(loop.index, into_step)])
+            builder.store(builder.extract_element(factor, ir.IntType(32)(0)), place)
+            factor = builder.fneg(factor)
+            with cgutils.for_range(builder, count, intp=word) as j:
+                left = vectors.multiply_add(factor, vectors.load(a, j.index), vectors.load(x, j.index))
+                vectors.store(left, x, j.index)
+        return context.get_dummy_value()
+
+    return types.void(a, a.dtype, a, *[types.intp] * 3, a, types.intp), codegen
+
+
 @inner
 def reflect_block(A, left, low, high, d, into, like):
     """The reflections of a few rows, one by one."""
@@ -244,23 +256,17 @@ def reflect_block(A, left, low, high, d, into, like):
         share = (root + length) / length
         row(into.L, j)[j], row(into.T, j)[j] = length, share
         scale(a, real(like, 1) / (root + length), d)
-        for i in range(j + 1, high):
-            factor = share * dot(a, row(A, i), d, like)
-            row(into.L, i)[j] = factor
-            add_scaled(row(A, i), -factor, a, d)
+        others, column = below(A, j + 1), move(row(into.L, j + 1), j)
+        reflect_rows(a, share, others.data, A.step, high - j - 1, d, column, into.L.step)
 
 
 @inner
 def couple(A, low, high, d, into, like):
-    """The block of T on its diagonal."""
+    """The block of T on its diagonal: the inverse of a triangle of products, one over T's own diagonal on its own."""
     apart()
-    size, turned = high - low, right(into.across, low)
+    size, turned, own = high - low, right(into.across, low), right(below(into.T, low), low)
     multiply(into.part, below(A, low), turned, size, size, d, real(like, 1), real(like, 0), full)
     for j in range(size):
-        line = row(into.part, j)
-        fill(move(row(into.T, low + j), low), real(like, 0), j)
-        for i in range(j):
-            mine, total = move(row(into.T, low + i), low), real(like, 0)
-            for m in range(i, j):
-                total += mine[m] * line[m]
-            mine[j] = -row(into.T, low + j)[low + j] * total
+        row(into.part, j)[j] = real(like, 1) / row(own, j)[j]
+    invert_lower(into.part, into.products, size, like)
+    load_transposed(own, into.products, 0, size, size)

@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from ._lanes import CHAINS, spread_sum
+from ._lanes import CHAINS
 from ._vectors import Held, Vectors, ceil_div
 
 __all__ = ["Series", "Tokens", "walk"]
@@ -56,7 +56,7 @@ class Weights(Held):
         vectors = self.vectors
         (total,) = vectors.totals(1)
         self.each(lambda i: vectors.accumulate(total, vectors.load(x, i), self.get(i)))
-        return spread_sum(vectors, vectors.builder.load(total))
+        return vectors.sum_everywhere(vectors.builder.load(total))
 
     def forget(self, decay: Any, rest: Any) -> None:
         """w = (decay + rest) w; nothing is left of anything, NaN included, where the decay is 0."""

@@ -44,7 +44,6 @@ __all__ = [
     "padded",
     "recall_lanes",
     "scale_lanes",
-    "spread_sum",
     "take_state",
     "widths",
 ]
@@ -122,14 +121,7 @@ def sum_alone(vectors: Vectors, x: Any, y: Any, n: Any) -> Any:
     builder, word, (total,) = vectors.builder, ir.IntType(64), vectors.totals(1)
     with cgutils.for_range(builder, builder.udiv(n, word(CHAINS)), intp=word) as loop:
         vectors.accumulate(total, vectors.load(x, loop.index), vectors.load(y, loop.index))
-    return builder.extract_element(spread_sum(vectors, builder.load(total)), ir.IntType(32)(0))
-
-
-def spread_sum(vectors: Vectors, sums: Any) -> Any:
-    """The sum of CHAINS numbers, in the place of each: neighbours first, then pairs."""
-    for places in ([1, 0, 3, 2], [2, 3, 0, 1]):
-        sums = vectors.add(sums, vectors.shuffle(sums, sums, places))
-    return sums
+    return builder.extract_element(vectors.sum_everywhere(builder.load(total)), ir.IntType(32)(0))
 
 
 @intrinsic

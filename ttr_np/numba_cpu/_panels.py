@@ -30,7 +30,7 @@ __all__ = [
     "ROWS", "Matrix", "add_scaled", "add_transposed", "answers", "below", "clean_until", "clean_within", "copy",
     "count_bad_of", "dot", "fill", "finite", "full", "gather", "give", "lanes", "load", "load_transposed", "lower",
     "matrix", "most", "move", "multiply", "multiply_transposed", "panel", "panels", "pointer", "real", "row", "scale",
-    "scale_rows", "solve_unit_lower", "store", "times", "times_rows", "transposed", "triangle", "upper",
+    "scale_rows", "store", "times", "times_rows", "transposed", "triangle", "upper",
 ]  # fmt: skip
 
 # One tile of a product is held in registers: ROWS x LINE bytes of sums, which hide the latency of multiply-add. Tiles
@@ -708,19 +708,3 @@ def first_bad(x, low, high, columns, gates, bound):
             if not abs(number) <= bound and not (gates and number < 0):
                 return i
     return high
-
-
-@inner
-def solve_unit_lower(L, x, m, n, like):
-    """x = (I + strictly lower triangle of L)^-1 x in place, by forward substitution; x a panel, ``(m, n)`` of it.
-
-    Substitution has the error bound of the recurrence itself; powers or inverses of L lose digits when keys repeat.
-    """
-    apart()
-    block = 8
-    for low in range(0, m, block):
-        high = min(low + block, m)
-        multiply(below(x, low), below(L, low), x, high - low, n, low, real(like, -1), real(like, 1), full)
-        for i in range(low + 1, high):
-            for j in range(low, i):
-                add_scaled(row(x, i), -row(L, i)[j], row(x, j), n)

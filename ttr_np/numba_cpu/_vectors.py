@@ -185,6 +185,13 @@ class Vectors:
             lines, size = list(mixed.values()), 2 * size
         return lines
 
+    def sum_everywhere(self, x: Any) -> Any:
+        """The sum of a vector's numbers, in the place of each: neighbours first, then pairs, and so on."""
+        size = 1
+        while size < self.count:
+            x, size = self.add(x, self.shuffle(x, x, [e ^ size for e in range(self.count)])), 2 * size
+        return x
+
     def sums_across(self, lines: list[Any]) -> Any:
         """The sums of as many vectors as a vector has places, in one: neighbours first, then pairs, and so on."""
         size = 1

@@ -66,7 +66,6 @@ from ._panels import (
     row,
     scale,
     scale_rows,
-    solve_unit_lower,
     store,
     transposed,
     triangle,
@@ -75,6 +74,7 @@ from ._sequences import NO_GATES, PER_CHANNEL, PER_STEP, column_blocks, lay_out
 from ._soon import note, notebook, notes_shape, soon
 from ._steps import learn_rows, recall_rows, shares
 from ._threads import share
+from ._triangles import solve_unit_lower
 
 __all__ = ["delta_rule"]
 
@@ -536,7 +536,7 @@ def learn(sizes, job, room, decays, low, n, like):
         add_scaled(row(room.errors, i), -since[i], row(room.answers, i), job.columns)
         scale(row(room.errors, i), beta, job.columns)
         scale(row(room.scores, i), beta, i)
-    solve_unit_lower(room.scores, room.errors, n, job.columns, like)
+    solve_unit_lower(room.scores, room.errors, n, job.columns)
 
 
 @inner

@@ -37,13 +37,13 @@ from ._panels import (
     row,
     scale,
     scale_rows,
-    solve_unit_lower,
     store,
     transposed,
     triangle,
 )
 from ._sequences import NO_GATES, PER_CHANNEL, PER_STEP, column_blocks, lay_out
 from ._threads import share
+from ._triangles import solve_unit_lower
 
 __all__ = ["dplr"]
 
@@ -270,7 +270,7 @@ def read(sizes, job, room, stored, written, decays, low, n, like):
     products(sizes, a, written, room, decays, n, 1, like)
     for i in range(n):
         scale(row(room.scores, i), real(like, -1), i)
-    solve_unit_lower(room.scores, room.readings, n, job.columns, like)
+    solve_unit_lower(room.scores, room.readings, n, job.columns)
 
 
 @inner

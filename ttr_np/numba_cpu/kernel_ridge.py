@@ -18,7 +18,7 @@ from ..solvers._cache import append, empty_cache
 from ..solvers.kernel_ridge import KERNELS, check_options, without_spoilt
 from ._cache import compiled
 from ._compile import apart, inner
-from ._factors import BLOCK, cholesky, solve_lower
+from ._factors import BLOCK, cholesky
 from ._gates import exp
 from ._panels import (
     Matrix,
@@ -41,6 +41,7 @@ from ._panels import (
 )
 from ._sequences import lay_out
 from ._threads import share
+from ._triangles import solve_lower
 
 __all__ = ["kernel_ridge"]
 
@@ -205,7 +206,7 @@ def grow(table, low, high, d, w, kind, ridge, like):
         line = row(X, i)
         for j in range(n):
             line[j] = line[j] if there[low + j] != 0 else real(like, 0)
-    solve_lower(L, X, low, n, like)
+    solve_lower(L, X, low, n)
     multiply(gram, Matrix(X.data, 1, X.step), X, n, n, low, -one, one, triangle)
     if not cholesky(gram, panel(table, ACROSS, like), n, like):
         return False
@@ -214,7 +215,7 @@ def grow(table, low, high, d, w, kind, ridge, like):
     for i in range(n):
         copy(move(row(target, i), low), row(gram, i), i + 1)
     multiply(below(Y, low), target, Y, n, w, low, -one, one, full)
-    solve_lower(gram, below(Y, low), n, w, like)
+    solve_lower(gram, below(Y, low), n, w)
     return True
 
 
@@ -232,7 +233,7 @@ def answer_all(table, places, steps, memory, start, count, n, sizes, like):
             for j in range(count):
                 row(turned, p)[j] -= first[p]
         against(table, X, n, count, d, kind, like)
-        solve_lower(panel(table, FACTOR, like), X, n, count, like)
+        solve_lower(panel(table, FACTOR, like), X, n, count)
         for j in range(count if causal else 0):
             for i in range(past + start + j + 1, n):
                 row(X, i)[j] = real(like, 0)

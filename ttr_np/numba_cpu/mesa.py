@@ -48,7 +48,7 @@ from ._double import (
     answer_lost,
     holds_zero,
 )
-from ._factors import BLOCK, Reflections, cholesky, eps, invert_lower, no_future, reflect, square
+from ._factors import BLOCK, Reflections, cholesky, eps, no_future, reflect, square
 from ._gates import step_decays, weigh
 from ._panels import (
     Matrix,
@@ -80,6 +80,7 @@ from ._panels import (
 )
 from ._sequences import lay_out
 from ._threads import share
+from ._triangles import invert_lower
 
 __all__ = ["mesa"]
 

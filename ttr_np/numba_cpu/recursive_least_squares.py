@@ -27,7 +27,7 @@ from ..solvers.recursive_least_squares import FAINTEST, LARGEST, SLACK, check_ri
 from ._bierman import Pairs, learn_factors, learn_pairs, numbers_of, place_of
 from ._cache import compiled
 from ._compile import apart, inner
-from ._factors import BLOCK, Reflections, cholesky, eps, invert_lower, no_future, orthogonalise, reflect, square
+from ._factors import BLOCK, Reflections, cholesky, eps, no_future, orthogonalise, reflect, square
 from ._gates import exponentials
 from ._lanes import (
     CHAINS,
@@ -69,12 +69,12 @@ from ._panels import (
     real,
     row,
     scale,
-    solve_unit_lower,
     store,
     triangle,
 )
 from ._sequences import lay_out
 from ._threads import share
+from ._triangles import invert_lower, solve_unit_lower
 from ._vectors import plus
 
 __all__ = ["recursive_least_squares"]
@@ -719,7 +719,7 @@ def segment(room, done, end, d, w, like):
         share = one / row(L, i)[i]
         scale(row(errors, i), share, w)
         scale(row(L, i), share, i)
-    solve_unit_lower(L, errors, n, w, like)
+    solve_unit_lower(L, errors, n, w)
 
 
 @inner
