@@ -40,6 +40,7 @@ from ._panels import (
 )
 from ._sequences import Layout
 from ._threads import share
+from ._triangles import invert_lower
 from ._vectors import per_vector
 
 __all__ = [
@@ -192,7 +193,7 @@ def answer(places, steps, memory, t, d, w, lost, room, like):
     rows = room.rows
     gather(row(rows, DIAGONAL), room.H.data, room.H.step + 1, d)
     sound = clean_within(room.H, 0, d, d, False, types.float64(most(like))) == d
-    factored = sound and factorise(d, room)
+    factored = sound and factorise(d, room, like)
     for group in range(places.shape[2]):
         if not lost[memory, group, t]:
             continue
@@ -240,12 +241,30 @@ def in_units(A, factor, d, room):
 
 
 @inner
-def factorise(d, room):
-    """A Cholesky factor of the matrix with a unit diagonal; False if there is none."""
+def factorise(d, room, like):
+    """A Cholesky factor of the matrix with a unit diagonal; False if there is none or it may lack an eigenvalue.
+
+    Rounding may leave a positive pivot of a singular matrix. A query in its range then has a solution that is not
+    large, and yet holds any multiple of what the matrix maps to zero.
+    """
     apart()
     unit_diagonal(d, room)
     in_units(room.A, 1.0, d, room)
-    return cholesky(room.A, room.U, d, 1.0)
+    return cholesky(room.A, room.U, d, 1.0) and keeps_eigenvalues(d, room, like)
+
+
+@inner
+def keeps_eigenvalues(d, room, like):
+    """Whether none is lost in rounding: none is below the least share of the ridge, or one over the inverse's trace."""
+    rows, share, lost, trace = room.rows, 1.0, d * rounding(d, room, like), 0.0
+    for p in range(d):
+        share = min(share, row(rows, WEIGHT)[p] / (row(rows, DIAGONAL)[p] + row(rows, WEIGHT)[p]))
+    if share > lost:
+        return True
+    invert_lower(room.A, room.U, d, 1.0)
+    for i in range(d):
+        trace += square(row(room.U, i), i + 1)
+    return not trace * lost > 1
 
 
 @inner
