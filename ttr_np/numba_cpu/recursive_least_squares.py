@@ -72,6 +72,7 @@ from ._panels import (
     store,
     triangle,
 )
+from ._rooms import room_of
 from ._sequences import lay_out
 from ._threads import share
 from ._triangles import invert_lower, solve_unit_lower
@@ -161,20 +162,7 @@ def shapes(c: int, d: int, w: int) -> list[tuple[int, int]]:
     return own + rows + [(c, c), (c, c), (d, c), (c, c), (max(c, BLOCK), c)]
 
 
-@inner
-def panels_of(table, like):
-    """The panels of one thread."""
-    return Scratch(
-        panel(table, 0, like), panel(table, 1, like), panel(table, 2, like), panel(table, 3, like),
-        panel(table, 4, like), panel(table, 5, like), panel(table, 6, like), panel(table, 7, like),
-        panel(table, 8, like), panel(table, 9, like), panel(table, 10, like), panel(table, 11, like),
-        panel(table, 12, like), panel(table, 13, like), panel(table, 14, like), panel(table, 15, like),
-        panel(table, 16, like),
-        Reflections(
-            panel(table, 17, like), panel(table, 18, like), panel(table, 19, like), panel(table, 20, like),
-            panel(table, 21, like),
-        ),
-    )  # fmt: skip
+panels_of = room_of(Scratch)
 
 
 @compiled
