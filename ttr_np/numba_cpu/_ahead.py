@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from multiprocessing import get_context
+from typing import Any
 
 import numpy as np
 
@@ -22,22 +23,26 @@ __all__ = ["compile_ahead", "compile_one", "jobs_of"]
 
 # Those that take longest come first, so that no process is left with a long one at the end.
 LONGEST_FIRST = ("recursive_least_squares", "mesa", "linear_attention", "delta_rule", "test_time_training")
-OUTPUTS = dict.fromkeys(("delta_rule", "recursive_least_squares"), (2 * NARROW, 1))  # a kernel more for few of them
-# With a ridge of zero the Mesa layer needs its kernel in double precision too.
-OPTIONS = {"test_time_training": {"memory": ttr_np.Linear()}, "mesa": {"ridge": 0.0}}
+ONE_WAY: list[tuple[int, dict[str, Any]]] = [(2 * NARROW, {})]  # outputs, and options of a call
+# Operators that have other kernels for other calls. With a ridge of zero the Mesa layer needs double precision too.
+WAYS = dict.fromkeys(("delta_rule", "recursive_least_squares"), [*ONE_WAY, (1, {})]) | {
+    "mesa": [(2 * NARROW, {"ridge": 0.0}), (2 * NARROW, {"solver": "cg"})],
+    "test_time_training": [(2 * NARROW, {"memory": ttr_np.Linear()})],
+}
 
 
 def jobs_of(operators: Sequence[str], dtypes: Sequence[str]) -> list[tuple[str, str, int]]:
-    """An operator, a dtype and a number of outputs for each kernel, those that take longest first."""
+    """An operator, a dtype and the number of one of its ways for each call, those that take longest first."""
     order = sorted(operators, key=lambda name: LONGEST_FIRST.index(name) if name in LONGEST_FIRST else 99)
     cases = product(order, dtypes)
-    return [(operator, dtype, n) for operator, dtype in cases for n in OUTPUTS.get(operator, (2 * NARROW,))]
+    return [(operator, dtype, way) for operator, dtype in cases for way in range(len(WAYS.get(operator, ONE_WAY)))]
 
 
-def compile_one(operator: str, dtype: str, outputs: int) -> None:
+def compile_one(operator: str, dtype: str, way: int) -> None:
     """Call an operator on a few tokens."""
+    outputs, options = WAYS.get(operator, ONE_WAY)[way]
     arrays = draw(operator, np.random.default_rng(0), per_channel=False, dtype=dtype, v=outputs)
-    getattr(ttr_np, operator)(**arrays, **OPTIONS.get(operator, {}), backend="numba")
+    getattr(ttr_np, operator)(**arrays, **options, backend="numba")
 
 
 def compile_ahead(operators: Sequence[str], dtypes: Sequence[str]) -> None:

@@ -31,7 +31,6 @@ from ._panels import (
     load_transposed,
     move,
     multiply,
-    panel,
     real,
     row,
     times_rows,
@@ -44,7 +43,6 @@ __all__ = [
     "channel_decays",
     "channel_products",
     "channel_shapes",
-    "channels_of",
     "forgets",
     "meetings",
 ]
@@ -58,15 +56,15 @@ KEPT = FOUR + 1 + BLOCK
 class Channels(NamedTuple):
     """Decays of a chunk of c tokens, and room for the products."""
 
-    step: Any  # c x k: of each step
-    since: Any  # c x k: from the start of its block over a token's own step
-    until: Any  # c x k: from a token to the end of its block
-    block: Any  # blocks x k: over a block
-    start: Any  # (blocks + 1) x k: from the chunk's start to a block's start; the last one over the chunk
-    rows: Any  # BLOCK x k: left factors at the start of their block
-    total: Any  # 1 x k: log decays since the chunk's start
-    met: Any  # BLOCK x BLOCK, its rows one behind the other: products of one block
-    room: Any  # KEPT x k, see ``Block``
+    step: Matrix  # c x k: of each step
+    since: Matrix  # c x k: from the start of its block over a token's own step
+    until: Matrix  # c x k: from a token to the end of its block
+    block: Matrix  # blocks x k: over a block
+    start: Matrix  # (blocks + 1) x k: from the chunk's start to a block's start; the last one over the chunk
+    rows: Matrix  # BLOCK x k: left factors at the start of their block
+    total: Matrix  # 1 x k: log decays since the chunk's start
+    met: Matrix  # BLOCK x BLOCK, its rows one behind the other: products of one block
+    room: Matrix  # KEPT x k, see ``Block``
 
 
 def meetings(c: int) -> int:
@@ -78,16 +76,6 @@ def channel_shapes(c: int, k: int) -> list[tuple[int, int]]:
     """Shapes of the panels of ``Channels``."""
     blocks = -(-c // BLOCK)
     return [(c, k), (c, k), (c, k), (blocks, k), (blocks + 1, k), (BLOCK, k), (1, k), (BLOCK, BLOCK), (KEPT, k)]
-
-
-@inner
-def channels_of(table, i, like):
-    """The panels of ``Channels``, from the i-th of a table on."""
-    return Channels(
-        panel(table, i, like), panel(table, i + 1, like), panel(table, i + 2, like), panel(table, i + 3, like),
-        panel(table, i + 4, like), panel(table, i + 5, like), panel(table, i + 6, like), panel(table, i + 7, like),
-        panel(table, i + 8, like),
-    )  # fmt: skip
 
 
 @inner

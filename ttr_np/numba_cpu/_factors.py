@@ -26,6 +26,7 @@ from ._panels import (
     move,
     multiply,
     real,
+    right,
     row,
     scale,
 )
@@ -33,7 +34,7 @@ from ._triangles import invert_lower, solve_lower
 from ._vectors import Vectors
 
 __all__ = [
-    "BLOCK", "Reflections", "cholesky", "eps", "no_future", "orthogonalise", "reflect", "right", "square",
+    "BLOCK", "Reflections", "cholesky", "eps", "no_future", "orthogonalise", "reflect", "square",
 ]  # fmt: skip
 
 BLOCK = LINE // 4  # rows taken one by one before a product passes them on; whole tiles in every dtype
@@ -44,12 +45,6 @@ def eps(typingctx, like):
     """Distance from 1 to the next number."""
     exponent = {32: -23, 64: -52}[like.bitwidth]
     return like(like), lambda context, builder, signature, args: context.get_constant(like, 2.0**exponent)
-
-
-@inner
-def right(x, j):
-    """The columns of a panel from j on, j a multiple of BLOCK."""
-    return Matrix(move(x.data, j), x.step, x.column)
 
 
 @inner

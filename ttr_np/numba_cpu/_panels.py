@@ -29,8 +29,8 @@ from ._vectors import BYTES, CACHE_LINE, WIDE, Vectors, ask_line, ceil_div, per_
 __all__ = [
     "ROWS", "Matrix", "add_scaled", "add_transposed", "answers", "below", "clean_until", "clean_within", "copy",
     "count_bad_of", "dot", "fill", "finite", "full", "gather", "give", "lanes", "load", "load_transposed", "lower",
-    "matrix", "most", "move", "multiply", "multiply_transposed", "panel", "panels", "pointer", "real", "row", "scale",
-    "scale_rows", "store", "times", "times_rows", "transposed", "triangle", "upper",
+    "matrix", "most", "move", "multiply", "multiply_transposed", "panel", "panels", "pointer", "real", "right",
+    "row", "scale", "scale_rows", "store", "times", "times_rows", "transposed", "triangle", "upper",
 ]  # fmt: skip
 
 # One tile of a product is held in registers: ROWS x LINE bytes of sums, which hide the latency of multiply-add. Tiles
@@ -124,6 +124,12 @@ def row(x, i):
 def below(x, i):
     """The rows of a matrix from i on."""
     return Matrix(move(x.data, i * x.step), x.step, x.column)
+
+
+@inner
+def right(x, j):
+    """The columns of a matrix from j on; of a panel that a product fills, j a multiple of whole tiles."""
+    return Matrix(move(x.data, j * x.column), x.step, x.column)
 
 
 @inner

@@ -22,21 +22,30 @@ PLACE = 2  # numbers of a panel in a table: its address, and how many numbers fu
 
 
 class Room(types.Type):
-    """A table whose panels are the fields of a named tuple, in their order; a field may be a tuple of panels itself."""
+    """A table whose panels are the fields of a named tuple, in their order.
+
+    A field may be such a tuple itself, and of a panel of whole numbers (``int``) only the place is known.
+    """
 
     def __init__(self, form: type, number: types.Float) -> None:
         hints = get_type_hints(form)
-        self.fields = {name: of_panels(hints[name], number) for name in form._fields}
-        ends = accumulate(1 if kind is Matrix else len(kind._fields) for kind in hints.values())
-        self.places = dict(zip(form._fields, [0, *ends], strict=False))
+        self.fields = {name: kind_of(hints[name], number) for name in form._fields}
+        self.places = dict(zip(form._fields, accumulate(map(size_of, hints.values()), initial=0), strict=False))
         super().__init__(f"Room({form.__module__}.{form.__qualname__}, {number})")
 
 
-def of_panels(form: type, number: types.Float) -> types.NamedTuple:
-    """Type of a panel, or of a tuple of panels."""
-    if form is not Matrix:
-        return types.NamedTuple([of_panels(Matrix, number)] * len(form._fields), form)
-    return types.NamedTuple([types.CPointer(number), types.intp, types.intp], Matrix)
+def kind_of(form: type, number: types.Float) -> types.Type:
+    """Type of a field."""
+    if form is int:
+        return types.CPointer(types.intp)
+    if form is Matrix:
+        return types.NamedTuple([types.CPointer(number), types.intp, types.intp], Matrix)
+    return Room(form, number)
+
+
+def size_of(form: type) -> int:
+    """How many panels a field has."""
+    return 1 if form in (int, Matrix) else sum(map(size_of, get_type_hints(form).values()))
 
 
 @register_model(Room)
@@ -61,22 +70,15 @@ class Fields(AttributeTemplate):
 @lower_getattr_generic(Room)
 def field_of(context: Any, builder: Any, room: Room, table: Any, name: str) -> Any:
     """Read one of them from the table."""
-    start = builder.gep(table, [ir.IntType(64)(PLACE * room.places[name])])
-    return read(context, builder, room.fields[name], start)
-
-
-def read(context: Any, builder: Any, kind: types.NamedTuple, table: Any) -> Any:
-    """A panel, or a tuple of panels, from its place on."""
-
-    def number_at(i: int) -> Any:
-        return lasting(builder, builder.gep(table, [ir.IntType(64)(i)]))
-
-    if kind.instance_class is Matrix:
-        data = builder.inttoptr(number_at(0), context.get_data_type(kind.types[0]))
-        return context.make_tuple(builder, kind, [data, number_at(1), ir.IntType(64)(1)])
-    starts = (builder.gep(table, [ir.IntType(64)(PLACE * i)]) for i in range(len(kind)))
-    parts = [read(context, builder, own, start) for own, start in zip(kind.types, starts, strict=True)]
-    return context.make_tuple(builder, kind, parts)
+    kind, start = room.fields[name], builder.gep(table, [ir.IntType(64)(PLACE * room.places[name])])
+    if isinstance(kind, Room):
+        return start
+    data = lasting(builder, start)
+    if isinstance(kind, types.CPointer):
+        return builder.inttoptr(data, context.get_data_type(kind))
+    step = lasting(builder, builder.gep(start, [ir.IntType(64)(1)]))
+    data = builder.inttoptr(data, context.get_data_type(kind.types[0]))
+    return context.make_tuple(builder, kind, [data, step, ir.IntType(64)(1)])
 
 
 def lasting(builder: Any, place: Any) -> Any:

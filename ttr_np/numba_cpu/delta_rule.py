@@ -18,11 +18,11 @@ from ..solvers._chunks import output_like
 from ._cache import compiled
 from ._channels import (
     BLOCK,
+    Channels,
     carry_keys,
     channel_decays,
     channel_products,
     channel_shapes,
-    channels_of,
     forgets,
     meetings,
 )
@@ -63,6 +63,7 @@ from ._panels import (
     panel,
     pointer,
     real,
+    right,
     row,
     scale,
     scale_rows,
@@ -70,6 +71,7 @@ from ._panels import (
     transposed,
     triangle,
 )
+from ._rooms import room_of
 from ._sequences import NO_GATES, PER_CHANNEL, PER_STEP, column_blocks, lay_out
 from ._soon import note, notebook, notes_shape, soon
 from ._steps import learn_rows, recall_rows, shares
@@ -164,23 +166,27 @@ class Job(NamedTuple):
 class Room(NamedTuple):
     """Panels of one thread, for chunks of c tokens."""
 
-    S: Any  # k x v
-    keys: Any  # k x c, as often as they are met
-    carried: Any  # c x k: keys decayed to the chunk's end
-    errors: Any  # c x v
-    past: Any  # c x k: queries decayed to the chunk's start
-    rows: Any  # c x k: keys
-    queries: Any  # c x k
-    asking: Any  # k x c: what of queries meets the past
-    scores: Any  # c x c
-    answers: Any  # c x v
-    pairs: Any  # c x c: decays
-    since: Any  # 1 x (c + 1): decays
-    soon: Any  # addresses of rows
+    S: Matrix  # k x v
+    keys: Matrix  # k x c, as often as they are met
+    carried: Matrix  # c x k: keys decayed to the chunk's end
+    errors: Matrix  # c x v
+    past: Matrix  # c x k: queries decayed to the chunk's start
+    rows: Matrix  # c x k: keys
+    queries: Matrix  # c x k
+    asking: Matrix  # k x c: what of queries meets the past
+    scores: Matrix  # c x c
+    answers: Matrix  # c x v
+    pairs: Matrix  # c x c: decays
+    since: Matrix  # 1 x (c + 1): decays
+    decays: Channels
+    soon: int  # addresses of rows
+
+
+panels_of = room_of(Room)
 
 
 def shapes(k: int, v: int, c: int, gates: int) -> list[tuple[int, int]]:
-    """Shapes of the panels of ``Room`` and, behind them, of ``Channels``."""
+    """Shapes of the panels of ``Room``."""
     room = [(k, v), (k * meetings(c), c), (c, k), (c, v), (c, k), (c, k), (c, k), (k, c), (c, c), (c, v), (c, c)]
     room += [(1, c + 1)]
     return room + channel_shapes(c, k if gates == PER_CHANNEL else 0) + [notes_shape(c, MATRICES)]
@@ -189,18 +195,14 @@ def shapes(k: int, v: int, c: int, gates: int) -> list[tuple[int, int]]:
 @compiled
 def kernel(table, places, steps, sizes, scale_, first, last):
     """Jobs first to last: one memory and one block of its value columns each."""
-    room = Room(
-        panel(table, 0, scale_), panel(table, 1, scale_), panel(table, 2, scale_), panel(table, 3, scale_),
-        panel(table, 4, scale_), panel(table, 5, scale_), panel(table, 6, scale_), panel(table, 7, scale_),
-        panel(table, 8, scale_), panel(table, 9, scale_), panel(table, 10, scale_), panel(table, 11, scale_),
-        notebook(table, len(table) - 1),
-    )  # fmt: skip
-    decays, unit = channels_of(table, 12, scale_), 1
+    room, unit = panels_of(table, scale_), 1
+    notebook(table, len(table) - 1)
+    decays = room.decays
     for number in range(first, last):
         job = job_of(places, steps, sizes, number, scale_)
         state = matrix(places[STATE, job.memory, 0], sizes.v, unit, scale_)
         if sizes.t == 1:
-            run_tokens(places, steps, sizes, job, in_place(room, state, job.start), 0, 1, scale_)
+            run_tokens(places, steps, sizes, job, room, right(state, job.start), 0, 1, scale_)
         else:
             load(room.S, state, 0, sizes.k, job.start, job.columns)
             for low in range(0, sizes.t, sizes.chunk):
@@ -410,7 +412,7 @@ def run_chunk(places, steps, sizes, job, room, decays, state, low, high, scale_)
         memorise(sizes, job, room, decays, n, scale_)
         if spoilt:
             run_spoilt(places, steps, sizes, job, room, state, low, low + n, scale_)
-    run_tokens(places, steps, sizes, job, room, low + n, high, scale_)
+    run_tokens(places, steps, sizes, job, room, room.S, low + n, high, scale_)
 
 
 @inner
@@ -437,35 +439,25 @@ def run_spoilt(places, steps, sizes, job, room, state, low, high, scale_):
     apart()
     for j in range(job.columns):
         one = Job(job.k, job.v, job.beta, job.gates, job.erase, job.start + j, 1, job.memory)
-        alone = in_place(room, state, one.start)
-        if clean_until(alone.S, 0, sizes.k, 1, 0, scale_) < sizes.k:
-            run_tokens(places, steps, sizes, one, alone, low, high, scale_)
+        alone = right(state, one.start)
+        if clean_until(alone, 0, sizes.k, 1, 0, scale_) < sizes.k:
+            run_tokens(places, steps, sizes, one, room, alone, low, high, scale_)
             for p in range(sizes.k):
-                row(room.S, p)[j] = row(alone.S, p)[0]
+                row(room.S, p)[j] = row(alone, p)[0]
 
 
 @inner
-def in_place(room, state, start):
-    """The room of few tokens or columns: for one, a pass over the state costs as much as a copy into a panel would."""
-    S = Matrix(move(state.data, start), state.step, state.column)
-    return Room(
-        S, room.keys, room.carried, room.errors, room.past, room.rows, room.queries, room.asking, room.scores,
-        room.answers, room.pairs, room.since, room.soon,
-    )  # fmt: skip
-
-
-@inner
-def run_tokens(places, steps, sizes, job, room, low, high, scale_):
-    """Token by token."""
+def run_tokens(places, steps, sizes, job, room, S, low, high, scale_):
+    """Token by token, S the memory."""
     apart()
     for i in range(low, high):
-        step_token(places, steps, sizes, job, room, i, scale_)
+        step_token(places, steps, sizes, job, room, S, i, scale_)
 
 
 @inner
-def step_token(places, steps, sizes, job, room, i, scale_):
+def step_token(places, steps, sizes, job, room, S, i, scale_):
     """One step of the recurrence, and the answers: those to further queries once the first are given."""
-    S, k, erase, error, keeps = room.S, row(job.k, i), row(job.erase, i), row(room.errors, 0), row(room.past, 0)
+    k, erase, error, keeps = row(job.k, i), row(job.erase, i), row(room.errors, 0), row(room.past, 0)
     shares(keeps, row(job.gates, i), job.gates.column, sizes.k, sizes.gates, scale_)
     told, columns, d = row(room.answers, 0), job.columns, sizes.k
     recall_rows(told, S.data, S.step, keeps, sizes.gates, erase, job.erase.column, d, columns)

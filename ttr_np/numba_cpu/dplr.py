@@ -16,10 +16,11 @@ from ..calling import run
 from ..notation import DplrState
 from ..solvers._chunks import output_like
 from ._cache import compiled
-from ._channels import BLOCK, carry_keys, channel_decays, channel_products, channel_shapes, channels_of, meetings
+from ._channels import BLOCK, Channels, carry_keys, channel_decays, channel_products, channel_shapes, meetings
 from ._compile import apart, inner, spliced
 from ._gates import exp, step_decays, weigh
 from ._panels import (
+    Matrix,
     add_scaled,
     below,
     clean_until,
@@ -32,7 +33,6 @@ from ._panels import (
     matrix,
     move,
     multiply,
-    panel,
     real,
     row,
     scale,
@@ -41,6 +41,7 @@ from ._panels import (
     transposed,
     triangle,
 )
+from ._rooms import room_of
 from ._sequences import NO_GATES, PER_CHANNEL, PER_STEP, column_blocks, lay_out
 from ._threads import share
 from ._triangles import solve_unit_lower
@@ -123,27 +124,33 @@ class Job(NamedTuple):
 class Side(NamedTuple):
     """One kind of keys of a chunk: those of the pairs, or those that readings are written to."""
 
-    keys: Any  # k x c, as often as they are met
-    carried: Any  # c x k: decayed to the chunk's end
-    rows: Any  # c x k
+    keys: Matrix  # k x c, as often as they are met
+    carried: Matrix  # c x k: decayed to the chunk's end
+    rows: Matrix  # c x k
 
 
 class Room(NamedTuple):
     """Panels of one thread, for chunks of c tokens."""
 
-    S: Any  # k x v
-    values: Any  # c x v
-    readings: Any  # c x v
-    past: Any  # c x k: left factors decayed to the chunk's start
-    left: Any  # c x k
-    scores: Any  # c x c
-    answers: Any  # c x v
-    pairs: Any  # c x c: decays
-    since: Any  # 1 x (c + 1): decays
+    S: Matrix  # k x v
+    values: Matrix  # c x v
+    readings: Matrix  # c x v
+    past: Matrix  # c x k: left factors decayed to the chunk's start
+    left: Matrix  # c x k
+    scores: Matrix  # c x c
+    answers: Matrix  # c x v
+    pairs: Matrix  # c x c: decays
+    since: Matrix  # 1 x (c + 1): decays
+    stored: Side
+    written: Side
+    decays: Channels
+
+
+panels_of = room_of(Room)
 
 
 def shapes(k: int, v: int, c: int, gates: int) -> list[tuple[int, int]]:
-    """Shapes of the panels of ``Room``, two ``Side`` and, behind them, of ``Channels``."""
+    """Shapes of the panels of ``Room``."""
     room = [(k, v), (c, v), (c, v), (c, k), (c, k), (c, c), (c, v), (c, c), (1, c + 1)]
     return room + 2 * [(k * meetings(c), c), (c, k), (c, k)] + channel_shapes(c, k if gates == PER_CHANNEL else 0)
 
@@ -151,21 +158,14 @@ def shapes(k: int, v: int, c: int, gates: int) -> list[tuple[int, int]]:
 @compiled
 def kernel(table, places, steps, sizes, scale_, first, last):
     """Jobs first to last: one memory and one block of its value columns each."""
-    room = Room(
-        panel(table, 0, scale_), panel(table, 1, scale_), panel(table, 2, scale_), panel(table, 3, scale_),
-        panel(table, 4, scale_), panel(table, 5, scale_), panel(table, 6, scale_), panel(table, 7, scale_),
-        panel(table, 8, scale_),
-    )  # fmt: skip
-    stored = Side(panel(table, 9, scale_), panel(table, 10, scale_), panel(table, 11, scale_))
-    written = Side(panel(table, 12, scale_), panel(table, 13, scale_), panel(table, 14, scale_))
-    decays, unit = channels_of(table, 15, scale_), 1
+    room, unit = panels_of(table, scale_), 1
     for number in range(first, last):
         job = job_of(places, steps, sizes, number, scale_)
         state = matrix(places[STATE, job.memory, 0], sizes.v, unit, scale_)
         load(room.S, state, 0, sizes.k, job.start, job.columns)
         for low in range(0, sizes.t, sizes.chunk):
             high = min(low + sizes.chunk, sizes.t)
-            run_chunk(places, steps, sizes, job, room, stored, written, decays, low, high, scale_)
+            run_chunk(places, steps, sizes, job, room, room.stored, room.written, room.decays, low, high, scale_)
         store(state, 0, sizes.k, job.start, job.columns, room.S)
 
 

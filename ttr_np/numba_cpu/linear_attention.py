@@ -19,11 +19,11 @@ from ..solvers.linear_attention import start
 from ._cache import compiled
 from ._channels import (
     BLOCK,
+    Channels,
     carry_keys,
     channel_decays,
     channel_products,
     channel_shapes,
-    channels_of,
     forgets,
     meetings,
 )
@@ -48,8 +48,8 @@ from ._panels import (
     matrix,
     move,
     multiply,
-    panel,
     real,
+    right,
     row,
     scale,
     scale_rows,
@@ -58,6 +58,7 @@ from ._panels import (
     transposed,
     triangle,
 )
+from ._rooms import room_of
 from ._sequences import NO_GATES, PER_CHANNEL, PER_STEP, column_blocks, lay_out
 from ._soon import note, notebook, notes_shape, soon
 from ._steps import learn_rows, recall_rows, shares
@@ -160,24 +161,28 @@ class Reader(NamedTuple):
 class Room(NamedTuple):
     """Panels of one thread, for chunks of c tokens."""
 
-    S: Any  # k x v, and a tile of rows behind it
-    z: Any  # 3 x k: now, at a chunk's start, as a column that is worked on once more goes through it
-    keys: Any  # k x c, as often as they are met
-    carried: Any  # c x k: keys decayed to the chunk's end
-    values: Any  # c x v
-    past: Any  # c x k: queries decayed to the chunk's start
-    rows: Any  # c x k: keys
-    queries: Any  # c x k
-    asking: Any  # k x c: what of queries meets the past
-    scores: Any  # c x c
-    answers: Any  # c x v
-    pairs: Any  # c x c: decays
-    since: Any  # 1 x (c + 1): decays
-    soon: Any  # addresses of rows
+    S: Matrix  # k x v, and a tile of rows behind it
+    z: Matrix  # 3 x k: now, at a chunk's start, as a column that is worked on once more goes through it
+    keys: Matrix  # k x c, as often as they are met
+    carried: Matrix  # c x k: keys decayed to the chunk's end
+    values: Matrix  # c x v
+    past: Matrix  # c x k: queries decayed to the chunk's start
+    rows: Matrix  # c x k: keys
+    queries: Matrix  # c x k
+    asking: Matrix  # k x c: what of queries meets the past
+    scores: Matrix  # c x c
+    answers: Matrix  # c x v
+    pairs: Matrix  # c x c: decays
+    since: Matrix  # 1 x (c + 1): decays
+    decays: Channels
+    soon: int  # addresses of rows
+
+
+panels_of = room_of(Room)
 
 
 def shapes(k: int, v: int, c: int, gates: int) -> list[tuple[int, int]]:
-    """Shapes of the panels of ``Room`` and, behind them, of ``Channels``."""
+    """Shapes of the panels of ``Room``."""
     room = [(k + ROWS, v), (3, k), (k * meetings(c), c), (c, k), (c, v), (c, k), (c, k), (c, k), (k, c)]
     room += [(c, c), (c, v), (c, c), (1, c + 1)]
     return room + channel_shapes(c, k if gates == PER_CHANNEL else 0) + [notes_shape(c, MATRICES)]
@@ -187,21 +192,16 @@ def shapes(k: int, v: int, c: int, gates: int) -> list[tuple[int, int]]:
 def kernel(table, places, steps, sizes, scale, first, last):
     """Jobs first to last: one memory and one block of its value columns each."""
     k, v, column = sizes.k, sizes.v, 1
-    room = Room(
-        panel(table, 0, scale), panel(table, 1, scale), panel(table, 2, scale), panel(table, 3, scale),
-        panel(table, 4, scale), panel(table, 5, scale), panel(table, 6, scale), panel(table, 7, scale),
-        panel(table, 8, scale), panel(table, 9, scale), panel(table, 10, scale), panel(table, 11, scale),
-        panel(table, 12, scale),
-        notebook(table, len(table) - 1),
-    )  # fmt: skip
-    decays = channels_of(table, 13, scale)
+    room = panels_of(table, scale)
+    notebook(table, len(table) - 1)
+    decays = room.decays
     for number in range(first, last):
         job = job_of(places, steps, sizes, number, scale)
         state = matrix(places[STATE, job.memory, 0], v, column, scale)
         if sizes.normalize:
             load(room.z, matrix(places[Z, job.memory, 0], k, column, scale), 0, 1, 0, k)
         if sizes.t == 1:
-            run_tokens(places, steps, sizes, job, in_place(room, room.z, state, job.start), 0, 1, scale)
+            run_tokens(places, steps, sizes, job, room, right(state, job.start), room.z, 0, 1, scale)
         else:
             load(room.S, state, 0, k, job.start, job.columns)
             for low in range(0, sizes.t, sizes.chunk):
@@ -260,7 +260,7 @@ def run_chunk(places, steps, sizes, job, room, decays, state, low, high, scale):
         memorise(sizes, job, room, decays, n, scale)
         if spoilt:
             run_spoilt(places, steps, sizes, job, room, state, low, low + n, scale)
-    run_tokens(places, steps, sizes, job, room, low + n, high, scale)
+    run_tokens(places, steps, sizes, job, room, room.S, room.z, low + n, high, scale)
 
 
 @inner
@@ -282,38 +282,30 @@ def run_spoilt(places, steps, sizes, job, room, state, low, high, scale):
     z = below(room.z, 2)
     for j in range(job.columns):
         one = Job(job.k, job.v, job.gates, job.start + j, 1, job.memory)
-        alone = in_place(room, z, state, one.start)
-        if clean_until(alone.S, 0, sizes.k, 1, False, scale) < sizes.k:
+        alone = right(state, one.start)
+        if clean_until(alone, 0, sizes.k, 1, False, scale) < sizes.k:
             copy(z.data, row(room.z, 1), sizes.k if sizes.normalize else 0)
-            run_tokens(places, steps, sizes, one, alone, low, high, scale)
+            run_tokens(places, steps, sizes, one, room, alone, z, low, high, scale)
             for p in range(sizes.k):
-                row(room.S, p)[j] = row(alone.S, p)[0]
+                row(room.S, p)[j] = row(alone, p)[0]
 
 
 @inner
-def in_place(room, z, state, start):
-    """The room of few tokens or columns: for one, a pass over the state costs as much as a copy into a panel would."""
-    S = Matrix(move(state.data, start), state.step, state.column)
-    return Room(
-        S, z, room.keys, room.carried, room.values, room.past, room.rows, room.queries, room.asking, room.scores,
-        room.answers, room.pairs, room.since, room.soon,
-    )  # fmt: skip
-
-
-@inner
-def run_tokens(places, steps, sizes, job, room, low, high, scale):
-    """Token by token."""
+def run_tokens(places, steps, sizes, job, room, S, z, low, high, scale):
+    """Token by token, S and z the memory."""
     apart()
     for i in range(low, high):
         gather(row(room.values, 0), move(row(job.v, i), job.start * job.v.column), job.v.column, job.columns)
         shares(row(room.past, 0), row(job.gates, i), job.gates.column, sizes.k, sizes.gates, scale)
         if sizes.late:
             for group in range(places.shape[2]):
-                answer_early(sizes, job, reader_of(places, steps, sizes, job.memory, group, scale), room, i, scale)
+                reader = reader_of(places, steps, sizes, job.memory, group, scale)
+                answer_early(sizes, job, reader, room, S, z, i, scale)
         reader = reader_of(places, steps, sizes, job.memory, 0, scale)
-        memorise_token(sizes, job, reader, room, i)
+        memorise_token(sizes, job, reader, room, S, z, i)
         for group in range(0 if sizes.late else places.shape[2]):
-            answer_token(sizes, reader_of(places, steps, sizes, job.memory, group, scale), job, room, group, i, scale)
+            reader = reader_of(places, steps, sizes, job.memory, group, scale)
+            answer_token(sizes, reader, job, room, S, z, group, i, scale)
 
 
 @inner
@@ -451,15 +443,15 @@ def along(x, step, y, n, like):
 
 
 @inner
-def memorise_token(sizes, job, reader, room, i):
+def memorise_token(sizes, job, reader, room, S, z, i):
     """One step of the recurrence: the new state, and what it says to a first reader."""
-    S, z, keeps, k = room.S, row(room.z, 0), row(room.past, 0), row(job.k, i)
+    weights, keeps, k = row(z, 0), row(room.past, 0), row(job.k, i)
     learn_rows(
         row(room.answers, 0), S.data, S.step, keeps, sizes.gates, k, job.k.column, row(room.values, 0),
         row(reader.q, i), reader.q.column, sizes.k, job.columns,
     )  # fmt: skip
     for p in range(sizes.k if sizes.normalize else 0):
-        z[p] = kept(keeps[p], z[p]) + k[p * job.k.column]
+        weights[p] = kept(keeps[p], weights[p]) + k[p * job.k.column]
 
 
 @inner
@@ -469,32 +461,32 @@ def kept(keep, x):
 
 
 @inner
-def answer_token(sizes, reader, job, room, group, i, scale_):
+def answer_token(sizes, reader, job, room, S, z, group, i, scale_):
     """One step of the recurrence: the answer of the new state; that to a first reader is there."""
-    S, o, q = room.S, move(row(reader.o, i), job.start), row(reader.q, i)
+    o, q = move(row(reader.o, i), job.start), row(reader.q, i)
     if group:
         recall_rows(o, S.data, S.step, row(room.past, 0), 0, q, reader.q.column, sizes.k, job.columns)
     else:
         copy(o, row(room.answers, 0), job.columns)
-    weigh_token(sizes, reader, room, o, i, real(scale_, 0), job.columns, scale_)
+    weigh_token(sizes, reader, room, z, o, i, real(scale_, 0), job.columns, scale_)
 
 
 @inner
-def answer_early(sizes, job, reader, room, i, scale_):
+def answer_early(sizes, job, reader, room, S, z, i, scale_):
     """One step of the recurrence: the answer of the old state and the token's own bonus."""
-    S, o, q = room.S, move(row(reader.o, i), job.start), row(reader.q, i)
+    o, q = move(row(reader.o, i), job.start), row(reader.q, i)
     recall_rows(o, S.data, S.step, row(room.past, 0), 0, q, reader.q.column, sizes.k, job.columns)
     mine = own(reader.q, job.k, reader.bonus, i, sizes.k, scale_)
     add_scaled(o, mine, row(room.values, 0), job.columns)
-    weigh_token(sizes, reader, room, o, i, mine, job.columns, scale_)
+    weigh_token(sizes, reader, room, z, o, i, mine, job.columns, scale_)
 
 
 @inner
-def weigh_token(sizes, reader, room, o, i, mine, columns, scale_):
+def weigh_token(sizes, reader, room, z, o, i, mine, columns, scale_):
     """An answer times its scale, or over its total weight: ``mine`` and what the memory adds."""
     if sizes.normalize:
         asking = row(room.queries, 0)
         gather(asking, row(reader.q, i), reader.q.column, sizes.k)
-        divide_row(o, mine + dot(asking, row(room.z, 0), sizes.k, scale_), columns, scale_)
+        divide_row(o, mine + dot(asking, row(z, 0), sizes.k, scale_), columns, scale_)
     else:
         scale(o, scale_, columns)
