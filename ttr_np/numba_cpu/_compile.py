@@ -13,7 +13,8 @@ from numba import _dynfunc, njit, types
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_machinery import register_pass
-from numba.core.typed_passes import NativeLowering
+from numba.core.typed_passes import NativeLowering, NopythonRewrites
+from numba.core.untyped_passes import InlineClosureLikes
 from numba.extending import intrinsic
 
 __all__ = ["OPTIONS", "apart", "inner", "spliced"]
@@ -53,13 +54,17 @@ class PartLowering(NativeLowering):
         return True
 
 
+SPARED = (InlineClosureLikes, NopythonRewrites)  # a part holds no closure, comprehension or array expression
+
+
 class PartCompiler(CompilerBase):
-    """Numba's passes, the last of them exchanged."""
+    """Numba's passes, the last of them exchanged, and without those that would find nothing in a part."""
 
     def define_pipelines(self) -> list[Any]:
         """The passes in their order."""
         passes = DefaultPassBuilder.define_nopython_pipeline(self.state)
-        passes.passes = [(PartLowering if step is NativeLowering else step, why) for step, why in passes.passes]
+        kept = [(step, why) for step, why in passes.passes if step not in SPARED]
+        passes.passes = [(PartLowering if step is NativeLowering else step, why) for step, why in kept]
         passes.finalize()
         return [passes]
 
