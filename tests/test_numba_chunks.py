@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
+from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 import ttr_np
 from ttr_np.notation import draw
-from ttr_np.numba_cpu import _compile, _gates, _panels, _soon, _triangles
+from ttr_np.numba_cpu import _compile, _gates, _panels, _rooms, _soon, _triangles
 
 OPERATORS = ("linear_attention", "delta_rule", "dplr")
 GATES = {"plain": None, "per step": False, "per channel": True}
@@ -93,6 +94,36 @@ def test_a_product_of_panels_is_the_product(dtype, m, n, depth):
         (view, *_), table, _room = scratch(old, a, b)
         product(table, m, n, depth, dtype(alpha), dtype(beta), _panels.full)
         np.testing.assert_allclose(view, alpha * a @ b + (beta * c if beta else 0), rtol=0, atol=tolerance)
+
+
+class Pair(NamedTuple):
+    first: _panels.Matrix
+    second: _panels.Matrix
+
+
+class Named(NamedTuple):
+    alone: _panels.Matrix
+    pair: Pair
+    whole: int
+    last: _panels.Matrix
+
+
+named = _rooms.panels_by_name(Named)
+
+
+@numba.njit
+def number_by_name(table, like):
+    room = named(table, like)
+    pair = room.pair
+    return room.alone.data[0], pair.first.data[1], _panels.row(pair.second, 1)[0], room.whole[0], room.last.column
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_panels_have_their_names_in_their_order(dtype):
+    alone, first, second, last = (np.full((2, 3), value, dtype) for value in range(4))
+    first[0, 1], second[1, 0], whole = 7, 8, np.array([[9, 9]]).view(dtype)
+    _views, table, _room = scratch(alone, first, second, whole, last)
+    assert number_by_name(table, dtype(0)) == (0, 7, 8, 9, 1)
 
 
 @pytest.mark.parametrize("tiles", [1, 2, 6, 7, 24, 96])

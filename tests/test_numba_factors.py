@@ -3,6 +3,7 @@
 import numba
 import numpy as np
 import pytest
+from test_numba_chunks import scratch
 
 from ttr_np.numba_cpu import _factors, _panels, _triangles
 
@@ -32,21 +33,6 @@ def reflect(table, n, d, like):
         _panels.panel(table, 5, like), _panels.panel(table, 6, like),
     )  # fmt: skip
     _factors.reflect(_panels.panel(table, 0, like), _panels.row(_panels.panel(table, 1, like), 0), n, d, into, like)
-
-
-def scratch(*matrices):
-    """Panels that hold copies of matrices, with NaN around them; the views into them, and the table for kernels."""
-    room, table = _panels.panels(matrices[0].dtype, [x.shape for x in matrices])
-    room[:] = np.nan
-    start = room.__array_interface__["data"][0]
-    offsets = [(address - start) // x.itemsize for x, (address, _) in zip(matrices, table, strict=True)]
-    views = [
-        np.lib.stride_tricks.as_strided(room[offset:], x.shape, (step * x.itemsize, x.itemsize))
-        for x, offset, (_, step) in zip(matrices, offsets, table, strict=True)
-    ]
-    for view, x in zip(views, matrices, strict=True):
-        view[...] = x
-    return views, table, room
 
 
 def hidden(L, k=1):

@@ -65,6 +65,12 @@ def no_future(scores, n, like):
 
 
 @inner
+def tiled(columns, like):
+    """Columns up to the next whole tile."""
+    return (columns + lanes(like) - 1) // lanes(like) * lanes(like)
+
+
+@inner
 def cholesky(A, across, n, like):
     """A = L L^T in place, its lower triangle only; False if a pivot is not positive.
 
@@ -87,7 +93,7 @@ def cholesky(A, across, n, like):
         if not factorise_upper(across, size, like):
             return False
         load_transposed(own, across, 0, size, size)
-        columns = Matrix(across.data, (rest + lanes(like) - 1) // lanes(like) * lanes(like), 1)
+        columns = Matrix(across.data, tiled(rest, like), 1)  # fits: no more than n, as a block is no less than a tile
         load_transposed(columns, own, size, rest, size)
         solve_lower(own, columns, size, rest)
         load_transposed(below(own, size), columns, 0, size, rest)
@@ -194,9 +200,9 @@ def reflect(A, left, n, d, into, like):
         Receives L (its diagonal positive), T and V^T.
     """
     apart()
-    L, T, one, zero, size = into.L, into.T, real(like, 1), real(like, 0), lanes(like)
-    for i in range(n):
-        fill(move(row(A, i), d), zero, (d + size - 1) // size * size - d)
+    L, T, one, zero = into.L, into.T, real(like, 1), real(like, 0)
+    for i in range(n):  # sums run over whole vectors
+        fill(move(row(A, i), d), zero, tiled(d, like) - d)
     for low in range(0, n, BLOCK):
         high = min(low + BLOCK, n)
         size, rest, turned = high - low, n - high, right(into.across, low)

@@ -11,7 +11,7 @@ from ._compile import apart, inner
 from ._factors import BLOCK, Reflections, no_future
 from ._gates import weigh
 from ._panels import Matrix, copy, full, lower, move, multiply, real, row, scale, scale_rows, triangle
-from ._rooms import room_of
+from ._rooms import panels_by_name
 
 __all__ = [
     "ALONE", "CG", "CHEBYSHEV", "CHUNK", "ERROR", "EXACT", "LARGEST", "LEFT", "LOST", "METHODS", "MISSING", "MOST",
@@ -68,7 +68,7 @@ def shapes(c: int, d: int, w: int) -> list[tuple[int, int]]:
     return memory + chunk + [tokens] * 6 + rows + [(c, c), (c, c), (d, c), (c, c), (max(c, BLOCK), c)]
 
 
-panels_of = room_of(Scratch)
+panels_of = panels_by_name(Scratch)
 
 
 @inner

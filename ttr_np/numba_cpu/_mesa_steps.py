@@ -29,6 +29,7 @@ from ._panels import add_scaled, copy, dot, fill, load, real, row, scale
 
 __all__ = ["solve_in_steps"]
 
+
 @inner
 def solve_in_steps(q, sizes, n, room, together, worst, like):
     """Solutions x of n queries from zero, all at once; a token that is done is not touched again."""

@@ -16,7 +16,7 @@ from numba.extending import infer_getattr, intrinsic, lower_getattr_generic, mod
 
 from ._panels import Matrix
 
-__all__ = ["room_of"]
+__all__ = ["panels_by_name"]
 
 PLACE = 2  # numbers of a panel in a table: its address, and how many numbers further the next row is
 
@@ -88,7 +88,7 @@ def lasting(builder: Any, place: Any) -> Any:
     return number
 
 
-def room_of(form: type) -> Any:
+def panels_by_name(form: type) -> Any:
     """``f(table, like)`` for kernels: the panels of a table, numbers like one, by the names of a form's fields."""
 
     @intrinsic

@@ -14,7 +14,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from ._compile import apart, inner
-from ._panels import move, pointer, row
+from ._panels import move, row
 from ._vectors import per_line
 
 __all__ = ["Soon", "note", "notebook", "notes_shape", "soon"]
@@ -40,10 +40,9 @@ def address(typingctx: Any, place: Any) -> Any:
 
 
 @inner
-def notebook(table, i):
-    """The i-th panel of a table as a list of addresses, the first of them its own."""
-    rows = pointer(table[i, 0], table[i, 0])
-    rows[0] = table[i, 0]
+def notebook(rows):
+    """A list of addresses, the first of them its own: what is asked for is then always an address."""
+    rows[0] = address(rows)
     return rows
 
 

@@ -71,7 +71,7 @@ from ._panels import (
     transposed,
     triangle,
 )
-from ._rooms import room_of
+from ._rooms import panels_by_name
 from ._sequences import NO_GATES, PER_CHANNEL, PER_STEP, column_blocks, lay_out
 from ._soon import note, notebook, notes_shape, soon
 from ._steps import learn_rows, recall_rows, shares
@@ -182,7 +182,7 @@ class Room(NamedTuple):
     soon: int  # addresses of rows
 
 
-panels_of = room_of(Room)
+panels_of = panels_by_name(Room)
 
 
 def shapes(k: int, v: int, c: int, gates: int) -> list[tuple[int, int]]:
@@ -196,7 +196,7 @@ def shapes(k: int, v: int, c: int, gates: int) -> list[tuple[int, int]]:
 def kernel(table, places, steps, sizes, scale_, first, last):
     """Jobs first to last: one memory and one block of its value columns each."""
     room, unit = panels_of(table, scale_), 1
-    notebook(table, len(table) - 1)
+    notebook(room.soon)
     decays = room.decays
     for number in range(first, last):
         job = job_of(places, steps, sizes, number, scale_)

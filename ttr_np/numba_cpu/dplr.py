@@ -41,7 +41,7 @@ from ._panels import (
     transposed,
     triangle,
 )
-from ._rooms import room_of
+from ._rooms import panels_by_name
 from ._sequences import NO_GATES, PER_CHANNEL, PER_STEP, column_blocks, lay_out
 from ._threads import share
 from ._triangles import solve_unit_lower
@@ -146,7 +146,7 @@ class Room(NamedTuple):
     decays: Channels
 
 
-panels_of = room_of(Room)
+panels_of = panels_by_name(Room)
 
 
 def shapes(k: int, v: int, c: int, gates: int) -> list[tuple[int, int]]:

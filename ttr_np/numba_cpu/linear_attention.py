@@ -58,7 +58,7 @@ from ._panels import (
     transposed,
     triangle,
 )
-from ._rooms import room_of
+from ._rooms import panels_by_name
 from ._sequences import NO_GATES, PER_CHANNEL, PER_STEP, column_blocks, lay_out
 from ._soon import note, notebook, notes_shape, soon
 from ._steps import learn_rows, recall_rows, shares
@@ -178,7 +178,7 @@ class Room(NamedTuple):
     soon: int  # addresses of rows
 
 
-panels_of = room_of(Room)
+panels_of = panels_by_name(Room)
 
 
 def shapes(k: int, v: int, c: int, gates: int) -> list[tuple[int, int]]:
@@ -193,7 +193,7 @@ def kernel(table, places, steps, sizes, scale, first, last):
     """Jobs first to last: one memory and one block of its value columns each."""
     k, v, column = sizes.k, sizes.v, 1
     room = panels_of(table, scale)
-    notebook(table, len(table) - 1)
+    notebook(room.soon)
     decays = room.decays
     for number in range(first, last):
         job = job_of(places, steps, sizes, number, scale)

@@ -72,7 +72,7 @@ from ._panels import (
     store,
     triangle,
 )
-from ._rooms import room_of
+from ._rooms import panels_by_name
 from ._sequences import lay_out
 from ._threads import share
 from ._triangles import invert_lower, solve_unit_lower
@@ -162,7 +162,7 @@ def shapes(c: int, d: int, w: int) -> list[tuple[int, int]]:
     return own + rows + [(c, c), (c, c), (d, c), (c, c), (max(c, BLOCK), c)]
 
 
-panels_of = room_of(Scratch)
+panels_of = panels_by_name(Scratch)
 
 
 @compiled

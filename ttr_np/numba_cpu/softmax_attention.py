@@ -157,7 +157,7 @@ def kernel(table, places, steps, sizes, factor, like, begin, stop):
     room = Room(
         panel(table, 0, like), panel(table, 1, like), panel(table, 2, like), panel(table, 3, like),
         panel(table, 4, like), panel(table, 5, like), panel(table, 6, like), panel(table, 7, like),
-        pointer(table[8, 0], 0.0), panel(table, 9, like), notebook(table, 10),
+        pointer(table[8, 0], 0.0), panel(table, 9, like), notebook(pointer(table[10, 0], table[10, 0])),
     )  # fmt: skip
     blocks, parts = (t + tokens - 1) // tokens, (places.shape[2] + together - 1) // together
     for job in range(begin, stop):
