@@ -197,7 +197,6 @@ def kernel(table, places, steps, sizes, scale_, first, last):
     """Jobs first to last: one memory and one block of its value columns each."""
     room, unit = panels_of(table, scale_), 1
     notebook(room.soon)
-    decays = room.decays
     for number in range(first, last):
         job = job_of(places, steps, sizes, number, scale_)
         state = matrix(places[STATE, job.memory, 0], sizes.v, unit, scale_)
@@ -207,7 +206,7 @@ def kernel(table, places, steps, sizes, scale_, first, last):
             load(room.S, state, 0, sizes.k, job.start, job.columns)
             for low in range(0, sizes.t, sizes.chunk):
                 high = min(low + sizes.chunk, sizes.t)
-                run_chunk(places, steps, sizes, job, room, decays, state, low, high, scale_)
+                run_chunk(places, steps, sizes, job, room, state, low, high, scale_)
             store(state, 0, sizes.k, job.start, job.columns, room.S)
 
 
@@ -389,27 +388,27 @@ def job_of(places, steps, sizes, number, like):
 
 
 @spliced
-def run_chunk(places, steps, sizes, job, room, decays, state, low, high, scale_):
+def run_chunk(places, steps, sizes, job, room, state, low, high, scale_):
     """One chunk: as products up to the first bad number, which they would spread, and token by token from there."""
     clean = clean_tokens(sizes, job, low, high, scale_)
     n = clean - low if high - low > 1 else 0  # one token is cheaper as one
     if n:
-        prepare(sizes, job, room, decays, low, n, scale_)
-        spoilt = forgets(room.since, decays, n, sizes.k, sizes.gates == PER_CHANNEL)
+        prepare(sizes, job, room, low, n, scale_)
+        spoilt = forgets(room.since, room.decays, n, sizes.k, sizes.gates == PER_CHANNEL)
         spoilt = spoilt and clean_until(room.S, 0, sizes.k, job.columns, 0, scale_) < sizes.k
         if spoilt:
             store(state, 0, sizes.k, job.start, job.columns, room.S)
-        learn(sizes, job, room, decays, low, n, scale_)
+        learn(sizes, job, room, low, n, scale_)
         for group in range(places.shape[2]):
             q = matrix(places[Q, job.memory, group], steps[Q, 0], steps[Q, 1], scale_)
             o = matrix(places[O, job.memory, group], sizes.v, 1, scale_)
-            past = score(sizes, below(q, low), room, decays, n, scale_)
+            past = score(sizes, below(q, low), room, n, scale_)
             load_transposed(room.asking, past, 0, n, sizes.k)
             give(
                 o, low, job.start, room.answers, room.asking, room.S, move(row(room.since, 0), 1), room.scores,
                 room.errors, n, job.columns, sizes.k, scale_, next_rows(sizes, job, room, q, o, low + n, n, scale_),
             )  # fmt: skip
-        memorise(sizes, job, room, decays, n, scale_)
+        memorise(sizes, job, room, n, scale_)
         if spoilt:
             run_spoilt(places, steps, sizes, job, room, state, low, low + n, scale_)
     run_tokens(places, steps, sizes, job, room, room.S, low + n, high, scale_)
@@ -488,14 +487,14 @@ def clean_tokens(sizes, job, low, high, like):
 
 
 @inner
-def prepare(sizes, job, room, decays, low, n, like):
+def prepare(sizes, job, room, low, n, like):
     """Keys as rows and columns, values, decays."""
     apart()
     load(room.errors, job.v, low, n, job.start, job.columns)
     if sizes.gates == PER_CHANNEL:
-        channel_decays(job.gates, low, n, sizes.k, decays, like)
+        channel_decays(job.gates, low, n, sizes.k, room.decays, like)
         load(room.rows, job.k, low, n, 0, sizes.k)
-        carry_keys(room.keys, room.carried, room.rows, n, sizes.k, decays)
+        carry_keys(room.keys, room.carried, room.rows, n, sizes.k, room.decays)
     else:
         load_transposed(room.keys, job.k, low, n, sizes.k)
         if sizes.gates:
@@ -505,12 +504,12 @@ def prepare(sizes, job, room, decays, low, n, like):
 
 
 @inner
-def score(sizes, x, room, decays, n, like):
+def score(sizes, x, room, n, like):
     """Scores of the rows of x with the chunk's keys; what of x meets the past."""
     apart()
     if sizes.gates == PER_CHANNEL:
         load(room.queries, x, 0, n, 0, sizes.k)
-        channel_products(room.scores, room.past, room.keys, room.queries, room.rows, n, sizes.k, decays, 0, like)
+        channel_products(room.scores, room.past, room.keys, room.queries, room.rows, n, sizes.k, room.decays, 0, like)
         return Matrix(room.past.data, room.past.step, 1)
     multiply(room.scores, x, room.keys, n, n, sizes.k, real(like, 1), real(like, 0), triangle)
     weigh(room.scores, room.pairs, n, sizes.gates, 0, like)
@@ -518,10 +517,10 @@ def score(sizes, x, room, decays, n, like):
 
 
 @inner
-def learn(sizes, job, room, decays, low, n, like):
+def learn(sizes, job, room, low, n, like):
     """Turn the chunk's values into errors: what was not yet known when their token came, times its step."""
     apart()
-    past, since = score(sizes, below(job.erase, low), room, decays, n, like), move(row(room.since, 0), 1)
+    past, since = score(sizes, below(job.erase, low), room, n, like), move(row(room.since, 0), 1)
     multiply(room.answers, past, room.S, n, job.columns, sizes.k, real(like, 1), real(like, 0), full)
     for i in range(n):
         beta = row(job.beta, low + i)[0]
@@ -532,13 +531,13 @@ def learn(sizes, job, room, decays, low, n, like):
 
 
 @inner
-def memorise(sizes, job, room, decays, n, like):
+def memorise(sizes, job, room, n, like):
     """Add the chunk's errors to what is left of the past."""
     apart()
     keys, keep = room.keys, real(like, 1)
     if sizes.gates == PER_CHANNEL:
         keys = transposed(room.carried)
-        scale_rows(room.S, row(decays.start, (n + BLOCK - 1) // BLOCK), sizes.k, job.columns)
+        scale_rows(room.S, row(room.decays.start, (n + BLOCK - 1) // BLOCK), sizes.k, job.columns)
     elif sizes.gates:
         keep = row(room.since, 0)[n]
         scale_rows(room.errors, row(room.pairs, n - 1), n, job.columns)

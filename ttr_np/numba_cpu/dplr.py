@@ -165,7 +165,7 @@ def kernel(table, places, steps, sizes, scale_, first, last):
         load(room.S, state, 0, sizes.k, job.start, job.columns)
         for low in range(0, sizes.t, sizes.chunk):
             high = min(low + sizes.chunk, sizes.t)
-            run_chunk(places, steps, sizes, job, room, room.stored, room.written, room.decays, low, high, scale_)
+            run_chunk(places, steps, sizes, job, room, low, high, scale_)
         store(state, 0, sizes.k, job.start, job.columns, room.S)
 
 
@@ -186,19 +186,19 @@ def job_of(places, steps, sizes, number, like):
 
 
 @spliced
-def run_chunk(places, steps, sizes, job, room, stored, written, decays, low, high, scale_):
+def run_chunk(places, steps, sizes, job, room, low, high, scale_):
     """One chunk: as products up to the first bad number, which they would spread, and token by token from there."""
     clean = clean_tokens(sizes, job, low, high, scale_)
     n = clean - low if high - low > 1 else 0  # one token is cheaper as one
     if n:
-        prepare(sizes, job, room, stored, written, decays, low, n, scale_)
-        read(sizes, job, room, stored, written, decays, low, n, scale_)
+        prepare(sizes, job, room, low, n, scale_)
+        read(sizes, job, room, low, n, scale_)
         for group in range(places.shape[2]):
             q = matrix(places[Q, job.memory, group], steps[Q, 0], steps[Q, 1], scale_)
-            answer(sizes, job, below(q, low), room, stored, written, decays, n, scale_)
+            answer(sizes, job, below(q, low), room, n, scale_)
             o = matrix(places[O, job.memory, group], sizes.v, 1, scale_)
             store(o, low, n, job.start, job.columns, room.answers)
-        memorise(sizes, job, room, stored, written, decays, n, scale_)
+        memorise(sizes, job, room, n, scale_)
     for i in range(low + n, high):
         memorise_token(sizes, job, room, i, scale_)
         for group in range(places.shape[2]):
@@ -220,30 +220,30 @@ def clean_tokens(sizes, job, low, high, like):
 
 
 @inner
-def prepare(sizes, job, room, stored, written, decays, low, n, like):
+def prepare(sizes, job, room, low, n, like):
     """Keys as rows and columns, values, decays."""
     apart()
     load(room.values, job.v, low, n, job.start, job.columns)
     if sizes.gates == PER_CHANNEL:
-        channel_decays(job.gates, low, n, sizes.k, decays, like)
-        load(stored.rows, job.k, low, n, 0, sizes.k)
-        load(written.rows, job.b, low, n, 0, sizes.k)
-        carry_keys(stored.keys, stored.carried, stored.rows, n, sizes.k, decays)
-        carry_keys(written.keys, written.carried, written.rows, n, sizes.k, decays)
+        channel_decays(job.gates, low, n, sizes.k, room.decays, like)
+        load(room.stored.rows, job.k, low, n, 0, sizes.k)
+        load(room.written.rows, job.b, low, n, 0, sizes.k)
+        carry_keys(room.stored.keys, room.stored.carried, room.stored.rows, n, sizes.k, room.decays)
+        carry_keys(room.written.keys, room.written.carried, room.written.rows, n, sizes.k, room.decays)
     else:
-        load_transposed(stored.keys, job.k, low, n, sizes.k)
-        load_transposed(written.keys, job.b, low, n, sizes.k)
+        load_transposed(room.stored.keys, job.k, low, n, sizes.k)
+        load_transposed(room.written.keys, job.b, low, n, sizes.k)
         if sizes.gates:
             step_decays(job.gates, low, n, room.pairs, row(room.since, 0), like)
 
 
 @inner
-def products(sizes, x, side, room, decays, n, late, like):
+def products(sizes, x, side, room, n, late, like):
     """Scores of the rows of x with one kind of keys; ``past`` is x, decayed to the start if gates are per channel."""
     apart()
     if sizes.gates == PER_CHANNEL:
         load(room.left, x, 0, n, 0, sizes.k)
-        channel_products(room.scores, room.past, side.keys, room.left, side.rows, n, sizes.k, decays, late, like)
+        channel_products(room.scores, room.past, side.keys, room.left, side.rows, n, sizes.k, room.decays, late, like)
     else:
         multiply(room.scores, x, side.keys, n, n, sizes.k, real(like, 1), real(like, 0), triangle)
         weigh(room.scores, room.pairs, n, sizes.gates, late, like)
@@ -260,38 +260,38 @@ def recall(sizes, job, into, x, room, n, late, like):
 
 
 @inner
-def read(sizes, job, room, stored, written, decays, low, n, like):
+def read(sizes, job, room, low, n, like):
     """Every token's reading of the state before its own step."""
     apart()
     a, one = below(job.a, low), real(like, 1)
-    products(sizes, a, stored, room, decays, n, 1, like)
+    products(sizes, a, room.stored, room, n, 1, like)
     recall(sizes, job, room.readings, a, room, n, 1, like)
     multiply(room.readings, room.scores, room.values, n, job.columns, n, one, one, lower)
-    products(sizes, a, written, room, decays, n, 1, like)
+    products(sizes, a, room.written, room, n, 1, like)
     for i in range(n):
         scale(row(room.scores, i), real(like, -1), i)
     solve_unit_lower(room.scores, room.readings, n, job.columns)
 
 
 @inner
-def answer(sizes, job, q, room, stored, written, decays, n, scale_):
+def answer(sizes, job, q, room, n, scale_):
     """Answers to one sequence of queries: what the past, the chunk's pairs and its readings say."""
     apart()
-    products(sizes, q, stored, room, decays, n, 0, scale_)
+    products(sizes, q, room.stored, room, n, 0, scale_)
     recall(sizes, job, room.answers, q, room, n, 0, scale_)
     multiply(room.answers, room.scores, room.values, n, job.columns, n, scale_, scale_, lower)
-    products(sizes, q, written, room, decays, n, 0, scale_)
+    products(sizes, q, room.written, room, n, 0, scale_)
     multiply(room.answers, room.scores, room.readings, n, job.columns, n, scale_, real(scale_, 1), lower)
 
 
 @inner
-def memorise(sizes, job, room, stored, written, decays, n, like):
+def memorise(sizes, job, room, n, like):
     """Add the chunk's pairs and readings to what is left of the past."""
     apart()
-    pair_keys, read_keys, keep, one = stored.keys, written.keys, real(like, 1), real(like, 1)
+    pair_keys, read_keys, keep, one = room.stored.keys, room.written.keys, real(like, 1), real(like, 1)
     if sizes.gates == PER_CHANNEL:
-        pair_keys, read_keys = transposed(stored.carried), transposed(written.carried)
-        scale_rows(room.S, row(decays.start, (n + BLOCK - 1) // BLOCK), sizes.k, job.columns)
+        pair_keys, read_keys = transposed(room.stored.carried), transposed(room.written.carried)
+        scale_rows(room.S, row(room.decays.start, (n + BLOCK - 1) // BLOCK), sizes.k, job.columns)
     elif sizes.gates:
         keep = row(room.since, 0)[n]
         scale_rows(room.values, row(room.pairs, n - 1), n, job.columns)

@@ -194,7 +194,6 @@ def kernel(table, places, steps, sizes, scale, first, last):
     k, v, column = sizes.k, sizes.v, 1
     room = panels_of(table, scale)
     notebook(room.soon)
-    decays = room.decays
     for number in range(first, last):
         job = job_of(places, steps, sizes, number, scale)
         state = matrix(places[STATE, job.memory, 0], v, column, scale)
@@ -206,7 +205,7 @@ def kernel(table, places, steps, sizes, scale, first, last):
             load(room.S, state, 0, k, job.start, job.columns)
             for low in range(0, sizes.t, sizes.chunk):
                 high = min(low + sizes.chunk, sizes.t)
-                run_chunk(places, steps, sizes, job, room, decays, state, low, high, scale)
+                run_chunk(places, steps, sizes, job, room, state, low, high, scale)
             store(state, 0, k, job.start, job.columns, room.S)
         if sizes.normalize and job.start == 0:
             store(matrix(places[Z_NEXT, job.memory, 0], k, column, scale), 0, 1, 0, k, room.z)
@@ -237,7 +236,7 @@ def reader_of(places, steps, sizes, memory, group, like):
 
 
 @spliced
-def run_chunk(places, steps, sizes, job, room, decays, state, low, high, scale):
+def run_chunk(places, steps, sizes, job, room, state, low, high, scale):
     """One chunk: as products up to the first bad number, which they would spread, and token by token from there."""
     clean = min(
         clean_until(job.k, low, high, sizes.k, False, scale), clean_until(job.v, low, high, sizes.v, False, scale)
@@ -249,15 +248,15 @@ def run_chunk(places, steps, sizes, job, room, decays, state, low, high, scale):
             clean = low  # it is in the answers of all columns
     n = clean - low if high - low > 1 else 0  # one token is cheaper as one
     if n:
-        prepare(sizes, job, room, decays, low, n, scale)
-        spoilt = forgets(room.since, decays, n, sizes.k, sizes.gates == PER_CHANNEL)
+        prepare(sizes, job, room, low, n, scale)
+        spoilt = forgets(room.since, room.decays, n, sizes.k, sizes.gates == PER_CHANNEL)
         spoilt = spoilt and clean_until(room.S, 0, sizes.k, job.columns, False, scale) < sizes.k
         if spoilt:
             keep_start(sizes, job, room, state)
         for group in range(places.shape[2]):
             reader = reader_of(places, steps, sizes, job.memory, group, scale)
-            answer(sizes, job, reader, room, decays, low, n, scale)
-        memorise(sizes, job, room, decays, n, scale)
+            answer(sizes, job, reader, room, low, n, scale)
+        memorise(sizes, job, room, n, scale)
         if spoilt:
             run_spoilt(places, steps, sizes, job, room, state, low, low + n, scale)
     run_tokens(places, steps, sizes, job, room, room.S, room.z, low + n, high, scale)
@@ -309,14 +308,14 @@ def run_tokens(places, steps, sizes, job, room, S, z, low, high, scale):
 
 
 @inner
-def prepare(sizes, job, room, decays, low, n, like):
+def prepare(sizes, job, room, low, n, like):
     """What all queries of a chunk share: its keys as columns, its values, its decays."""
     apart()
     load(room.values, job.v, low, n, job.start, job.columns)
     load(room.rows, job.k, low, n, 0, sizes.k)
     if sizes.gates == PER_CHANNEL:
-        channel_decays(job.gates, low, n, sizes.k, decays, like)
-        carry_keys(room.keys, room.carried, room.rows, n, sizes.k, decays)
+        channel_decays(job.gates, low, n, sizes.k, room.decays, like)
+        carry_keys(room.keys, room.carried, room.rows, n, sizes.k, room.decays)
     else:
         load_transposed(room.keys, room.rows, 0, n, sizes.k)
         if sizes.gates:
@@ -326,14 +325,14 @@ def prepare(sizes, job, room, decays, low, n, like):
 
 
 @inner
-def answer(sizes, job, reader, room, decays, low, n, scale):
+def answer(sizes, job, reader, room, low, n, scale):
     """Answers to one sequence of queries: what the past says, and what the chunk's pairs say."""
     apart()
     k, columns, one, zero = sizes.k, job.columns, real(scale, 1), real(scale, 0)
     q, past = below(reader.q, low), room.past
     if sizes.gates == PER_CHANNEL:
         load(room.queries, q, 0, n, 0, k)
-        channel_products(room.scores, past, room.keys, room.queries, room.rows, n, k, decays, sizes.late, scale)
+        channel_products(room.scores, past, room.keys, room.queries, room.rows, n, k, room.decays, sizes.late, scale)
     else:
         multiply(room.scores, q, room.keys, n, n, k, one, zero, triangle)
         weigh(room.scores, room.pairs, n, sizes.gates, sizes.late, scale)
@@ -410,13 +409,13 @@ def divide_row(y, weight, n, like):
 
 
 @inner
-def memorise(sizes, job, room, decays, n, like):
+def memorise(sizes, job, room, n, like):
     """Add the chunk's pairs to what is left of the past."""
     apart()
     z, k, keys, columns = row(room.z, 0), sizes.k, room.rows, room.keys
     keeps = row(room.carried, 0)  # of panels that only gates per channel fill
     if sizes.gates == PER_CHANNEL:
-        keys, columns, keeps = room.carried, transposed(room.carried), row(decays.start, (n + BLOCK - 1) // BLOCK)
+        keys, columns, keeps = room.carried, transposed(room.carried), row(room.decays.start, (n + BLOCK - 1) // BLOCK)
     else:
         fill(keeps, row(room.since, 0)[n], k)
     if sizes.gates == PER_STEP:
