@@ -256,6 +256,41 @@ def test_no_sequences_and_no_channels(name):
         close(compiled(name)(**arrays), solver(name)(**arrays))
 
 
+@pytest.mark.parametrize("scale", [None, 2.0])
+@pytest.mark.parametrize("ridge", [1e-12, 1e-9, 1e-6, 1e-3])
+def test_a_line_from_moments_is_as_good_as_from_rows(ridge, scale):
+    """Tokens with fewer neighbours than coefficients, and with more; the condition of the rows is one over the root."""
+    x, _ = inputs({}, t=150, k=17, v=5)
+    options = {"ridge": ridge, "scale": scale}
+    close(compiled("local_polynomial")(**x, **options), solver("local_polynomial")(**x, **options), 1e-14 / ridge**0.5)
+    single = {name: a.astype(np.float32) for name, a in x.items()}
+    expected = solver("local_polynomial")(**single, **options)
+    close(compiled("local_polynomial")(**single, **options), expected, np.finfo(np.float32).eps)
+
+
+@pytest.mark.parametrize("ridge", [1e-11, 1e-9])
+def test_a_line_along_channels_that_hardly_differ_keeps_single_precision(ridge):
+    """Fewer neighbours than coefficients, and a steep slope: rounded moments alone would cost two digits."""
+    rng, single = np.random.default_rng(0), np.float32
+    q, k, slope = rng.standard_normal((40, 20)), rng.standard_normal((40, 20)), rng.standard_normal(40)
+    q[:, 1], k[:, 1] = q[:, 0] + 2e-4 * slope[::-1], k[:, 0] + 2e-4 * slope
+    x = {"q": q.astype(single), "k": k.astype(single), "v": np.stack([slope, slope + k[:, 2]], 1).astype(single)}
+    options = {"ridge": ridge, "scale": 0.3}
+    expected = solver("local_polynomial")(**x, **options)
+    close(compiled("local_polynomial")(**x, **options), expected, np.finfo(single).eps)
+
+
+@pytest.mark.parametrize("degree", [1, 2])
+@pytest.mark.parametrize("rank", [1, 2, 9])
+def test_keys_that_leave_a_coefficient_undetermined_give_a_lower_degree(degree, rank):
+    x, _ = inputs({}, t=90, k=12, v=2)
+    base, rng = x["k"][..., :rank], np.random.default_rng(5)
+    x["k"] = base @ rng.integers(-2, 3, (rank, 12)).astype(float)
+    x["q"] = x["k"] * 0.5
+    mean = solver("local_polynomial")(**x, degree=0)
+    close(compiled("local_polynomial")(**x, degree=degree, ridge=0.0), mean)
+
+
 @pytest.mark.parametrize("gate", [-1e4, -np.inf])
 def test_a_strong_gate_costs_mild_ones_no_digit(gate):
     arrays, _ = inputs({"gated": True}, t=300)

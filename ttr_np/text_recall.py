@@ -34,7 +34,6 @@ from .backends import (
     available_backends,
     from_environment,
     has_operator,
-    operators_of,
     resolve_backend,
 )
 
@@ -336,9 +335,10 @@ def compile_ahead(names: Sequence[str]) -> None:
 
     They start where this package is: in a folder with another copy of it, a clone say, they would compile that one's.
     """
-    operators = {ttr_np.layers[name].operator for name in names} & {*operators_of("numba")}
-    if len(operators) > FEW:
-        command = [sys.executable, "-m", "ttr_np.numba_cpu", "--dtypes", "float32", *sorted(operators)]
+    layers = {name: ttr_np.layers[name] for name in names}
+    served = {name: x for name, x in layers.items() if x.operator and not why_not(x, ["numba"], named=True)}
+    if len({layer.operator for layer in served.values()}) > FEW:
+        command = [sys.executable, "-m", "ttr_np.numba_cpu", "--dtypes", "float32", "--layers", ",".join(served)]
         subprocess.run(command, check=False, capture_output=True, cwd=Path(ttr_np.__file__).parent.parent)
 
 

@@ -1,7 +1,11 @@
-"""Local polynomial regression, compiled: one fit around every query, by reflections, in double precision.
+"""Local polynomial regression, compiled: one fit around every query, in double precision.
 
-    [R B] is the triangle of the rows sqrt(p_i) [1 f(k_i - c) | v_i - vbar], block after block, under sqrt(ridge) I,
-    o = vbar + B^T R^-T (1, f(q - c))
+    x_i = sqrt(p_i) (1, f(k_i - c)),    y_i = sqrt(p_i) (v_i - vbar),
+    N = sum_i x_i x_i^T + ridge I,    N z = (1, f(q - c)),    o = vbar + sum_i (z . x_i) y_i
+
+The moments N square the condition of the rows, so z is corrected once by what the rows themselves say of it. Where they
+may leave a coefficient undetermined, or z is so large that the rounding of z . x_i would be seen, the rows are
+reflected, block after block, into the triangle R with N = R^T R.
 
 Weighing, means and rows are made query by query, so nothing but one line of weights grows with the past. See
 ``ttr_np.solvers.local_polynomial`` for the definition and the sources.
@@ -14,6 +18,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+from numba import types
+from numba.extending import intrinsic
 
 from ..backends import function_refusal
 from ..calling import run
@@ -24,15 +30,35 @@ from ..solvers.local_polynomial import KERNELS, UNDETERMINED, Fit, check_fit, po
 from ._attention import pairs_of
 from ._cache import compiled
 from ._compile import apart, inner
+from ._factors import BLOCK, cholesky, square
 from ._gates import exponentials
-from ._panels import Matrix, add_scaled, dot, fill, matrix, move, panel, pointer, row
+from ._panels import (
+    Matrix,
+    add_scaled,
+    copy,
+    dot,
+    fill,
+    gather,
+    load_transposed,
+    matrix,
+    move,
+    multiply,
+    pointer,
+    row,
+    triangle,
+)
+from ._rooms import panels_by_name
 from ._sequences import lay_out
 from ._threads import share
 
 __all__ = ["local_polynomial", "refusal"]
 
 ROWS = 32  # that one set of reflections takes in
+DEPTH = 64  # rows that one product adds to the moments
 QUERIES = 8  # of a job
+LEAST = 12  # coefficients whose moments take less time than reflections
+FACTOR = 12  # p / 12 rows are reflected in the time that a factor of the moments takes
+PIVOT = 1e-9  # share of a moment that must be new to those before it, far from UNDETERMINED squared
 NAMES = ("exponential", *KERNELS)  # a kernel's code is its place: the compact ones are powers of 1 - u^2
 Q, K, V, GATE, O, ORDER, LEFT, SINKS, FIRST, END = range(10)
 
@@ -100,8 +126,8 @@ def core(
     p, code = len(parents), NAMES.index(kernel)
     width = 1 / bandwidth if bandwidth is not None else max(d, 1) ** -0.5 if scale is None else float(scale)
     sizes = (t, d, w, pairs.cached, degree, code)
-    room = [(2, pairs.cached + t), (p + w, ROWS), (p, p + w), (6, max(p, d, w))]
-    cost = pairs.seen * memories * groups * (3 * (d + w) + (2 * p * (p + 2 * w) if degree else 0))
+    room = [(2, pairs.cached + t), (p + w, max(ROWS, BLOCK)), (DEPTH, p), (p, p + w), (LINES, max(p, d, w))]
+    cost = pairs.seen * memories * groups * (3 * (d + w) + (p * (p + 6) if degree else 0))
     jobs = memories * groups * -(-t // QUERIES)
     tables = (bounds, parents, factors, scales)
     arguments = (layout, tables, sizes, width, float(ridge), o.dtype.type(0))
@@ -113,21 +139,22 @@ class Room(NamedTuple):
     """Scratch of one thread."""
 
     weights: Matrix  # 2 x pairs: logits, then square roots of the weights; row of each pair
-    block: Matrix  # (p + v) x rows: features and targets, a column of the fit in a row
-    R: Matrix  # p x (p + v): the triangle, and B
+    block: Matrix  # (p + v) x rows: features and targets, a column of the fit in a row; or room of a factorisation
+    rows: Matrix  # rows x p: x_i
+    R: Matrix  # p x (p + v): the moments and their factor; or the triangle, and B
     lines: Matrix  # see below
 
 
 # Rows of Room.lines.
-QUERY, CENTRE, MEAN, PRODUCT, READ, ORIGIN = range(6)
+QUERY, CENTRE, MEAN, SOLUTION, REST, ORIGIN, LINES = range(7)
+room_of = panels_by_name(Room)
 
 
 @compiled
 def fit(table, places, steps, tables, sizes, width, ridge, like, begin, stop):
     """Jobs begin to stop: a few queries each, the longest pasts first."""
     t, d, w, degree = sizes[0], sizes[1], sizes[2], sizes[4]
-    real = 0.0
-    room = Room(panel(table, 0, real), panel(table, 1, real), panel(table, 2, real), panel(table, 3, real))
+    room = room_of(table, 0.0)
     blocks, groups = (t + QUERIES - 1) // QUERIES, places.shape[2]
     for job in range(begin, stop):
         low, sequence = (blocks - 1 - job % blocks) * QUERIES, job // blocks
@@ -148,8 +175,8 @@ def fit(table, places, steps, tables, sizes, width, ridge, like, begin, stop):
             mean = row(room.lines, MEAN)
             for j in range(w):
                 answer[j] = mean[j]
-            if degree > 0 and n > 0:
-                correct(room, k, v, n, tables, sizes, ridge, answer)
+            if degree > 0 and n > 0 and not by_moments(room, k, v, n, tables, sizes, ridge, answer, like):
+                by_reflections(room, k, v, n, tables, sizes, ridge, answer)
 
 
 @inner
@@ -239,52 +266,169 @@ def add(mean, p, x, source, n):
 
 
 @inner
-def correct(room, k, v, n, tables, sizes, ridge, answer):
-    """Add to the mean what the slopes say."""
+def features(x, root, key, column, centre, tables, d):
+    """x = root (1, f(key - c))."""
+    _, parents, factors, scales = tables
+    x[0] = root
+    for j in range(d):
+        x[1 + j] = root * (key[j * column] - centre[j])
+    for i in range(1 + d, len(parents)):
+        j = factors[i]
+        x[i] = x[parents[i]] * (key[j * column] - centre[j])
+    for i in range(1 + d, len(parents)):
+        x[i] *= scales[i]
+
+
+@inner
+def rows_of(room, k, low, rows, tables, d):
+    """Rows of the fit under the roots of their weights: those from ``low`` on."""
     apart()
-    bounds, parents, factors, scales = tables
-    w = sizes[2]
-    p = len(parents)
+    roots, sources, centre = row(room.weights, 0), row(room.weights, 1), row(room.lines, CENTRE)
+    for r in range(rows):
+        key = row(k, int(sources[low + r]))
+        features(row(room.rows, r), roots[low + r], key, k.column, centre, tables, d)
+
+
+@intrinsic
+def unseen(typingctx: Any, like: Any) -> Any:
+    """Square of the largest |z| |x| whose rounding in double precision is not seen in the dtype."""
+    number = {32: 2.0**56, 64: 2.0**20}[like.bitwidth]
+    return types.float64(like), lambda context, builder, signature, args: context.get_constant(types.float64, number)
+
+
+@inner
+def by_moments(room, k, v, n, tables, sizes, ridge, answer, like):
+    """Add to the mean what the slopes say, from the moments; False if those say too little."""
+    apart()
+    d, w, p, trace = sizes[1], sizes[2], len(tables[1]), 0.0
+    if p < LEAST or FACTOR * n < p or not (ridge > 0 or n >= p):
+        return False
+    moments(room, k, n, tables, d, ridge)
+    z, rest = row(room.lines, SOLUTION), row(room.lines, REST)
+    gather(rest, room.R.data, room.R.step + 1, p)
+    for i in range(p):
+        trace += rest[i]
+    if not (cholesky(room.R, room.block, p, 1.0) and pivots(room, p)):
+        return False
+    features(z, 1.0, row(room.lines, QUERY), 1, row(room.lines, CENTRE), tables, d)
+    copy(rest, z, p)
+    solve(room, z, p)
+    leave(room, k, n, tables, d, ridge)
+    solve(room, rest, p)
+    add_scaled(z, 1.0, rest, p)
+    if not trace * square(z, p) < unseen(like):
+        return False
+    read(room, k, v, n, tables, d, w, answer)
+    return True
+
+
+@inner
+def moments(room, k, n, tables, d, ridge):
+    """N, its lower triangle at least."""
+    apart()
+    p = len(tables[1])
+    for i in range(p):
+        fill(row(room.R, i), 0.0, p)
+        row(room.R, i)[i] = ridge if i else 0.0
+    for low in range(0, n, DEPTH):
+        rows = min(DEPTH, n - low)
+        rows_of(room, k, low, rows, tables, d)
+        multiply(room.R, Matrix(room.rows.data, 1, room.rows.step), room.rows, p, p, rows, 1.0, 1.0, triangle)
+
+
+@inner
+def pivots(room, p):
+    """Whether each coefficient has something of its own; in REST is the diagonal of the moments."""
+    for i in range(p):
+        if not row(room.R, i)[i] ** 2 > PIVOT * row(room.lines, REST)[i]:
+            return False
+    return True
+
+
+@inner
+def solve(room, x, p):
+    """x = N^-1 x from the factor."""
+    apart()
+    for i in range(p):
+        x[i] = (x[i] - dot(row(room.R, i), x, i, 0.0)) / row(room.R, i)[i]
+    for i in range(p - 1, -1, -1):
+        x[i] /= row(room.R, i)[i]
+        add_scaled(x, -x[i], row(room.R, i), i)
+
+
+@inner
+def leave(room, k, n, tables, d, ridge):
+    """Take from the right-hand side what the solution explains of it: every row's share, and the ridge's."""
+    apart()
+    p, z, rest = len(tables[1]), row(room.lines, SOLUTION), row(room.lines, REST)
+    add_scaled(move(rest, 1), -ridge, move(z, 1), p - 1)
+    for low in range(0, n, DEPTH):
+        rows = min(DEPTH, n - low)
+        rows_of(room, k, low, rows, tables, d)
+        for r in range(rows):
+            x = row(room.rows, r)
+            add_scaled(rest, -dot(x, z, p, 0.0), x, p)
+
+
+@inner
+def read(room, k, v, n, tables, d, w, answer):
+    """The answer: every row's value in the share that the solution gives it."""
+    apart()
+    p, roots, sources = len(tables[1]), row(room.weights, 0), row(room.weights, 1)
+    mean, z, total = row(room.lines, MEAN), row(room.lines, SOLUTION), row(room.lines, REST)
+    fill(total, 0.0, w)
+    for low in range(0, n, DEPTH):
+        rows = min(DEPTH, n - low)
+        rows_of(room, k, low, rows, tables, d)
+        for r in range(rows):
+            part = dot(row(room.rows, r), z, p, 0.0) * roots[low + r]
+            add_offset(total, part, row(v, int(sources[low + r])), v.column, mean, w)
+    for j in range(w):
+        answer[j] = mean[j] + total[j]
+
+
+@inner
+def add_offset(y, factor, x, column, mean, n):
+    """y = y + factor (x - mean)."""
+    apart()
+    for j in range(n):
+        y[j] += factor * (x[j * column] - mean[j])
+
+
+@inner
+def by_reflections(room, k, v, n, tables, sizes, ridge, answer):
+    """Add to the mean what the slopes say, from the rows."""
+    apart()
+    d, w, p = sizes[1], sizes[2], len(tables[1])
     for i in range(p):
         fill(row(room.R, i), 0.0, p + w)
         row(room.R, i)[i] = math.sqrt(ridge) if i else 0.0
     neighbours = 0
     for low in range(0, n, ROWS):
         rows = min(ROWS, n - low)
-        neighbours += take_rows(room, k, v, low, rows, tables, w)
+        neighbours += take_rows(room, k, v, low, rows, tables, d, w)
         reflect(room, rows, p, p + w)
-    read, product = row(room.lines, READ), row(room.lines, PRODUCT)
-    query, centre, mean = row(room.lines, QUERY), row(room.lines, CENTRE), row(room.lines, MEAN)
-    for i in range(p):
-        product[i] = product[parents[i]] * (query[factors[i]] - centre[factors[i]]) if i else 1.0
-        read[i] = product[i] * scales[i]
-    use = determined(room, bounds, neighbours, ridge)
+    x, mean, use = row(room.lines, SOLUTION), row(room.lines, MEAN), determined(room, tables[0], neighbours, ridge)
+    features(x, 1.0, row(room.lines, QUERY), 1, row(room.lines, CENTRE), tables, d)
     for i in range(p):
         R = row(room.R, i)
-        read[i] = read[i] / R[i] if i < use else 0.0
-        add_scaled(move(read, i + 1), -read[i], move(R, i + 1), p - i - 1)
-        add_scaled(mean, read[i], move(R, p), w)
+        x[i] = x[i] / R[i] if i < use else 0.0
+        add_scaled(move(x, i + 1), -x[i], move(R, i + 1), p - i - 1)
+        add_scaled(mean, x[i], move(R, p), w)
     for j in range(w):
         answer[j] = mean[j]
 
 
 @inner
-def take_rows(room, k, v, low, rows, tables, w):
-    """Rows of the fit under the roots of their weights; how many are not zero."""
+def take_rows(room, k, v, low, rows, tables, d, w):
+    """Rows of the fit and their targets, as columns; how many are not zero."""
     apart()
-    _, parents, factors, scales = tables
-    roots, sources = row(room.weights, 0), row(room.weights, 1)
-    product, centre, mean = row(room.lines, PRODUCT), row(room.lines, CENTRE), row(room.lines, MEAN)
-    p, count = len(parents), 0
+    roots, sources, mean, p = row(room.weights, 0), row(room.weights, 1), row(room.lines, MEAN), len(tables[1])
+    rows_of(room, k, low, rows, tables, d)
+    load_transposed(room.block, room.rows, 0, rows, p)
+    count = 0
     for r in range(rows):
-        root = roots[low + r]
-        key, value = row(k, int(sources[low + r])), row(v, int(sources[low + r]))
-        product[0] = 1.0
-        row(room.block, 0)[r] = root
-        for i in range(1, p):
-            z = key[factors[i] * k.column] - centre[factors[i]]
-            product[i] = product[parents[i]] * z
-            row(room.block, i)[r] = root * (scales[i] * product[i])
+        root, value = roots[low + r], row(v, int(sources[low + r]))
         for j in range(w):
             row(room.block, p + j)[r] = root * (value[j * v.column] - mean[j])
         count += root != 0
