@@ -340,6 +340,18 @@ def test_a_full_reset_forgets_what_was_bad_in_an_earlier_chunk(operator, options
     np.testing.assert_array_equal(np.delete(o[1], 33, axis=-1), np.delete(clean[1], 33, axis=-1))
 
 
+@pytest.mark.filterwarnings("ignore:mesa")  # the layer says that a residual is no number
+@pytest.mark.parametrize("method", ["exact", "cg"])
+@pytest.mark.parametrize("size", [5, 20])
+def test_a_query_whose_square_overflows_spoils_no_later_one(method, size):
+    """Rows of scratch end behind the last number, where a NaN of one chunk would wait for the next."""
+    arrays = inputs("mesa", "per step", t=100, k=size, v=size, dtype=np.float32)
+    before = kernel("mesa", arrays, solver=method)
+    arrays["q"][:, 10] *= np.float32(1e30)
+    after = kernel("mesa", arrays, solver=method)
+    np.testing.assert_array_equal(np.delete(after, 10, axis=-2), np.delete(before, 10, axis=-2))
+
+
 @pytest.mark.parametrize("backend", ["numpy", "numba"])
 @pytest.mark.parametrize("solver", ["exact", "cg", "chebyshev"])
 def test_a_full_reset_of_the_mesa_layer_forgets_even_a_nan(solver, backend):

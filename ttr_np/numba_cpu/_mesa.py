@@ -8,22 +8,22 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ._compile import apart, inner
-from ._factors import BLOCK, Reflections, no_future
+from ._factors import BLOCK, Reflections, no_future, tiled
 from ._gates import weigh
-from ._panels import Matrix, copy, full, lower, move, multiply, real, row, scale, scale_rows, triangle
+from ._panels import Matrix, copy, fill, full, lower, move, multiply, real, row, scale, scale_rows, triangle
 from ._rooms import panels_by_name
 
 __all__ = [
-    "ALONE", "CG", "CHEBYSHEV", "CHUNK", "ERROR", "EXACT", "LARGEST", "LEFT", "LOST", "METHODS", "MISSING", "MOST",
-    "RHO", "SHARE", "SLOPE", "SPREAD", "START", "TOGETHER", "UNITS", "VALUES", "WAY", "Scratch", "apply", "attend",
-    "is_open", "panels_of", "precondition", "ratio", "shapes", "still_open",
+    "ALONE", "CG", "CHEBYSHEV", "CHUNK", "ERROR", "EXACT", "INVERSE", "LARGEST", "LEFT", "LOST", "METHODS", "MISSING",
+    "MOST", "RHO", "SHARE", "SLOPE", "SPREAD", "START", "TOGETHER", "UNITS", "VALUES", "WAY", "Scratch", "apply",
+    "attend", "end_in_zeros", "is_open", "panels_of", "precondition", "ratio", "shapes", "still_open",
 ]  # fmt: skip
 
 METHODS = ("exact", "cg", "chebyshev")
 EXACT, CG, CHEBYSHEV = range(3)
 CHUNK = 32
 ERROR, START, SLOPE, LARGEST, MOST, RHO, LEFT, SHARE, MISSING, WAY = range(10)  # rows of ``tokens``
-VALUES, UNITS, SPREAD = range(3)  # rows of ``along``
+VALUES, UNITS, INVERSE, SPREAD = range(4)  # rows of ``along``; INVERSE: one over the units
 TOGETHER, ALONE, LOST = range(3)  # ways to solve a token: by the common factor, by its own, in double precision
 
 
@@ -52,7 +52,7 @@ class Scratch(NamedTuple):
     z: Matrix  # c x k: preconditioned residuals
     Ap: Matrix  # c x k
     ridge: Matrix  # 1 x k
-    along: Matrix  # 3 x k: numbers of each channel, see the names below
+    along: Matrix  # 4 x k: numbers of each channel, see the names below
     since: Matrix  # 1 x c + 1: what is left at i - 1 of the chunk's start
     tokens: Matrix  # 10 x c: numbers of each token, see the names below
     gates: Matrix  # 1 x c + 1: of the chunk, then the mean foretold
@@ -64,7 +64,7 @@ def shapes(c: int, d: int, w: int) -> list[tuple[int, int]]:
     square, tokens = (d, d), (c, d)
     memory = [(d, w), square, square, (d, max(d, BLOCK)), square, square]
     chunk = [tokens, (d, c), (c, w), (c, c), (c, c), (c, w), tokens, (d, c), (d, c)]
-    rows = [(1, d), (3, d), (1, c + 1), (10, c), (1, CHUNK + 1)]
+    rows = [(1, d), (4, d), (1, c + 1), (10, c), (1, CHUNK + 1)]
     return memory + chunk + [tokens] * 6 + rows + [(c, c), (c, c), (d, c), (c, c), (max(c, BLOCK), c)]
 
 
@@ -109,6 +109,13 @@ def precondition(into, r, n, together, d, room, like):
         scale(row(into, i), one / row(room.tokens, LEFT)[i], d)
     for i in range(m, n):
         copy(row(into, i), row(r, i), d)
+
+
+@inner
+def end_in_zeros(x, n, d, like):
+    """Zeros behind the d numbers of n rows, as sums of whole vectors want them."""
+    for i in range(n):
+        fill(move(row(x, i), d), real(like, 0), tiled(d, like) - d)
 
 
 @inner

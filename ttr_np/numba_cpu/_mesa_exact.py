@@ -11,10 +11,11 @@ import numpy as np
 from numba import types
 
 from ._compile import apart, inner
-from ._factors import cholesky, eps
+from ._factors import cholesky, eps, tiled
 from ._mesa import (
     ALONE,
     ERROR,
+    INVERSE,
     LOST,
     MISSING,
     MOST,
@@ -27,12 +28,14 @@ from ._mesa import (
     VALUES,
     WAY,
     apply,
+    end_in_zeros,
     is_open,
     precondition,
     ratio,
     still_open,
 )
 from ._panels import add_scaled, copy, dot, fill, finite, gather, load, real, row, scale
+from ._rows import descend_rows, dot_rows, turn_rows
 
 __all__ = ["solve_exactly"]
 
@@ -71,9 +74,10 @@ def conjugate_gradients(n, d, room, tolerance):
     """
     apart()
     tokens, zero = room.tokens, real(tolerance, 0)
+    end_in_zeros(room.r, n, d, tolerance)
     for i in range(n):
         for x in (room.x, room.p, room.Ap):
-            fill(row(x, i), zero, d)
+            fill(row(x, i), zero, tiled(d, zero))
         row(tokens, START)[i] = row(tokens, ERROR)[i] = dot(row(room.r, i), row(room.r, i), d, tolerance)
         row(tokens, SLOPE)[i], row(tokens, MOST)[i] = zero, real(tolerance, STEPS)
     for step in range(STEPS):
@@ -81,6 +85,7 @@ def conjugate_gradients(n, d, room, tolerance):
         if open_tokens == 0:
             break
         precondition(room.z, room.r, open_tokens, n, d, room, tolerance)
+        end_in_zeros(room.z, open_tokens, d, tolerance)
         for i in range(open_tokens):
             if is_open(i, step, tokens, tolerance):
                 conjugate_step(i, d, room, tolerance)
@@ -89,22 +94,13 @@ def conjugate_gradients(n, d, room, tolerance):
 @inner
 def conjugate_step(i, d, room, like):
     """One step of a token: the next direction and its product, and as far as it goes."""
-    apart()
     x, r, p, Ap, z = row(room.x, i), row(room.r, i), row(room.p, i), row(room.Ap, i), row(room.z, i)
-    tokens, ridge = room.tokens, row(room.ridge, 0)
-    slope, missing = dot(r, z, d, like), row(tokens, MISSING)[i]
-    share = ratio(slope, row(tokens, SLOPE)[i])
-    curvature = error = real(like, 0)
-    for c in range(d):
-        p[c] = z[c] + share * p[c]
-        Ap[c] = r[c] + missing * ridge[c] * z[c] + share * Ap[c]
-        curvature += p[c] * Ap[c]
-    length = ratio(slope, curvature)
-    for c in range(d):
-        x[c] += length * p[c]
-        r[c] -= length * Ap[c]
-        error += r[c] * r[c]
-    row(tokens, SLOPE)[i], row(tokens, ERROR)[i] = slope, error
+    tokens = room.tokens
+    slope = dot_rows(r, z, d)
+    share = real(like, ratio(slope, row(tokens, SLOPE)[i]))
+    curvature = turn_rows(p, Ap, r, z, row(room.ridge, 0), row(tokens, MISSING)[i], share, d)
+    row(tokens, SLOPE)[i] = slope
+    row(tokens, ERROR)[i] = descend_rows(x, r, p, Ap, real(like, ratio(slope, curvature)), d)
 
 
 @inner
@@ -126,6 +122,7 @@ def settle(n, together, d, room, like):
     """Which way each of n tokens has to be solved; the first ones may be, to rounding, by the common factor."""
     apart()
     diagonal, units, ridge = row(room.along, VALUES), row(room.along, UNITS), row(room.ridge, 0)
+    inverse = row(room.along, INVERSE)
     gather(diagonal, room.H.data, room.H.step + 1, d)
     gather(row(room.along, SPREAD), room.P.data, room.P.step + 1, d)
     for i in range(n):
@@ -133,18 +130,20 @@ def settle(n, together, d, room, like):
         for p in range(d):
             diagonal[p] = decay * diagonal[p] + k[p] * k[p]
             units[p] = math.sqrt(diagonal[p] + ridge[p])
+            inverse[p] = real(like, 1) / units[p]
         row(room.tokens, WAY)[i] = real(like, way_of(i, together, units, diagonal, d, room, like))
 
 
 @inner
 def way_of(i, together, units, diagonal, d, room, like):
     """The way to solve token i, whose matrix has this diagonal."""
-    x, z, q = row(room.x, i), row(room.z, i), row(room.r, i)
+    x, z, q, inverse = row(room.x, i), row(room.z, i), row(room.r, i), row(room.along, INVERSE)
     safe = is_safe(diagonal, row(room.ridge, 0), d, like)
     if i >= together:
         return ALONE if safe else LOST
     safe = safe or is_regular(units, row(room.along, SPREAD), row(room.tokens, SHARE)[i], d, like)
-    return TOGETHER if safe and is_clear(x, q, units, d) and is_solved(x, z, q, units, d, like) else LOST
+    clear = safe and is_clear(x, q, units, inverse, d)
+    return TOGETHER if clear and is_solved(x, z, q, units, inverse, d, like) else LOST
 
 
 @inner
@@ -166,7 +165,7 @@ def remain(n, d, room, like):
 
 
 @inner
-def is_solved(x, z, q, units, d, like):
+def is_solved(x, z, q, units, inverse, d, like):
     """Whether a residual z is rounding.
 
     In the units in which the matrix has a unit diagonal, and a norm of sqrt(d) at least. The inverse P is formed here,
@@ -177,8 +176,7 @@ def is_solved(x, z, q, units, d, like):
     size = rest = 0.0  # squares in double precision, which numbers of single precision never leave
     given = np.int32(0)
     for p in range(d):
-        unit = types.float64(units[p])
-        a, b = x[p] * unit, z[p] / unit
+        a, b = x[p] * types.float64(units[p]), z[p] * types.float64(inverse[p])
         size += a * a
         rest += b * b
         given += np.int32(q[p] != 0)
@@ -188,13 +186,12 @@ def is_solved(x, z, q, units, d, like):
 
 
 @inner
-def is_clear(x, q, units, d):
+def is_clear(x, q, units, inverse, d):
     """Whether a solution is not so much larger than its query that errors of an answer show it, in the same units."""
     apart()
     size = asked = 0.0
     for p in range(d):
-        unit = types.float64(units[p])
-        a, b = x[p] * unit, q[p] / unit
+        a, b = x[p] * types.float64(units[p]), q[p] * types.float64(inverse[p])
         size += a * a
         asked += b * b
     return not size > CLEAR * CLEAR * asked
@@ -219,7 +216,7 @@ def is_regular(units, spread, share, d, like):
 def solve_each(n, d, room, like):
     """The solutions of those of the first n tokens that get a factor of their own, if that is enough."""
     apart()
-    units, ways = row(room.along, UNITS), row(room.tokens, WAY)
+    units, inverse, ways = row(room.along, UNITS), row(room.along, INVERSE), row(room.tokens, WAY)
     if n == 0:
         return
     load(room.R, room.H, 0, d, 0, d)
@@ -236,7 +233,8 @@ def solve_each(n, d, room, like):
         solve_one(row(room.r, i), row(room.x, i), d, room, like)
         for p in range(d):
             units[p] = math.sqrt(row(room.R, p)[p] + row(room.ridge, 0)[p])
-        if not is_clear(row(room.x, i), row(room.r, i), units, d):
+            inverse[p] = real(like, 1) / units[p]
+        if not is_clear(row(room.x, i), row(room.r, i), units, inverse, d):
             ways[i] = real(like, LOST)
 
 

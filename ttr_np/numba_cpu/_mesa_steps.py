@@ -20,12 +20,14 @@ from ._mesa import (
     START,
     apply,
     attend,
+    end_in_zeros,
     is_open,
     precondition,
     ratio,
     still_open,
 )
 from ._panels import add_scaled, copy, dot, fill, load, real, row, scale
+from ._rows import descend_rows, dot_rows, follow_rows
 
 __all__ = ["solve_in_steps"]
 
@@ -36,6 +38,8 @@ def solve_in_steps(q, sizes, n, room, together, worst, like):
     apart()
     t, d, w, method, iterations, singular = sizes
     load(room.r, q, 0, n, 0, d)
+    for rows in (room.x, room.r, room.p):
+        end_in_zeros(rows, n, d, like)
     tokens, limit = room.tokens, 0
     if method == CHEBYSHEV:
         bound(sizes, n, room, like)
@@ -53,6 +57,7 @@ def solve_in_steps(q, sizes, n, room, together, worst, like):
         if method == CG and step:
             turn(open_tokens, together, d, room, like)
         apply(room.Ap, room.p, open_tokens, d, room, like)
+        end_in_zeros(room.Ap, open_tokens, d, like)
         for i in range(open_tokens):
             if is_open(i, step, tokens, like):
                 if method == CG:
@@ -83,11 +88,9 @@ def begin(method, n, d, room, together, like):
 @inner
 def advance(i, d, room, like):
     """One step of conjugate gradients: as far as the direction goes."""
-    p, Ap, tokens = row(room.p, i), row(room.Ap, i), room.tokens
-    length = ratio(row(tokens, SLOPE)[i], dot(p, Ap, d, like))
-    add_scaled(row(room.x, i), length, p, d)
-    add_scaled(row(room.r, i), -length, Ap, d)
-    row(tokens, ERROR)[i] = dot(row(room.r, i), row(room.r, i), d, like)
+    x, r, p, Ap, tokens = row(room.x, i), row(room.r, i), row(room.p, i), row(room.Ap, i), room.tokens
+    length = ratio(row(tokens, SLOPE)[i], dot_rows(p, Ap, d))
+    row(tokens, ERROR)[i] = descend_rows(x, r, p, Ap, real(like, length), d)
 
 
 @inner
@@ -96,12 +99,12 @@ def turn(open_tokens, together, d, room, like):
     apart()
     tokens = room.tokens
     precondition(room.z, room.r, open_tokens, together, d, room, like)
+    end_in_zeros(room.z, open_tokens, d, like)
     for i in range(open_tokens):
-        r, z = row(room.r, i), row(room.z, i)
-        slope = dot(r, z, d, like)
+        z = row(room.z, i)
+        slope = dot_rows(row(room.r, i), z, d)
         share = ratio(slope, row(tokens, SLOPE)[i])
-        scale(row(room.p, i), share, d)
-        add_scaled(row(room.p, i), real(like, 1), z, d)
+        follow_rows(row(room.p, i), z, real(like, share), d)
         row(tokens, SLOPE)[i] = slope
 
 

@@ -1,0 +1,93 @@
+"""Sums over rows of panels, for kernels: whole vectors with zeros behind the last number, each row read once.
+
+A loop of Numba asks first whether its rows overlap and ends number by number, which takes longer than rows of 64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from ._vectors import Vectors
+
+__all__ = ["descend_rows", "dot_rows", "follow_rows", "turn_rows"]
+
+
+def summed(builder: Any, like: Any, n: Any, term: Callable[[Vectors, Any], tuple[Any, Any]]) -> Any:
+    """Sum over the vectors of n numbers of the product of two that ``term`` gives of each."""
+    vectors = Vectors(builder, like)
+    (total,) = vectors.totals(1)
+    with cgutils.for_range(builder, vectors.holding(n), intp=ir.IntType(64)) as loop:
+        vectors.accumulate(total, *term(vectors, loop.index))
+    return builder.extract_element(vectors.sum_everywhere(builder.load(total)), ir.IntType(32)(0))
+
+
+@intrinsic
+def dot_rows(typingctx, x, y, n):
+    """x . y."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        x, y, n = args
+        return summed(builder, signature.return_type, n, lambda row, j: (row.load(x, j), row.load(y, j)))
+
+    return x.dtype(x, y, types.intp), codegen
+
+
+@intrinsic
+def follow_rows(typingctx, p, z, share, n):
+    """p = z + share p."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        p, z, share, n = args
+        row = Vectors(builder, signature.args[2])
+        with cgutils.for_range(builder, row.holding(n), intp=ir.IntType(64)) as loop:
+            j = loop.index
+            row.store(row.multiply_add(row.everywhere(share), row.load(p, j), row.load(z, j)), p, j)
+        return context.get_dummy_value()
+
+    return types.void(p, z, share, types.intp), codegen
+
+
+@intrinsic
+def turn_rows(typingctx, p, Ap, r, z, ridge, missing, share, n):
+    """p = z + share p and Ap = r + missing ridge z + share Ap; p . Ap."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        p, Ap, r, z, ridge, missing, share, n = args
+
+        def turned(row: Vectors, j: Any) -> tuple[Any, Any]:
+            new, kept = row.load(z, j), row.everywhere(share)
+            lacking = builder.fmul(row.everywhere(missing), row.load(ridge, j))
+            product = row.multiply_add(kept, row.load(Ap, j), row.multiply_add(lacking, new, row.load(r, j)))
+            direction = row.multiply_add(kept, row.load(p, j), new)
+            row.store(direction, p, j)
+            row.store(product, Ap, j)
+            return direction, product
+
+        return summed(builder, signature.return_type, n, turned)
+
+    return missing(p, Ap, r, z, ridge, missing, share, types.intp), codegen
+
+
+@intrinsic
+def descend_rows(typingctx, x, r, p, Ap, length, n):
+    """x = x + length p and r = r - length Ap; r . r."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        x, r, p, Ap, length, n = args
+
+        def descended(row: Vectors, j: Any) -> tuple[Any, Any]:
+            far = row.everywhere(length)
+            left = row.multiply_add(builder.fneg(far), row.load(Ap, j), row.load(r, j))
+            row.store(row.multiply_add(far, row.load(p, j), row.load(x, j)), x, j)
+            row.store(left, r, j)
+            return left, left
+
+        return summed(builder, signature.return_type, n, descended)
+
+    return length(x, r, p, Ap, length, types.intp), codegen
