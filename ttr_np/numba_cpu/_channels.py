@@ -17,7 +17,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ._compile import apart, inner
-from ._gates import NO_PAST, exponentials
+from ._gates import exponentials
 from ._lanes import in_fours
 from ._panels import (
     ROWS,
@@ -27,7 +27,7 @@ from ._panels import (
     copy,
     fill,
     full,
-    gather,
+    load,
     load_transposed,
     move,
     multiply,
@@ -35,6 +35,7 @@ from ._panels import (
     row,
     times_rows,
 )
+from ._powers import exponential
 from ._vectors import WIDE, Vectors, ceil_div, row_of
 
 __all__ = [
@@ -82,23 +83,17 @@ def channel_shapes(c: int, k: int) -> list[tuple[int, int]]:
 def channel_decays(gates, low, n, k, decays, like):
     """Fill in the decays of the rows low to low + n of log decays."""
     apart()
-    one, zero, total = real(like, 1), real(like, 0), row(decays.total, 0)
-    fill(total, zero, k)
+    total = row(decays.total, 0)
+    fill(total, real(like, 0), k)
     for first in range(0, n, BLOCK):
-        last, block = min(first + BLOCK, n), first // BLOCK
-        over, start, steps = row(decays.block, block), row(decays.start, block), below(decays.step, first)
+        rows, block, steps = min(BLOCK, n - first), first // BLOCK, below(decays.step, first)
+        over, start = row(decays.block, block), row(decays.start, block)
         copy(start, total, k)
         exponentials(start, k)
-        fill(over, zero, k)
-        for i in range(first, last):
-            step = row(decays.step, i)
-            gather(step, row(gates, low + i), gates.column, k)
-            add_logs(over, step, k)
-            exponentials(step, k)
-        add_scaled(total, one, over, k)
+        load(steps, gates, low + first, rows, 0, k)
+        run_up_and_down(steps.data, row(decays.since, first), row(decays.until, first), over, steps.step, rows, k)
+        add_scaled(total, real(like, 1), over, k)
         exponentials(over, k)
-        since, until = row(decays.since, first), row(decays.until, first)
-        run_up_and_down(since, until, steps.data, steps.step, last - first, k)
     start = row(decays.start, (n + BLOCK - 1) // BLOCK)
     copy(start, total, k)
     exponentials(start, k)
@@ -115,35 +110,36 @@ def forgets(since, decays, n, k, per_channel):
     return nothing > 0
 
 
-@inner
-def add_logs(over, logs, n):
-    """Log decays of one step added to those of its block: sums of them stay numbers."""
-    apart()
-    for j in range(n):
-        over[j] += max(logs[j], real(logs[j], NO_PAST))
-
-
 @intrinsic
-def run_up_and_down(typingctx, since, until, steps, step, rows, k):
-    """Products of the steps up to each row, its own with them, and of those behind it; all rows as far apart."""
+def run_up_and_down(typingctx, steps, since, until, over, step, rows, k):
+    """Decays of steps in place of their logs; their products up to each row, its own with them, and of those behind it.
+
+    The rows are ``step`` apart, and zeros come behind their k numbers. ``over``: the sum of the logs.
+    """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        since, until, steps, step, rows, k = args
+        steps, since, until, over, step, rows, k = args
         vectors, word = Vectors(builder, signature.args[0].dtype), ir.IntType(64)
         with cgutils.for_range(builder, vectors.holding(k), intp=word) as loop:
-            up, down = vectors.totals(2, 1.0)
+            here = vectors.before(builder.sub(k, vectors.start(loop.index)))
+            (logs,), (up, down) = vectors.totals(1), vectors.totals(2, 1.0)
             with cgutils.for_range(builder, rows, intp=word) as i:
                 there = builder.mul(i.index, step)
+                log = vectors.load(builder.gep(steps, [there]), loop.index)
+                builder.store(builder.fadd(builder.load(logs), log), logs)
+                decay = builder.select(here, exponential(vectors, log), vectors.constant(0.0))
+                vectors.store(decay, builder.gep(steps, [there]), loop.index)
+                builder.store(vectors.multiply(builder.load(up), decay), up)
+                vectors.store(builder.load(up), builder.gep(since, [there]), loop.index)
+            vectors.store(builder.load(logs), over, loop.index)
+            with cgutils.for_range(builder, rows, intp=word) as i:
                 back = builder.mul(builder.sub(builder.sub(rows, word(1)), i.index), step)
-                product = vectors.multiply(builder.load(up), vectors.load(builder.gep(steps, [there]), loop.index))
-                vectors.store(product, builder.gep(since, [there]), loop.index)
-                builder.store(product, up)
                 vectors.store(builder.load(down), builder.gep(until, [back]), loop.index)
-                step_back = vectors.load(builder.gep(steps, [back]), loop.index)
-                builder.store(vectors.multiply(builder.load(down), step_back), down)
+                decay = vectors.load(builder.gep(steps, [back]), loop.index)
+                builder.store(vectors.multiply(builder.load(down), decay), down)
         return context.get_dummy_value()
 
-    return types.void(since, since, since, *[types.intp] * 3), codegen
+    return types.void(steps, steps, steps, steps, *[types.intp] * 3), codegen
 
 
 @inner

@@ -6,23 +6,24 @@ a digit.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
 from numba import types
-from numba.extending import overload
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
 
 from ._compile import apart, inner
-from ._panels import ROWS, fill, lanes, move, real, row, times
+from ._panels import ROWS, lanes, move, real, row
+from ._powers import LOG2E, TAYLOR, exponential
+from ._vectors import Vectors, smaller
 
 __all__ = ["exp", "exponentials", "split_exponentials", "step_decays", "weigh"]
 
 NO_PAST = -1e30  # stands for log 0: sums of it stay numbers, and its exponential is 0
 
-TAYLOR = tuple(1.0 / math.factorial(n) for n in range(13, -1, -1))  # highest power first
-TAYLOR32 = tuple(np.float32(x) for x in TAYLOR[6:])
-LOG2E = 1.0 / math.log(2.0)
+TAYLOR64, TAYLOR32 = TAYLOR[64], tuple(np.float32(x) for x in TAYLOR[32])  # highest power first
 
 
 def exp(x: Any) -> Any:
@@ -50,8 +51,8 @@ def exp64(x):
     y = -708.0 if x < -708.0 else (min(x, 709.0))
     n = np.floor(y * LOG2E + 0.5)
     r = (y - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10
-    series = TAYLOR[0]
-    for term in TAYLOR[1:]:
+    series = TAYLOR64[0]
+    for term in TAYLOR64[1:]:
         series = series * r + term
     power = np.int64((np.int64(n) + 1023) << 52).view(np.float64)
     return 0.0 if x < -708.0 else (np.inf if x > 709.0 else series * power)
@@ -78,12 +79,58 @@ def split_exponentials(x, rests, n):
         rests[j] = real(x[j], exact - x[j])
 
 
-@inner
-def added(y, x, number, n):
-    """y = x + number."""
-    apart()
-    for j in range(n):
-        y[j] = x[j] + number
+@intrinsic
+def pair_decays(typingctx, pairs, step, gates, n):
+    """Row i, column j < i: e to the sum of the gates from j + 1 to i; from column i to the end of its vector, ones."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pairs, step, gates, n = args
+        row, word = Vectors(builder, signature.args[0].dtype), ir.IntType(64)
+        with cgutils.for_range(builder, row.holding(n), intp=word) as block:
+            (total,), first = row.totals(1), row.start(block.index)
+            with cgutils.for_range_slice(builder, first, n, word(1), intp=word) as (i, _):
+                gate = row.everywhere(builder.load(builder.gep(gates, [i])))
+                past, here = builder.fadd(builder.load(total), gate), row.before(builder.sub(i, first))
+                past = builder.select(here, past, row.constant(0.0))
+                builder.store(past, total)
+                row.store(exponential(row, past), builder.gep(pairs, [builder.mul(i, step)]), block.index)
+        return context.get_dummy_value()
+
+    return types.void(pairs, types.intp, pairs, types.intp), codegen
+
+
+def weigh_of(scores: Any, gated: bool) -> Any:
+    """Rows of scores with zeros from their ends on, as far as products read; with gates times the row of decays."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        scores, step, pairs, pairs_step, n, late = args
+        row, word = Vectors(builder, signature.args[0].dtype), ir.IntType(64)
+        with cgutils.for_range(builder, n, intp=word) as loop:
+            end = builder.sub(builder.add(loop.index, word(1)), late)
+            line = builder.gep(scores, [builder.mul(loop.index, step)])
+            first = builder.icmp_signed("<", loop.index, late)  # it keeps no score
+            place = builder.select(first, word(0), builder.sub(loop.index, late))
+            decays = builder.gep(pairs, [builder.mul(place, pairs_step)])
+            read = row.holding(smaller(builder, builder.add(loop.index, word(ROWS)), n))
+            with cgutils.for_range(builder, read, intp=word) as v:
+                x, here = row.load(line, v.index), row.before(builder.sub(end, row.start(v.index)))
+                x = builder.fmul(x, row.load(decays, v.index)) if gated else x
+                row.store(builder.select(here, x, row.constant(0.0)), line, v.index)
+        return context.get_dummy_value()
+
+    return types.void(scores, types.intp, scores, types.intp, types.intp, types.intp), codegen
+
+
+@intrinsic
+def weigh_gated(typingctx, scores, step, pairs, pairs_step, n, late):
+    """Scores times decays."""
+    return weigh_of(scores, True)
+
+
+@intrinsic
+def weigh_plain(typingctx, scores, step, pairs, pairs_step, n, late):
+    """Scores without gates."""
+    return weigh_of(scores, False)
 
 
 @inner
@@ -100,18 +147,15 @@ def step_decays(gates, low, n, pairs, since, like):
         Row: what is left of the chunk's start at i - 1, and so 1 at i = 0; the n-th leads to the chunk's end.
     """
     apart()
-    total = real(like, 0)
+    total, size = real(like, 0), lanes(like)
+    for i in range(n):
+        since[i + 1] = max(row(gates, low + i)[0], real(like, NO_PAST))
+    pair_decays(pairs.data, pairs.step, move(since, 1), n)
     since[0] = total
     for i in range(n):
-        gate = max(row(gates, low + i)[0], real(like, NO_PAST))
-        total += gate
+        total += since[i + 1]
         since[i + 1] = total
-        added(row(pairs, i), row(pairs, i - 1), gate, i)
-        row(pairs, i)[i] = real(like, 0)
-    size = lanes(like)  # of whole vectors; what stands behind the last number is never read
-    for i in range(n):
-        exponentials(row(pairs, i), (i + size) // size * size)
-    exponentials(since, (n + size) // size * size)
+    exponentials(since, (n + size) // size * size)  # whole vectors: what stands behind the last number is never read
 
 
 @inner
@@ -121,8 +165,7 @@ def weigh(scores, pairs, n, gated, late, like):
     With ``late`` an answer reads the state before its own step: the diagonal is left out, decays end one step earlier.
     """
     apart()
-    for i in range(n):
-        line, end = row(scores, i), i + 1 - late
-        if gated:
-            times(line, line, row(pairs, end - 1), end)
-        fill(move(line, end), real(like, 0), min(i + ROWS, n) - end)
+    if gated:
+        weigh_gated(scores.data, scores.step, pairs.data, pairs.step, n, late)
+    else:
+        weigh_plain(scores.data, scores.step, pairs.data, pairs.step, n, late)

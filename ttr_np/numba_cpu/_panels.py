@@ -30,7 +30,7 @@ __all__ = [
     "ROWS", "Matrix", "add_scaled", "add_transposed", "answers", "below", "clean_until", "clean_within", "copy",
     "count_bad_of", "dot", "fill", "finite", "full", "gather", "give", "lanes", "load", "load_transposed", "lower",
     "matrix", "most", "move", "multiply", "multiply_transposed", "panel", "panels", "pointer", "real", "right",
-    "row", "scale", "scale_rows", "store", "times", "times_rows", "transposed", "triangle", "upper",
+    "row", "scale", "scale_each", "scale_rows", "store", "times", "times_rows", "transposed", "triangle", "upper",
 ]  # fmt: skip
 
 # One tile of a product is held in registers: ROWS x LINE bytes of sums, which hide the latency of multiply-add. Tiles
@@ -610,10 +610,30 @@ def give(o, low, start, panel, q, S, since, scores, v, n, columns, k, scale, soo
         store(o, low, n, start, columns, panel)
 
 
+@intrinsic
+def copy_rows(typingctx: Any, y: Any, y_step: Any, x: Any, x_step: Any, n: Any, columns: Any) -> Any:
+    """y = x for n rows of whole vectors."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        y, y_step, x, x_step, n, columns = args
+        vectors, word = Vectors(builder, signature.args[0].dtype), ir.IntType(64)
+        given, count = Vectors(builder, signature.args[2].dtype, vectors.count), vectors.holding(columns)
+        with cgutils.for_range(builder, n, intp=word) as i:
+            target, source = (builder.gep(z, [builder.mul(i.index, step)]) for z, step in ((y, y_step), (x, x_step)))
+            with cgutils.for_range(builder, count, intp=word) as j:
+                vectors.store(vectors.cast(given.load(source, j.index)), target, j.index)
+        return context.get_dummy_value()
+
+    return types.void(y, types.intp, x, types.intp, types.intp, types.intp), codegen
+
+
 @inner
 def load(into, x, low, n, start, columns):
     """Rows low to low + n of a matrix, columns from ``start`` on, into a panel."""
     apart()
+    if x.column == 1 and columns % per_vector(into.data[0]) == 0:
+        copy_rows(into.data, into.step, move(row(x, low), start), x.step, n, columns)
+        return
     for i in range(n):
         gather(row(into, i), move(row(x, low + i), start * x.column), x.column, columns)
 
@@ -664,16 +684,36 @@ def spread(target, target_step, source, column, columns):
 def store(x, low, n, start, columns, source):
     """The first rows of a panel into rows low to low + n of a matrix of unit column stride, from ``start`` on."""
     apart()
+    if columns % per_vector(x.data[0]) == 0:
+        copy_rows(move(row(x, low), start), x.step, source.data, source.step, n, columns)
+        return
     for i in range(n):
         copy(move(row(x, low + i), start), row(source, i), columns)
+
+
+@intrinsic
+def scale_each(typingctx: Any, x: Any, step: Any, factors: Any, factor_step: Any, n: Any, columns: Any) -> Any:
+    """n rows of whole vectors, each times a factor of its own."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        x, step, factors, factor_step, n, columns = args
+        vectors, word = Vectors(builder, signature.args[0].dtype), ir.IntType(64)
+        count = vectors.holding(columns)
+        with cgutils.for_range(builder, n, intp=word) as i:
+            line = builder.gep(x, [builder.mul(i.index, step)])
+            factor = vectors.everywhere(builder.load(builder.gep(factors, [builder.mul(i.index, factor_step)])))
+            with cgutils.for_range(builder, count, intp=word) as j:
+                vectors.store(builder.fmul(factor, vectors.load(line, j.index)), line, j.index)
+        return context.get_dummy_value()
+
+    return types.void(x, types.intp, x, types.intp, types.intp, types.intp), codegen
 
 
 @inner
 def scale_rows(x, factors, n, columns):
     """Multiply the first rows of a panel by one factor each."""
     apart()
-    for i in range(n):
-        scale(row(x, i), factors[i], columns)
+    scale_each(x.data, x.step, factors, 1, n, columns)
 
 
 @inner

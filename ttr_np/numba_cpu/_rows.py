@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 
 from ._vectors import Vectors
 
-__all__ = ["descend_rows", "dot_rows", "follow_rows", "turn_rows"]
+__all__ = ["descend_rows", "dot_rows", "err_rows", "follow_rows", "turn_rows"]
 
 
 def summed(builder: Any, like: Any, n: Any, term: Callable[[Vectors, Any], tuple[Any, Any]]) -> Any:
@@ -91,3 +91,23 @@ def descend_rows(typingctx, x, r, p, Ap, length, n):
         return summed(builder, signature.return_type, n, descended)
 
     return length(x, r, p, Ap, length, types.intp), codegen
+
+
+@intrinsic
+def err_rows(typingctx, errors, step, told, told_step, since, beta, beta_step, n, columns):
+    """errors_i = beta_i (errors_i - since_i told_i) for n rows."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        errors, step, told, told_step, since, beta, beta_step, n, columns = args
+        row, word = Vectors(builder, signature.args[0].dtype), ir.IntType(64)
+        with cgutils.for_range(builder, n, intp=word) as i:
+            error, other = (builder.gep(x, [builder.mul(i.index, s)]) for x, s in ((errors, step), (told, told_step)))
+            left = builder.fneg(row.everywhere(builder.load(builder.gep(since, [i.index]))))
+            share = row.everywhere(builder.load(builder.gep(beta, [builder.mul(i.index, beta_step)])))
+            with cgutils.for_range(builder, row.holding(columns), intp=word) as j:
+                new = row.multiply_add(left, row.load(other, j.index), row.load(error, j.index))
+                row.store(builder.fmul(share, new), error, j.index)
+        return context.get_dummy_value()
+
+    place = types.intp
+    return types.void(errors, place, errors, place, errors, errors, place, place, place), codegen

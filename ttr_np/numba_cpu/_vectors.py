@@ -17,7 +17,7 @@ from numba.extending import intrinsic
 
 __all__ = [
     "BYTES", "CACHE_LINE", "WIDE", "Held", "Vectors", "ask_line", "ceil_div", "per_line", "per_vector", "plus",
-    "repeat", "row_of",
+    "repeat", "row_of", "smaller",
 ]  # fmt: skip
 
 WIDE = binding.get_host_cpu_features().get("avx512f", False)
@@ -61,10 +61,14 @@ def ceil_div(builder: Any, n: Any, size: int) -> Any:
     return builder.udiv(builder.add(n, n.type(size - 1)), n.type(size))
 
 
+def smaller(builder: Any, x: Any, y: Any) -> Any:
+    """The smaller of two whole numbers."""
+    return builder.select(builder.icmp_signed("<", x, y), x, y)
+
+
 def row_of(builder: Any, base: Any, i: Any, rows: Any, step: Any) -> Any:
     """Pointer to row i of some; rows that are not there repeat the last one."""
-    last = builder.sub(rows, ir.IntType(64)(1))
-    there = builder.select(builder.icmp_signed("<", i, last), i, last)
+    there = smaller(builder, i, builder.sub(rows, ir.IntType(64)(1)))
     return builder.gep(base, [builder.mul(there, step)])
 
 
@@ -133,6 +137,15 @@ class Vectors:
         undefined, word = ir.Constant(self.type, ir.Undefined), ir.IntType(32)
         first = self.builder.insert_element(undefined, x, word(0))
         return self.shuffle(first, undefined, [0] * self.count)
+
+    def before(self, n: Any) -> Any:
+        """Which places of a vector come before place n."""
+        word = ir.IntType(32)
+        places = ir.VectorType(word, self.count)
+        undefined = ir.Constant(places, ir.Undefined)
+        first = self.builder.insert_element(undefined, self.builder.trunc(n, word), word(0))
+        ends = self.shuffle(first, undefined, [0] * self.count)
+        return self.builder.icmp_signed("<", ir.Constant(places, list(range(self.count))), ends)
 
     def holding(self, n: Any) -> Any:
         """How many vectors hold n numbers."""

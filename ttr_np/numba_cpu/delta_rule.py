@@ -66,12 +66,14 @@ from ._panels import (
     right,
     row,
     scale,
+    scale_each,
     scale_rows,
     store,
     transposed,
     triangle,
 )
 from ._rooms import panels_by_name
+from ._rows import err_rows
 from ._sequences import NO_GATES, PER_CHANNEL, PER_STEP, column_blocks, lay_out
 from ._soon import note, notebook, notes_shape, soon
 from ._steps import learn_rows, recall_rows, shares
@@ -522,11 +524,9 @@ def learn(sizes, job, room, low, n, like):
     apart()
     past, since = score(sizes, below(job.erase, low), room, n, like), move(row(room.since, 0), 1)
     multiply(room.answers, past, room.S, n, job.columns, sizes.k, real(like, 1), real(like, 0), full)
-    for i in range(n):
-        beta = row(job.beta, low + i)[0]
-        add_scaled(row(room.errors, i), -since[i], row(room.answers, i), job.columns)
-        scale(row(room.errors, i), beta, job.columns)
-        scale(row(room.scores, i), beta, i)
+    errors, told, scores, beta, step = room.errors, room.answers, room.scores, row(job.beta, low), job.beta.step
+    err_rows(errors.data, errors.step, told.data, told.step, since, beta, step, n, job.columns)
+    scale_each(scores.data, scores.step, beta, step, n, n)
     solve_unit_lower(room.scores, room.errors, n, job.columns)
 
 
