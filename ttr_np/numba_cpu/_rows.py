@@ -1,10 +1,13 @@
-"""Sums over rows of panels, for kernels: whole vectors with zeros behind the last number, each row read once.
+"""Rows of numbers, for kernels: whole vectors, each row read once.
+
+Rows of panels have zeros behind their last number; of an array, nothing behind it is read: ``sweep``.
 
 A loop of Numba asks first whether its rows overlap and ends number by number, which takes longer than rows of 64.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +18,10 @@ from numba.extending import intrinsic
 
 from ._vectors import Vectors
 
-__all__ = ["descend_rows", "dot_rows", "err_rows", "follow_rows", "turn_rows"]
+__all__ = [
+    "add_finite", "add_offset", "add_row", "descend_rows", "dot_offset", "dot_rows", "follow_rows", "offset_row",
+    "turn_rows", "untold_rows",
+]  # fmt: skip
 
 
 def summed(builder: Any, like: Any, n: Any, term: Callable[[Vectors, Any], tuple[Any, Any]]) -> Any:
@@ -94,7 +100,7 @@ def descend_rows(typingctx, x, r, p, Ap, length, n):
 
 
 @intrinsic
-def err_rows(typingctx, errors, step, told, told_step, since, beta, beta_step, n, columns):
+def untold_rows(typingctx, errors, step, told, told_step, since, beta, beta_step, n, columns):
     """errors_i = beta_i (errors_i - since_i told_i) for n rows."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -111,3 +117,108 @@ def err_rows(typingctx, errors, step, told, told_step, since, beta, beta_step, n
 
     place = types.intp
     return types.void(errors, place, errors, place, errors, errors, place, place, place), codegen
+
+
+def sweep(builder: Any, like: Any, n: Any, body: Callable[[Vectors, Any], None]) -> None:
+    """The body for all whole vectors among n numbers, then for each of the others."""
+    whole, one, word = Vectors(builder, like), Vectors(builder, like, 1), ir.IntType(64)
+    count = builder.udiv(n, word(whole.count))
+    with cgutils.for_range(builder, count, intp=word) as loop:
+        body(whole, loop.index)
+    with cgutils.for_range_slice(builder, whole.start(count), n, word(1), intp=word) as (i, _):
+        body(one, i)
+
+
+def given(row: Vectors, x: Any, kind: Any, i: Any) -> Any:
+    """Numbers of an array of any dtype."""
+    return row.cast(Vectors(row.builder, kind.dtype, row.count).load(x, i))
+
+
+@intrinsic
+def add_row(typingctx, y, factor, x, n):
+    """y = y + factor x."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        y, factor, x, n = args
+        row = Vectors(builder, signature.args[1])
+        with cgutils.for_range(builder, row.holding(n), intp=ir.IntType(64)) as loop:
+            j = loop.index
+            row.store(row.multiply_add(row.everywhere(factor), row.load(x, j), row.load(y, j)), y, j)
+        return context.get_dummy_value()
+
+    return types.void(y, factor, y, types.intp), codegen
+
+
+@intrinsic
+def offset_row(typingctx, x, factor, numbers, centre, n):
+    """x = factor (numbers - centre); the numbers are those of an array."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        x, factor, numbers, centre, n = args
+
+        def body(row: Vectors, j: Any) -> None:
+            offset = builder.fsub(given(row, numbers, signature.args[2], j), row.load(centre, j))
+            row.store(builder.fmul(row.everywhere(factor), offset), x, j)
+
+        sweep(builder, signature.args[1], n, body)
+        return context.get_dummy_value()
+
+    return types.void(x, factor, numbers, x, types.intp), codegen
+
+
+@intrinsic
+def add_offset(typingctx, y, factor, numbers, centre, n):
+    """y = y + factor (numbers - centre)."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        y, factor, numbers, centre, n = args
+
+        def body(row: Vectors, j: Any) -> None:
+            offset = builder.fsub(given(row, numbers, signature.args[2], j), row.load(centre, j))
+            row.store(row.multiply_add(row.everywhere(factor), offset, row.load(y, j)), y, j)
+
+        sweep(builder, signature.args[1], n, body)
+        return context.get_dummy_value()
+
+    return types.void(y, factor, numbers, y, types.intp), codegen
+
+
+@intrinsic
+def add_finite(typingctx, y, factor, numbers, n):
+    """y = y + factor numbers, where one that is not finite is none."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        y, factor, numbers, n = args
+
+        def body(row: Vectors, j: Any) -> None:
+            x = given(row, numbers, signature.args[2], j)
+            nothing = builder.fsub(x, x)  # zero, or none
+            x = builder.select(builder.fcmp_ordered("ord", nothing, nothing), x, row.constant(math.nan))
+            row.store(row.multiply_add(row.everywhere(factor), x, row.load(y, j)), y, j)
+
+        sweep(builder, signature.args[1], n, body)
+        return context.get_dummy_value()
+
+    return types.void(y, factor, numbers, types.intp), codegen
+
+
+@intrinsic
+def dot_offset(typingctx, x, numbers, centre, n):
+    """x . (numbers - centre)."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        x, numbers, centre, n = args
+        like, number = signature.return_type, ir.IntType(32)
+        totals = {1: Vectors(builder, like, 1).totals(1)[0]}
+        whole = Vectors(builder, like)
+        totals[whole.count] = whole.totals(1)[0]
+
+        def body(row: Vectors, j: Any) -> None:
+            offset = builder.fsub(given(row, numbers, signature.args[1], j), row.load(centre, j))
+            row.accumulate(totals[row.count], row.load(x, j), offset)
+
+        sweep(builder, like, n, body)
+        most, rest = whole.sum_everywhere(builder.load(totals[whole.count])), builder.load(totals[1])
+        return builder.fadd(builder.extract_element(most, number(0)), builder.extract_element(rest, number(0)))
+
+    return x.dtype(x, numbers, x, types.intp), codegen

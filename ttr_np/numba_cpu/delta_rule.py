@@ -73,7 +73,7 @@ from ._panels import (
     triangle,
 )
 from ._rooms import panels_by_name
-from ._rows import err_rows
+from ._rows import untold_rows
 from ._sequences import NO_GATES, PER_CHANNEL, PER_STEP, column_blocks, lay_out
 from ._soon import note, notebook, notes_shape, soon
 from ._steps import learn_rows, recall_rows, shares
@@ -525,7 +525,7 @@ def learn(sizes, job, room, low, n, like):
     past, since = score(sizes, below(job.erase, low), room, n, like), move(row(room.since, 0), 1)
     multiply(room.answers, past, room.S, n, job.columns, sizes.k, real(like, 1), real(like, 0), full)
     errors, told, scores, beta, step = room.errors, room.answers, room.scores, row(job.beta, low), job.beta.step
-    err_rows(errors.data, errors.step, told.data, told.step, since, beta, step, n, job.columns)
+    untold_rows(errors.data, errors.step, told.data, told.step, since, beta, step, n, job.columns)
     scale_each(scores.data, scores.step, beta, step, n, n)
     solve_unit_lower(room.scores, room.errors, n, job.columns)
 

@@ -48,6 +48,7 @@ from ._panels import (
     triangle,
 )
 from ._rooms import panels_by_name
+from ._rows import add_finite, add_offset, add_row, dot_offset, dot_rows, offset_row
 from ._sequences import lay_out
 from ._threads import share
 
@@ -116,6 +117,7 @@ def core(
     o = output_like(q, v, state.k)
     pairs = pairs_of(state, q.shape[-2], mask, causal, window)
     keys, values = (join(old, new, 2) if pairs.cached else new for old, new in ((state.k, k), (state.v, v)))
+    keys, values = side_by_side(keys), side_by_side(values)
     layout = lay_out(
         state.k.shape[:-2], o.shape[:-2], (q, 2), (keys, 2), (values, 2), (log_decay, 1), (o, 2), (pairs.order, 1),
         (pairs.left, 1), (pairs.sinks, 1), (pairs.first, 1), (pairs.end, 1),
@@ -133,6 +135,14 @@ def core(
     arguments = (layout, tables, sizes, width, float(ridge), o.dtype.type(0))
     share(fit, jobs, cost, (np.dtype(np.float64), room), *arguments)
     return o, append(state, k, v, log_decay, mask, window) if keep else state
+
+
+def side_by_side(x: np.ndarray) -> np.ndarray:
+    """Rows whose numbers lie side by side; what repeats is not copied more than once."""
+    if x.strides[-1] == x.itemsize:
+        return x
+    own = x[tuple(slice(None if step else 1) for step in x.strides[:-1])]
+    return np.broadcast_to(np.ascontiguousarray(own), x.shape)
 
 
 class Room(NamedTuple):
@@ -160,12 +170,12 @@ def fit(table, places, steps, tables, sizes, width, ridge, like, begin, stop):
         low, sequence = (blocks - 1 - job % blocks) * QUERIES, job // blocks
         memory, group = sequence // groups, sequence % groups
         q = matrix(places[Q, memory, group], steps[Q, 0], steps[Q, 1], like)
-        k = matrix(places[K, memory, 0], steps[K, 0], steps[K, 1], like)
-        v = matrix(places[V, memory, 0], steps[V, 0], steps[V, 1], like)
+        k = matrix(places[K, memory, 0], steps[K, 0], 1, like)
+        v = matrix(places[V, memory, 0], steps[V, 0], 1, like)
         o = matrix(places[O, memory, group], steps[O, 0], 1, like)
         origin = row(room.lines, ORIGIN)
         for j in range(d):
-            origin[j] = k.data[j * k.column] if math.isfinite(k.data[j * k.column]) else 0.0
+            origin[j] = k.data[j] if math.isfinite(k.data[j]) else 0.0
         for i in range(low, min(low + QUERIES, t)):
             query, answer = row(room.lines, QUERY), row(o, i)
             for j in range(d):
@@ -207,15 +217,11 @@ def see(room, places, steps, k, memory, i, sizes, width, like):
 @inner
 def log_kernel(room, k, source, d, code, width):
     """Log of the kernel between the query and one key."""
-    apart()
-    query, key, origin = row(room.lines, QUERY), row(k, source), row(room.lines, ORIGIN)
-    total = 0.0
+    query, key, total = row(room.lines, QUERY), row(k, source), 0.0
     if code == 0:
-        for j in range(d):
-            total += width * query[j] * (key[j * k.column] - origin[j])
-        return total
+        return width * dot_offset(query, key, row(room.lines, ORIGIN), d)
     for j in range(d):
-        difference = key[j * k.column] - query[j]
+        difference = key[j] - query[j]
         total += difference * difference
     if code == 1:
         return -total * (width * width) / 2
@@ -245,9 +251,9 @@ def average(room, k, v, n, sizes):
     for r in range(n):
         p = logits[r] * logits[r]
         weight += p
-        add(mean, p, v, int(rows[r]), w)
+        add_finite(mean, p, row(v, int(rows[r])), w)
         if degree == 1:
-            add(centre, p, k, int(rows[r]), d)
+            add_finite(centre, p, row(k, int(rows[r])), d)
     for j in range(w):
         mean[j] = mean[j] / weight if weight != 0 else mean[j]
     for j in range(d):
@@ -257,24 +263,13 @@ def average(room, k, v, n, sizes):
 
 
 @inner
-def add(mean, p, x, source, n):
-    """mean = mean + p x, where what is not finite is no number."""
-    numbers = row(x, source)
-    for j in range(n):
-        number = np.float64(numbers[j * x.column])
-        mean[j] += p * number if math.isfinite(number) else np.nan
-
-
-@inner
-def features(x, root, key, column, centre, tables, d):
+def features(x, root, key, centre, tables, d):
     """x = root (1, f(key - c))."""
     _, parents, factors, scales = tables
     x[0] = root
-    for j in range(d):
-        x[1 + j] = root * (key[j * column] - centre[j])
+    offset_row(move(x, 1), root, key, centre, d)
     for i in range(1 + d, len(parents)):
-        j = factors[i]
-        x[i] = x[parents[i]] * (key[j * column] - centre[j])
+        x[i] = x[parents[i]] * (key[factors[i]] - centre[factors[i]])
     for i in range(1 + d, len(parents)):
         x[i] *= scales[i]
 
@@ -285,8 +280,7 @@ def rows_of(room, k, low, rows, tables, d):
     apart()
     roots, sources, centre = row(room.weights, 0), row(room.weights, 1), row(room.lines, CENTRE)
     for r in range(rows):
-        key = row(k, int(sources[low + r]))
-        features(row(room.rows, r), roots[low + r], key, k.column, centre, tables, d)
+        features(row(room.rows, r), roots[low + r], row(k, int(sources[low + r])), centre, tables, d)
 
 
 @intrinsic
@@ -310,7 +304,7 @@ def by_moments(room, k, v, n, tables, sizes, ridge, answer, like):
         trace += rest[i]
     if not (cholesky(room.R, room.block, p, 1.0) and pivots(room, p)):
         return False
-    features(z, 1.0, row(room.lines, QUERY), 1, row(room.lines, CENTRE), tables, d)
+    features(z, 1.0, row(room.lines, QUERY), row(room.lines, CENTRE), tables, d)
     copy(rest, z, p)
     solve(room, z, p)
     leave(room, k, n, tables, d, ridge)
@@ -367,7 +361,7 @@ def leave(room, k, n, tables, d, ridge):
         rows_of(room, k, low, rows, tables, d)
         for r in range(rows):
             x = row(room.rows, r)
-            add_scaled(rest, -dot(x, z, p, 0.0), x, p)
+            add_row(rest, -dot_rows(x, z, p), x, p)
 
 
 @inner
@@ -381,18 +375,10 @@ def read(room, k, v, n, tables, d, w, answer):
         rows = min(DEPTH, n - low)
         rows_of(room, k, low, rows, tables, d)
         for r in range(rows):
-            part = dot(row(room.rows, r), z, p, 0.0) * roots[low + r]
-            add_offset(total, part, row(v, int(sources[low + r])), v.column, mean, w)
+            part = dot_rows(row(room.rows, r), z, p) * roots[low + r]
+            add_offset(total, part, row(v, int(sources[low + r])), mean, w)
     for j in range(w):
         answer[j] = mean[j] + total[j]
-
-
-@inner
-def add_offset(y, factor, x, column, mean, n):
-    """y = y + factor (x - mean)."""
-    apart()
-    for j in range(n):
-        y[j] += factor * (x[j * column] - mean[j])
 
 
 @inner
@@ -409,7 +395,7 @@ def by_reflections(room, k, v, n, tables, sizes, ridge, answer):
         neighbours += take_rows(room, k, v, low, rows, tables, d, w)
         reflect(room, rows, p, p + w)
     x, mean, use = row(room.lines, SOLUTION), row(room.lines, MEAN), determined(room, tables[0], neighbours, ridge)
-    features(x, 1.0, row(room.lines, QUERY), 1, row(room.lines, CENTRE), tables, d)
+    features(x, 1.0, row(room.lines, QUERY), row(room.lines, CENTRE), tables, d)
     for i in range(p):
         R = row(room.R, i)
         x[i] = x[i] / R[i] if i < use else 0.0
@@ -430,7 +416,7 @@ def take_rows(room, k, v, low, rows, tables, d, w):
     for r in range(rows):
         root, value = roots[low + r], row(v, int(sources[low + r]))
         for j in range(w):
-            row(room.block, p + j)[r] = root * (value[j * v.column] - mean[j])
+            row(room.block, p + j)[r] = root * (value[j] - mean[j])
         count += root != 0
     return count
 
