@@ -10,6 +10,7 @@ from numba import get_num_threads, set_num_threads
 import ttr_np
 from ttr_np import backends
 from ttr_np.notation import CacheState, draw
+from ttr_np.numba_cpu import local_polynomial
 from ttr_np.solvers.local_polynomial import KERNELS
 
 SOFTMAX = [
@@ -278,6 +279,16 @@ def test_a_line_along_channels_that_hardly_differ_keeps_single_precision(ridge):
     options = {"ridge": ridge, "scale": 0.3}
     expected = solver("local_polynomial")(**x, **options)
     close(compiled("local_polynomial")(**x, **options), expected, np.finfo(single).eps)
+
+
+def test_keys_in_columns_are_copied_once_however_often_they_repeat():
+    x, _ = inputs({}, lead=(), t=30, k=13, v=4)
+    columns = {name: np.asfortranarray(a) for name, a in x.items()}
+    repeated = {name: np.broadcast_to(a, (1000, *a.shape)) for name, a in columns.items()}
+    assert local_polynomial.side_by_side(x["k"]) is x["k"]
+    assert local_polynomial.side_by_side(repeated["k"]).strides == (0, *x["k"].strides)
+    np.testing.assert_array_equal(compiled("local_polynomial")(**columns), compiled("local_polynomial")(**x))
+    np.testing.assert_array_equal(local_polynomial.side_by_side(repeated["v"])[7], x["v"])
 
 
 @pytest.mark.parametrize("degree", [1, 2])
