@@ -8,7 +8,7 @@ A loop of Numba asks first whether its rows overlap and ends number by number, w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -129,11 +129,6 @@ def sweep(builder: Any, like: Any, n: Any, body: Callable[[Vectors, Any], None])
         body(one, i)
 
 
-def given(row: Vectors, x: Any, kind: Any, i: Any) -> Any:
-    """Numbers of an array of any dtype."""
-    return row.cast(Vectors(row.builder, kind.dtype, row.count).load(x, i))
-
-
 @intrinsic
 def add_row(typingctx, y, factor, x, n):
     """y = y + factor x."""
@@ -149,57 +144,53 @@ def add_row(typingctx, y, factor, x, n):
     return types.void(y, factor, y, types.intp), codegen
 
 
-@intrinsic
-def offset_row(typingctx, x, factor, numbers, centre, n):
-    """x = factor (numbers - centre); the numbers are those of an array."""
+def swept(y: Any, factor: Any, numbers: Any, others: Sequence[Any], term: Callable[..., Any]) -> Any:
+    """y = what ``term`` makes of a factor, the numbers of an array, those of other rows, and y."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        x, factor, numbers, centre, n = args
+        y, factor, numbers, *others, n = args
 
         def body(row: Vectors, j: Any) -> None:
-            offset = builder.fsub(given(row, numbers, signature.args[2], j), row.load(centre, j))
-            row.store(builder.fmul(row.everywhere(factor), offset), x, j)
+            x = row.cast(Vectors(builder, signature.args[2].dtype, row.count).load(numbers, j))
+            known = [row.load(other, j) for other in (*others, y)]
+            row.store(term(row, row.everywhere(factor), x, *known), y, j)
 
         sweep(builder, signature.args[1], n, body)
         return context.get_dummy_value()
 
-    return types.void(x, factor, numbers, x, types.intp), codegen
+    return types.void(y, factor, numbers, *others, types.intp), codegen
+
+
+@intrinsic
+def offset_row(typingctx, x, factor, numbers, centre, n):
+    """x = factor (numbers - centre)."""
+
+    def term(row: Vectors, factor: Any, x: Any, centre: Any, old: Any) -> Any:
+        return row.builder.fmul(factor, row.builder.fsub(x, centre))
+
+    return swept(x, factor, numbers, [centre], term)
 
 
 @intrinsic
 def add_offset(typingctx, y, factor, numbers, centre, n):
     """y = y + factor (numbers - centre)."""
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        y, factor, numbers, centre, n = args
+    def term(row: Vectors, factor: Any, x: Any, centre: Any, old: Any) -> Any:
+        return row.multiply_add(factor, row.builder.fsub(x, centre), old)
 
-        def body(row: Vectors, j: Any) -> None:
-            offset = builder.fsub(given(row, numbers, signature.args[2], j), row.load(centre, j))
-            row.store(row.multiply_add(row.everywhere(factor), offset, row.load(y, j)), y, j)
-
-        sweep(builder, signature.args[1], n, body)
-        return context.get_dummy_value()
-
-    return types.void(y, factor, numbers, y, types.intp), codegen
+    return swept(y, factor, numbers, [centre], term)
 
 
 @intrinsic
 def add_finite(typingctx, y, factor, numbers, n):
     """y = y + factor numbers, where one that is not finite is none."""
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        y, factor, numbers, n = args
+    def term(row: Vectors, factor: Any, x: Any, old: Any) -> Any:
+        nothing = row.builder.fsub(x, x)  # zero, or none
+        known = row.builder.fcmp_ordered("ord", nothing, nothing)
+        return row.multiply_add(factor, row.builder.select(known, x, row.constant(math.nan)), old)
 
-        def body(row: Vectors, j: Any) -> None:
-            x = given(row, numbers, signature.args[2], j)
-            nothing = builder.fsub(x, x)  # zero, or none
-            x = builder.select(builder.fcmp_ordered("ord", nothing, nothing), x, row.constant(math.nan))
-            row.store(row.multiply_add(row.everywhere(factor), x, row.load(y, j)), y, j)
-
-        sweep(builder, signature.args[1], n, body)
-        return context.get_dummy_value()
-
-    return types.void(y, factor, numbers, types.intp), codegen
+    return swept(y, factor, numbers, [], term)
 
 
 @intrinsic
@@ -214,7 +205,8 @@ def dot_offset(typingctx, x, numbers, centre, n):
         totals[whole.count] = whole.totals(1)[0]
 
         def body(row: Vectors, j: Any) -> None:
-            offset = builder.fsub(given(row, numbers, signature.args[1], j), row.load(centre, j))
+            y = row.cast(Vectors(builder, signature.args[1].dtype, row.count).load(numbers, j))
+            offset = builder.fsub(y, row.load(centre, j))
             row.accumulate(totals[row.count], row.load(x, j), offset)
 
         sweep(builder, like, n, body)
