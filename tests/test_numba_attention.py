@@ -285,10 +285,10 @@ def test_keys_in_columns_are_copied_once_however_often_they_repeat():
     x, _ = inputs({}, lead=(), t=30, k=13, v=4)
     columns = {name: np.asfortranarray(a) for name, a in x.items()}
     repeated = {name: np.broadcast_to(a, (1000, *a.shape)) for name, a in columns.items()}
-    assert local_polynomial.side_by_side(x["k"]) is x["k"]
-    assert local_polynomial.side_by_side(repeated["k"]).strides == (0, *x["k"].strides)
+    assert local_polynomial.in_rows(x["k"]) is x["k"]
+    assert local_polynomial.in_rows(repeated["k"]).strides == (0, *x["k"].strides)
     np.testing.assert_array_equal(compiled("local_polynomial")(**columns), compiled("local_polynomial")(**x))
-    np.testing.assert_array_equal(local_polynomial.side_by_side(repeated["v"])[7], x["v"])
+    np.testing.assert_array_equal(local_polynomial.in_rows(repeated["v"])[7], x["v"])
 
 
 @pytest.mark.parametrize("degree", [1, 2])

@@ -16,14 +16,13 @@ from numba.extending import intrinsic, overload
 
 from ._compile import apart, inner
 from ._panels import ROWS, lanes, move, real, row
-from ._powers import LOG2E, TAYLOR, exponential
+from ._powers import LN2, LOG2E, RANGE, TAYLOR, exponential
 from ._vectors import Vectors, smaller
 
 __all__ = ["exp", "exponentials", "split_exponentials", "step_decays", "weigh"]
 
-NO_PAST = -1e30  # stands for log 0: sums of it stay numbers, and its exponential is 0
-
-TAYLOR64, TAYLOR32 = TAYLOR[64], tuple(np.float32(x) for x in TAYLOR[32])  # highest power first
+(LEAST64, MOST64), (HIGH64, LOW64), TAYLOR64 = RANGE[64], LN2[64], TAYLOR[64]
+(LEAST32, MOST32), (HIGH32, LOW32), TAYLOR32 = (tuple(map(np.float32, x[32])) for x in (RANGE, LN2, TAYLOR))
 
 
 def exp(x: Any) -> Any:
@@ -36,26 +35,25 @@ def exp(x: Any) -> Any:
 
 
 def exp32(x):
-    low, high = np.float32(-87.0), np.float32(88.0)
-    y = low if x < low else (min(x, high))
+    y = LEAST32 if x < LEAST32 else (min(x, MOST32))
     n = np.floor(y * np.float32(LOG2E) + np.float32(0.5))
-    r = (y - n * np.float32(0.693359375)) - n * np.float32(-2.12194440e-4)
+    r = (y - n * HIGH32) - n * LOW32
     series = TAYLOR32[0]
     for term in TAYLOR32[1:]:
         series = series * r + term
     power = np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
-    return np.float32(0) if x < low else (np.float32(np.inf) if x > high else series * power)
+    return np.float32(0) if x < LEAST32 else (np.float32(np.inf) if x > MOST32 else series * power)
 
 
 def exp64(x):
-    y = -708.0 if x < -708.0 else (min(x, 709.0))
+    y = LEAST64 if x < LEAST64 else (min(x, MOST64))
     n = np.floor(y * LOG2E + 0.5)
-    r = (y - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10
+    r = (y - n * HIGH64) - n * LOW64
     series = TAYLOR64[0]
     for term in TAYLOR64[1:]:
         series = series * r + term
     power = np.int64((np.int64(n) + 1023) << 52).view(np.float64)
-    return 0.0 if x < -708.0 else (np.inf if x > 709.0 else series * power)
+    return 0.0 if x < LEAST64 else (np.inf if x > MOST64 else series * power)
 
 
 overload(exp)(lambda x: exp32 if x == types.float32 else exp64)
@@ -149,7 +147,7 @@ def step_decays(gates, low, n, pairs, since, like):
     apart()
     total, size = real(like, 0), lanes(like)
     for i in range(n):
-        since[i + 1] = max(row(gates, low + i)[0], real(like, NO_PAST))
+        since[i + 1] = row(gates, low + i)[0]
     pair_decays(pairs.data, pairs.step, move(since, 1), n)
     since[0] = total
     for i in range(n):

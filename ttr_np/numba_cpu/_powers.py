@@ -12,7 +12,7 @@ from numpy.polynomial import Chebyshev, Polynomial
 
 from ._vectors import Vectors
 
-__all__ = ["LOG2E", "TAYLOR", "exp2", "exponential"]
+__all__ = ["LN2", "LOG2E", "RANGE", "TAYLOR", "exp2", "exponential"]
 
 LOG2E = 1.0 / math.log(2.0)
 LN2 = {32: (0.693359375, -2.12194440e-4), 64: (0.693147180369123816490, 1.90821492927058770002e-10)}  # in two parts
@@ -20,6 +20,7 @@ RANGE = {32: (-87.0, 88.0), 64: (-708.0, 709.0)}  # of the exponents whose power
 DIGITS, EXPONENT = {32: 23, 64: 52}, {32: 127, 64: 1023}  # of a number: bits behind the point, offset of the exponent
 SHIFT = {bits: 1.5 * 2.0 ** DIGITS[bits] + EXPONENT[bits] for bits in (32, 64)}
 NEAR = Chebyshev.interpolate(np.exp2, 6, domain=[-0.5, 0.5]).convert(kind=Polynomial, domain=[-1, 1], window=[-1, 1])
+# Of e^r for |r| <= ln 2 / 2, highest power first.
 TAYLOR = {bits: tuple(1.0 / math.factorial(n) for n in range(last, -1, -1)) for bits, last in ((32, 7), (64, 13))}
 SERIES = {  # of 2^r for |r| <= 1/2, highest power first: 0.9 units in the last place
     32: tuple(NEAR.coef[::-1]),

@@ -117,7 +117,7 @@ def core(
     o = output_like(q, v, state.k)
     pairs = pairs_of(state, q.shape[-2], mask, causal, window)
     keys, values = (join(old, new, 2) if pairs.cached else new for old, new in ((state.k, k), (state.v, v)))
-    keys, values = side_by_side(keys), side_by_side(values)
+    keys, values = in_rows(keys), in_rows(values)
     layout = lay_out(
         state.k.shape[:-2], o.shape[:-2], (q, 2), (keys, 2), (values, 2), (log_decay, 1), (o, 2), (pairs.order, 1),
         (pairs.left, 1), (pairs.sinks, 1), (pairs.first, 1), (pairs.end, 1),
@@ -137,7 +137,7 @@ def core(
     return o, append(state, k, v, log_decay, mask, window) if keep else state
 
 
-def side_by_side(x: np.ndarray) -> np.ndarray:
+def in_rows(x: np.ndarray) -> np.ndarray:
     """Rows whose numbers lie side by side; what repeats is not copied more than once."""
     if x.strides[-1] == x.itemsize:
         return x
@@ -298,19 +298,13 @@ def by_moments(room, k, v, n, tables, sizes, ridge, answer, like):
     if p < LEAST or FACTOR * n < p or not (ridge > 0 or n >= p):
         return False
     moments(room, k, n, tables, d, ridge)
-    z, rest = row(room.lines, SOLUTION), row(room.lines, REST)
-    gather(rest, room.R.data, room.R.step + 1, p)
+    gather(row(room.lines, REST), room.R.data, room.R.step + 1, p)
     for i in range(p):
-        trace += rest[i]
+        trace += row(room.lines, REST)[i]
     if not (cholesky(room.R, room.block, p, 1.0) and pivots(room, p)):
         return False
-    features(z, 1.0, row(room.lines, QUERY), row(room.lines, CENTRE), tables, d)
-    copy(rest, z, p)
-    solve(room, z, p)
-    leave(room, k, n, tables, d, ridge)
-    solve(room, rest, p)
-    add_scaled(z, 1.0, rest, p)
-    if not trace * square(z, p) < unseen(like):
+    solve_twice(room, k, n, tables, d, ridge)
+    if not trace * square(row(room.lines, SOLUTION), p) < unseen(like):
         return False
     read(room, k, v, n, tables, d, w, answer)
     return True
@@ -337,6 +331,18 @@ def pivots(room, p):
         if not row(room.R, i)[i] ** 2 > PIVOT * row(room.lines, REST)[i]:
             return False
     return True
+
+
+@inner
+def solve_twice(room, k, n, tables, d, ridge):
+    """z from the factor, and what it leaves of the right-hand side once more."""
+    p, z, rest = len(tables[1]), row(room.lines, SOLUTION), row(room.lines, REST)
+    features(z, 1.0, row(room.lines, QUERY), row(room.lines, CENTRE), tables, d)
+    copy(rest, z, p)
+    solve(room, z, p)
+    leave(room, k, n, tables, d, ridge)
+    solve(room, rest, p)
+    add_scaled(z, 1.0, rest, p)
 
 
 @inner
