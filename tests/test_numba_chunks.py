@@ -105,6 +105,7 @@ class Named(NamedTuple):
     alone: _panels.Matrix
     pair: Pair
     whole: int
+    double: float
     last: _panels.Matrix
 
 
@@ -115,15 +116,17 @@ named = _rooms.panels_by_name(Named)
 def number_by_name(table, like):
     room = named(table, like)
     pair = room.pair
-    return room.alone.data[0], pair.first.data[1], _panels.row(pair.second, 1)[0], room.whole[0], room.last.column
+    panels = room.alone.data[0], pair.first.data[1], _panels.row(pair.second, 1)[0]
+    return panels, room.whole[0], room.double[1], room.last.column
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_panels_have_their_names_in_their_order(dtype):
     alone, first, second, last = (np.full((2, 3), value, dtype) for value in range(4))
-    first[0, 1], second[1, 0], whole = 7, 8, np.array([[9, 9]]).view(dtype)
-    _views, table, _room = scratch(alone, first, second, whole, last)
-    assert number_by_name(table, dtype(0)) == (0, 7, 8, 9, 1)
+    first[0, 1], second[1, 0] = 7, 8
+    whole, double = np.array([[9, 9]]).view(dtype), np.array([[1, 1e-300]]).view(dtype)
+    _views, table, _room = scratch(alone, first, second, whole, double, last)
+    assert number_by_name(table, dtype(0)) == ((0, 7, 8), 9, 1e-300, 1)
 
 
 @pytest.mark.parametrize("tiles", [1, 2, 6, 7, 24, 96])

@@ -18,13 +18,15 @@ from ._panels import Matrix
 
 __all__ = ["panels_by_name"]
 
+NUMBERS = {int: types.intp, float: types.float64}
 PLACE = 2  # numbers of a panel in a table: its address, and how many numbers further the next row is
 
 
 class Room(types.Type):
     """A table whose panels are the fields of a named tuple, in their order.
 
-    A field may be such a tuple itself, and of a panel of whole numbers (``int``) only the place is known.
+    A field may be such a tuple itself. Of a panel of whole numbers (``int``), or of double precision whatever the dtype
+    (``float``), only the place is known.
     """
 
     def __init__(self, form: type, number: types.Float) -> None:
@@ -36,8 +38,8 @@ class Room(types.Type):
 
 def kind_of(form: type, number: types.Float) -> types.Type:
     """Type of a field."""
-    if form is int:
-        return types.CPointer(types.intp)
+    if form in NUMBERS:
+        return types.CPointer(NUMBERS[form])
     if form is Matrix:
         return types.NamedTuple([types.CPointer(number), types.intp, types.intp], Matrix)
     return Room(form, number)
@@ -45,7 +47,7 @@ def kind_of(form: type, number: types.Float) -> types.Type:
 
 def size_of(form: type) -> int:
     """How many panels a field has."""
-    return 1 if form in (int, Matrix) else sum(map(size_of, get_type_hints(form).values()))
+    return 1 if form in (*NUMBERS, Matrix) else sum(map(size_of, get_type_hints(form).values()))
 
 
 @register_model(Room)

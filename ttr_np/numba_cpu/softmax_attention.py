@@ -38,13 +38,13 @@ from ._panels import (
     matrix,
     move,
     multiply_transposed,
-    panel,
     pointer,
     real,
     row,
     scale,
 )
 from ._powers import LOG2E
+from ._rooms import panels_by_name
 from ._sequences import lay_out
 from ._soon import note, notebook, notes_shape, soon
 from ._threads import share
@@ -124,9 +124,12 @@ class Room(NamedTuple):
     answers: Matrix  # r x v
     lines: Matrix  # 6 x r, see below
     left: Matrix  # 1 x n: what is left of older pairs at the first query
-    decay: Any  # r numbers in double precision: sum of the gates after the pair at hand
+    decay: float  # r numbers: sum of the gates after the pair at hand
     query: Matrix  # 1 x k: of one token
-    notes: Any  # addresses of the keys and values that come next
+    notes: int  # addresses of the keys and values that come next
+
+
+panels_of = panels_by_name(Room)
 
 
 # Rows of Room.lines. Highest logit so far, in powers of two; weight so far; what is left of earlier weights and
@@ -154,11 +157,8 @@ class Block(NamedTuple):
 def kernel(table, places, steps, sizes, factor, like, begin, stop):
     """Jobs begin to stop: one block of queries each, the longest pasts first."""
     t, d, w, cached, tokens, together, gated = sizes
-    room = Room(
-        panel(table, 0, like), panel(table, 1, like), panel(table, 2, like), panel(table, 3, like),
-        panel(table, 4, like), panel(table, 5, like), panel(table, 6, like), panel(table, 7, like),
-        pointer(table[8, 0], 0.0), panel(table, 9, like), notebook(pointer(table[10, 0], table[10, 0])),
-    )  # fmt: skip
+    room = panels_of(table, like)
+    notebook(room.notes)
     blocks, parts = (t + tokens - 1) // tokens, (places.shape[2] + together - 1) // together
     for job in range(begin, stop):
         low = (blocks - 1 - job % blocks) * tokens
