@@ -10,6 +10,9 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from ttr_np.calling import on_device
+from ttr_np.recording import sent
+
 from ._sequences import Sequences
 
 __all__ = [
@@ -19,6 +22,7 @@ __all__ = [
     "Machine",
     "alike",
     "begin",
+    "beside",
     "empty",
     "fixed",
     "grid",
@@ -256,6 +260,13 @@ def grid(columns: int, parts: int) -> Grid:
     """Blocks and threads for so many columns, each shared by ``parts`` lanes."""
     threads = min(THREADS, max(-(-columns * parts // 32) * 32, 32))
     return Grid(max(-(-columns * parts // threads), 1), threads)
+
+
+def beside(x: Any, dtype: Any, like: Any) -> Any:
+    """A number or an array, in some dtype, where another array is."""
+    if isinstance(like, np.ndarray) or on_device(x):
+        return np.asarray(x, dtype, like=like)
+    return sent(np.asarray(x, dtype), like)
 
 
 def thin(x: np.ndarray) -> np.ndarray:

@@ -184,24 +184,76 @@ def test_no_answer_is_sent_to_the_device(cupy):
     assert cupy.counted["sent"] == sum(x.nbytes for x in [*arrays.values(), state.S])
 
 
-@pytest.mark.parametrize("operator", ["linear_attention", "delta_rule", "selective_scan"])
-def test_what_a_recorded_graph_works_with_is_never_freed(cupy, monkeypatch, operator):
-    from ttr_np import calling
+MLP = ttr_np.MLP(4, scale=np.ones(5), offset=np.zeros(5))
+STATES = [
+    ("linear_attention", {"normalize": True}),
+    ("delta_rule", {}),
+    ("selective_scan", {}),
+    ("test_time_training", {"memory": MLP}),
+    ("mesa", {"solver": "cg", "iterations": 4, "tolerance": 0.0}),
+    ("mesa", {"solver": "cg", "iterations": 4, "tolerance": 0.0, "ridge": np.ones(16)}),
+]
+CACHES = [
+    ("softmax_attention", {}),
+    ("local_polynomial", {"degree": 0}),
+    ("local_polynomial", {"degree": 2, "kernel": "gaussian", "bandwidth": 3.0}),
+]
 
-    made, known = [], cupy.empty
-    monkeypatch.setattr(cupy, "empty", lambda *sizes: (made.append(known(*sizes)), made[-1])[1])
-    arrays = draw(operator, np.random.default_rng(0), lead=(1,), t=600, d=3, n=4, k=16, v=5, dtype=np.float32)
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("operator", "options"), STATES + CACHES)
+def test_what_a_recorded_graph_works_with_is_never_freed_nor_sent(cupy, monkeypatch, operator, options, masked):
+    from ttr_np import recording
+
+    t, k = 600 if operator in ("linear_attention", "delta_rule", "selective_scan") else 20, 16
+    k = 4 if operator == "local_polynomial" else k
+    arrays = draw(operator, np.random.default_rng(0), lead=(1,), t=t, d=3, n=4, k=k, v=5, dtype=np.float32)
     there = {name: cupy.array(x) for name, x in arrays.items()}
-    monkeypatch.setattr(calling, "RECORDED", [])
-    getattr(ttr_np, operator)(**there)
-    assert calling.RECORDED == []
-    made.clear()
+    options = options | ({"mask": np.arange(t) % 3 > 0} if masked else {})
+    monkeypatch.setattr(recording, "RECORDED", [])
+    call = partial(getattr(ttr_np, operator), **there, **options)
+    if (operator, options) in STATES:  # given on the host
+        _, state = call(output_final_state=True)
+        call = partial(call, initial_state=type(state)(*[None if x is None else x.get() for x in state]))
+    wanted = call()
+    assert recording.RECORDED == []
     monkeypatch.setattr(cupy.current, "recording", True)
-    o = getattr(ttr_np, operator)(**there)
-    held = {id(x) for x in calling.RECORDED}
-    assert len(made) > 1 and all(id(x) in held for x in made)
-    (given, state, answer, _) = next(x for x in calling.RECORDED if isinstance(x, tuple))
-    assert answer is o and given.keys() == there.keys() and isinstance(state[0], cupy.ndarray)
+    cupy.taken.clear()
+    o = call()
+    assert cupy.taken and all(memory in recording.RECORDED for memory in cupy.taken)
+    np.testing.assert_array_equal(o.held, wanted.held)
+
+
+def test_a_layer_holds_what_it_makes_for_a_recorded_graph(cupy, monkeypatch):
+    from ttr_np import recording
+
+    x = cupy.array(np.random.default_rng(0).standard_normal((20, 4), np.float32))
+    layer = ttr_np.layers["gated_deltanet"]
+    wanted = layer(x, x, x)
+    monkeypatch.setattr(recording, "RECORDED", [])
+    monkeypatch.setattr(cupy.current, "recording", True)
+    cupy.taken.clear()
+    np.testing.assert_array_equal(layer(x, x, x).held, wanted.held)
+    assert all(memory in recording.RECORDED for memory in cupy.taken)
+
+
+def test_every_launch_of_a_graph_begins_with_the_state_that_was_given(cupy, monkeypatch):
+    """It is sent once; the kernel may overwrite only a copy, which the graph makes anew."""
+    arrays = draw("dplr", np.random.default_rng(0), lead=(1,), t=3, k=16, v=5, dtype=np.float32)
+    there = {name: cupy.array(x) for name, x in arrays.items()}
+    _, state = ttr_np.dplr(**there, output_final_state=True)
+    monkeypatch.setattr(cupy.current, "recording", True)
+    cupy.called.clear()
+    ttr_np.dplr(**there, initial_state=state.S.held.copy())
+    assert "copy" in cupy.called[: cupy.called.index("launch")]
+
+
+def test_a_table_is_sent_apart_from_all_streams(cupy, monkeypatch):
+    """A later call on another stream, or one that was not recorded, reads it too."""
+    monkeypatch.setattr(cupy.current, "recording", True)
+    arrays = draw("linear_attention", np.random.default_rng(0), t=7, k=3, v=2, dtype=np.float32)
+    there = {name: cupy.ndarray(x) for name, x in arrays.items()}
+    ttr_np.linear_attention(**there)  # asserts that nothing is sent as a part of the graph
 
 
 def test_a_cache_on_the_device_is_read_and_grows_where_it_lies(cupy, monkeypatch):

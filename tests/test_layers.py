@@ -1,5 +1,7 @@
 """The table: every line is the layer its three choices say it is."""
 
+import warnings
+
 import numpy as np
 import pytest
 
@@ -101,6 +103,49 @@ def test_a_masked_token_is_not_memorised(name):
     masked = layer(*data, **given, mask=mask, backend="numpy")
     np.testing.assert_allclose(masked[mask], layer(*kept, **short, backend="numpy"), rtol=1e-9, atol=1e-11)
     assert np.all(np.isfinite(masked))
+
+
+# Inputs, by number, that a query meets beside the memory.
+OWN_VALUE = {"mamba1": "02", "mamba2": "02", "mamba3": "02", "comba": "01"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_answer_tells_of_a_masked_pair(name):
+    layer, rng = ttr_np.layers[name], np.random.default_rng(2)
+    data = inputs(layer, rng, 9)
+    given = all_gates(layer, rng, data)
+    mask = np.ones(9, bool)
+    mask[[0, 3, 4, 8]] = False
+    told = OWN_VALUE.get(name, "0")
+    others = [x if str(i) in told else x + 5.0 * ~mask[:, None] for i, x in enumerate(data)]
+    answer = layer(*data, **given, mask=mask, backend="numpy")
+    np.testing.assert_allclose(layer(*others, **given, mask=mask, backend="numpy"), answer, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", BY_DEFINITION)
+def test_a_definition_takes_many_sequences_and_numpy_alone(name):
+    layer, rng = ttr_np.layers[name], np.random.default_rng(3)
+    data = [np.stack([x, y]) for x, y in zip(*(inputs(layer, rng, 5) for _ in range(2)), strict=True)]
+    data[1] = data[1][:1]  # keys of both
+    gates = {"log_decay": np.array([[-0.1], [-0.2]])} if "log_decay" in layer.gates else {}
+    for i, o in enumerate(layer(*data, **gates)):
+        alone = [x[min(i, len(x) - 1)] for x in data]
+        own = {gate: x[i] for gate, x in gates.items()}
+        np.testing.assert_allclose(o, layer(*alone, **own), rtol=1e-12, atol=1e-13)
+    assert layer(*[x[:0] for x in data]).shape == (0, *data[2].shape[1:])
+    with pytest.raises(NotImplementedError, match="runs by its definition, on backend 'numpy'; backend is 'numba'"):
+        layer(*data, backend="numba")
+    with pytest.raises(ValueError, match="nonsense"):
+        layer(*data, backend="nonsense")
+    with pytest.warns(RuntimeWarning, match="runs by its definition"):
+        layer(*data, backend=("numba", "numpy"))
+
+
+def test_weights_too_small_for_their_log_are_no_warning():
+    x = np.eye(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_array_equal(ttr_np.layers["mlstm"](x, x, x, log_input=np.full(3, -800.0)), 0 * x)
 
 
 @pytest.mark.parametrize("name", NAMES)

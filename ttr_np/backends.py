@@ -21,6 +21,7 @@ import numpy as np
 
 from .calling import HOST, on_device, through_dlpack
 from .notation import OPERATORS
+from .recording import lasting
 
 __all__ = [
     "BACKENDS",
@@ -367,7 +368,9 @@ def call(operator: str, backend: Choice | None, arrays: Mapping[str, Any], **opt
     name = resolve(operator, chosen(backend), home_of(arrays).device, {**arrays, **options})
     if name not in ON_GPU:
         arrays, options = ({key: through_dlpack(x) for key, x in given.items()} for given in (arrays, options))
-    return getattr(module_of(name, operator), operator)(**arrays, **options)
+        return getattr(module_of(name, operator), operator)(**arrays, **options)
+    with lasting():
+        return getattr(module_of(name, operator), operator)(**arrays, **options)
 
 
 def devices() -> list[str]:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .notation import ARRAYS, GATES, OPERATORS, STATES, axes_of, broadcast_leading, check
+from .recording import is_recording, sent
 
 __all__ = [
     "LIMITS",
@@ -39,8 +40,6 @@ __all__ = [
 HALF = ("float16", "bfloat16")
 HOST = (1, 3)  # DLPack's numbers for plain and for pinned memory of the host
 MAY_BE_INFINITE = frozenset({"bandwidth"})  # a kernel of infinite width weighs all pairs alike
-# What recorded CUDA graphs read and write: whenever one is launched, this memory must be nobody else's.
-RECORDED: list[Any] = []
 LIMITS = {  # what gates promise: decays shrink, steps lead forward, shares are shares
     "log_decay": (-inf, 0.0),
     "A": (-inf, 0.0),
@@ -225,11 +224,8 @@ def refuse_gate(name: str, x: Any) -> None:
 
 
 def recording(arrays: Mapping[str, Any]) -> bool:
-    """Whether arrays on a GPU are worked on while their library records a CUDA graph: numbers cannot be looked at."""
-    device = next(filter(on_device, arrays.values()), None)
-    if device is None:
-        return False
-    return sys.modules[type(device).__module__.split(".")[0]].cuda.get_current_stream().is_capturing()
+    """Whether arrays on a GPU are worked on while a CUDA graph is recorded: numbers cannot be looked at."""
+    return any(map(on_device, arrays.values())) and is_recording()
 
 
 def check_mask(mask: Any) -> np.ndarray:
@@ -251,13 +247,6 @@ def check_boundaries(cu_seqlens: Any, t: int) -> np.ndarray:
         i = int(np.argmax(bounds[1:].astype(np.int64) < bounds[:-1].astype(np.int64)))
         raise ValueError(f"cu_seqlens must not decrease: {bounds[i + 1]} follows {bounds[i]} at {i + 1}")
     return bounds.astype(np.int64)
-
-
-def kept(x: Any) -> Any:
-    """A new array on a GPU, never to be freed if a CUDA graph is recorded that will go on to use it."""
-    if recording({"": x}):
-        RECORDED.append(x)
-    return x
 
 
 class Kind(NamedTuple):
@@ -409,7 +398,7 @@ def moved(arrays: Mapping[str, Any], x: Any) -> Any:
     device = next(filter(on_device, arrays.values()), None)
     if device is None:
         return as_numpy(x)
-    return x if on_device(x) else np.asarray(as_numpy(x), like=device)
+    return x if on_device(x) else sent(as_numpy(x), device)
 
 
 def beside(arrays: Mapping[str, Any], state: Any) -> Any:
@@ -425,7 +414,11 @@ def beside(arrays: Mapping[str, Any], state: Any) -> Any:
             raise TypeError("initial_state is on the GPU, the arrays are on the CPU")
         return state
     fields = [None if field is None else moved(arrays, field) for field in state]
-    return state if all(map(is_, fields, state)) else type(state)(*fields)
+    if all(map(is_, fields, state)):
+        return state
+    if is_recording():  # what is sent once begins every launch of the graph, which may overwrite it
+        fields = [x if x is field else x.copy() for x, field in zip(fields, state, strict=True)]
+    return type(state)(*fields)
 
 
 class Field(NamedTuple):
@@ -604,16 +597,13 @@ def run(
     """
     given, plan = prepare(operator, arrays, mask, halves)
     gates = {name: given[name] for name in plan.gates}
-    recorded = recording(given)
-    verdict = look(gates) if gates and not recorded else no_verdict
+    verdict = look(gates) if gates and not recording(given) else no_verdict
     try:
         apart = None if hold or not plan.sizes["t"] else apart
         called = begun(core, operator, given, options, plan, start, initial_state, cu_seqlens, apart)
         if hold:
             return called
         o, state = called.core(**called.arguments, state=called.state)
-        if recorded:
-            RECORDED.append((given, called.state, o, state))
     finally:
         verdict()
     o = o if o.dtype == plan.output else o.astype(plan.output)

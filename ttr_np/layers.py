@@ -6,7 +6,9 @@ choices. A line whose triple no operator serves runs through the definition, ``t
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import partial
@@ -15,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import features, operators, routes
+from .backends import chosen, frames_of_package
 from .calling import (
     HALF,
     as_array,
@@ -44,6 +47,7 @@ from .optimizers import (
     implicit_step,
     normalized_step,
 )
+from .recording import lasting
 from .regressors import (
     RKHS,
     ComplexLinear,
@@ -245,14 +249,17 @@ class Layer:
             If the layer cannot run: not yet, or not with a state or mask; the message says why.
         """
         if self.operator is None:
+            refuse_compiled(self, backend)
             return self.by_definition(data, gates, initial_state, output_final_state, cu_seqlens, mask)
-        p = self.problem(*data, **gates)
-        p |= tokens_of(self, p, mask, cu_seqlens)
-        if self.carries and cu_seqlens is not None:
-            return self.by_sequence(data, gates, p["cu_seqlens"], p["mask"], initial_state, output_final_state, backend)
-        o, state = self.route(self, partial(self.run, p, backend), p, initial_state)
-        o = self.answer(o, p).astype(np.result_type(*(as_float(x).dtype for x in data)), copy=False)
-        return (o, state) if output_final_state else o
+        with lasting() if any(map(on_device, data)) else nullcontext():
+            p = self.problem(*data, **gates)
+            p |= tokens_of(self, p, mask, cu_seqlens)
+            if self.carries and cu_seqlens is not None:
+                rest = p["cu_seqlens"], p["mask"], initial_state, output_final_state, backend
+                return self.by_sequence(data, gates, *rest)
+            o, state = self.route(self, partial(self.run, p, backend), p, initial_state)
+            o = self.answer(o, p).astype(np.result_type(*(as_float(x).dtype for x in data)), copy=False)
+            return (o, state) if output_final_state else o
 
     def by_sequence(self, data: Any, gates: Any, bounds: Any, mask: Any, states: Any, final: bool, backend: Any) -> Any:
         """Packed sequences one by one, for layers that keep more than operators' states; states are then a list."""
@@ -287,7 +294,7 @@ class Layer:
         return getattr(operators, operator)(**common, initial_state=state, output_final_state=True, backend=backend)
 
     def by_definition(self, data: Any, gates: Any, state: Any, final: bool, cu_seqlens: Any, mask: Any) -> Any:
-        """Refit at every step; only for single sequences without a state.
+        """Refit at every step of every sequence; only without states and masks.
 
         Raises
         ------
@@ -298,10 +305,32 @@ class Layer:
             raise NotImplementedError(f"{self.name} cannot run yet: {self.reason}")
         if state is not None or final or cu_seqlens is not None or mask is not None:
             raise NotImplementedError(f"{self.name} runs by its definition, without states or masks: {self.reason}")
-        return recall(self, *data, **gates).astype(np.result_type(*(as_float(x).dtype for x in data)), copy=False)
+        data = [as_float(x) for x in data]
+        lead = np.broadcast_shapes(*(x.shape[:-2] for x in data))
+        data = [np.broadcast_to(x, lead + x.shape[-2:]) for x in data]
+        answers = [recall(self, *(x[i] for x in data), **self.gates_of(gates, lead, i)) for i in np.ndindex(lead)]
+        o = np.array(answers).reshape((*lead, data[0].shape[-2], data[-1].shape[-1]))
+        return o.astype(np.result_type(*(x.dtype for x in data)), copy=False)
+
+    def gates_of(self, gates: Mapping[str, Any], lead: tuple[int, ...], i: tuple[int, ...]) -> dict[str, Any]:
+        """The gates of one sequence of many: what has leading axes broadcasts to theirs."""
+        own = {name: len(gate.axes.split()) for name, gate in self.gates.items()}
+        many = {name: x for name, x in gates.items() if 0 < own.get(name, 0) < np.ndim(x)}
+        return gates | {name: np.broadcast_to(x, lead + np.shape(x)[-own[name] :])[i] for name, x in many.items()}
 
     def __str__(self) -> str:
         return self.name
+
+
+def refuse_compiled(layer: Layer, backend: Any) -> None:
+    """A definition is NumPy: an error for a backend that is another, or a warning if NumPy may take its place."""
+    choice = chosen(backend)
+    if choice in ("auto", "numpy") or choice[0] == "numpy":
+        return
+    words = f"{layer.name} runs by its definition, on backend 'numpy'; backend is {choice!r}"
+    if "numpy" not in choice:
+        raise NotImplementedError(words)
+    warnings.warn(words, RuntimeWarning, stacklevel=frames_of_package())
 
 
 def check_data(layer: Layer, data: dict[str, Any]) -> None:

@@ -481,7 +481,7 @@ def mesa(
     """Recall from the least-squares fit with a constant ridge: o = G^T (H + diag(ridge))^-1 q.
 
     G = decay G + beta k v^T and H = decay H + beta k k^T. Weights: decaying. Regressor: linear. Optimizer: exact, or as
-    far as the iterations go. MesaNet; with ``solver="chebyshev"`` Gated KalmaNet.
+    far as the iterations go. MesaNet; with ``solver="chebyshev"`` the iteration of Gated KalmaNet.
 
     Parameters
     ----------

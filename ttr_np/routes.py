@@ -114,7 +114,8 @@ def mlstm(layer: Any, run: Run, p: dict[str, Any], state: Any) -> tuple[Any, Any
     v = np.concatenate([p["v"], np.ones_like(p["v"][..., :1])], axis=-1)
     k = p["k"] * np.asarray(weight[..., None], p["k"].dtype)
     o, memory = run(layer.operator, memory, q=p["q"], k=k, v=v, log_decay=decay)
-    floor = np.exp(-np.where(np.isfinite(m), m, 0.0))[..., None]
+    with np.errstate(over="ignore"):  # beside an infinite floor an answer is zero
+        floor = np.exp(-np.where(np.isfinite(m), m, 0.0))[..., None]
     answer = o[..., :-1] / np.maximum(np.abs(o[..., -1:]), floor).astype(o.dtype)
     return answer, Carried(memory, m[..., -1] if m.shape[-1] else before)
 
@@ -136,13 +137,13 @@ def rwkv4(layer: Any, run: Run, p: dict[str, Any], state: Any) -> tuple[Any, Any
     first = np.zeros_like(h[..., :1, :]) if memory is None else np.asarray(memory.h)[..., None, :].astype(h.dtype)
     past = np.concatenate([first, h[..., :-1, :]], axis=-2)
     last = np.concatenate([before[..., None, :], m[..., :-1, :]], axis=-2)
-    own = p["k"] + p["bonus"]
+    own = k + p["bonus"]
     top = np.maximum(last, own)
     top = np.where(top == -np.inf, 0.0, top)
     old, new = np.exp(last - top), np.exp(own - top)
     a, b = np.split(past, 2, axis=-1)
     total = old * b + new
-    answer = np.divide(old * a + new * p["v"], total, out=np.zeros_like(total), where=total != 0)  # no pair: zero
+    answer = np.divide(old * a + new * v, total, out=np.zeros_like(total), where=total != 0)  # no pair: zero
     return answer.astype(v.dtype), Carried(after, m[..., -1, :] if m.shape[-2] else before)
 
 

@@ -92,7 +92,8 @@ class Stream:
     With a GPU backend, token, state and answer stay on the GPU (in CuPy's arrays, which ``numba-cuda`` needs too), and
     a step is one launch. CuPy's arrays of the stream's dtype in C order are read where they are, and ``out`` is written
     where it is: such a step asks for no memory and waits for nothing, and after one that was not recorded a CUDA graph
-    can record it. Gates that come on the GPU are not looked at; NumPy's arrays are, and get a NumPy answer.
+    can record it, which must not outlive the stream. Gates that come on the GPU are not looked at; NumPy's arrays are,
+    and get a NumPy answer.
 
     Examples
     --------

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ttr_np import calling
+from ttr_np.recording import send_apart
 
 from .. import _calls, _plans
 from .._calls import keeping, side_by_side
@@ -58,7 +59,7 @@ class Gpu:
         """A new array in the container of another."""
         import cupy
 
-        return np.empty(shape, dtype) if isinstance(like, np.ndarray) else calling.kept(cupy.empty(shape, dtype))
+        return np.empty(shape, dtype) if isinstance(like, np.ndarray) else cupy.empty(shape, dtype)
 
     def has(self, x: Any) -> bool:
         """Whether an array is on the device."""
@@ -68,7 +69,7 @@ class Gpu:
         """Numbers of single precision for what one launch leaves to the next, on the device whatever the caller has."""
         import cupy
 
-        return _calls.scratch(calling.kept(cupy.empty((size,), np.float32)))
+        return _calls.scratch(cupy.empty((size,), np.float32))
 
     def own(self, x: Any) -> Any:
         """An array on the device; what is broadcast goes there once."""
@@ -101,13 +102,12 @@ class Gpu:
         return x
 
     def table(self, x: np.ndarray) -> Any:
-        """A table, sent at its first use."""
+        """A table, sent at its first use, for all streams and threads; never freed, because graphs may read it."""
         import cupy
 
         key = (cupy.cuda.Device().id, x.shape, x.tobytes())
-        if key not in self.tables:
-            self.tables[key] = cupy.asarray(x)
-        return self.tables[key]
+        there = self.tables.get(key)
+        return self.tables.setdefault(key, send_apart(x)) if there is None else there
 
     def flag(self) -> _gates.Flag:
         """One of the current device, to be handed back when it is down."""

@@ -23,7 +23,7 @@ from ttr_np.notation import MesaState
 from ttr_np.solvers.mesa import check_leading, check_options, check_weights, ridge_refusal, tolerance_for
 
 from .. import _calls
-from .._calls import THREADS, split
+from .._calls import THREADS, beside, split
 from .._sequences import BOTH, COLUMN, ROW, Sequences
 from .._squares import warn_of_limit
 from . import _launch
@@ -88,8 +88,9 @@ def core(
     """All tokens, in the form that is better for them."""
     lead, gate = state.G.shape[:-2], state.G.dtype
     sequences = Sequences(lead, np.broadcast_shapes(q.shape[:-2], lead))
-    check_leading(np.asarray(ridge, like=state.G), sequences.lead)
-    ridge = np.broadcast_to(np.asarray(ridge, np.float64, like=state.G), np.shape(ridge)[:-1] + q.shape[-1:])
+    ridge = beside(ridge, np.float64, state.G)
+    check_leading(ridge, sequences.lead)
+    ridge = np.broadcast_to(ridge, ridge.shape[:-1] + q.shape[-1:])
     limits = {"iterations": iterations, "tolerance": tolerance_for(solver, iterations, tolerance, gate)}
     chosen = None if solver == "chebyshev" else _chunks.plan(q, v, sequences, bytes_of, NOTHING)
     if chosen is not None:

@@ -44,7 +44,7 @@ class Gpu:
 
     def empty(self, shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
         """A new array in the container of another."""
-        return calling.kept(np.empty_like(like, shape=shape, dtype=dtype, order="C"))
+        return np.empty_like(like, shape=shape, dtype=dtype, order="C")
 
     def has(self, x: Any) -> bool:
         """Whether an array is on the device."""

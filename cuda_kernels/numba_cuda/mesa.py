@@ -15,7 +15,7 @@ from numba import float64
 from ttr_np.notation import MesaState
 from ttr_np.solvers.mesa import check_leading, check_options, check_weights, ridge_refusal, tolerance_for
 
-from .._calls import split
+from .._calls import beside, split
 from .._sequences import BOTH, COLUMN, ROW, Sequences
 from .._squares import few, warn_of_limit
 from ._launch import empty, launch, per_channel, run
@@ -71,8 +71,9 @@ def core(
     rows, parts = split("k", size)
     G, H = (x.astype(np.float64) for x in state)
     sequences = Sequences(G.shape[:-2], np.broadcast_shapes(q.shape[:-2], G.shape[:-2]))
-    check_leading(np.asarray(ridge, like=G), sequences.lead)
-    ridge = np.broadcast_to(np.asarray(ridge, np.float64, like=G), np.shape(ridge)[:-1] + (size,))
+    ridge = beside(ridge, np.float64, G)
+    check_leading(ridge, sequences.lead)
+    ridge = np.broadcast_to(ridge, ridge.shape[:-1] + (size,))
     x = solve(sequences, q, k, log_decay, beta, ridge, H, solver, iterations, tolerance, dtype)
     if beta is not None:
         weight = beta[..., None]

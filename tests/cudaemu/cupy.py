@@ -5,6 +5,8 @@ Like CuPy's, its arrays are no NumPy arrays and never become any unasked.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,6 +30,13 @@ def outer(x: Any) -> Any:
     return ndarray(x) if isinstance(x, (np.ndarray, np.generic)) else x
 
 
+def wait() -> None:
+    """For the device; a stream that records a graph is told to do nothing, and refuses."""
+    if streams[-1].recording:
+        raise RuntimeError("cudaErrorStreamCaptureUnsupported: operation not permitted when stream is capturing")
+    counted["waits"] += 1
+
+
 class ndarray(NDArrayOperatorsMixin):  # noqa: N801 - CuPy's name
     """An array on the device."""
 
@@ -37,6 +46,8 @@ class ndarray(NDArrayOperatorsMixin):  # noqa: N801 - CuPy's name
 
     def __init__(self, held: Any, dtype: Any = None, memory: Any = None) -> None:
         self.held = np.asarray(held) if memory is None else np.frombuffer(memory, dtype).reshape(held)
+        if memory is None and self.held.base is None:
+            allocators[-1](self.held.nbytes)
 
     def __getattr__(self, name: str) -> Any:
         if name == "data":
@@ -59,7 +70,8 @@ class ndarray(NDArrayOperatorsMixin):  # noqa: N801 - CuPy's name
         assert not mixed, "CuPy and NumPy do not mix"
         called.append(function.__name__)
         counted["arrays"] += function in (np.empty_like, np.zeros_like, np.where, np.concatenate, np.stack)
-        counted["sent"] += args[0].nbytes if function is np.asarray and isinstance(args[0], np.ndarray) else 0
+        if function is np.asarray and not isinstance(args[0], ndarray):
+            return array(np.asarray(*args, **{name: x for name, x in options.items() if name != "like"}))
         if function in (np.empty_like, np.zeros_like, np.ones_like) and options.get("shape") == ():
             options = options | {"shape": None}  # CuPy asks whether a shape was given by its truth
         return outer(function(*inner(args), **{name: inner(x) for name, x in options.items()}))
@@ -82,14 +94,14 @@ class ndarray(NDArrayOperatorsMixin):  # noqa: N801 - CuPy's name
         return len(self.held)
 
     def __bool__(self) -> bool:
-        counted["waits"] += 1
+        wait()
         return bool(self.held)
 
     def __str__(self) -> str:
         return str(self.held)
 
     def __int__(self) -> int:
-        counted["waits"] += 1
+        wait()
         return int(self.held)
 
     def __float__(self) -> float:
@@ -97,13 +109,13 @@ class ndarray(NDArrayOperatorsMixin):  # noqa: N801 - CuPy's name
 
     def get(self) -> np.ndarray:
         """A copy on the host."""
-        counted["waits"] += 1
+        wait()
         return self.held.copy()
 
     def set(self, x: np.ndarray) -> None:
         """Copy from the host."""
         assert x.dtype == self.dtype and x.shape == self.shape and x.flags.c_contiguous
-        counted["waits"] += 1
+        wait()
         self.held[...] = x
 
 
@@ -131,7 +143,8 @@ class RawModule:
 
 
 def array(x: Any) -> ndarray:
-    """A copy on the device."""
+    """A copy on the device; a graph that recorded it would send again whatever is on the host by then."""
+    assert not (isinstance(x, np.ndarray) and streams[-1].recording), "sent as a part of a graph"
     called.append("array")
     counted["arrays"] += 1
     counted["sent"] += x.nbytes if isinstance(x, np.ndarray) else 0
@@ -177,7 +190,7 @@ class Event:
 
     def synchronize(self) -> None:
         """Wait for it."""
-        counted["waits"] += 1
+        wait()
 
 
 class Device:
@@ -201,19 +214,57 @@ class Stream:
 
     ptr, recording = 0, False
 
+    def __init__(self, *, non_blocking: bool = False) -> None:
+        self.non_blocking = non_blocking
+
+    def __enter__(self) -> Stream:
+        streams.append(self)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        streams.pop()
+
     def is_capturing(self) -> bool:
         """Whether nothing may be waited for."""
         return self.recording
+
+    def synchronize(self) -> None:
+        """Wait for all its work."""
+        assert not self.recording
+
+
+class Memory:
+    """What CuPy's pool gives out."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        taken.append(self)
+
+
+@contextmanager
+def using_allocator(allocator: Callable[[int], Any]) -> Iterator[None]:
+    """Inside, memory comes from elsewhere."""
+    allocators.append(allocator)
+    try:
+        yield
+    finally:
+        allocators.pop()
 
 
 counted = {"waits": 0, "arrays": 0, "sent": 0}  # what no CUDA graph records: waiting, new memory, bytes from the host
 called: list[str] = []  # everything that takes the library's time, in order
 current = Stream()
+streams = [current]
+taken: list[Memory] = []
+allocators: list[Callable[[int], Any]] = [Memory]
 cuda = SimpleNamespace(
     Device=Device,
     Event=Event,
     MemoryPointer=lambda memory, offset: memory,
     UnownedMemory=lambda pointer, size, owner, device: owner,
+    Stream=Stream,
     alloc_pinned_memory=Pinned,
-    get_current_stream=lambda: current,
+    get_allocator=lambda: allocators[-1],
+    get_current_stream=lambda: streams[-1],
+    using_allocator=using_allocator,
 )
