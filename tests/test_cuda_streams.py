@@ -271,6 +271,8 @@ def test_a_cache_on_the_device_is_read_and_grows_where_it_lies(cupy, monkeypatch
     assert cupy.counted["waits"] == 0 and np.shares_memory(state.k.held, grown.k.held)
     monkeypatch.setattr(cupy.current, "recording", True)
     _, apart = attend(**last, initial_state=grown)
+    with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+        attend(**last, initial_state=grown, window=3)
     assert not np.shares_memory(grown.k.held, apart.k.held)
     wanted = ttr_np.softmax_attention(**arrays, backend="numpy")
     np.testing.assert_allclose(o.held, wanted[:, -1:], rtol=1e-5)

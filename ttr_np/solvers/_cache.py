@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..calling import recording
 from ..notation import CacheState
 from ._chunks import NO_PAST, in_chunks, output_like
 from ._room import grown
@@ -128,8 +129,10 @@ def append(
     found = grown(state, new, window) if mask is None and not sinks else None
     if found is not None:
         return found
-    joined = [join(old, more, own) for old, more, own in zip(state, new, (2, 2, 1, 1), strict=True)]
-    return trim(CacheState(*joined), window, sinks)
+    joined = CacheState(*[join(old, more, own) for old, more, own in zip(state, new, (2, 2, 1, 1), strict=True)])
+    if mask is None and window is None and recording({"k": k}):  # nothing leaves, and nobody may look
+        return joined
+    return trim(joined, window, sinks)
 
 
 def join(old: np.ndarray, new: np.ndarray, own: int) -> np.ndarray:
