@@ -457,6 +457,8 @@ def test_bad_files_get_one_line(table, tmp_path, capsys):
         (["--layers", "scan"], "no layer can run: scan: takes x: a scan has no keys to recall by"),
         (["--layers", "scan", "--json"], "no layer can run: scan: takes x"),
         (["--layers", "scan,unknown"], "recall by; unknown: not expressed yet"),
+        (["--budget", "-3"], "budget must be a number of seconds, got -3"),
+        (["--budget", "nan"], "budget must be a number of seconds, got nan"),
         (["--budget", "0"], "and 3 others: one pass needs more than the 0 s allowed"),
     ],
 )

@@ -232,7 +232,7 @@ def test_a_layer_that_cannot_run_or_diverges_has_its_reason(monkeypatch):
     ("values", "options", "message"),
     [
         ([np.nan] * 80, {}, "none of 80 values is a number"),
-        ([1.0, 2.0, 3.0], {}, "the series has 3 steps"),
+        ([1.0, 2.0, 3.0], {}, "the series is too short: its length is 3"),
         ([1e200] * 80, {}, "smaller than 1e"),
         ([[1.0]], {}, "one axis, got 2"),
         (np.where(np.arange(80) % 2, 1.0, np.nan), {}, "too many gaps: none of the first 18 steps"),
@@ -375,7 +375,7 @@ REFUSED = {
     ),
     "no time": ("t,y\n1/2/2020,2\n", ["--column", "y", "--time", "t"], "line 2: '1/2/2020' in the column 't'"),
     "mixed times": ("t,y\n1,2\n2020-01-31,4\n", ["--column", "y", "--time", "t"], "or the others are not of its kind"),
-    "too short": ("t,y\n1,2\n2,4\n", ["--column", "y"], "the series has 2 steps"),
+    "too short": ("t,y\n1,2\n2,4\n", ["--column", "y"], "the series is too short: its length is 2"),
     "not UTF-8": (b"t,y\n1,\xff\n", ["--column", "y"], "is not UTF-8: byte 0xff at offset 6"),
     "not UTF-8 after a mark": (b"\xef\xbb\xbft,y\n1,\xff\n", ["--column", "y"], "is not UTF-8: byte 0xff at offset 9"),
     "unknown layer": ("t,y\n" + "1,2\n" * 90, ["--column", "y", "--layers", "delta"], "unknown layer 'delta'"),

@@ -224,9 +224,49 @@ def test_a_table_may_hold_integers_missing_values_and_no_text():
         ttr_np.RecursiveLeastSquaresRegressor().fit(X, y)
     with pytest.raises((ValueError, TypeError), match="X needs numbers: could not convert string to float"):
         model.fit(pandas.DataFrame({"a": ["x", "y"]}), [1.0, 2.0])
-    with pytest.raises(TypeError, match="X needs numbers: its dtype is datetime64"):
+    with pytest.raises(TypeError, match="X needs numbers: the dtype of column 'a' is datetime64"):
         model.fit(pandas.DataFrame({"a": pandas.date_range("2026", periods=2)}), [1.0, 2.0])
     with pytest.raises(TypeError, match="all input features have string names"):
         model.fit(pandas.DataFrame({"a": [1.0, 2.0], 3: [1.0, 5.0]}), [1.0, 2.0])
     wide = pandas.DataFrame(np.eye(3))
     assert not hasattr(model.fit(wide, [1.0, 2.0, 3.0]), "feature_names_in_")
+
+
+@pytest.mark.parametrize("model", ESTIMATORS, ids=str)
+def test_dates_beside_numbers_are_refused_by_name(model):
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed: pip install pandas")
+    polars = pytest.importorskip("polars", reason="polars is not installed: pip install polars")
+    days, numbers = pandas.date_range("2020", periods=5), np.arange(5.0)
+    for times in (days, days.tz_localize("UTC"), days - days[0]):
+        with pytest.raises(TypeError, match="X needs numbers: the dtype of column 'when' is "):
+            model.fit(pandas.DataFrame({"a": numbers, "when": times}), numbers)
+    with pytest.raises(TypeError, match="X needs numbers: the dtype of column 'when' is Date"):
+        model.fit(polars.DataFrame({"a": numbers, "when": [x.to_pydatetime() for x in days]}), numbers)
+
+
+def test_columns_of_polars_are_known_by_name():
+    polars = pytest.importorskip("polars", reason="polars is not installed: pip install polars")
+    x, y = np.random.default_rng(0).standard_normal((2, 20, 3))
+    table = polars.DataFrame(x, schema=["a", "b", "c"])
+    model = ttr_np.RecursiveLeastSquaresRegressor().fit(table, polars.Series("y", y[:, 0]))
+    assert list(model.feature_names_in_) == ["a", "b", "c"]
+    plain = ttr_np.RecursiveLeastSquaresRegressor().fit(x, y[:, 0])
+    np.testing.assert_allclose(model.predict(table), plain.predict(x), rtol=1e-12)
+    with pytest.raises(ValueError, match="must be in the same order"):
+        model.predict(table.select("b", "a", "c"))
+
+
+def test_a_dataset_is_told_from_its_variables():
+    xarray = pytest.importorskip("xarray", reason="xarray is not installed: pip install xarray")
+    data = xarray.Dataset({"a": ("t", np.arange(5.0)), "b": ("t", np.ones(5))})
+    with pytest.raises(TypeError, match=r"X is a Dataset of xarray: pass one of its variables, or X.to_dataarray"):
+        ttr_np.RecursiveLeastSquaresRegressor().fit(data, np.arange(5.0))
+    with pytest.raises(TypeError, match="y is a Dataset"):
+        ttr_np.RecursiveLeastSquaresRegressor().fit(np.ones((5, 2)), data)
+
+
+def test_rows_that_leave_less_than_one_degree_of_freedom_tell_no_noise():
+    x = np.random.default_rng(0).standard_normal((4, 3))
+    for n in (1, 4):
+        _, std = ttr_np.RecursiveLeastSquaresRegressor().fit(x[:n], x[:n, 0]).predict(x, return_std=True)
+        assert np.isnan(std).all()

@@ -698,3 +698,23 @@ def test_every_module_says_what_it_offers():
     for name in ("recursive_least_squares", "mesa", "kernel_ridge", "kalman_filter", "affine_projection"):
         module = import_module(f"ttr_np.solvers.{name}")
         assert callable(getattr(module, name)) and callable(module.recurrent)
+
+
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+@pytest.mark.parametrize("ridge", [1e-8, 1e-2])
+def test_a_kalman_filter_that_knows_nothing_yet_keeps_the_digits_of_single_precision(backend, ridge):
+    """Its covariance is a difference: in single precision it was lost beside what is not learnt yet."""
+    rng = np.random.default_rng(0)
+    k, v = rng.standard_normal((30, 5)).astype(np.float32), rng.standard_normal((30, 2)).astype(np.float32)
+    wanted = ttr_np.recursive_least_squares(*(x.astype(float) for x in (k, k, v)), ridge=ridge)
+    found, state = ttr_np.kalman_filter(k, k, v, ridge=ridge, backend=backend, output_final_state=True)
+    assert found.dtype == state.S.dtype == state.P.dtype == np.float32
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6 * np.abs(wanted).max())
+
+
+def test_an_infinite_variance_is_refused():
+    q = np.ones((2, 1))
+    with pytest.raises(ValueError, match="process_noise must be >= 0 and finite"):
+        ttr_np.kalman_filter(q, q, q, process_noise=np.array([0.0, np.inf]))
+    with pytest.raises(ValueError, match="measurement_noise must be > 0 and finite"):
+        ttr_np.kalman_filter(q, q, q, measurement_noise=np.array([1.0, np.inf]))

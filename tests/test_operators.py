@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
+import ttr_np
 from ttr_np import operators
 from ttr_np.backends import BACKENDS, has_operator, reason
 from ttr_np.calling import run
@@ -771,3 +772,65 @@ def test_numbers_of_numpy_are_numbers():
     for two in (2, np.float32(2), np.array(2.0), np.int8(2)):
         expected = operators.linear_attention(**arrays, scale=2.0)
         np.testing.assert_array_equal(door("linear_attention", arrays, scale=two), expected)
+
+
+def test_a_cache_in_any_order_is_read_as_it_is():
+    """Broadcast over sequences, or in Fortran order: one prefix for many continuations."""
+    rng = np.random.default_rng(0)
+    q, k, v = rng.standard_normal((3, 2, 3, 5, 4))
+    for operator in (ttr_np.softmax_attention, ttr_np.local_polynomial):
+        for lead in ((), (1,), (3,), (2, 1)):
+            _, state = operator(*rng.standard_normal((3, *lead, 4, 4)), output_final_state=True, backend="numpy")
+            own = [2, 2, 1, 1]
+            whole = [np.broadcast_to(x, (2, 3, *x.shape[x.ndim - n :])) for x, n in zip(state, own, strict=True)]
+            for given in (state, type(state)(*map(np.asfortranarray, whole))):
+                wanted = operator(q, k, v, initial_state=given, backend="numpy")
+                found = operator(q, k, v, initial_state=given, backend="numba")
+                np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+@pytest.mark.parametrize("H", [-np.eye(4), -5 * np.eye(4), np.eye(4) - 3, np.triu(np.ones((4, 4))) + np.eye(4)])
+def test_what_is_no_gram_matrix_is_refused(H, backend):
+    q = np.ones((1, 4))
+    with pytest.raises(ValueError, match="initial_state field H must be symmetric and have no negative eigenvalue"):
+        ttr_np.mesa(q, q, q, initial_state=(np.zeros((4, 4)), H), backend=backend)
+
+
+def test_gram_matrices_pass_whatever_their_size():
+    q = np.ones((1, 2))
+    for H in (np.zeros((2, 2)), np.full((2, 2), 1e300), np.full((2, 2), 1e-300), np.full((2, 2), np.nan)):
+        ttr_np.mesa(q, q, q, initial_state=(np.zeros((2, 2)), H), backend="numpy")
+
+
+@pytest.mark.parametrize("field", [None, "1.0", True, np.datetime64("2020", "s")])
+def test_a_state_of_no_numbers_is_refused(field):
+    q = np.ones((1, 4))
+    with pytest.raises(TypeError, match="initial_state field S has dtype .*; it needs real numbers"):
+        ttr_np.linear_attention(q, q, q, initial_state=np.full((4, 4), field))
+    with pytest.raises(TypeError, match="initial_state field S is a masked array"):
+        ttr_np.linear_attention(q, q, q, initial_state=np.ma.array(np.ones((4, 4)), mask=True))
+    _, state = ttr_np.softmax_attention(q, q, q, output_final_state=True)
+    with pytest.raises(TypeError, match="initial_state field position has dtype float64; it needs integers"):
+        ttr_np.softmax_attention(q, q, q, initial_state=state._replace(position=state.position + 0.5))
+
+
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+def test_options_are_numbers_of_any_kind_and_flags_are_flags(backend):
+    q = np.ones((3, 4))
+    wanted = ttr_np.softmax_attention(q, q, q, window=2, backend=backend)
+    for number in (np.int64(2), np.uint8(2), np.array(2)):
+        np.testing.assert_array_equal(ttr_np.softmax_attention(q, q, q, window=number, backend=backend), wanted)
+    ttr_np.softmax_attention(q, q, q, causal=np.bool_(False), output_final_state=0, backend=backend)
+    for flag in ("no", 2, None, [True]):
+        with pytest.raises(TypeError, match="causal is .*; it needs True or False"):
+            ttr_np.softmax_attention(q, q, q, causal=flag, backend=backend)
+
+
+def test_what_is_no_array_is_named():
+    q = np.ones((2, 2))
+    with pytest.raises(ValueError, match="k is no array of numbers: "):
+        ttr_np.linear_attention(q, [[1.0, 2.0], [3.0]], q)
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed: pip install ml_dtypes")
+    with pytest.raises(TypeError, match="dtypes that have none in common: q is float16, k is bfloat16, v is float16"):
+        ttr_np.linear_attention(q.astype(np.float16), q.astype(ml_dtypes.bfloat16), q.astype(np.float16))

@@ -183,6 +183,8 @@ def test_grouped_queries_share_one_memory():
     ("given", "error", "words"),
     [
         ({"operator": "nothing"}, ValueError, "unknown operator 'nothing'"),
+        ({"operator": "kda"}, ValueError, "'kda' is a layer; a stream runs operators: its own is 'delta_rule', and"),
+        ({"operator": "hla"}, ValueError, "'hla' is a layer; a stream runs operators$"),
         ({"operator": ttr_np.layers["kda"]}, TypeError, "operator is Layer.*; a stream needs the name of an operator"),
         ({"q": (2,), "k": (3,), "v": (1,), "beta": ()}, ValueError, "axis 'k' is 3 in k but 2 in q"),
         ({"q": (2,), "k": (2,), "v": (1,)}, TypeError, "beta is missing"),
@@ -252,3 +254,15 @@ def test_integers_make_a_stream_of_double_precision_and_gates_any_precision():
     assert step(np.ones(1, int), [1], [3], 0.5) == 1.5
     step = ttr_np.Stream("delta_rule", q=(1,), k=(1,), v=(1,), beta=(), dtype="float32")
     assert step(*np.ones((3, 1), "float32"), np.float64(0.5)) == np.float32(0.5)
+
+
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+def test_arrays_that_no_step_could_move_or_fill_are_refused(backend):
+    S = np.zeros((4, 3), order="F")
+    with pytest.raises((ValueError, NotImplementedError), match="it must be in C order|moves no state"):
+        ttr_np.Stream("delta_rule", q=(4,), k=(4,), v=(3,), beta=(), state=S, backend=backend)
+    stream = ttr_np.Stream("delta_rule", q=(4,), k=(4,), v=(3,), beta=(), backend=backend)
+    out = np.broadcast_to(np.zeros(1), (3,))
+    out.flags.writeable = True
+    with pytest.raises(ValueError, match=r"out has strides \(0,\): several numbers of the answer would have one place"):
+        stream(np.ones(4), np.ones(4), np.ones(3), 0.5, out=out)

@@ -13,7 +13,7 @@ from functools import cache, lru_cache, partial
 from importlib import import_module
 from inspect import Parameter, signature
 from math import inf, isfinite
-from operator import is_
+from operator import index, is_
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,16 +51,16 @@ LIMITS = {  # what gates promise: decays shrink, steps lead forward, shares are 
 }
 
 
-def check_arguments(door: Callable[..., Any], given: Mapping[str, Any]) -> None:
-    """Refuse what an operator's signature rules out: a required argument that is None, a number that is none.
+def check_arguments(door: Callable[..., Any], given: dict[str, Any]) -> None:
+    """Refuse what an operator's signature rules out: a required argument that is None, a number or a flag that is none.
 
     Parameters
     ----------
     door
         The operator as the user calls it; options annotated as ``int`` or ``float`` are numbers, with ``| None``
-        perhaps left out.
+        perhaps left out, and those annotated as ``bool`` are True or False.
     given
-        All arguments of one call by name.
+        All arguments of one call by name; whole numbers become Python's, of any size.
 
     Raises
     ------
@@ -70,16 +70,26 @@ def check_arguments(door: Callable[..., Any], given: Mapping[str, Any]) -> None:
     for name, (required, kind) in promises(door).items():
         if required and given[name] is None:
             raise TypeError(f"{name} is None; {door.__name__} needs it")
-        if kind and (given[name] is not None or not kind.endswith("None")):
+        if kind == "bool":
+            check_flag(name, given[name])
+        elif kind and (given[name] is not None or not kind.endswith("None")):
             check_number(name, given[name], kind)
+            if kind.startswith("int"):
+                given[name] = index(given[name])
 
 
 @cache
 def promises(door: Callable[..., Any]) -> dict[str, tuple[bool, str]]:
-    """Of each argument, whether it must be given, and its annotation if that is a number."""
-    every = signature(door).parameters.items()
-    kinds = {name: str(p.annotation) if str(p.annotation).startswith(("int", "float")) else "" for name, p in every}
+    """Of each argument, whether it must be given, and its annotation if that is a number or a flag."""
+    every, plain = signature(door).parameters.items(), ("int", "float", "bool")
+    kinds = {name: str(p.annotation) if str(p.annotation).startswith(plain) else "" for name, p in every}
     return {name: (p.default is Parameter.empty, kinds[name]) for name, p in every}
+
+
+def check_flag(name: str, x: Any) -> None:
+    """True or False, of Python or NumPy, or 1 or 0."""
+    if x is not True and x is not False and not (np.ndim(x) == 0 and not isinstance(x, str) and x in (0, 1)):
+        raise TypeError(f"{name} is {x!r}; it needs True or False")
 
 
 def check_number(name: str, x: Any, kind: str) -> None:
@@ -171,6 +181,8 @@ def shared(name: str, x: Any) -> Any:
             return x
         takes = str(getattr(x, "dtype", "")) != "bfloat16"  # NumPy does not by DLPack
         return np.from_dlpack(x) if takes and hasattr(x, "__dlpack__") and not np.isscalar(x) else np.asarray(x)
+    except ValueError as problem:  # rows of different lengths
+        raise ValueError(f"{name} is no array of numbers: {problem}") from None
     except (BufferError, RuntimeError) as problem:  # a dtype of its own, or a tensor that keeps its gradient
         raise TypeError(f"{name} cannot be shared with NumPy: {problem}") from problem
 
@@ -184,7 +196,11 @@ def is_usable(dtype: np.dtype) -> bool:
 def dtypes_of(arrays: Mapping[str, np.ndarray]) -> tuple[np.dtype, np.dtype]:
     """Dtype of the output (that of the data, gates left out) and of the sums (never below float32)."""
     dtypes = {x.dtype for name, x in arrays.items() if name not in GATES}
-    output = dtypes.pop() if len(dtypes) == 1 else np.result_type(*dtypes)
+    try:
+        output = dtypes.pop() if len(dtypes) == 1 else np.result_type(*dtypes)
+    except TypeError:
+        found = ", ".join(f"{name} is {x.dtype}" for name, x in arrays.items() if name not in GATES)
+        raise TypeError(f"dtypes that have none in common: {found}") from None
     compute = np.dtype(np.float32) if output.name in HALF else output
     return output, compute
 
@@ -519,7 +535,7 @@ def adopt_field(operator: str, name: str, x: Any, empty: np.ndarray, copy: bool)
     ValueError
         If its shape does not fit.
     """
-    x = at_home(x)
+    x = numbers_of(f"initial_state field {name}", x, empty.dtype)
     if x.dtype.kind == "c" and empty.dtype.kind != "c":
         raise TypeError(f"initial_state field {name} is complex ({x.dtype}), this memory holds {empty.dtype}")
     axes = OPERATORS[operator].state[name].split()
@@ -539,6 +555,22 @@ def adopt_field(operator: str, name: str, x: Any, empty: np.ndarray, copy: bool)
         x = x if x.shape == lead + inner else np.broadcast_to(x, lead + inner)
         return x if x.dtype == empty.dtype else x.astype(empty.dtype)
     return np.broadcast_to(x, lead + inner).astype(empty.dtype, order="C", copy=copy)
+
+
+def numbers_of(name: str, x: Any, dtype: np.dtype) -> Any:
+    """A field as numbers that its dtype can hold: what ``as_array`` refuses is refused, and fractions of counts.
+
+    Raises
+    ------
+    TypeError
+        Then.
+    """
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array: pass its data")
+    x = at_home(x)
+    if not (x.dtype.kind in "iu" or dtype.kind not in "iu" and is_usable(x.dtype)):
+        raise TypeError(f"{name} has dtype {x.dtype}; it needs {'integers' if dtype.kind in 'iu' else 'real numbers'}")
+    return x
 
 
 class Held(NamedTuple):

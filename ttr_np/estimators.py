@@ -263,7 +263,7 @@ class RecursiveLeastSquaresRegressor(Regressor):
         the coefficients.
     sigma_ : (m,)
         Root of the weighted residual sum of squares over what is left of the number of rows, less ``dof_``; NaN if that
-        is not positive. A target of weight w has the variance ``sigma_^2 / w``.
+        is less than one row. A target of weight w has the variance ``sigma_^2 / w``.
     dof_ : float
         Effective degrees of freedom, the trace of the smoother.
     n_features_in_, n_outputs_ : int
@@ -364,7 +364,7 @@ class RecursiveLeastSquaresRegressor(Regressor):
         ridge = self.ridge_ * self.forgetting**rows
         self.dof_ = float(len(P) - ridge * np.trace(P))
         residual, left = np.maximum(cost - ridge * np.sum(S * S, axis=0), 0), weight - self.dof_
-        self.sigma_ = np.sqrt(residual / left) if left > 0 else np.full(S.shape[1], np.nan)
+        self.sigma_ = np.sqrt(residual / left) if left >= 1 else np.full(S.shape[1], np.nan)
 
     def predict(self, X: Any, return_std: bool = False) -> Any:
         """Predict the targets of rows.
@@ -423,8 +423,8 @@ class LocalPolynomialRegressor(Regressor):
     dof_ : float
         Effective degrees of freedom, the trace of the smoother.
     sigma_ : (m,)
-        Root of the weighted residual sum of squares over the number of rows less ``dof_``; NaN if that is not positive.
-        A target of weight w has the variance ``sigma_^2 / w``.
+        Root of the weighted residual sum of squares over the number of rows less ``dof_``; NaN if that is less than
+        one. A target of weight w has the variance ``sigma_^2 / w``.
     n_features_in_, n_outputs_ : int
     feature_names_in_ : (d,)
         If the columns of X have names.
@@ -508,7 +508,7 @@ class LocalPolynomialRegressor(Regressor):
             errors, leverage = selection.left_out(pairs, self.bandwidth_, np.arange(len(pairs.x)))
             residual, dof = errors * (1 - leverage)[:, None], float(leverage.sum())
             left = len(pairs.x) - dof
-            sigma = np.sqrt(pairs.w @ residual**2 / left) if left > 0 else np.full(pairs.y.shape[1], np.nan)
+            sigma = np.sqrt(pairs.w @ residual**2 / left) if left >= 1 else np.full(pairs.y.shape[1], np.nan)
             self._noise = dof, sigma
         return self._noise
 

@@ -107,7 +107,8 @@ def pose(y: np.ndarray, lags: int = 8, season: int | None = None, warmup: int | 
     first, size = int(back.max()), 1 + len(back)
     warmup = max((len(y) - first) // 10, 2 * size) if warmup is None else at_least("warmup", warmup, 2)
     if len(y) < first + warmup + 1:
-        raise BadInput(f"the series has {len(y)} steps; lags and warm-up need at least {first + warmup + 1}")
+        words = "lags, season and warm-up together need"
+        raise BadInput(f"the series is too short: its length is {len(y)}, {words} at least {first + warmup + 1}")
     y, full = np.append(y, np.nan), np.append(carried(y), np.nan)
     at = np.arange(first, len(y))
     sources = at[:, None] - back

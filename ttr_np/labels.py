@@ -1,6 +1,6 @@
-"""Tables with labels, in and out: pandas and xarray objects become arrays, answers get their labels back.
+"""Tables with labels, in and out: objects of pandas, xarray and polars become arrays, answers get their labels back.
 
-Neither library is imported here: who passes its objects has imported it.
+No such library is imported here: who passes its objects has imported it.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Labels(NamedTuple):
 
 
 def library(x: Any) -> str:
-    """``pandas``, ``xarray`` or nothing."""
+    """``pandas``, ``xarray``, ``polars`` or nothing."""
     root = type(x).__module__.split(".")[0]
-    return root if root in ("pandas", "xarray") and hasattr(x, "values") else ""
+    return root if root in ("pandas", "xarray", "polars") and hasattr(x, "shape") else ""
 
 
 def labels_of(x: Any) -> Labels:
@@ -34,6 +34,8 @@ def labels_of(x: Any) -> Labels:
     kind = library(x)
     if kind == "pandas":
         return Labels(columns=x.columns if x.ndim == 2 else None, name=None if x.ndim == 2 else x.name)
+    if kind == "polars":
+        return Labels(columns=getattr(x, "columns", None), name=getattr(x, "name", None))
     if kind == "xarray":
         columns = None if x.ndim < 2 else x.coords[x.dims[1]] if x.dims[1] in x.coords else None
         return Labels(columns=columns, name=x.name, dim=x.dims[1] if x.ndim == 2 else None)
@@ -68,7 +70,8 @@ def labelled(values: np.ndarray, like: Any, labels: Labels) -> Any:
     ----------
     values : (n,) or (n, m)
     like
-        The table that was asked; if it is one of pandas or xarray the answer is one too.
+        The table that was asked; if it is one of pandas or xarray the answer is one too. Tables of polars do not label
+        rows, and get arrays.
     labels : Labels
         Of the targets of the fit.
     """
@@ -105,8 +108,11 @@ def as_table(name: str, x: Any, ndim: tuple[int, ...]) -> np.ndarray:
         raise TypeError(f"{name} is a masked array: pass {name}.filled(np.nan), and missing='skip' where that is meant")
     if getattr(x, "__cuda_array_interface__", None) is not None:
         raise TypeError(f"{name} is on a GPU: estimators compute on the CPU; copy it first, or use ttr_np.Memory")
+    if hasattr(x, "data_vars"):
+        raise TypeError(f"{name} is a Dataset of xarray: pass one of its variables, or {name}.to_dataarray(...).T")
     table = x
-    x = np.asarray(through_dlpack(x.values if library(x) else x))
+    check_columns(name, table)
+    x = np.asarray(x.values if library(x) in ("pandas", "xarray") else through_dlpack(x))
     if x.dtype.kind == "c":
         raise ValueError(f"Complex data not supported: {name} has dtype {x.dtype}")
     if x.dtype.kind in "mM":
@@ -121,3 +127,15 @@ def as_table(name: str, x: Any, ndim: tuple[int, ...]) -> np.ndarray:
     except (TypeError, ValueError) as problem:
         kind = TypeError if isinstance(problem, TypeError) else ValueError
         raise kind(f"{name} needs numbers: {problem}") from None
+
+
+def check_columns(name: str, table: Any) -> None:
+    """A TypeError that names a column of dates or durations: beside numbers they would become nanoseconds."""
+    kind, kinds = library(table) if len(getattr(table, "shape", ())) == 2 else "", []
+    if kind == "pandas":
+        kinds = [(column, dtype, dtype.kind in "mM") for column, dtype in table.dtypes.items()]
+    elif kind == "polars":
+        kinds = [(column, dtype, dtype.is_temporal()) for column, dtype in table.schema.items()]
+    for column, dtype, is_time in kinds:
+        if is_time:
+            raise TypeError(f"{name} needs numbers: the dtype of column {column!r} is {dtype}")

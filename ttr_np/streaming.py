@@ -68,8 +68,8 @@ class Stream:
     initial_state : state, optional
         Where the memory starts, as for the operator. Never modified.
     state : state, optional
-        Instead of ``initial_state``, the memory itself: arrays of yours, of its full shape and dtype, which every step
-        moves in place.
+        Instead of ``initial_state``, the memory itself: arrays of yours, of its full shape and dtype and in C order,
+        which every step moves in place.
     backend : str or tuple of str, optional
         See ``ttr_np.backends``; resolved here, once.
     **given
@@ -121,6 +121,7 @@ class Stream:
         if not isinstance(operator, str):
             raise TypeError(f"operator is {type(operator).__name__}; a stream needs the name of an operator")
         if operator not in OPERATORS:
+            refuse_layer(operator)
             raise ValueError(f"unknown operator {operator!r}; the operators are {', '.join(OPERATORS)}")
         self.operator, self.dtype = operator, checked_dtype(dtype)
         self.names, shapes, fixed = declared(operator, given)
@@ -289,6 +290,16 @@ class Stream:
         return type(self._state)(*(None if x is None else x.copy() for x in self._state))
 
 
+def refuse_layer(name: str) -> None:
+    """A ValueError that says what to do with a layer, where there is one of that name."""
+    from .layers import layers
+
+    if name in layers:
+        operator = layers[name].operator
+        how = f": its own is {operator!r}, and Memory({name!r}).step takes tokens one by one" if operator else ""
+        raise ValueError(f"{name!r} is a layer; a stream runs operators{how}")
+
+
 def has_time(name: str) -> bool:
     """Whether an array has one number, or one row, per token."""
     return ARRAYS[name].axes.startswith("t")
@@ -354,7 +365,7 @@ def whole_state(own: tuple[Any, ...], wanted: Any) -> Any:
     Raises
     ------
     ValueError
-        If one is not of the shape and dtype needed, or is read-only.
+        If one is not of the shape and dtype needed, not in C order, or read-only.
     """
     own += (None,) * (len(wanted) - len(own))
     for name, x, held in zip(wanted._fields, own, wanted, strict=True):
@@ -367,6 +378,8 @@ def whole_state(own: tuple[Any, ...], wanted: Any) -> Any:
             has = f"{getattr(x, 'dtype', type(x).__name__)} of shape {np.shape(x)}"
             needs = f"to be moved in place it must be {held.dtype} of {held.shape}"
             raise ValueError(f"state field {name} is {has}; {needs}")
+        if not x.flags.c_contiguous:
+            raise ValueError(f"state field {name} has strides {x.strides}; to be moved in place it must be in C order")
         if isinstance(x, np.ndarray) and not x.flags.writeable:
             raise ValueError(f"state field {name} is read-only")
     return type(wanted)(*own)
@@ -421,6 +434,8 @@ def check_out(out: Any, shape: tuple[int, ...], dtype: np.dtype) -> None:
         raise TypeError(f"out has dtype {out.dtype}; the answer has {dtype}")
     if isinstance(out, np.ndarray) and not out.flags.writeable:
         raise ValueError("out is read-only")
+    if any(stride == 0 and n > 1 for stride, n in zip(out.strides, out.shape, strict=True)):
+        raise ValueError(f"out has strides {out.strides}: several numbers of the answer would have one place")
 
 
 def copier(old: np.ndarray | None, new: np.ndarray | None) -> Callable[[], None]:

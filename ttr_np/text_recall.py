@@ -428,6 +428,8 @@ def text_recall(
     if len(used) < 2:
         raise BadInput(f"the text has {len(used)} token{'s' * (len(used) != 1)}; at least 2 are needed")
     at_least("dimension", dimension, 1), at_least("seed", seed, 0)
+    if budget is not None and not budget >= 0:
+        raise BadInput(f"budget must be a number of seconds, got {budget:g}")
     try:
         data = stream(used, dimension, seed)
     except MemoryError as problem:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ttr_np.notation import MesaState
-from ttr_np.solvers.mesa import check_leading, check_options, check_weights, ridge_refusal, tolerance_for
+from ttr_np.solvers.mesa import check_leading, check_options, check_start, check_weights, ridge_refusal, tolerance_for
 
 from .. import _calls
 from .._calls import THREADS, beside, split
@@ -62,6 +62,7 @@ def mesa(
     """Mesa layer; see ``ttr_np.mesa``."""
     check_weights(q, log_decay, beta, common.get("mask"))
     check_options(k, ridge, solver, iterations, tolerance)
+    check_start(common.get("initial_state"))
     arrays = {"q": q, "k": k, "v": v, "log_decay": log_decay, "beta": beta}
     options = {"ridge": ridge, "solver": solver, "iterations": iterations, "tolerance": tolerance}
     return run(core, "mesa", arrays, options, **common)

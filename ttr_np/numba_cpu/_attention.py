@@ -113,7 +113,7 @@ def pairs_of(
     position, _ = positions(state, t, mask)
     position = join(state.position, position, 1) if cached else np.ascontiguousarray(position)
     few, first, end = (np.zeros(position.shape[:-1] + (n,), np.int64) for n in (1, t, t))
-    pairs = Pairs(cached, np.zeros_like(position), state.log_weight.astype(np.float64), few, first, end)
+    pairs = Pairs(cached, np.zeros_like(position, order="C"), state.log_weight.astype(np.float64), few, first, end)
     memories = math.prod(position.shape[:-1])
     flat = [x.reshape(memories, x.shape[-1]) for x in (position, pairs.order, few, first, end)]
     count_slots(*flat, cached, causal, -1 if window is None else window, sinks)

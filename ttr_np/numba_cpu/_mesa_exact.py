@@ -258,7 +258,7 @@ def solve_one(q, x, d, room, like):
             copy(row(room.A, i), row(room.R, i), i + 1)
             row(room.A, i)[i] += row(room.ridge, 0)[i] + lift
             largest = max(largest, row(room.A, i)[i])
-        if cholesky(room.A, room.X, d, like) or not largest < math.inf:
+        if cholesky(room.A, room.X, d, like) or not 0 < largest < math.inf:
             break
         lift = max(2 * lift, eps(like) * largest)
     for i in range(d):

@@ -6,7 +6,8 @@ With p = P k, a = k . p, s = r + a and any gain c, Joseph's sum of positive semi
 
 and so symmetric though it does not look it: one of its triangles is enough. What makes it a sum is e, what rounding
 has left in the gain c = p / s, and in e that r is added by itself: to a covariance far above the noise of the
-measurement it would be lost in s. See ``ttr_np.solvers.kalman_filter`` for the sources.
+measurement it would be lost in s. All this in float64: what is not yet learnt is larger than the noise by more than
+float32 can tell apart. See ``ttr_np.solvers.kalman_filter`` for the sources.
 """
 
 from __future__ import annotations
@@ -97,10 +98,11 @@ def core(
     )  # fmt: skip
     (t, d), w = q.shape[-2:], v.shape[-1]
     memories, groups = layout.places.shape[1:]
-    deep = -(-d // (BYTES // S.dtype.itemsize)) * (BYTES // S.dtype.itemsize)  # whole squares of vectors
+    wide = np.dtype(np.float64)
+    deep = -(-d // (BYTES // wide.itemsize)) * (BYTES // wide.itemsize)  # whole squares of vectors
     room = [(deep, deep), (-(-d // CHAINS) * CHAINS, w), (5, deep), (2, w)]
     cost = memories * t * d * (2 * d + (2 + groups) * w)
-    share(kernel, memories, cost, (S.dtype, room), layout, (t, d, w), S.dtype.type(0))
+    share(kernel, memories, cost, (wide, room), layout, (t, d, w), wide.type(0), S.dtype.type(0))
     return o, state
 
 
@@ -126,20 +128,20 @@ class Filter(NamedTuple):
 
 
 @compiled
-def kernel(table, places, steps, sizes, like, begin, stop):
-    """Jobs begin to stop: one memory each."""
+def kernel(table, places, steps, sizes, like, given, begin, stop):
+    """Jobs begin to stop: one memory each; the arrays hold numbers like ``given``."""
     t, d, w = sizes
     here = Filter(panel(table, 0, like), panel(table, 1, like), panel(table, 2, like), panel(table, 3, like))
     for memory in range(begin, stop if t else begin):
-        state, P = matrix(places[STATE, memory, 0], w, 1, like), matrix(places[COVARIANCE, memory, 0], d, 1, like)
+        state, P = matrix(places[STATE, memory, 0], w, 1, given), matrix(places[COVARIANCE, memory, 0], d, 1, given)
         load_halves(here.P, P, d, like)
         no_rows_behind(here.S, d, like)
         load(here.S, state, 0, d, 0, w)
         for i in range(t):
-            drift(here, places, steps, memory, i, d, w, like)
-            measure(here, places, steps, memory, i, d, w, like)
+            drift(here, places, steps, memory, i, d, w, given)
+            measure(here, places, steps, memory, i, d, w, given)
             for group in range(places.shape[2]):
-                answer(here, places, steps, memory, group, i, d, w, like)
+                answer(here, places, steps, memory, group, i, d, w, given)
         store(state, 0, d, 0, w, here.S)
         give_halves(P, here.P, d)
 
@@ -160,7 +162,7 @@ def load_halves(into, P, d, like):
         line = row(into, i)
         fill(line, real(like, 0), into.step)
         for j in range(i + 1 if i < d else 0):
-            line[j] = (row(P, i)[j] + row(P, j)[i]) / real(like, 2)
+            line[j] = (types.float64(row(P, i)[j]) + row(P, j)[i]) / 2
 
 
 @inner
@@ -174,44 +176,44 @@ def give_halves(P, source, d):
 
 
 @inner
-def number(places, steps, array, memory, i, like):
+def number(places, steps, array, memory, i, given):
     """Number of a step."""
-    return row(matrix(places[array, memory, 0], steps[array, 0], 1, like), i)[0]
+    return types.float64(row(matrix(places[array, memory, 0], steps[array, 0], 1, given), i)[0])
 
 
 @inner
-def take(line, places, steps, array, memory, group, i, n, like):
+def take(line, places, steps, array, memory, group, i, n, given):
     """Row of a step into a line; the zeros behind its n numbers stay."""
-    x = matrix(places[array, memory, group], steps[array, 0], steps[array, 1], like)
+    x = matrix(places[array, memory, group], steps[array, 0], steps[array, 1], given)
     gather(line, row(x, i), x.column, n)
 
 
 @inner
-def drift(here, places, steps, memory, i, d, w, like):
+def drift(here, places, steps, memory, i, d, w, given):
     """S = A S and P = A^2 P + process_noise I."""
     apart()
     if places[TRANSITION, memory, 0]:
-        A = real(like, math.exp(types.float64(number(places, steps, TRANSITION, memory, i, like))))
+        A = math.exp(number(places, steps, TRANSITION, memory, i, given))
         for j in range(d if A != 1 else 0):
             scale(row(here.S, j), A, w)
             scale(row(here.P, j), A * A, j + 1)
     if places[DRIFT, memory, 0]:
-        noise = number(places, steps, DRIFT, memory, i, like)
+        noise = number(places, steps, DRIFT, memory, i, given)
         for j in range(d if noise != 0 else 0):
             row(here.P, j)[j] += noise
 
 
 @inner
-def measure(here, places, steps, memory, i, d, w, like):
+def measure(here, places, steps, memory, i, d, w, given):
     """The gain of a step, and what it teaches."""
     apart()
     key, read, gain, rest = row(here.keys, KEY), row(here.keys, READ), row(here.keys, GAIN), row(here.keys, REST)
     error, told = row(here.values, ERROR), row(here.values, TOLD)
-    take(key, places, steps, K, memory, 0, i, d, like)
-    take(error, places, steps, V, memory, 0, i, w, like)
-    r = number(places, steps, NOISE, memory, i, like) if places[NOISE, memory, 0] else real(like, 1)
+    take(key, places, steps, K, memory, 0, i, d, given)
+    take(error, places, steps, V, memory, 0, i, w, given)
+    r = number(places, steps, NOISE, memory, i, given) if places[NOISE, memory, 0] else 1.0
     times_symmetric(read, here.P.data, here.P.step, key, d)
-    find_gain(gain, rest, read, dot(key, read, d, like), r, d)
+    find_gain(gain, rest, read, dot(key, read, d, 0.0), r, d)
     recall(told, here.S.data, here.S.step, key, d, w)
     for j in range(w):
         error[j] -= told[j]
@@ -219,20 +221,20 @@ def measure(here, places, steps, memory, i, d, w, like):
 
 
 @inner
-def answer(here, places, steps, memory, group, i, d, w, like):
+def answer(here, places, steps, memory, group, i, d, w, given):
     """What the memory says to a query, the first of which also meets what is learnt."""
     apart()
     query, told, S = row(here.keys, QUERY), row(here.values, TOLD), here.S
-    take(query, places, steps, Q, memory, group, i, d, like)
+    take(query, places, steps, Q, memory, group, i, d, given)
     if group:
         recall(told, S.data, S.step, query, d, w)
     else:
         error = row(here.values, ERROR)
         learn(told, S.data, S.step, row(here.keys, GAIN), error, query, d, w)
-        if d < padded(d) and count_bad_of(error, w, most(like)) > 0:  # no row behind the last one is to hold 0 inf
-            no_rows_behind(S, d, like)
+        if d < padded(d) and count_bad_of(error, w, most(0.0)) > 0:  # no row behind the last one is to hold 0 inf
+            no_rows_behind(S, d, 0.0)
             recall(told, S.data, S.step, query, d, w)
-    copy(row(matrix(places[O, memory, group], w, 1, like), i), told, w)
+    copy(row(matrix(places[O, memory, group], w, 1, given), i), told, w)
 
 
 @intrinsic

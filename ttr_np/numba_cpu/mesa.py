@@ -29,7 +29,15 @@ import numpy as np
 from ..calling import run
 from ..notation import MesaState
 from ..solvers._chunks import output_like
-from ..solvers.mesa import check_leading, check_options, check_weights, report, ridge_refusal, tolerance_for
+from ..solvers.mesa import (
+    check_leading,
+    check_options,
+    check_start,
+    check_weights,
+    report,
+    ridge_refusal,
+    tolerance_for,
+)
 from ._cache import compiled
 from ._compile import apart, inner
 from ._double import BETA, GATE, GRAM, GRAM_BEFORE, RIDGE, STATE, STATE_BEFORE, K, O, Q, V, answer_lost, holds_zero
@@ -88,6 +96,7 @@ def mesa(
     """Mesa layer; see ``ttr_np.mesa``."""
     check_weights(q, log_decay, beta, common.get("mask"))
     check_options(k, ridge, solver, iterations, tolerance)
+    check_start(common.get("initial_state"))
     arrays = {"q": q, "k": k, "v": v, "log_decay": log_decay, "beta": beta}
     options = {"ridge": np.asarray(ridge), "solver": solver, "iterations": iterations, "tolerance": tolerance}
     return run(core, "mesa", arrays, options, **common)
@@ -399,7 +408,7 @@ def invert(H, factor, d, room, like):
             copy(row(room.A, i), row(H, i), d)
             row(room.A, i)[i] += factor * row(room.ridge, 0)[i] + lift
             largest = max(largest, row(room.A, i)[i])
-        if not largest < math.inf:
+        if not 0 < largest < math.inf:  # no Gram matrix, whatever is added
             return False
         if cholesky(room.A, room.X, d, like):
             break

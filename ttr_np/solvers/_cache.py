@@ -136,9 +136,10 @@ def append(
 
 
 def join(old: np.ndarray, new: np.ndarray, own: int) -> np.ndarray:
-    """New entries behind old ones, in the old ones' leading shape and dtype."""
+    """New entries behind old ones, in the old ones' leading shape and dtype, one after the other in memory."""
     lead, n = old.shape[: old.ndim - own], old.shape[old.ndim - own]
-    joined = np.empty_like(old, shape=lead + (n + new.shape[new.ndim - own],) + old.shape[old.ndim - own + 1 :])
+    shape = lead + (n + new.shape[new.ndim - own],) + old.shape[old.ndim - own + 1 :]
+    joined = np.empty_like(old, shape=shape, order="C")
     tail = (slice(None),) * (own - 1)
     joined[(..., slice(None, n)) + tail] = old
     joined[(..., slice(n, None)) + tail] = new
@@ -316,7 +317,7 @@ class Block(NamedTuple):
 def block_of(lead: tuple[int, ...], per_pair: int, pairs: int, window: int | None, budget: int = 1 << 21) -> Block:
     """As many queries as keep the workspace below a fixed number of numbers; powers of two, so that blocks nest."""
     if window is not None:
-        pairs = min(pairs, max(32, 1 << window.bit_length()))
+        pairs = min(pairs, max(32, 1 << int(window).bit_length()))
     queries = pairs
     while queries > 1 and queries * pairs * per_pair * int(np.prod(lead)) > budget:
         queries //= 2

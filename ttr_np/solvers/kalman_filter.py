@@ -59,10 +59,12 @@ def check_noise(process_noise: Any, measurement_noise: Any, mask: Any) -> dict[s
     """
     if process_noise is not None:
         process_noise = as_array("process_noise", process_noise)
-        refuse("process_noise", ~(process_noise < 0), process_noise, mask, "must be >= 0 (a variance)")
+        good = ~(process_noise < 0) & (process_noise != np.inf)
+        refuse("process_noise", good, process_noise, mask, "must be >= 0 and finite (a variance)")
     if measurement_noise is not None:
         measurement_noise = as_array("measurement_noise", measurement_noise)
-        refuse("measurement_noise", ~(measurement_noise <= 0), measurement_noise, mask, "must be > 0 (a variance)")
+        good, rule = ~(measurement_noise <= 0) & (measurement_noise != np.inf), "must be > 0 and finite (a variance)"
+        refuse("measurement_noise", good, measurement_noise, mask, rule)
     return {"process_noise": process_noise, "measurement_noise": measurement_noise}
 
 
@@ -76,10 +78,14 @@ def recurrent(
     *,
     state: KalmanFilterState,
 ) -> tuple[np.ndarray, KalmanFilterState]:
-    """The filter, token by token. Cost: O(t (k^2 + k v))."""
-    S, P = state
-    check_covariance(P)
-    o, eye = output_like(q, v, S), np.eye(P.shape[-1], dtype=P.dtype)
+    """The filter, token by token, in float64: what is not learnt yet may exceed the noise by more than float32 holds.
+
+    Cost: O(t (k^2 + k v)).
+    """
+    check_covariance(state.P)
+    o, wide = output_like(q, v, state.S), np.result_type(np.float64, state.S.dtype)
+    S, P, k, v = (x.astype(wide, copy=False) for x in (*state, k, v))
+    eye = np.eye(P.shape[-1])
     for t in range(q.shape[-2]):
         k_t, v_t = k[..., t, :], v[..., t, :]
         if log_transition is not None:
@@ -96,7 +102,7 @@ def recurrent(
         S = S + gain[..., :, None] * error[..., None, :]
         P = joseph(P, k_t, Pk, gain, r)
         o[..., t, :] = np.einsum("...kv,...k->...v", S, q[..., t, :])
-    return o, KalmanFilterState(S, P)
+    return o, KalmanFilterState(*[x.astype(o.dtype, copy=False) for x in (S, P)])
 
 
 def joseph(P: np.ndarray, k: np.ndarray, Pk: np.ndarray, gain: np.ndarray, r: Any) -> np.ndarray:

@@ -63,6 +63,7 @@ def mesa(
     """
     check_weights(q, log_decay, beta, common.get("mask"))
     check_options(k, ridge, solver, iterations, tolerance)
+    check_start(common.get("initial_state"))
     arrays = {"q": q, "k": k, "v": v, "log_decay": log_decay, "beta": beta}
     options = {"ridge": as_array("ridge", ridge), "solver": solver, "iterations": iterations, "tolerance": tolerance}
     return run(chunked, "mesa", arrays, options, **common)
@@ -83,6 +84,27 @@ def check_weights(q: Any, log_decay: Any, beta: Any, mask: Any) -> None:
     if beta is not None:
         beta = as_array("beta", beta)
         refuse("beta", np.isfinite(beta) & (beta >= 0), beta, mask, "must be finite and >= 0 (the weight of a pair)")
+
+
+def check_start(initial_state: Any) -> None:
+    """What is surely no sum of k k^T is refused; eigenvalues, which would settle it, take longer than a token.
+
+    Raises
+    ------
+    ValueError
+        If H is not symmetric, has a negative number on its diagonal, or one beside it too large for those.
+    """
+    H = initial_state[1] if isinstance(initial_state, tuple) and len(initial_state) == 2 else None
+    if not isinstance(H, np.ndarray) or H.dtype.kind != "f" or H.ndim < 2 or H.shape[-1] != H.shape[-2]:
+        return
+    own, slack = np.diagonal(H, axis1=-2, axis2=-1), 1e-3  # far above any rounding
+    with np.errstate(invalid="ignore", over="ignore"):
+        root = np.sqrt(np.maximum(own, 0))
+        most = root[..., :, None] * root[..., None, :]
+        apart = np.abs(H - np.swapaxes(H, -1, -2)) > slack * most
+        wide = np.abs(H) > (1 + slack) * most
+    if np.any(apart) or np.any(wide):
+        raise ValueError("initial_state field H must be symmetric and have no negative eigenvalue: it sums beta k k^T")
 
 
 def check_options(k: Any, ridge: Any, solver: str, iterations: Any, tolerance: Any) -> None:
