@@ -11,9 +11,9 @@ import pytest
 import ttr_np
 from ttr_np import operators
 from ttr_np.backends import BACKENDS, has_operator, reason
-from ttr_np.calling import run
+from ttr_np.calling import FACTORING, run
 from ttr_np.memories import MLP, Linear
-from ttr_np.notation import ARRAYS, GATES, OPERATORS, STATES, CacheState
+from ttr_np.notation import ARRAYS, GATES, OPERATORS, STATES, CacheState, draw
 
 COMMON = ("initial_state", "output_final_state", "cu_seqlens", "mask", "backend")
 
@@ -834,3 +834,27 @@ def test_what_is_no_array_is_named():
     ml_dtypes = pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed: pip install ml_dtypes")
     with pytest.raises(TypeError, match="dtypes that have none in common: q is float16, k is bfloat16, v is float16"):
         ttr_np.linear_attention(q.astype(np.float16), q.astype(ml_dtypes.bfloat16), q.astype(np.float16))
+
+
+@pytest.mark.parametrize("operator", sorted(FACTORING))
+def test_factors_have_no_extended_precision(operator):
+    if np.dtype(np.longdouble).itemsize == 8:
+        pytest.skip("long double is double here")
+    arrays = draw(operator, np.random.default_rng(0), t=3)
+    with pytest.raises(TypeError, match=f"{operator} computes in float64 at most: data of "):
+        getattr(ttr_np, operator)(**{name: x.astype(np.longdouble) for name, x in arrays.items()})
+
+
+def test_what_is_no_memory_is_refused():
+    q = np.ones((2, 3))
+    for memory in (3, "mlp"):
+        with pytest.raises(TypeError, match="memory is .*; it needs a memory"):
+            ttr_np.test_time_training(q, q, q, 0.1, memory=memory)
+
+
+@pytest.mark.parametrize("degree", [0, 1, 2])
+def test_keys_of_size_zero_make_a_weighted_mean(degree):
+    v = np.random.default_rng(0).standard_normal((2, 5, 3))
+    options = {"degree": degree, "ridge": 0.1, "log_decay": -np.ones((2, 5))}
+    found = [ttr_np.local_polynomial(v[..., :0], v[..., :0], v, **options, backend=b) for b in ("numpy", "numba")]
+    np.testing.assert_allclose(*found, rtol=1e-12)

@@ -39,6 +39,9 @@ __all__ = [
 
 HALF = ("float16", "bfloat16")
 HOST = (1, 3)  # DLPack's numbers for plain and for pinned memory of the host
+FACTORING = frozenset(
+    {"affine_projection", "kalman_filter", "kernel_ridge", "local_polynomial", "mesa", "recursive_least_squares"}
+)
 MAY_BE_INFINITE = frozenset({"bandwidth"})  # a kernel of infinite width weighs all pairs alike
 LIMITS = {  # what gates promise: decays shrink, steps lead forward, shares are shares
     "log_decay": (-inf, 0.0),
@@ -212,6 +215,12 @@ def refuse_complex(operator: str, arrays: Mapping[str, np.ndarray]) -> None:
             raise TypeError(f"{name} is complex ({x.dtype}); {operator} takes real numbers")
 
 
+def refuse_extended(operator: str, dtype: np.dtype) -> None:
+    """Operators that factor matrices have no more than double precision: LAPACK has none."""
+    if dtype in (np.longdouble, np.clongdouble) and dtype.itemsize > 8 and operator in FACTORING:
+        raise TypeError(f"{operator} computes in float64 at most: data of {dtype} have to be rounded first")
+
+
 def check_gates(gates: Mapping[str, np.ndarray]) -> Callable[[], None]:
     """Refuse gates outside their limits; for run, which asks for a verdict, there is none left to wait for."""
     for name, x in gates.items():
@@ -339,6 +348,7 @@ def plan_of(operator: str, kinds: tuple[tuple[str, Kind], ...], mask: tuple[int,
     refuse_complex(operator, given)
     sizes = check(**given, **({} if mask is None else {"mask": Kind(mask, np.dtype(np.bool_))}))
     output, compute = dtypes_of(given)
+    refuse_extended(operator, output)
     axes = {name: axes_of(name, x, given) for name, x in given.items()}
     shapes, arrays = {}, {}
     for name, x in given.items():

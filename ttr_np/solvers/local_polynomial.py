@@ -183,7 +183,7 @@ def answer(fit: Fit, q: np.ndarray, look: Callable[[], Iterable[View]], shape: t
     q = q.astype(np.float64)
     means = attend(scored(fit, q, look()), shape[:-1] + (shape[-1] + q.shape[-1],), np.dtype(np.float64))
     mean = means.value[..., : shape[-1]]
-    if fit.degree == 0:
+    if fit.degree == 0 or not q.shape[-1]:
         return mean
     # Around the mean key a line is centred; monomials of higher degree (and their ridge) are those around the query.
     centre = means.value[..., shape[-1] :] if fit.degree == 1 else np.broadcast_to(q, shape[:-1] + q.shape[-1:])
