@@ -305,6 +305,7 @@ class Layer:
             raise NotImplementedError(f"{self.name} cannot run yet: {self.reason}")
         if state is not None or final or cu_seqlens is not None or mask is not None:
             raise NotImplementedError(f"{self.name} runs by its definition, without states or masks: {self.reason}")
+        self.problem(*data, **gates)  # refuses what does not fit
         data = [as_float(x) for x in data]
         lead = np.broadcast_shapes(*(x.shape[:-2] for x in data))
         data = [np.broadcast_to(x, lead + x.shape[-2:]) for x in data]

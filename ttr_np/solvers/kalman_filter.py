@@ -84,7 +84,7 @@ def recurrent(
     """
     check_covariance(state.P)
     o, wide = output_like(q, v, state.S), np.result_type(np.float64, state.S.dtype)
-    S, P, k, v = (x.astype(wide, copy=False) for x in (*state, k, v))
+    S, P = (x.astype(wide, copy=False) for x in state)
     eye = np.eye(P.shape[-1])
     for t in range(q.shape[-2]):
         k_t, v_t = k[..., t, :], v[..., t, :]
