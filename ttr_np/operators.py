@@ -424,7 +424,8 @@ def recursive_least_squares(
     beta : (..., t), optional
         Weight of each pair, >= 0; default 1.
     ridge : float, default 1.0
-        Gram matrix of the empty memory, a multiple of the identity; > 0.
+        Gram matrix of the empty memory, a multiple of the identity; > 0. One below 1e-28 is that number: keys so small
+        want to be scaled.
     initial_state, output_final_state, cu_seqlens, mask, backend
         Common to all operators: see ``ttr_np.operators``. State: ``S (..., k, v)`` the fit, ``P (..., k, k)`` its
         inverse Gram matrix.
