@@ -307,10 +307,11 @@ class Ready(NamedTuple):
 
 
 def in_rows(x: Any) -> Any:
-    """An array whose last axis is adjacent in memory, copied if it is not: products then round alike in any layout."""
-    if on_device(x) or x.ndim == 0 or x.shape[-1] < 2 or x.strides[-1] in (0, x.itemsize):
+    """An array whose last axis is adjacent in memory, copied if it is not: products then round alike in most layouts."""
+    if on_device(x) or x.ndim == 0:
         return x
-    return np.ascontiguousarray(x)
+    adjacent = x.shape[-1] < 2 or x.strides[-1] in (0, x.itemsize)
+    return x if adjacent and x.flags.aligned and min(x.strides) >= 0 else np.ascontiguousarray(x)
 
 
 class Plan(NamedTuple):

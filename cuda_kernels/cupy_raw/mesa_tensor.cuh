@@ -274,7 +274,7 @@ struct Sums {
     }
     // A number of a state before a piece, from that before all pairs.
     __device__ __forceinline__ float before(int piece, float x, int row, int panel_, int column) const {
-        #pragma unroll 1
+        #pragma unroll 3  // so many are asked for at once: a thread has few numbers, and each waits for memory
         for (int p = 0; p < piece; p++) {
             const float* at = panel(p, panel_);
             const float left = at[KEYS * PANEL], sum = at[row * PANEL + column];
