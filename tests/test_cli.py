@@ -612,7 +612,7 @@ def test_a_wrong_command_gets_one_line(capsys, arguments):
 
 
 def python(*arguments: str, **options: Any) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120, **options)
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=600, **options)
 
 
 def test_the_module_runs_as_the_command():

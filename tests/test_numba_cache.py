@@ -31,7 +31,7 @@ def start(folder, dtype="float32"):
 
 def finish(process):
     """Hits and misses of its cache."""
-    out, problem = process.communicate(timeout=120)
+    out, problem = process.communicate(timeout=600)
     assert process.returncode == 0, problem
     return tuple(map(int, out.split()))
 

@@ -28,6 +28,6 @@ def test_a_call_on_two_threads(ending):
     if "fork" in ending and not hasattr(os, "fork"):
         return
     script = [sys.executable, "-W", "ignore", "-c", BIG + ENDINGS[ending]]
-    done = subprocess.run(script, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(script, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     assert set(done.stdout.split()) == {"0.125"} and len(done.stdout.split()) == (3 if "fork" in ending else 1)

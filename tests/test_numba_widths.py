@@ -54,5 +54,5 @@ for sizes in (dict(t=70, k=20, v=7), dict(t=33, k=64, v=33), dict(t=50, k=5, v=1
 def test_answers_are_right_and_alone_as_in_a_batch(question, tmp_path):
     command = [sys.executable, "-c", SWITCHED, *question.split()]
     apart = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}  # files name the processor, not the tiles
-    done = subprocess.run(command, env=apart, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, env=apart, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
