@@ -99,7 +99,7 @@ def check_start(initial_state: Any) -> None:
         return
     own, slack = np.diagonal(H, axis1=-2, axis2=-1), 1e-3  # far above any rounding
     with np.errstate(invalid="ignore", over="ignore"):
-        root = np.sqrt(np.maximum(own, 0))
+        root = np.sqrt(np.maximum(own, 0)) + np.sqrt(np.finfo(H.dtype).tiny)  # squares of small keys are no numbers
         most = root[..., :, None] * root[..., None, :]
         apart = np.abs(H - np.swapaxes(H, -1, -2)) > slack * most
         wide = np.abs(H) > (1 + slack) * most
