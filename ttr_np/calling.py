@@ -307,7 +307,7 @@ class Ready(NamedTuple):
 
 
 def in_rows(x: Any) -> Any:
-    """An array whose last axis is adjacent in memory, copied if it is not: products then round alike in most layouts."""
+    """An array whose last axis is adjacent in memory, copied if not: products round alike in most layouts then."""
     if on_device(x) or x.ndim == 0:
         return x
     adjacent = x.shape[-1] < 2 or x.strides[-1] in (0, x.itemsize)
