@@ -289,6 +289,12 @@ def test_channels_of_any_size_are_told_apart_without_a_ridge_to_speak_of():
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
+class Own:
+    """A memory of somebody's own."""
+
+    parameters = None
+
+
 @on_gpu
 def test_what_has_no_kernel_is_said(backend):
     pairs, asked = inputs("mesa", t=3, lead=(1,), optional=()), np.ones((4, 3, 5))
@@ -296,7 +302,7 @@ def test_what_has_no_kernel_is_said(backend):
     refused = [
         ("mesa", pairs | {"q": asked}, {"ridge": np.ones((4, 5))}, "'mesa' whose ridge differs among queries"),
         ("test_time_training", training, {"memory": Linear(retention=LqRetention())}, "LqRetention: it has L2"),
-        ("test_time_training", training, {"memory": object()}, "memory object: it has Linear, MLP"),
+        ("test_time_training", training, {"memory": Own()}, "memory Own: it has Linear, MLP"),
         ("kernel_ridge", ridge, {"kernel": lambda x, y: x @ y.T}, "function given as kernel: it has gaussian"),
     ]
     for operator, arrays, options, words in refused:

@@ -1364,7 +1364,7 @@ def test_time_training(
     array([[1.],
            [7.]])
     """
-    if not hasattr(memory, "parameters"):
+    if memory is not None and not hasattr(memory, "parameters"):
         raise TypeError(f"memory is {memory!r}; it needs a memory, ttr_np.Linear() or ttr_np.MLP()")
     return dispatch("test_time_training", locals())
 

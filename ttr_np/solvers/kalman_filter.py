@@ -59,12 +59,10 @@ def check_noise(process_noise: Any, measurement_noise: Any, mask: Any) -> dict[s
     """
     if process_noise is not None:
         process_noise = as_array("process_noise", process_noise)
-        good = ~(process_noise < 0) & (process_noise != np.inf)
-        refuse("process_noise", good, process_noise, mask, "must be >= 0 and finite (a variance)")
+        refuse("process_noise", ~(process_noise < 0), process_noise, mask, "must be >= 0 (a variance)")
     if measurement_noise is not None:
         measurement_noise = as_array("measurement_noise", measurement_noise)
-        good, rule = ~(measurement_noise <= 0) & (measurement_noise != np.inf), "must be > 0 and finite (a variance)"
-        refuse("measurement_noise", good, measurement_noise, mask, rule)
+        refuse("measurement_noise", ~(measurement_noise <= 0), measurement_noise, mask, "must be > 0 (a variance)")
     return {"process_noise": process_noise, "measurement_noise": measurement_noise}
 
 
