@@ -22,11 +22,11 @@ __all__ = [
     "Machine",
     "alike",
     "begin",
-    "beside",
     "empty",
     "fixed",
     "grid",
     "keeping",
+    "placed",
     "scratch",
     "side_by_side",
     "split",
@@ -262,7 +262,7 @@ def grid(columns: int, parts: int) -> Grid:
     return Grid(max(-(-columns * parts // threads), 1), threads)
 
 
-def beside(x: Any, dtype: Any, like: Any) -> Any:
+def placed(x: Any, dtype: Any, like: Any) -> Any:
     """A number or an array, in some dtype, where another array is."""
     if isinstance(like, np.ndarray) or on_device(x):
         return np.asarray(x, dtype, like=like)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ._calls import beside
+from ._calls import placed
 
 __all__ = ["fixed", "hidden_layers"]
 
@@ -18,4 +18,4 @@ def hidden_layers(memory: Any, k: int) -> tuple[int, int]:
 def fixed(memory: Any, like: Any) -> tuple[Any, Any]:
     """Scale and offset of the layer norm beside an array, in its dtype; None where they are 1 and 0."""
     given = (memory.scale, memory.offset) if memory.layer_norm else (None, None)
-    return tuple(None if x is None else beside(x, like.dtype, like) for x in given)
+    return tuple(None if x is None else placed(x, like.dtype, like) for x in given)

@@ -249,8 +249,7 @@ class Layer:
             If the layer cannot run: not yet, or not with a state or mask; the message says why.
         """
         if self.operator is None:
-            refuse_compiled(self, backend)
-            return self.by_definition(data, gates, initial_state, output_final_state, cu_seqlens, mask)
+            return self.by_definition(data, gates, initial_state, output_final_state, cu_seqlens, mask, backend)
         with lasting() if any(map(on_device, data)) else nullcontext():
             p = self.problem(*data, **gates)
             p |= tokens_of(self, p, mask, cu_seqlens)
@@ -293,7 +292,9 @@ class Layer:
         common = {"mask": p["mask"], "cu_seqlens": p["cu_seqlens"]} | arguments
         return getattr(operators, operator)(**common, initial_state=state, output_final_state=True, backend=backend)
 
-    def by_definition(self, data: Any, gates: Any, state: Any, final: bool, cu_seqlens: Any, mask: Any) -> Any:
+    def by_definition(
+        self, data: Any, gates: Any, state: Any, final: bool, cu_seqlens: Any, mask: Any, backend: Any
+    ) -> Any:
         """Refit at every step of every sequence; only without states and masks.
 
         Raises
@@ -305,6 +306,7 @@ class Layer:
             raise NotImplementedError(f"{self.name} cannot run yet: {self.reason}")
         if state is not None or final or cu_seqlens is not None or mask is not None:
             raise NotImplementedError(f"{self.name} runs by its definition, without states or masks: {self.reason}")
+        refuse_compiled(self, backend)
         self.problem(*data, **gates)  # refuses what does not fit
         data = [as_float(x) for x in data]
         lead = np.broadcast_shapes(*(x.shape[:-2] for x in data))

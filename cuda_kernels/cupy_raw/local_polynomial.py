@@ -17,7 +17,7 @@ from ttr_np.solvers._cache import append, check_options, empty_cache
 from ttr_np.solvers.local_polynomial import UNDETERMINED, Fit, check_fit, polynomial
 
 from .._attention import EXPONENTIAL, NAMES, TOLERANCE, WARP, Pairs, pairs_of, refusal_of, report, room_of, width_of
-from .._calls import Grid, beside
+from .._calls import Grid, placed
 from .._sequences import BOTH, ROW, Sequences
 from . import _launch
 from ._launch import Kernel, empty, launch, run, side_by_side
@@ -132,7 +132,7 @@ def polynomials(
     """Fits by reflections, one block of 32 threads for each query and some of its value columns."""
     (tokens, size), columns = q.shape[-2:], max(room, 1)
     tables = dict(zip(("bounds", "parents", "factors", "scales"), polynomial(size, degree), strict=True))
-    arrays = arrays | {name: (beside(x, x.dtype, q), ROW) for name, x in tables.items()}
+    arrays = arrays | {name: (placed(x, x.dtype, q), ROW) for name, x in tables.items()}
     constants = {"D": size, "COLUMNS": columns, "LANES": WARP}
     constants |= {"P": len(tables["parents"]), "DEGREE": degree, "UNDETERMINED": UNDETERMINED}
     parts = max(-(-options["columns"] // columns), 1)

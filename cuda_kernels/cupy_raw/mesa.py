@@ -23,7 +23,7 @@ from ttr_np.notation import MesaState
 from ttr_np.solvers.mesa import check_leading, check_options, check_start, check_weights, ridge_refusal, tolerance_for
 
 from .. import _calls
-from .._calls import THREADS, beside, split
+from .._calls import THREADS, placed, split
 from .._sequences import BOTH, COLUMN, ROW, Sequences
 from .._squares import warn_of_limit
 from . import _launch
@@ -89,7 +89,7 @@ def core(
     """All tokens, in the form that is better for them."""
     lead, gate = state.G.shape[:-2], state.G.dtype
     sequences = Sequences(lead, np.broadcast_shapes(q.shape[:-2], lead))
-    ridge = beside(ridge, np.float64, state.G)
+    ridge = placed(ridge, np.float64, state.G)
     check_leading(ridge, sequences.lead)
     ridge = np.broadcast_to(ridge, ridge.shape[:-1] + q.shape[-1:])
     limits = {"iterations": iterations, "tolerance": tolerance_for(solver, iterations, tolerance, gate)}

@@ -27,7 +27,7 @@ from ttr_np.solvers._cache import append, check_options, empty_cache
 from ttr_np.solvers.local_polynomial import UNDETERMINED, Fit, check_fit, polynomial
 
 from .._attention import NAMES, TOLERANCE, WARP, Pairs, pairs_of, refusal_of, report, room_of, width_of
-from .._calls import Grid, beside
+from .._calls import Grid, placed
 from .._sequences import BOTH, ROW, Sequences
 from ._factors import over_warp
 from ._launch import cuda, empty, launch, run
@@ -123,7 +123,7 @@ def fitted(
         report(residual, steps)
         return o
     tables = dict(zip(("bounds", "parents", "factors", "scales"), polynomial(size, degree), strict=True))
-    arrays |= {name: (beside(x, x.dtype, q), ROW) for name, x in tables.items()}
+    arrays |= {name: (placed(x, x.dtype, q), ROW) for name, x in tables.items()}
     kernel = fit(size, len(tables["parents"]), columns, degree)
     launch(kernel, sequences, arrays, ("o",), tokens, values, 1, *numbers, grid=grid)
     return o

@@ -15,7 +15,7 @@ from numba import float64
 from ttr_np.notation import MesaState
 from ttr_np.solvers.mesa import check_leading, check_options, check_start, check_weights, ridge_refusal, tolerance_for
 
-from .._calls import beside, split
+from .._calls import placed, split
 from .._sequences import BOTH, COLUMN, ROW, Sequences
 from .._squares import few, warn_of_limit
 from ._launch import empty, launch, per_channel, run
@@ -72,7 +72,7 @@ def core(
     rows, parts = split("k", size)
     G, H = (x.astype(np.float64) for x in state)
     sequences = Sequences(G.shape[:-2], np.broadcast_shapes(q.shape[:-2], G.shape[:-2]))
-    ridge = beside(ridge, np.float64, G)
+    ridge = placed(ridge, np.float64, G)
     check_leading(ridge, sequences.lead)
     ridge = np.broadcast_to(ridge, ridge.shape[:-1] + (size,))
     x = solve(sequences, q, k, log_decay, beta, ridge, H, solver, iterations, tolerance, dtype)
