@@ -352,7 +352,7 @@ def measured(name: str, text: Stream, backends: Sequence[str], named: bool, budg
     tries = [one_pass(layer, text, backend, None if named else budget) for backend in able]
     runs = [run for run in tries if isinstance(run, dict)]
     if not runs:
-        return {"name": name, "reason": "; ".join(tries)}
+        return {"name": name, "reason": "; ".join(dict.fromkeys(tries))}  # backends may fail alike
     about = {key: str(getattr(layer, key)) for key in ("weights", "regressor", "optimizer")}
     found = {key: runs[0][key] for key in ("recall", "by_distance", "unanswered")}
     times = [{key: run[key] for key in ("backend", "recall", "seconds", "tokens_per_second")} for run in runs]
