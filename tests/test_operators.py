@@ -799,8 +799,8 @@ def test_what_is_no_gram_matrix_is_refused(H, backend):
 
 def test_gram_matrices_pass_whatever_their_size():
     q = np.ones((1, 2))
-    small = np.outer([1.0, 1e-170], [1.0, 1e-170])
-    for H in (np.zeros((2, 2)), np.full((2, 2), 1e300), np.full((2, 2), 1e-300), np.full((2, 2), np.nan), small):
+    small, bad = np.outer([1.0, 1e-170], [1.0, 1e-170]), np.diag([np.inf, np.nan])
+    for H in (np.zeros((2, 2)), np.full((2, 2), 1e300), np.full((2, 2), 1e-300), np.full((2, 2), np.nan), small, bad):
         ttr_np.mesa(q, q, q, initial_state=(np.zeros((2, 2)), H), backend="numpy")
 
 

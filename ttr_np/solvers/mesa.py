@@ -92,18 +92,17 @@ def check_start(initial_state: Any) -> None:
     Raises
     ------
     ValueError
-        If H is not symmetric, has a negative number on its diagonal, or one beside it too large for those.
+        If H is not symmetric, has a negative number on its diagonal, or a larger one beside it than all on it.
     """
     H = initial_state[1] if isinstance(initial_state, tuple) and len(initial_state) == 2 else None
-    if not isinstance(H, np.ndarray) or H.dtype.kind != "f" or H.ndim < 2 or H.shape[-1] != H.shape[-2]:
+    if not isinstance(H, np.ndarray) or H.dtype.kind != "f" or H.ndim < 2 or H.shape[-1] != H.shape[-2] or not H.size:
         return
-    own, slack = np.diagonal(H, axis1=-2, axis2=-1), 1e-3  # far above any rounding
-    with np.errstate(invalid="ignore", over="ignore"):
-        root = np.sqrt(np.maximum(own, 0)) + np.sqrt(np.finfo(H.dtype).tiny)  # squares of small keys are no numbers
-        most = root[..., :, None] * root[..., None, :]
-        apart = np.abs(H - np.swapaxes(H, -1, -2)) > slack * most
-        wide = np.abs(H) > (1 + slack) * most
-    if np.any(apart) or np.any(wide):
+    own, turned, slack = np.diagonal(H, axis1=-2, axis2=-1), np.swapaxes(H, -1, -2), 1e-3  # far above any rounding
+    with np.errstate(over="ignore", invalid="ignore"):
+        most = own.max(axis=-1) * (1 + slack) + np.finfo(H.dtype).tiny  # squares of small keys are no numbers
+        wide = (H.max(axis=(-2, -1)) > most) | (H.min(axis=(-2, -1)) < -most) | (own.min(axis=-1) < 0)
+        apart = not (H == turned).all() and np.any(np.abs(H - turned) > slack * most[..., None, None])
+    if apart or wide.any():
         raise ValueError("initial_state field H must be symmetric and have no negative eigenvalue: it sums beta k k^T")
 
 
