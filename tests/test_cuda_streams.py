@@ -234,7 +234,7 @@ def test_a_layer_holds_what_it_makes_for_a_recorded_graph(cupy, monkeypatch):
     monkeypatch.setattr(cupy.current, "recording", True)
     cupy.taken.clear()
     np.testing.assert_array_equal(layer(x, x, x).held, wanted.held)
-    assert all(memory in recording.RECORDED for memory in cupy.taken)
+    assert cupy.taken and all(memory in recording.RECORDED for memory in cupy.taken)
 
 
 def test_every_launch_of_a_graph_begins_with_the_state_that_was_given(cupy, monkeypatch):

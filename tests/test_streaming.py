@@ -259,7 +259,8 @@ def test_integers_make_a_stream_of_double_precision_and_gates_any_precision():
 @pytest.mark.parametrize("backend", ["numpy", "numba"])
 def test_arrays_that_no_step_could_move_or_fill_are_refused(backend):
     S = np.zeros((4, 3), order="F")
-    with pytest.raises((ValueError, NotImplementedError), match="it must be in C order|moves no state"):
+    error, words = (ValueError, "must be in C order") if backend == "numba" else (NotImplementedError, "moves no state")
+    with pytest.raises(error, match=words):
         ttr_np.Stream("delta_rule", q=(4,), k=(4,), v=(3,), beta=(), state=S, backend=backend)
     stream = ttr_np.Stream("delta_rule", q=(4,), k=(4,), v=(3,), beta=(), backend=backend)
     out = np.broadcast_to(np.zeros(1), (3,))

@@ -569,12 +569,12 @@ def adopt_field(operator: str, name: str, x: Any, empty: np.ndarray, copy: bool)
 
 
 def numbers_of(name: str, x: Any, dtype: np.dtype) -> Any:
-    """A field as numbers that its dtype can hold: what ``as_array`` refuses is refused, and fractions of counts.
+    """A field of a state as numbers that its dtype can hold.
 
     Raises
     ------
     TypeError
-        Then.
+        For a masked array, what holds no real numbers, and fractions where pairs are counted.
     """
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array: pass its data")

@@ -516,7 +516,8 @@ def mesa(
     Raises
     ------
     ValueError
-        If two arrays disagree on an axis, a log_decay is positive, a weight or ridge negative or the solver unknown.
+        If two arrays disagree on an axis, a log_decay is positive, a weight or ridge negative, the solver unknown, or
+        the ``H`` that is given surely no sum of k k^T.
     TypeError
         If an array holds no real numbers.
 
@@ -661,7 +662,8 @@ def kalman_filter(
 
     Notes
     -----
-    Cost: O(t k (k + v)), token by token; memory O(t (k + v)).
+    Cost: O(t k (k + v)), token by token; memory O(t (k + v)). In float64 whatever the dtype: what is not learnt yet may
+    exceed the noise of a measurement by more than float32 can tell apart.
 
     References
     ----------

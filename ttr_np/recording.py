@@ -16,7 +16,6 @@ import numpy as np
 __all__ = ["is_recording", "lasting", "send_apart", "sent"]
 
 RECORDED: list[Any] = []  # memory of all graphs, as long as the process lives
-NOTHING = nullcontext()
 
 
 def is_recording() -> bool:
@@ -28,7 +27,7 @@ def is_recording() -> bool:
 def lasting() -> AbstractContextManager[Any]:
     """Inside, memory that CuPy gives to this thread for a graph is held for good. Only for where there is a GPU."""
     if not is_recording():
-        return NOTHING
+        return nullcontext()
     cuda = sys.modules["cupy"].cuda
     take = cuda.get_allocator()
 

@@ -317,7 +317,7 @@ class Block(NamedTuple):
 def block_of(lead: tuple[int, ...], per_pair: int, pairs: int, window: int | None, budget: int = 1 << 21) -> Block:
     """As many queries as keep the workspace below a fixed number of numbers; powers of two, so that blocks nest."""
     if window is not None:
-        pairs = min(pairs, max(32, 1 << int(window).bit_length()))
+        pairs = min(pairs, max(32, 1 << window.bit_length()))
     queries = pairs
     while queries > 1 and queries * pairs * per_pair * int(np.prod(lead)) > budget:
         queries //= 2

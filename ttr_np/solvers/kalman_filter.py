@@ -81,9 +81,8 @@ def recurrent(
     Cost: O(t (k^2 + k v)).
     """
     check_covariance(state.P)
-    o, wide = output_like(q, v, state.S), np.result_type(np.float64, state.S.dtype)
-    S, P = (x.astype(wide, copy=False) for x in state)
-    eye = np.eye(P.shape[-1])
+    S, P = (x.astype(np.float64, copy=False) for x in state)
+    o, eye = output_like(q, v, state.S), np.eye(P.shape[-1])
     for t in range(q.shape[-2]):
         k_t, v_t = k[..., t, :], v[..., t, :]
         if log_transition is not None:
